@@ -1,0 +1,204 @@
+"""Perplexity, and the divergence of a compressed model from its original.
+
+A text is tokenised once and cut into windows of `context` tokens that start every `stride` tokens.  Every token is
+scored at most once, by the first window that holds it; a window's first token has nothing before it and is not scored
+(unless bos="window" puts the BOS token there).  With stride = context (the default) windows do not overlap, as in the
+papers; with stride = context - 1 every token but the first is scored, as in lm-eval's rolling log-likelihood.
+
+Standard errors treat the token losses as independent; neighbouring losses are not quite, so they are a little small.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from ..errors import BadInput
+from ..models import LanguageModel
+from .measurement import Measurement
+from .texts import Text, find_text
+
+Bos = Literal["none", "text", "window"]
+ROWS = 256  # positions whose distributions are held at once
+
+
+class Divergence(NamedTuple):
+    """What one pass over the text tells about a compressed model beside its original.
+
+    kl: mean KL(original || compressed) in nats a token.  top1: share of tokens at which both have the same most likely
+    next token.  perplexity, original_perplexity: of the two, on the same tokens.
+    """
+
+    kl: Measurement
+    top1: Measurement
+    perplexity: Measurement
+    original_perplexity: Measurement
+
+
+class _Window(NamedTuple):
+    ids: list[int]  # the model's input
+    first: int  # index of the first scored token in ids
+
+
+def perplexity(
+    model: LanguageModel,
+    text: str | Text | None = None,
+    context: int = 2048,
+    stride: int | None = None,
+    tokens: int | None = None,
+    bos: Bos = "none",
+    progress: bool = True,
+) -> Measurement:
+    """exp of the mean negative log-likelihood of a text's tokens.
+
+    text: as for `find_text`.  context: window length in tokens.  stride: how far windows are apart (default: context).
+    tokens: how many tokens to score (default: all).  bos: no BOS token, one before the text, or one in each window.
+
+    Raises BadInput for a text that is too short, and for settings out of range.
+    """
+    found = find_text(text)
+    windows, protocol = _plan(model, found, context, stride, tokens, bos)
+    losses = [
+        torch.cat([_losses(rows, targets) for rows, targets in _rows(model, window)])
+        for window in _bar(windows, f"perplexity of {model.name}", progress)
+    ]
+    return _perplexity(torch.cat(losses), protocol, model)
+
+
+def divergence(
+    model: LanguageModel,
+    original: LanguageModel,
+    text: str | Text | None = None,
+    context: int = 2048,
+    stride: int | None = None,
+    tokens: int | None = None,
+    bos: Bos = "none",
+    progress: bool = True,
+) -> Divergence:
+    """KL divergence, top-1 agreement and both perplexities, in one pass.  Arguments as for `perplexity`.
+
+    Raises BadInput, too, where the two models do not share a tokenizer.
+    """
+    found = find_text(text)
+    windows, protocol = _plan(model, found, context, stride, tokens, bos)
+    if _plan(original, found, context, stride, tokens, bos)[0] != windows:
+        raise BadInput(f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer")
+    parts: list[tuple[torch.Tensor, ...]] = []
+    for window in _bar(windows, f"{model.name} against {original.name}", progress):
+        for (theirs, targets), (ours, _) in zip(_rows(original, window), _rows(model, window), strict=True):
+            p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
+            parts.append(
+                (
+                    (p.exp() * (p - q)).sum(-1).double(),
+                    (p.argmax(-1) == q.argmax(-1)).double(),
+                    -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
+                    -p.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
+                )
+            )
+    kl, top1, ours_nll, theirs_nll = (torch.cat(column) for column in zip(*parts, strict=True))
+    inputs = {"model": model.fingerprint, "original": original.fingerprint}
+    share = float(top1.mean())
+    return Divergence(
+        kl=Measurement(
+            float(kl.mean()), "nats/token", _stderr(kl), len(kl), {**protocol, "metric": "KL(original || model)"}, inputs=inputs
+        ),
+        top1=Measurement(
+            share,
+            "share of tokens",
+            math.sqrt(share * (1 - share) / len(top1)),
+            len(top1),
+            {**protocol, "metric": "top-1 agreement"},
+            inputs=inputs,
+        ),
+        perplexity=_perplexity(ours_nll, protocol, model),
+        original_perplexity=_perplexity(theirs_nll, protocol, original),
+    )
+
+
+def _plan(
+    model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
+) -> tuple[list[_Window], dict[str, Any]]:
+    """The windows to score, and the protocol that says how they were made."""
+    stride = context if stride is None else stride
+    room = context - 1 if bos == "window" else context
+    if context < 2 or not 1 <= stride <= room:
+        raise BadInput(f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}")
+    longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
+    if isinstance(longest, int) and context > longest:
+        raise BadInput(f"context={context}: {model.name} takes at most {longest} tokens")
+    if tokens is not None and tokens < 1:
+        raise BadInput(f"tokens={tokens}; expected 1 or more")
+    if bos not in ("none", "text", "window"):
+        raise BadInput(f"bos={bos!r}; expected none, text or window")
+    tokenizer = model.tokenizer
+    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    first_id: list[int] = []
+    if bos != "none":
+        token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        if token is None:
+            raise BadInput(f"{model.name}: its tokenizer has no BOS token; use bos=none")
+        first_id = [token]
+    if bos == "text":
+        ids = first_id + ids
+    windows: list[_Window] = []
+    scored = end = start = 0
+    wanted = len(ids) if tokens is None else tokens
+    while scored < wanted and end < len(ids):
+        content = ids[start : start + room]
+        first = max(end - start, 0 if bos == "window" else 1)
+        count = min(len(content) - first, wanted - scored)
+        if count > 0:
+            content = content[: first + count]
+            window = _Window(first_id + content, first + 1) if bos == "window" else _Window(content, first)
+            windows.append(window)
+            scored += count
+        end = start + room
+        start += stride
+    if scored < 2 or (tokens is not None and scored < tokens):
+        raise BadInput(f"text {text.name} has {scored} tokens to score, fewer than the {tokens or 2} asked for; use a longer text")
+    protocol = {
+        "metric": "perplexity",
+        "text": text.name,
+        "split": text.split,
+        "text_sha256": text.sha256,
+        "context": context,
+        "stride": stride,
+        "bos": bos,
+        "scored_tokens": scored,
+        "skipped_texts": list(text.skipped),
+    }
+    return windows, protocol
+
+
+def _rows(model: LanguageModel, window: _Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits, float32[rows, vocabulary], and target ids, int64[rows], of a window's scored tokens, in parts."""
+    module = model.model
+    device = next(module.parameters()).device
+    ids = torch.tensor([window.ids], device=device)
+    with torch.inference_mode():
+        logits = module(input_ids=ids, use_cache=False).logits[0, window.first - 1 : -1]
+    targets = ids[0, window.first :]
+    for part, ids_part in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
+        yield part.float(), ids_part
+
+
+def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
+
+
+def _perplexity(losses: torch.Tensor, protocol: dict[str, Any], model: LanguageModel) -> Measurement:
+    value = math.exp(min(float(losses.mean()), 700.0))
+    # The standard error of exp(mean) to first order.
+    return Measurement(value, "perplexity", value * _stderr(losses), len(losses), protocol, inputs={"model": model.fingerprint})
+
+
+def _stderr(values: torch.Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+
+def _bar(windows: list[_Window], what: str, progress: bool) -> Any:
+    return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)

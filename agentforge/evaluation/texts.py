@@ -1,0 +1,125 @@
+"""Named texts: where each is looked for, and which one was found.
+
+wikitext2   WikiText-2 raw: in the folder AGENTFORGE_DATA, else in shared/data beside the checkout, else from the hub
+selftext    texts that SmolLM2-135M-Instruct wrote itself, shipped with the package, split into calibration and held-out
+a path      any UTF-8 text file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import lzma
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import BadInput
+
+DATA = Path(__file__).parent.parent / "data"
+CHECKOUT = Path(__file__).parent.parent.parent
+WIKITEXT2_FILES = {"test": "wiki.test.raw", "validation": "wiki.valid.raw"}
+WIKITEXT2_SHA256 = {
+    "test": "173c87a53759e0201f33e0ccf978e510c2042d7f2cb78229d9a50d79b9e7dd08",
+    "validation": "4cd0f687",
+}
+SPLITS = {"wikitext2": ("test", "validation"), "selftext": ("heldout", "calibration")}
+CHAIN = ("wikitext2", "selftext")
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and where it came from.  skipped: what was looked for first and why it was not used."""
+
+    name: str
+    split: str
+    text: str = field(repr=False)
+    origin: str = ""
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the text's UTF-8 bytes."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+
+def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
+    """A text by name or path; without a name, the first of `CHAIN` that is there.
+
+    split: "test" or "validation" of wikitext2, "heldout" or "calibration" of selftext; the first one by default.
+    Raises BadInput where it is not to be had.
+    """
+    if isinstance(name, Text):
+        return name
+    if name is None:
+        skipped: list[str] = []
+        for candidate in CHAIN:
+            try:
+                found = find_text(candidate, split if split in SPLITS[candidate] else None)
+            except BadInput as error:
+                skipped.append(str(error))
+                continue
+            return Text(found.name, found.split, found.text, found.origin, tuple(skipped))
+        raise BadInput("no text was found: " + "; ".join(skipped))
+    if name in SPLITS:
+        chosen = split or SPLITS[name][0]
+        if chosen not in SPLITS[name]:
+            raise BadInput(f"text {name} has no split {chosen!r}; it has {', '.join(SPLITS[name])}")
+        return _wikitext2(chosen) if name == "wikitext2" else _selftext(chosen)
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise BadInput(f"text {name!r} does not exist; expected a text file or one of {', '.join(SPLITS)}")
+    try:
+        return Text(path.name, "file", path.read_text(encoding="utf-8"), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
+
+
+def selftexts(split: str = "calibration") -> list[str]:
+    """The texts of selftext one by one: 7,248 to calibrate or train on, 382 held out (every twentieth)."""
+    if split not in SPLITS["selftext"]:
+        raise BadInput(f"text selftext has no split {split!r}; it has {', '.join(SPLITS['selftext'])}")
+    with lzma.open(DATA / f"selftext-{split}.jsonl.xz", "rt", encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def _selftext(split: str) -> Text:
+    return Text("selftext", split, "\n\n".join(selftexts(split)), f"agentforge/data/selftext-{split}.jsonl.xz")
+
+
+def _wikitext2(split: str) -> Text:
+    tried = []
+    for label, folder in _data_folders():
+        for candidate in (folder / "wikitext-2-raw" / WIKITEXT2_FILES[split], folder / WIKITEXT2_FILES[split]):
+            if candidate.is_file():
+                found = Text("wikitext2", split, candidate.read_text(encoding="utf-8"), f"{label}/{candidate.name}")
+                if not found.sha256.startswith(WIKITEXT2_SHA256[split]):
+                    raise BadInput(
+                        f"{candidate}: sha256 is {found.sha256[:8]}..., expected {WIKITEXT2_SHA256[split][:8]}...; "
+                        "it is not the official WikiText-2 raw file"
+                    )
+                return found
+        tried.append(f"not in {label}")
+    fetch: Callable[[str], str] = _wikitext2_from_hub
+    try:
+        found = Text("wikitext2", split, fetch(split), "hub:Salesforce/wikitext")
+    except Exception as error:  # datasets raises what its many back ends raise
+        tried.append(f"not from the hub ({type(error).__name__})")
+        raise BadInput(f"wikitext2: {', '.join(tried)}; set AGENTFORGE_DATA to a folder that has {WIKITEXT2_FILES[split]}") from None
+    return found
+
+
+def _data_folders() -> list[tuple[str, Path]]:
+    folders = []
+    if os.environ.get("AGENTFORGE_DATA"):
+        folders.append(("AGENTFORGE_DATA", Path(os.environ["AGENTFORGE_DATA"]).expanduser()))
+    folders.append(("../shared/data", CHECKOUT.parent / "shared" / "data"))
+    return folders
+
+
+def _wikitext2_from_hub(split: str) -> str:
+    from datasets import load_dataset
+
+    rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    return "".join(rows["text"])

@@ -1,0 +1,203 @@
+"""A GGUF file of the Llama family, dequantised into a Hugging Face folder.
+
+The weights go straight from the file's blocks into safetensors, one tensor at a time.  Three traps on the way:
+llama.cpp permutes the rows of the query and key projections (its rotary embedding pairs neighbours, transformers' pairs
+halves), the tokenizer's splitting rule is only a name in the file, and float32 numbers in the metadata come back as
+doubles such as 9.999999747378752e-06.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import BadInput
+from .planes import tensor_bytes
+from .tensorfiles import write_json, write_safetensors
+
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+OTHER_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+FLOATS_AS_THEY_ARE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+
+
+def convert(source: Path, folder: Path) -> dict[str, Any]:
+    """Write `folder` (config.json, model.safetensors, tokenizer) from the GGUF file `source`.
+
+    Quantised tensors become float32, exactly; float tensors keep their dtype.  Returns what the file says about itself:
+    its name, licence and the quantisation of each kind of tensor.
+
+    Raises BadInput for a file that is no GGUF file, of another architecture, or with tensors that a Llama has not.
+    """
+    from gguf import GGUFReader
+
+    try:
+        # The reader follows counts and offsets of the file through a memory map; what lies beyond its end raises.
+        reader = GGUFReader(source)
+    except Exception as error:
+        raise BadInput(f"{source}: no readable GGUF file ({type(error).__name__}: {error:.120})".replace("\n", " ")) from None
+
+    def field(key: str, default: Any = None) -> Any:
+        found = reader.get_field(key)
+        if found is None:
+            if default is None:
+                raise BadInput(f"{source}: the metadata lack {key}")
+            return default
+        return found.contents()
+
+    architecture = field("general.architecture")
+    if architecture != "llama":
+        raise BadInput(f"{source}: architecture {architecture!r}; expected 'llama' (convert others to a Hugging Face folder)")
+    names = {tensor.name for tensor in reader.tensors}
+    if "rope_freqs.weight" in names:
+        raise BadInput(f"{source}: scaled rotary embeddings (rope_freqs.weight) are not supported; use the safetensors model")
+    config = _config(field, names, reader)
+    tensors = sorted(reader.tensors, key=lambda t: t.name)
+    targets = [(_hf_name(t.name, source), t) for t in tensors]
+    heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(
+        folder / "model.safetensors",
+        [(name, _dtype(t), tuple(int(n) for n in reversed(t.shape))) for name, t in targets],
+        (tensor_bytes(_dequantise(name, t, heads)) for name, t in targets),
+    )
+    write_json(folder / "config.json", config)
+    _tokenizer(source, field).save_pretrained(folder)
+    return {
+        "title": field("general.name", "unknown"),
+        "licence": field("general.license", "unknown"),
+        "types": dict(sorted(Counter(t.tensor_type.name for t in tensors).items())),
+    }
+
+
+def _config(field: Any, names: set[str], reader: Any) -> dict[str, Any]:
+    """config.json of the same Llama."""
+    hidden, heads = int(field("llama.embedding_length")), int(field("llama.attention.head_count"))
+    vocabulary = next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight")
+    config: dict[str, Any] = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "dtype": "float32",
+        "vocab_size": vocabulary,
+        "hidden_size": hidden,
+        "intermediate_size": int(field("llama.feed_forward_length")),
+        "num_hidden_layers": int(field("llama.block_count")),
+        "num_attention_heads": heads,
+        "num_key_value_heads": int(field("llama.attention.head_count_kv", heads)),
+        "head_dim": int(field("llama.attention.key_length", hidden // heads)),
+        "max_position_embeddings": int(field("llama.context_length")),
+        "rms_norm_eps": _short(field("llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": _short(field("llama.rope.freq_base", 10000.0)),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in names,
+    }
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    for key, name in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
+        token = field(f"tokenizer.ggml.{name}_token_id", -1)
+        if token >= 0:
+            config[key] = int(token)
+    return config
+
+
+def _short(value: float) -> float:
+    """The shortest decimal that is the same float32: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
+
+
+def _hf_name(name: str, source: Path) -> str:
+    if name in OTHER_NAMES:
+        return OTHER_NAMES[name]
+    match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
+    if match and match[2] in LAYER_NAMES:
+        return f"model.layers.{match[1]}.{LAYER_NAMES[match[2]]}.weight"
+    raise BadInput(f"{source}: tensor {name} is not part of a Llama; only plain Llama models can be opened from GGUF")
+
+
+def _dtype(tensor: Any) -> torch.dtype:
+    return FLOATS_AS_THEY_ARE.get(tensor.tensor_type.name, torch.float32)
+
+
+def _dequantise(name: str, tensor: Any, heads: dict[str, int]) -> torch.Tensor:
+    """The tensor in transformers' layout: the floats as they are, everything else as float32."""
+    from gguf import dequantize
+
+    shape = tuple(int(n) for n in reversed(tensor.shape))
+    dtype = _dtype(tensor)
+    if dtype == torch.bfloat16:
+        values = torch.from_numpy(np.ascontiguousarray(tensor.data).view(np.int16).copy()).view(torch.bfloat16)
+    elif dtype == torch.float16 or tensor.tensor_type.name == "F32":
+        values = torch.from_numpy(np.array(tensor.data))
+    else:
+        values = torch.from_numpy(np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32))
+    values = values.reshape(shape)
+    for part, count in heads.items():
+        if name.endswith(f"self_attn.{part}.weight"):
+            values = values.reshape(count, shape[0] // count // 2, 2, shape[1]).transpose(1, 2).reshape(shape)
+    return values.contiguous()
+
+
+def _tokenizer(source: Path, field: Any) -> Any:
+    """The file's tokenizer, as a transformers tokenizer."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    splitting = field("tokenizer.ggml.pre", "default")
+    if field("tokenizer.ggml.model") != "gpt2" or splitting not in ("smollm", "gpt-2", "default"):
+        with contextlib.redirect_stderr(None):
+            return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges")]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(field("tokenizer.ggml.add_space_prefix", 0)))
+    # "smollm" splits numbers into digits; transformers' own GGUF reader leaves that out.
+    tokenizer.pre_tokenizer = (
+        pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+        if splitting == "smollm"
+        else byte_level
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    for token, kind in zip(tokens, kinds, strict=True):
+        if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN):
+            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
+    special = {}
+    for role, name in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
+        token = field(f"tokenizer.ggml.{role}_token_id", -1)
+        if 0 <= token < len(tokens):
+            special[f"{name}_token"] = tokens[token]
+    if field("tokenizer.ggml.add_bos_token", 0) and "bos_token" in special:
+        bos = special["bos_token"]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_max_length=int(field("llama.context_length")), **special
+    )
+    template = field("tokenizer.chat_template", "")
+    if template:
+        fast.chat_template = template
+    return fast
+

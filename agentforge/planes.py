@@ -1,0 +1,263 @@
+"""Planes: what an encoded weight is made of, and what it costs.
+
+A stage turns a dense weight into a :class:`Packed`: named planes in a fixed order.  A plane is either an array of
+unsigned integers of a known width, an array of trits, or an array of floats.  Its ``coding`` says which:
+
+===========  ==============================================  =========================
+coding       values                                          bits a value
+===========  ==============================================  =========================
+``uint1`` .. ``uint32``  unsigned integers below 2**w, least significant bit first  w
+``trit``     0, 1 or 2; five to a byte, as 3**5 = 243 < 256  8/5
+``float16``  IEEE half                                       16
+``bfloat16`` bfloat16                                        16
+``float32``  IEEE single                                     32
+===========  ==============================================  =========================
+
+``Packed.bits`` counts all that must be stored to decode; on disk each integer plane is rounded up to a whole byte, so
+``8 * bytes - 8 < bits <= 8 * bytes`` holds plane by plane.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from .errors import BadArtifact, BadInput
+
+FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+TRITS_PER_BYTE = 5
+
+
+def bits_per_value(coding: str) -> Fraction:
+    """Bits that one value of this coding costs, exactly.
+
+    Raises BadInput for a coding that does not exist.
+    """
+    if coding in FLOATS:
+        return Fraction(FLOATS[coding].itemsize * 8)
+    if coding == "trit":
+        return Fraction(8, TRITS_PER_BYTE)
+    if coding.startswith("uint") and coding[4:].isdecimal() and 1 <= int(coding[4:]) <= 32 and coding[4] != "0":
+        return Fraction(int(coding[4:]))
+    raise BadInput(f"coding {coding!r} does not exist; expected uint1 to uint32, trit, {', '.join(FLOATS)}")
+
+
+def stored_bytes(coding: str, count: int) -> int:
+    """Bytes on disk of `count` values: their bits, rounded up to a whole byte."""
+    return math.ceil(bits_per_value(coding) * count / 8)
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """One array of an encoded weight.
+
+    name: unique within its Packed.  values: any shape; integers (any torch integer dtype) or, for a float coding, that
+    float dtype.  coding: see the module's table.
+    """
+
+    name: str
+    values: torch.Tensor
+    coding: str
+
+    @property
+    def bits(self) -> int:
+        """Bits that the values occupy, before the last byte is filled up."""
+        return math.ceil(bits_per_value(self.coding) * self.values.numel())
+
+    def stored(self) -> torch.Tensor:
+        """The tensor that goes to disk: uint8[bytes] for integers, the floats themselves otherwise."""
+        if self.coding in FLOATS:
+            return self.values.contiguous()
+        if self.coding == "trit":
+            return pack_trits(self.values)
+        return pack_uint(self.values, int(self.coding[4:]))
+
+    @classmethod
+    def from_stored(cls, name: str, coding: str, shape: tuple[int, ...], stored: torch.Tensor) -> Plane:
+        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for.
+
+        Raises BadArtifact where it has not, or where it holds what no packer writes: a byte above 242 among trits,
+        padding that is not zero, a float that is not finite.
+        """
+        count = math.prod(shape)
+        if coding in FLOATS:
+            if stored.dtype != FLOATS[coding] or tuple(stored.shape) != shape:
+                raise BadArtifact(
+                    f"plane {name}: expected {coding}{list(shape)}, found "
+                    f"{str(stored.dtype).removeprefix('torch.')}{list(stored.shape)}"
+                )
+            if not torch.isfinite(stored).all():
+                raise BadArtifact(f"plane {name}: holds values that are not finite")
+            return cls(name, stored, coding)
+        expected = stored_bytes(coding, count)
+        if stored.dtype != torch.uint8 or stored.dim() != 1 or stored.numel() != expected:
+            raise BadArtifact(
+                f"plane {name}: {coding}{list(shape)} takes uint8[{expected}], found "
+                f"{str(stored.dtype).removeprefix('torch.')}{list(stored.shape)}"
+            )
+        try:
+            values = unpack_trits(stored, count) if coding == "trit" else unpack_uint(stored, int(coding[4:]), count)
+        except BadInput as error:
+            raise BadArtifact(f"plane {name}: {error}") from None
+        return cls(name, values.reshape(shape), coding)
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """An encoded weight: its shape (out, in) and all the planes that `Stage.decode` needs."""
+
+    shape: tuple[int, int]
+    planes: tuple[Plane, ...]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        for plane in self.planes:
+            if plane.name == name:
+                return plane.values
+        raise BadArtifact(f"plane {name!r} is missing; there are {', '.join(p.name for p in self.planes) or 'none'}")
+
+    def __iter__(self) -> Iterator[Plane]:
+        return iter(self.planes)
+
+    @property
+    def bits(self) -> int:
+        """Bits of all planes together."""
+        return sum(plane.bits for plane in self.planes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits divided by the number of weights that were encoded."""
+        return self.bits / math.prod(self.shape)
+
+    @property
+    def sha256(self) -> str:
+        """A hash over names, codings, shapes and stored bytes of all planes."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for plane in self.planes:
+            digest.update(f"{plane.name} {plane.coding} {tuple(plane.values.shape)}".encode())
+            digest.update(tensor_bytes(plane.stored()))
+        return digest.hexdigest()
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor, as they lie in memory (little endian on every machine that torch supports)."""
+    return tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def power_of_two_exponent(weight: torch.Tensor) -> int:
+    """The e in [-128, 127] that brings max|weight| * 2**e into [2**13, 2**14), so that half floats can hold its scales.
+
+    A half float keeps 11 bits only between 6e-5 and 65504; weights of 1e-30 or 1e30 are legal, too.  Multiplying by a
+    power of two loses nothing.
+    """
+    largest = float(weight.abs().max())
+    if largest == 0.0:
+        return 0
+    return max(-128, min(127, 14 - math.frexp(largest)[1]))
+
+
+def exponent_plane(exponent: int) -> Plane:
+    """The exponent of `power_of_two_exponent` as a plane of one byte."""
+    return Plane("exponent", torch.tensor([exponent + 128], dtype=torch.uint8), "uint8")
+
+
+def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
+    """tensor * 2**exponent in float32, in two steps where one factor alone would overflow."""
+    half = exponent // 2
+    return tensor.to(torch.float32) * 2.0**half * 2.0 ** (exponent - half)
+
+
+def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
+    """Unsigned integers below 2**width to bytes: value i takes bits i*width to (i+1)*width - 1 of a little-endian stream.
+
+    values: integers of any shape.  Returns uint8[ceil(n * width / 8)]; the bits that fill the last byte are zero.
+    Raises BadInput where a value does not fit.
+    """
+    flat = values.reshape(-1)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << width):
+        raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} do not fit into {width} bits")
+    count = flat.numel()
+    if width == 8:
+        return flat.to(torch.uint8)
+    # Groups of eight values fill whole bytes, whatever the width.
+    per_group = 8
+    if width <= 8:
+        flat = flat.to(torch.uint8)
+        if 8 % width == 0:
+            per_group = 8 // width
+    padded = torch.nn.functional.pad(flat, (0, -count % per_group)).reshape(-1, per_group)
+    if width <= 8 and per_group * width == 8:
+        packed = padded[:, 0].clone()
+        for j in range(1, per_group):
+            packed |= padded[:, j] << (j * width)
+    else:
+        padded = padded.to(torch.int64)
+        columns = []
+        for byte in range(width):
+            column = torch.zeros(len(padded), dtype=torch.int64)
+            for j in range(per_group):
+                shift = j * width - byte * 8
+                if -width < shift < 8:
+                    column |= padded[:, j] << shift if shift >= 0 else padded[:, j] >> -shift
+            columns.append((column & 255).to(torch.uint8))
+        packed = torch.stack(columns, 1).reshape(-1)
+    return packed[: stored_bytes(f"uint{width}", count)].contiguous()
+
+
+def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
+    """The inverse of `pack_uint`: uint8 for widths up to 8, int32 up to 31 and int64 for 32.
+
+    Raises BadInput where the bits that fill the last byte are not zero.
+    """
+    spare = stored.numel() * 8 - count * width
+    if stored.numel() and spare and int(stored[-1]) >> (8 - spare):
+        raise BadInput("the padding of its last byte is not zero")
+    if width == 8:
+        return stored
+    mask = (1 << width) - 1
+    if 8 % width == 0:
+        parts = [(stored >> (j * width)) & mask for j in range(8 // width)]
+        return torch.stack(parts, 1).reshape(-1)[:count]
+    padded = torch.nn.functional.pad(stored, (0, -stored.numel() % width)).reshape(-1, width).to(torch.int64)
+    values = []
+    for j in range(8):
+        value = torch.zeros(len(padded), dtype=torch.int64)
+        for byte in range(width):
+            shift = byte * 8 - j * width
+            if -8 < shift < width:
+                value |= padded[:, byte] << shift if shift >= 0 else padded[:, byte] >> -shift
+        values.append(value & mask)
+    dtype = torch.uint8 if width <= 8 else torch.int32 if width < 32 else torch.int64
+    return torch.stack(values, 1).to(dtype).reshape(-1)[:count]
+
+
+def pack_trits(values: torch.Tensor) -> torch.Tensor:
+    """Five values of 0, 1 or 2 to a byte, the first one the least significant: uint8[ceil(n / 5)].
+
+    Raises BadInput for any other value.
+    """
+    flat = values.reshape(-1)
+    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) > 2):
+        raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} are no trits")
+    flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % TRITS_PER_BYTE))
+    digits = flat.reshape(-1, TRITS_PER_BYTE)
+    packed = digits[:, -1].clone()
+    for j in reversed(range(TRITS_PER_BYTE - 1)):
+        packed = packed * 3 + digits[:, j]
+    return packed
+
+
+def unpack_trits(stored: torch.Tensor, count: int) -> torch.Tensor:
+    """The inverse of `pack_trits`: uint8[count].  Raises BadInput for bytes above 242 and non-zero padding."""
+    if stored.numel() and int(stored.max()) >= 3**TRITS_PER_BYTE:
+        raise BadInput(f"byte {int(stored.max())} is no group of five trits (at most 242)")
+    powers = torch.tensor([3**j for j in range(TRITS_PER_BYTE)])
+    table = (torch.arange(3**TRITS_PER_BYTE).unsqueeze(1) // powers % 3).to(torch.uint8)
+    digits = table.index_select(0, stored.int()).reshape(-1)
+    if digits[count:].any():
+        raise BadInput("the padding of its last byte is not zero")
+    return digits[:count]

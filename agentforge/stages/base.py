@@ -1,0 +1,166 @@
+"""The Stage contract: settings in, planes out, and back.
+
+A stage is a frozen dataclass of its settings.  `encode` and `decode` here hold what is the same for every stage (the
+checks); a stage file holds `_check`, `_encode` and `_decode`, to be read beside its paper.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ..errors import BadInput
+from ..planes import Packed
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_REGISTRY: dict[str, type[Stage]] = {}
+_S = TypeVar("_S", bound="type[Stage]")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One way to encode a weight.  Subclasses add settings as fields and a class variable `name`."""
+
+    name: ClassVar[str]
+
+    def encode(self, weight: torch.Tensor, stats: Any = None, seed: int = 0, *, name: str = "weight") -> Packed:
+        """Encode `weight`, float[out, in], into planes.
+
+        stats: what calibration text told about the layer's inputs, for stages that use it.  seed: for stages that draw
+        random numbers.  name: the tensor's name, for messages.  Same arguments, same planes, bit for bit, whatever the
+        number of threads.
+
+        Raises BadInput for settings out of range, and for a weight that is not a finite, non-empty float matrix.
+        """
+        self.check()
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.numel() == 0:
+            shape = list(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
+            raise BadInput(f"{name}: expected a non-empty matrix [out, in], found {shape}")
+        if weight.dtype not in FLOAT_DTYPES:
+            raise BadInput(f"{name}: expected a float dtype, found {weight.dtype}")
+        values = weight.detach().to("cpu", torch.float32).contiguous()
+        if not torch.isfinite(values).all():
+            nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
+            raise BadInput(
+                f"{name}: {nan} NaN and {inf} infinite values among {values.numel()} "
+                "(float32); mend the weight or leave it out"
+            )
+        return self._encode(values, stats, seed)
+
+    def decode(self, packed: Packed) -> torch.Tensor:
+        """The weight that the planes stand for: float32[out, in]."""
+        return self._decode(packed)
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """What `encode` gives for a weight of this shape: name -> (coding, shape) of each plane, in order.
+
+        A reader holds a file against it before it allocates anything.
+        """
+        raise NotImplementedError
+
+    def check(self) -> None:
+        """Raise BadInput where a setting has the wrong type or is out of range."""
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if typing.get_origin(hint) is typing.Literal:
+                choices = typing.get_args(hint)
+                if value not in choices:
+                    raise BadInput(
+                        f"{self.name}: {field.name}={value!r}; expected one of {', '.join(map(str, choices))}"
+                    )
+            elif hint is float and (
+                isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
+            ):
+                raise BadInput(f"{self.name}: {field.name}={value!r}; expected a finite number")
+            elif hint in (int, bool) and type(value) is not hint:
+                raise BadInput(f"{self.name}: {field.name}={value!r}; expected {hint.__name__}")
+        self._check()
+
+    def to_json(self) -> dict[str, Any]:
+        """The stage's name and all its settings, ready for `from_json`."""
+        return {"stage": self.name, **dataclasses.asdict(self)}
+
+    def __str__(self) -> str:
+        settings = ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items())
+        return f"{self.name}:{settings}" if settings else self.name
+
+    def _check(self) -> None:
+        """Ranges and combinations of settings; overridden where there are any."""
+
+    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+        raise NotImplementedError
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def register(cls: _S) -> _S:
+    """Class decorator: makes a stage known under its `name`."""
+    _REGISTRY[cls.name] = cls
+    return cls
+
+
+def names() -> list[str]:
+    """Names of all registered stages, sorted."""
+    return sorted(_REGISTRY)
+
+
+def get(name: str, **settings: Any) -> Stage:
+    """The stage of this name with these settings; what is not given keeps its default.
+
+    Raises BadInput, listing what is valid, for an unknown name or setting, and for a value out of range.
+    """
+    if name not in _REGISTRY:
+        raise BadInput(f"stage {name!r} does not exist; there are {', '.join(names())}")
+    cls = _REGISTRY[name]
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key in settings:
+        if key not in valid:
+            raise BadInput(f"stage {name} has no setting {key!r}; it has {', '.join(valid)}")
+    stage = cls(**settings)
+    stage.check()
+    return stage
+
+
+def from_json(data: Any) -> Stage:
+    """The inverse of `Stage.to_json`.  Raises BadInput for anything else."""
+    if not isinstance(data, dict) or not isinstance(data.get("stage"), str):
+        raise BadInput(f"expected a stage as {{'stage': name, settings}}, found {data!r:.100}")
+    return get(data["stage"], **{k: v for k, v in data.items() if k != "stage"})
+
+
+def parse(text: str) -> Stage:
+    """A stage from the command line's form, `name` or `name:setting=value,setting=value`.
+
+    Raises BadInput where a part is not of that form or `get` refuses it.
+    """
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    hints = typing.get_type_hints(_REGISTRY[name]) if name in _REGISTRY else {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise BadInput(f"stage {text!r}: expected setting=value, found {part!r}")
+        if key in settings:
+            raise BadInput(f"stage {text!r}: {key} is set twice")
+        settings[key] = _literal(value, hints.get(key))
+    return get(name, **settings)
+
+
+def _literal(text: str, hint: Any) -> Any:
+    """`text` as the type that the setting asks for, or as it is, so that `Stage.check` says what is wrong."""
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if hint is kind or (typing.get_origin(hint) is typing.Literal and kind in map(type, typing.get_args(hint))):
+            try:
+                return kind(text)
+            except ValueError:
+                return text
+    return text

@@ -1,0 +1,223 @@
+"""Round to nearest: the baseline that every table carries.
+
+A weight is cut along its input dimension into groups (the last one may be shorter), and every group gets a grid of
+equally spaced levels:
+
+* symmetric: w ~ (code - z) * scale with z = 2**(bits-1) - 1 and codes 0 .. 2 z: zero is a level, one code stays unused;
+* asymmetric: w ~ code * scale + minimum with codes 0 .. 2**bits - 1.
+
+clip="none" lays the grid from end to end of the group.  clip="mse" looks for the grid of least squared error: it tries `STARTS` narrower and narrower grids and goes on by turns
+(nearest codes, then the least-squares grid for those codes, as Lloyd's algorithm does) until the error stops falling;
+the asymmetric search, with its two unknowns, from every start, the symmetric one from the best.  The tests hold the
+result against the true optimum.
+
+Scales and minima are half floats behind one power of two a tensor; codes are chosen for the grid as it is stored.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numba import njit
+
+from ..errors import BadArtifact, BadInput
+from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
+from .base import Stage, register
+
+STARTS = 6  # starting grids of the search for the least squared error
+NARROWEST = 0.4  # the narrowest of them, as a share of the group's range
+ROUNDS = 6  # most turns of codes and grid from there
+
+
+@register
+@dataclass(frozen=True)
+class Rounding(Stage):
+    """Round to nearest on a grid a group.
+
+    bits: 2 to 8.  group: weights a grid along the input dimension, 0 for one grid a row (per output channel).
+    symmetric: grids with a level at zero and no minimum to store.  clip: "none" or "mse".
+    """
+
+    name: ClassVar[str] = "rounding"
+    bits: int = 4
+    group: int = 64
+    symmetric: bool = False
+    clip: Literal["none", "mse"] = "none"
+
+    def _check(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise BadInput(f"rounding: bits={self.bits}; expected 2 to 8")
+        if self.group < 0:
+            raise BadInput(f"rounding: group={self.group}; expected 1 or more, or 0 for one grid a row")
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        grids = (shape[0], math.ceil(shape[1] / (self.group or shape[1])))
+        planes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (f"uint{self.bits}", shape)}
+        planes["scale"] = ("float16", grids)
+        if not self.symmetric:
+            planes["minimum"] = ("float16", grids)
+        planes["exponent"] = ("uint8", (1,))
+        return planes
+
+    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+        shape = (weight.shape[0], weight.shape[1])
+        exponent = power_of_two_exponent(weight)
+        scaled = times_power_of_two(weight, exponent).numpy()
+        group = self.group or shape[1]
+        scale, minimum = _fit(scaled, group, self.bits, self.symmetric, self.clip == "mse")
+        # What is stored are half floats: the codes are chosen for those.
+        half_scale, half_minimum = scale.astype(np.float16), minimum.astype(np.float16)
+        codes = np.empty(shape, np.uint8)
+        _assign(
+            scaled, group, self.bits, self.symmetric, half_scale.astype(np.float32), half_minimum.astype(np.float32), codes
+        )
+        planes = [Plane("codes", torch.from_numpy(codes), f"uint{self.bits}")]
+        planes.append(Plane("scale", torch.from_numpy(half_scale), "float16"))
+        if not self.symmetric:
+            planes.append(Plane("minimum", torch.from_numpy(half_minimum), "float16"))
+        planes.append(exponent_plane(exponent))
+        return Packed(shape, tuple(planes))
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        zero = 2 ** (self.bits - 1) - 1
+        codes = packed["codes"].to(torch.float32)
+        if self.symmetric and int(packed["codes"].max()) > 2 * zero:
+            raise BadArtifact(f"plane codes: holds {2 * zero + 1}; a symmetric code is at most {2 * zero}")
+        scale = self._spread(packed["scale"], packed.shape)
+        values = (codes - zero) * scale if self.symmetric else codes * scale + self._spread(packed["minimum"], packed.shape)
+        return times_power_of_two(values, 128 - int(packed["exponent"]))
+
+    def _spread(self, per_group: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        """One value a group to one value a weight: float32[out, in]."""
+        wide = per_group.to(torch.float32).repeat_interleave(self.group or shape[1], dim=1)
+        return wide[:, : shape[1]]
+
+
+# The kernels run without fast-math: the order of every sum is fixed, and so are the bytes, on any machine.
+
+
+@njit(nogil=True, cache=True)
+def _fit(  # pragma: no cover  (compiled)
+    weight: np.ndarray, group: int, bits: int, symmetric: bool, search: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """The grid of every group: scale and minimum, float32[out, groups]; the minimum is 0 where symmetric."""
+    rows, columns = weight.shape
+    groups = (columns + group - 1) // group
+    scales = np.zeros((rows, groups), np.float32)
+    minima = np.zeros((rows, groups), np.float32)
+    top = np.float32(2**bits - 1)
+    zero = np.float32(2 ** (bits - 1) - 1)
+    for r in range(rows):
+        for k in range(groups):
+            w = weight[r, k * group : min(columns, (k + 1) * group)]
+            low, high = w[0], w[0]
+            for x in w:
+                low = min(low, x)
+                high = max(high, x)
+            if symmetric:
+                scale = max(high, -low) / zero
+                minimum = np.float32(0.0)
+            else:
+                scale = (high - low) / top
+                minimum = low
+            if search and scale > 0:
+                if symmetric:
+                    scale = _search_symmetric(w, scale, zero)
+                else:
+                    scale, minimum = _search_asymmetric(w, scale, minimum, top)
+            scales[r, k] = scale
+            minima[r, k] = minimum
+    return scales, minima
+
+
+@njit(nogil=True, cache=True)
+def _search_symmetric(w: np.ndarray, widest: float, zero: float) -> float:  # pragma: no cover  (compiled)
+    """The scale of least squared error for codes -zero .. zero."""
+    best_scale = widest
+    best_error = np.float32(np.inf)
+    scale = widest
+    for turn in range(STARTS + ROUNDS):
+        inverse = np.float32(1.0) / scale
+        wq, qq, error = np.float32(0.0), np.float32(0.0), np.float32(0.0)
+        for x in w:
+            q = min(max(np.rint(x * inverse), -zero), zero)
+            d = x - q * scale
+            wq += x * q
+            qq += q * q
+            error += d * d
+        if error < best_error:
+            best_error, best_scale = error, scale
+            best_fit = wq / qq if qq > 0 else scale
+        elif turn >= STARTS:
+            break
+        if turn < STARTS - 1:
+            scale = widest * np.float32(1.0 - (1.0 - NARROWEST) * (turn + 1) / (STARTS - 1))
+        else:
+            scale = best_fit
+    return best_scale
+
+
+@njit(nogil=True, cache=True)
+def _search_asymmetric(  # pragma: no cover  (compiled)
+    w: np.ndarray, widest: float, lowest: float, top: float
+) -> tuple[float, float]:
+    """The scale and minimum of least squared error for codes 0 .. top."""
+    n = np.float32(len(w))
+    half = np.float32(0.5) * top
+    middle = lowest + half * widest
+    best_scale, best_minimum = widest, lowest
+    best_error = np.float32(np.inf)
+    for start in range(STARTS):
+        scale = widest * np.float32(1.0 - (1.0 - NARROWEST) * start / (STARTS - 1))
+        minimum = middle - half * scale
+        last_error = np.float32(np.inf)
+        for _ in range(ROUNDS):
+            inverse = np.float32(1.0) / scale
+            # Sums about the middle of codes and weights: no cancellation in the least-squares fit.
+            sq, sw, qq, wq = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+            error = np.float32(0.0)
+            for x in w:
+                q = min(max(np.rint((x - minimum) * inverse), np.float32(0.0)), top)
+                d = x - (q * scale + minimum)
+                error += d * d
+                q -= half
+                y = x - middle
+                sq += q
+                sw += y
+                qq += q * q
+                wq += y * q
+            if error < best_error:
+                best_error, best_scale, best_minimum = error, scale, minimum
+            spread = qq - sq * sq / n
+            if error >= last_error * np.float32(0.99) or spread <= 0:
+                break
+            last_error = error
+            scale = (wq - sq * sw / n) / spread
+            if scale <= 0:
+                break
+            minimum = middle + (sw - scale * sq) / n - half * scale
+    return best_scale, best_minimum
+
+
+@njit(nogil=True, cache=True)
+def _assign(  # pragma: no cover  (compiled)
+    weight: np.ndarray, group: int, bits: int, symmetric: bool, scales: np.ndarray, minima: np.ndarray, codes: np.ndarray
+) -> None:
+    """The nearest code of every weight on the grids as they are stored."""
+    rows, columns = weight.shape
+    zero = np.float32(2 ** (bits - 1) - 1)
+    top = np.float32(2 * zero) if symmetric else np.float32(2**bits - 1)
+    for r in range(rows):
+        for k in range(scales.shape[1]):
+            scale = scales[r, k]
+            origin = -zero * scale if symmetric else minima[r, k]
+            first, last = k * group, min(columns, (k + 1) * group)
+            if scale == 0:
+                codes[r, first:last] = np.uint8(zero) if symmetric else 0
+                continue
+            for c in range(first, last):
+                codes[r, c] = np.uint8(min(max(np.rint((weight[r, c] - origin) / scale), np.float32(0.0)), top))

@@ -1,0 +1,93 @@
+"""Ternary weights: BitNet b1.58 (arXiv 2402.17764, section 2), and the threshold rule of Agent Forge's documentation.
+
+rule="absmean", the paper's: one scale for the whole matrix, gamma = mean|W|, codes = clip(round(W / gamma), -1, 1), so
+that |W| < gamma / 2 becomes zero.  As the authors' code does it: the mean is clamped at `eps`, the weight is multiplied
+by the float32 reciprocal, and halves go to even.
+
+rule="threshold", the documentation's: a scale a row, alpha = mean|row| (at least 1e-8), and zero where
+|w| < tau * alpha, else the sign.
+
+packing="trits" stores five codes a byte (1.6 bits a weight; the bound for three equally likely values is log2(3) =
+1.585), packing="2bit" four codes a byte.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+
+from ..errors import BadArtifact, BadInput
+from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
+from .base import Stage, register
+
+
+@register
+@dataclass(frozen=True)
+class Ternary(Stage):
+    """Weights of -1, 0, +1 times a scale.
+
+    rule: "absmean" (BitNet b1.58) or "threshold" (the documentation).  tau: the zero band of "threshold", in units of a
+    row's mean |w|.  eps: the least mean |W| of "absmean".  packing: "trits" (1.6 bits) or "2bit".
+    """
+
+    name: ClassVar[str] = "ternary"
+    rule: Literal["absmean", "threshold"] = "absmean"
+    tau: float = 0.1
+    eps: float = 1e-5
+    packing: Literal["trits", "2bit"] = "trits"
+
+    def _check(self) -> None:
+        if self.tau < 0:
+            raise BadInput(f"ternary: tau={self.tau}; expected 0 or more")
+        if self.eps <= 0:
+            raise BadInput(f"ternary: eps={self.eps}; expected more than 0")
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        codes = ("trit" if self.packing == "trits" else "uint2", shape)
+        if self.rule == "absmean":
+            return {"codes": codes, "scale": ("float32", (1,))}
+        return {"codes": codes, "scale": ("float16", (shape[0],)), "exponent": ("uint8", (1,))}
+
+    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+        shape = (weight.shape[0], weight.shape[1])
+        coding = self.layout(shape)["codes"][0]
+        if self.rule == "absmean":
+            gamma = absmean(weight, self.eps)
+            codes = (weight * (1.0 / gamma)).round_().clamp_(-1, 1)
+            return Packed(shape, (Plane("codes", (codes + 1).to(torch.uint8), coding), Plane("scale", gamma, "float32")))
+        alpha = torch.from_numpy(np.abs(weight.numpy()).mean(axis=1, dtype=np.float64)).clamp_(min=1e-8)
+        codes = weight.sign()
+        codes[weight.abs() < (self.tau * alpha).to(torch.float32).unsqueeze(1)] = 0
+        exponent = power_of_two_exponent(alpha)
+        scale = times_power_of_two(alpha, exponent).to(torch.float16)
+        return Packed(
+            shape,
+            (
+                Plane("codes", (codes + 1).to(torch.uint8), coding),
+                Plane("scale", scale, "float16"),
+                exponent_plane(exponent),
+            ),
+        )
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        if int(packed["codes"].max()) > 2:
+            raise BadArtifact("plane codes: holds 3; a ternary code is 0, 1 or 2")
+        codes = packed["codes"].to(torch.float32) - 1
+        if self.rule == "absmean":
+            return codes * packed["scale"]
+        exponent = int(packed["exponent"]) - 128
+        return codes * times_power_of_two(packed["scale"], -exponent).unsqueeze(1)
+
+
+def absmean(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:
+    """gamma = mean|W|, at least eps: float32[1].  Summed in double precision by one thread: the same bits everywhere."""
+    return torch.tensor([max(float(np.abs(weight.numpy()).mean(dtype=np.float64)), eps)], dtype=torch.float32)
+
+
+def zero_fraction(packed: Packed) -> float:
+    """The share of weights that a ternary encoding set to zero (its sparsity)."""
+    codes = packed["codes"]
+    return int((codes == 1).sum()) / codes.numel()

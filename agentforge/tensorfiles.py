@@ -1,0 +1,196 @@
+"""Tensors in safetensors files: read lazily, written as a stream, hashed.
+
+Reading goes through the safetensors library, which checks a header before it trusts it.  Writing is our own because
+the library wants all tensors of a file in memory at once; the format is eight bytes of header length, a JSON header
+and the bytes of the tensors in order (tests read it back with the library).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import BadInput
+from .planes import tensor_bytes
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies, and what it is."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        count = self.dtype.itemsize
+        for size in self.shape:
+            count *= size
+        return count
+
+
+def index_file(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file by name, from its header alone.
+
+    Raises BadInput for a file that is no safetensors file, or that is truncated or inconsistent.
+    """
+    entries = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (no mapping)
+                part = file.get_slice(name)
+                code = part.get_dtype()
+                if code not in DTYPES:
+                    raise BadInput(f"{path}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}")
+                entries[name] = Entry(path, tuple(part.get_shape()), DTYPES[code])
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{path}: no readable safetensors file ({error}); fetch or write it again") from None
+    return entries
+
+
+def index_folder(folder: Path) -> dict[str, Entry]:
+    """The tensors of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
+
+    Raises BadInput where there are none; pickled weights are never opened.
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise BadInput(f"{index}: expected a weight_map of tensor names to file names")
+        shards = sorted(set(weight_map.values()))
+    else:
+        shards = ["model.safetensors"]
+    entries: dict[str, Entry] = {}
+    for shard in shards:
+        path = plain_file(folder, shard)
+        if not path.is_file():
+            pickles = [p.name for p in folder.glob("*.bin")] + [p.name for p in folder.glob("*.pt*")]
+            if pickles and not index.is_file():
+                raise BadInput(
+                    f"{folder}: its weights are pickled ({pickles[0]}), which can run code when opened; "
+                    "convert them to safetensors first"
+                )
+            raise BadInput(f"{folder}: {shard} is missing; expected a folder with safetensors weights")
+        entries.update(index_file(path))
+    if index.is_file() and set(weight_map) != set(entries):
+        odd = sorted(set(weight_map) ^ set(entries))[0]
+        raise BadInput(f"{index}: tensor {odd} is not where the index says; fetch or write the folder again")
+    return entries
+
+
+def plain_file(folder: Path, name: str) -> Path:
+    """`name` inside `folder`.  Raises BadInput where it would lead out of the folder or into another one."""
+    if not name or Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
+        raise BadInput(f"{folder}: file name {name!r} leads out of the folder; expected a plain name")
+    return folder / name
+
+
+def read_tensor(name: str, entry: Entry) -> torch.Tensor:
+    """One tensor, read from its file."""
+    try:
+        with safe_open(entry.file, framework="pt") as file:
+            tensor = file.get_tensor(name)
+            assert isinstance(tensor, torch.Tensor)
+            return tensor
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{entry.file}: tensor {name} cannot be read ({error})") from None
+
+
+def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
+    """A JSON object from a file.  Raises BadInput where it is missing, too large, broken or no object."""
+    try:
+        if path.stat().st_size > limit:
+            raise BadInput(f"{path}: {path.stat().st_size} bytes; expected at most {limit}")
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{path}: no valid JSON ({error})") from None
+    if not isinstance(data, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON under a temporary name and rename it: the file is there whole or not at all."""
+    write_atomic(path, [(json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()])
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]],
+    data: Iterable[bytes | memoryview],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Write a safetensors file as a stream: the tensors' names, dtypes and shapes first, then their bytes in order.
+
+    The file appears under its name only when it is complete and on disk.
+    """
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = Entry(path, shape, dtype).bytes
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the library aligns to eight bytes, too
+
+    def parts() -> Iterable[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little")
+        yield text
+        written = 0
+        for part in data:
+            written += len(part)
+            yield part
+        assert written == offset, f"{path}: {written} bytes for tensors of {offset}"
+
+    write_atomic(path, parts())
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write tensors that are in memory, in the order given."""
+    write_safetensors(
+        path,
+        [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()],
+        (tensor_bytes(t) for t in tensors.values()),
+        metadata,
+    )
+
+
+def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Write `parts` to a temporary file beside `path`, bring it to disk, and rename it."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        for part in parts:
+            file.write(part)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
