@@ -8,6 +8,7 @@ into the user's cache.  Tensors are read from there one by one, so that compress
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -94,6 +95,14 @@ class LanguageModel:
     def bytes_on_disk(self) -> int:
         """Size of all weight files together."""
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash over the bytes of configuration and weight files."""
+        digest = hashlib.sha256()
+        for file in [self.path / "config.json", *sorted({entry.file for entry in self.entries.values()})]:
+            digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+        return digest.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name in the model, as stored."""
@@ -221,7 +230,7 @@ class BuiltModel(LanguageModel):
 
     def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
         super().__init__(name, path, entries, source)
-        self._file_bytes = sum(file.stat().st_size for file in {entry.file for entry in entries.values()})
+        self._file_bytes, self._file_fingerprint = super().bytes_on_disk, super().fingerprint
         self.entries = {}
         seen: set[int] = set()
         for key, tensor in self.model.state_dict().items():
@@ -232,6 +241,10 @@ class BuiltModel(LanguageModel):
     @property
     def bytes_on_disk(self) -> int:
         return self._file_bytes
+
+    @property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        return self._file_fingerprint
 
     @cached_property
     def model(self) -> Any:
@@ -262,11 +275,11 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
         return _open_folder(name, _digits())
     if path.is_file() and path.suffix == ".gguf":
         digest = sha256_file(path)
-        return _open_folder(name, _converted(path, f"gguf-{digest[:16]}", {"file": path.name, "sha256": digest}))
+        return _open_folder(path.name, _converted(path, f"gguf-{digest[:16]}", {"file": path.name, "sha256": digest}))
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
-        return _open_folder(name, path)
+        return _open_folder(path.resolve().name, path)
     if path.exists():
         raise BadInput(f"{path}: expected a folder or a file that ends in .gguf")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):

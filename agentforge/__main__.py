@@ -1,0 +1,5 @@
+"""python -m agentforge."""
+
+from .cli import main
+
+main()

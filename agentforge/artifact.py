@@ -1,0 +1,516 @@
+"""The artifact: a compressed model on disk, in a Hugging Face style folder.
+
+    config.json                     the model's own, with a quantization_config that names us
+    model-00001-of-0000N.safetensors    planes and kept tensors (or one model.safetensors)
+    model.safetensors.index.json    which tensor is in which shard (only where there are several)
+    agentforge.json                 the manifest: recipe, a row a tensor, sizes, sha256 of every file
+    tokenizer files, licence        copied
+
+A writer works in `NAME.partial` beside the folder.  Every finished tensor is there as a file of its own, complete or
+not at all; the last step joins them into shards and renames the folder.  Killed at any byte, the same command goes on
+from the finished tensors and ends with the same bytes.
+
+Files come from anywhere: nothing here is executed or unpickled, names cannot lead out of the folder, and no size from
+a file is believed before it is held against what the stage's settings give and what is on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import stages
+from .errors import BadArtifact, BadInput
+from .models import SOURCE_FILE, LanguageModel, Weight
+from .planes import FLOATS, Packed, Plane, stored_bytes, tensor_bytes
+from .tensorfiles import (
+    DTYPES,
+    Entry,
+    index_file,
+    index_folder,
+    plain_file,
+    read_json,
+    read_tensor,
+    sha256_file,
+    write_json,
+    write_safetensors,
+    write_tensors,
+)
+
+MANIFEST = "agentforge.json"
+FORMAT = 1
+SHARD_BYTES = 2 << 30
+LARGEST_SIDE = 1 << 24  # rows or columns of a weight; beyond that a manifest lies
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
+NOT_COPIED = ("config.json", MANIFEST, SOURCE_FILE, "model.safetensors.index.json")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How much smaller something became: bytes on disk against a stated denominator."""
+
+    what: str
+    bytes: int
+    denominator: str
+    denominator_bytes: int
+
+    @property
+    def ratio(self) -> float:
+        return self.denominator_bytes / self.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and the ratio."""
+        return {**self.__dict__, "ratio": self.ratio}
+
+
+class Artifact:
+    """A finished artifact: `path` and `manifest` (checked when it was read)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = _read_manifest(self.path)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """A row a tensor, as in the manifest."""
+        rows: list[dict[str, Any]] = self.manifest["tensors"]
+        return rows
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes on disk of all weight files, headers included."""
+        return sum(plain_file(self.path, name).stat().st_size for name in self.manifest["files"] if name.endswith(".safetensors"))
+
+    @property
+    def ratios(self) -> list[Ratio]:
+        """Whole model and touched tensors, each against 16 and 32 bits a parameter, and against the original's files."""
+        parameters = sum(math.prod(row["shape"]) for row in self.rows)
+        touched = [row for row in self.rows if row["stage"] is not None]
+        count = sum(math.prod(row["shape"]) for row in touched)
+        planes = sum(row["bytes"] for row in touched)
+        whole = self.weight_bytes
+        ratios = [
+            Ratio("whole model", whole, f"all {parameters:,} parameters at {8 * width} bits", parameters * width)
+            for width in (2, 4)
+        ]
+        original = self.manifest["original"]
+        ratios.append(Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"]))
+        if touched:
+            ratios += [
+                Ratio("touched tensors", planes, f"their {count:,} weights at {8 * width} bits", count * width)
+                for width in (2, 4)
+            ]
+        return ratios
+
+    @property
+    def ratio(self) -> float:
+        """Whole model: 16 bits for every parameter, against the weight files on disk."""
+        return self.ratios[0].ratio
+
+    def verify(self) -> list[str]:
+        """Check every hash, shape and plane, and decode every tensor.  Returns what was checked.
+
+        Raises BadArtifact at the first thing that is not as it should be.
+        """
+        for name, about in self.manifest["files"].items():
+            path = plain_file(self.path, name)
+            if not path.is_file():
+                raise BadArtifact(f"{path}: is missing; fetch or write the artifact again")
+            if path.stat().st_size != about["bytes"]:
+                raise BadArtifact(f"{path}: has {path.stat().st_size} bytes, expected {about['bytes']}; it is truncated or changed")
+            if sha256_file(path) != about["sha256"]:
+                raise BadArtifact(f"{path}: its sha256 is not the one in the manifest; it was changed")
+        expected = set()
+        for row in self.rows:
+            packed = self.read(row)
+            if isinstance(packed, torch.Tensor):
+                expected.add(row["name"])
+                if hashlib.sha256(tensor_bytes(packed)).hexdigest() != row["sha256"]:
+                    raise BadArtifact(f"{self.path}: tensor {row['name']}: its values are not those that were kept")
+            else:
+                expected |= {f"{row['name']}.{plane.name}" for plane in packed}
+                if packed.sha256 != row["sha256"]:
+                    raise BadArtifact(f"{self.path}: tensor {row['name']}: its planes are not those that were encoded")
+                if not torch.isfinite(self.decode(row, packed)).all():
+                    raise BadArtifact(f"{self.path}: tensor {row['name']}: decodes to values that are not finite")
+        if odd := sorted(set(self._entries) - expected):
+            raise BadArtifact(f"{self.path}: the weight files hold {odd[0]}, which the manifest does not know")
+        touched = sum(row["stage"] is not None for row in self.rows)
+        return [
+            f"{len(self.manifest['files'])} files: size and sha256",
+            f"{touched} encoded tensors: planes, hashes, decoded to finite values",
+            f"{len(self.rows) - touched} kept tensors: shape, dtype, hash",
+        ]
+
+    def read(self, row: dict[str, Any]) -> Packed | torch.Tensor:
+        """A row's planes, or its tensor where it was kept.
+
+        Raises BadArtifact where what is on disk is not what the manifest, and the stage's settings, say.
+        """
+        name = row["name"]
+        if row["stage"] is None:
+            tensor = read_tensor(name, self._entry(name))
+            if tuple(tensor.shape) != tuple(row["shape"]) or str(tensor.dtype) != f"torch.{row['dtype']}":
+                raise BadArtifact(f"{self.path}: tensor {name} is {tensor.dtype}{list(tensor.shape)}, the manifest says otherwise")
+            return tensor
+        layout = _stage_of(row).layout(_oriented(row))
+        planes = []
+        for plane, (coding, shape) in layout.items():
+            entry = self._entry(f"{name}.{plane}")
+            # The header's size was checked by the safetensors library; here it is held against the settings.
+            expected = stored_bytes(coding, math.prod(shape))
+            if entry.bytes != expected:
+                raise BadArtifact(
+                    f"{self.path}: plane {name}.{plane} has {entry.bytes} bytes; {coding}{list(shape)} takes {expected}"
+                )
+            try:
+                planes.append(Plane.from_stored(plane, coding, shape, read_tensor(f"{name}.{plane}", entry)))
+            except BadArtifact as error:
+                raise BadArtifact(f"{self.path}: tensor {name}: {error}") from None
+        return Packed(_oriented(row), tuple(planes))
+
+    def decode(self, row: dict[str, Any], packed: Packed | None = None) -> torch.Tensor:
+        """A row's tensor as the model has it: decoded to float32 where it was encoded, as kept otherwise."""
+        found = self.read(row) if packed is None else packed
+        if isinstance(found, torch.Tensor):
+            return found
+        try:
+            dense = _stage_of(row).decode(found)
+        except BadArtifact as error:
+            raise BadArtifact(f"{self.path}: tensor {row['name']}: {error}") from None
+        return dense.T.contiguous() if row["transposed"] else dense
+
+    def _entry(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise BadArtifact(f"{self.path}: {name} is in the manifest and not in the weight files")
+        return self._entries[name]
+
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        return index_folder(self.path)
+
+
+class _ArtifactModel(LanguageModel):
+    """The model that an artifact decodes to."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        rows = {row["name"]: row for row in artifact.rows}
+        entries = {
+            name: Entry(
+                artifact.path / "model.safetensors",
+                tuple(row["shape"]),
+                torch.float32 if row["stage"] else getattr(torch, row["dtype"]),
+            )
+            for name, row in rows.items()
+        }
+        super().__init__(str(artifact.path), artifact.path, entries, {"artifact": str(artifact.path), **artifact.manifest["original"]})
+        self.artifact, self._rows = artifact, rows
+
+    @property
+    def bytes_on_disk(self) -> int:
+        return self.artifact.weight_bytes
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return sha256_file(self.path / MANIFEST)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self.artifact.decode(self._rows[name])
+
+
+def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
+    """The model in an artifact, every encoded weight decoded to float32 (runtime="dense").
+
+    Raises BadInput for another runtime, BadArtifact for a folder that is none of ours or damaged.
+    """
+    if runtime != "dense":
+        raise BadInput(f"runtime {runtime!r} does not exist; there is dense")
+    return _ArtifactModel(Artifact(path))
+
+
+class Writer:
+    """Writes an artifact, tensor by tensor, so that it can be killed at any moment and go on.
+
+    recipe: everything that the bytes depend on; an unfinished folder of another recipe is not continued.
+    """
+
+    def __init__(self, out: Path, recipe: dict[str, Any], overwrite: bool = False) -> None:
+        self.out, self.recipe = out, recipe
+        self.partial = out.with_name(out.name + ".partial")
+        self.tensors = self.partial / "tensors"
+        self.finished = False
+        if out.exists() or out.is_symlink():
+            existing = _recipe_of(out)
+            if existing == recipe:
+                self.finished = True  # a kill between the rename and the clean-up may have left more
+            elif not overwrite:
+                what = f"holds {_difference(existing, recipe)}" if existing else "is in the way and no artifact of agentforge"
+                raise BadInput(f"{out}: {what}; choose another --out" + (" or pass --overwrite" if existing else ""))
+            elif existing is None:
+                raise BadInput(f"{out}: is no artifact of agentforge, so --overwrite does not touch it; choose another --out")
+        try:
+            self.partial.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"{self.partial}: cannot be made ({error.strerror}); choose another --out") from None
+        self._lock = open(self.partial / "lock", "w")  # noqa: SIM115  (held until the writer is closed)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
+        if self.finished:
+            return
+        recipe_file = self.partial / "recipe.json"
+        if recipe_file.is_file():
+            found = read_json(recipe_file)
+            if found != recipe:
+                if not overwrite:
+                    self._lock.close()
+                    raise BadInput(
+                        f"{self.partial}: an unfinished run with {_difference(found, recipe)}; "
+                        "run that command again to finish it, or pass --overwrite to discard it"
+                    )
+                shutil.rmtree(self.tensors, ignore_errors=True)
+        self.tensors.mkdir(exist_ok=True)
+        write_json(recipe_file, recipe)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.finished:
+            shutil.rmtree(self.partial, ignore_errors=True)
+        self._lock.close()
+
+    def has(self, index: int) -> bool:
+        """Whether tensor number `index` is finished."""
+        return self._piece(index).is_file()
+
+    def put_encoded(self, index: int, weight: Weight, stage: stages.Stage, packed: Packed, error: float) -> None:
+        """Write an encoded weight.  error: |W - decoded|, relative to |W| (Frobenius)."""
+        stored = {f"{weight.name}.{plane.name}": plane.stored() for plane in packed}
+        shape = packed.shape[::-1] if weight.transposed else packed.shape
+        row = {
+            "name": weight.name,
+            "stage": stage.to_json(),
+            "shape": list(shape),
+            "transposed": weight.transposed,
+            "dtype": str(weight.dtype).removeprefix("torch."),
+            "bits": packed.bits,
+            "bytes": sum(t.nbytes for t in stored.values()),
+            "relative_error": error,
+            "sha256": packed.sha256,
+        }
+        write_tensors(self._piece(index), stored, {"row": json.dumps(row)})
+
+    def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str) -> None:
+        """Write a tensor that no stage touches: a matrix in float32 as float16 where that keeps it (relative error below
+        1e-3), anything else as it is."""
+        kept, error = original, 0.0
+        if original.dtype in (torch.float32, torch.float64) and original.dim() >= 2:
+            half = original.to(torch.float16)
+            if torch.isfinite(half).all() and (half_error := relative_error(original, half)) < 1e-3:
+                kept, error = half, half_error
+        row = {
+            "name": name,
+            "stage": None,
+            "reason": reason,
+            "shape": list(kept.shape),
+            "transposed": False,
+            "dtype": str(kept.dtype).removeprefix("torch."),
+            "bits": 8 * kept.nbytes,
+            "bytes": kept.nbytes,
+            "relative_error": error,
+            "sha256": hashlib.sha256(tensor_bytes(kept)).hexdigest(),
+        }
+        write_tensors(self._piece(index), {name: kept.contiguous()}, {"row": json.dumps(row)})
+
+    def finish(self, model: LanguageModel, count: int) -> Artifact:
+        """Join the `count` finished tensors into shards, write the manifest, and rename the folder."""
+        folder = self.partial / "folder"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        pieces = [(self._piece(i), index_file(self._piece(i))) for i in range(count)]
+        shards: list[list[int]] = [[]]
+        size = 0
+        for i, (_, entries) in enumerate(pieces):
+            grown = sum(entry.bytes for entry in entries.values())
+            if shards[-1] and size + grown > SHARD_BYTES:
+                shards.append([])
+                size = 0
+            shards[-1].append(i)
+            size += grown
+        names = ["model.safetensors"] if len(shards) == 1 else [
+            f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))
+        ]
+        weight_map = {}
+        for name, members in zip(names, shards, strict=True):
+            entries = {key: entry for i in members for key, entry in pieces[i][1].items()}
+            write_safetensors(
+                folder / name,
+                [(key, entry.dtype, entry.shape) for key, entry in entries.items()],
+                (tensor_bytes(read_tensor(key, entry)) for key, entry in entries.items()),
+            )
+            weight_map.update(dict.fromkeys(entries, name))
+        if len(names) > 1:
+            total = sum((folder / name).stat().st_size for name in names)
+            write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for pattern in COPIED:
+            for file in sorted(model.path.glob(pattern)):
+                if file.name not in NOT_COPIED and file.is_file():
+                    shutil.copyfile(file, folder / file.name)
+        quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": self.recipe["stage"]}
+        write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
+        files = {
+            file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())
+        }
+        rows = [_row_of(path) for path, _ in pieces]
+        original = {
+            "name": model.name,
+            "fingerprint": model.fingerprint,
+            "bytes": model.bytes_on_disk,
+            "dtypes": ", ".join(sorted({str(e.dtype).removeprefix("torch.") for e in model.entries.values()})),
+            "source": model.source,
+        }
+        write_json(
+            folder / MANIFEST,
+            {"format": FORMAT, "recipe": self.recipe, "original": original, "files": files, "tensors": rows},
+        )
+        self._swap_in(folder)
+        self.finished = True
+        return Artifact(self.out)
+
+    def _swap_in(self, folder: Path) -> None:
+        """Put `folder` in the place of an artifact that may be there; what was there goes last."""
+        _sync(folder)
+        old = self.partial / "old"
+        shutil.rmtree(old, ignore_errors=True)
+        if self.out.exists():
+            os.replace(self.out, old)
+        os.replace(folder, self.out)
+        _sync(self.out.parent)
+
+    def _piece(self, index: int) -> Path:
+        return self.tensors / f"{index:05}.safetensors"
+
+
+def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
+    """|original - decoded| / |original| in the Frobenius norm; 0 where both are zero."""
+    a = original.to(torch.float32).numpy().astype("float64")
+    b = decoded.to(torch.float32).numpy().astype("float64")
+    norm = math.sqrt(float((a * a).sum()))
+    b -= a
+    return math.sqrt(float((b * b).sum())) / norm if norm else float((b != 0).any())
+
+
+def _row_of(piece: Path) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(piece, framework="pt") as file:
+        row: dict[str, Any] = json.loads(file.metadata()["row"])
+        return row
+
+
+def _stage_of(row: dict[str, Any]) -> stages.Stage:
+    return stages.from_json(row["stage"])
+
+
+def _oriented(row: dict[str, Any]) -> tuple[int, int]:
+    """(out, in) of an encoded row."""
+    rows, columns = row["shape"]
+    return (columns, rows) if row["transposed"] else (rows, columns)
+
+
+def _recipe_of(path: Path) -> dict[str, Any] | None:
+    """The recipe of a finished artifact, None for anything else."""
+    with contextlib.suppress(BadInput):
+        recipe: dict[str, Any] = Artifact(path).manifest["recipe"]
+        return recipe
+    return None
+
+
+def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+    """What differs between two recipes, for a message."""
+    found = found or {}
+    parts = [
+        f"{key} {found.get(key, 'unset')!s:.80} (asked for: {wanted.get(key, 'unset')!s:.80})"
+        for key in sorted({*found, *wanted})
+        if found.get(key) != wanted.get(key)
+    ]
+    return "; ".join(parts)
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an artifact, its structure checked.  Raises BadArtifact."""
+    if not (path / MANIFEST).is_file():
+        raise BadArtifact(f"{path}: {MANIFEST} is missing; expected an artifact of agentforge")
+    try:
+        manifest: dict[str, Any] = read_json(path / MANIFEST)
+        config = read_json(path / "config.json")
+    except BadInput as error:
+        raise BadArtifact(str(error)) from None
+
+    def refuse(what: str) -> BadArtifact:
+        return BadArtifact(f"{path}/{MANIFEST}: {what}; fetch or write the artifact again")
+
+    if manifest.get("format") != FORMAT:
+        raise refuse(f"format {manifest.get('format')!r}, this agentforge reads {FORMAT}")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != "agentforge":
+        raise BadArtifact(f"{path}/config.json: its quantization_config does not name agentforge")
+    for key, kind in {"recipe": dict, "original": dict, "files": dict, "tensors": list}.items():
+        if not isinstance(manifest.get(key), kind):
+            raise refuse(f"{key} is missing or of the wrong type")
+    for name, about in manifest["files"].items():
+        plain_file(path, name)
+        if not isinstance(about, dict) or type(about.get("bytes")) is not int or not isinstance(about.get("sha256"), str):
+            raise refuse(f"file {name!r} lacks bytes or sha256")
+    original = manifest["original"]
+    if type(original.get("bytes")) is not int or not isinstance(original.get("dtypes"), str):
+        raise refuse("original lacks bytes or dtypes")
+    seen = set()
+    for row in manifest["tensors"]:
+        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row["name"] in seen:
+            raise refuse("a tensor has no name, or one that is there twice")
+        name = row["name"]
+        seen.add(name)
+        shape = row.get("shape")
+        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_SIDE for n in shape):
+            raise refuse(f"tensor {name}: shape {shape!r:.60} is not believable")
+        if type(row.get("bytes")) is not int or type(row.get("bits")) is not int or row["bytes"] < 0:
+            raise refuse(f"tensor {name}: bits or bytes are missing")
+        if row.get("dtype") not in {str(d).removeprefix("torch.") for d in DTYPES.values()} | set(FLOATS):
+            raise refuse(f"tensor {name}: dtype {row.get('dtype')!r:.40} is not known")
+        if type(row.get("transposed")) is not bool or not isinstance(row.get("relative_error"), int | float):
+            raise refuse(f"tensor {name}: transposed or relative_error is missing")
+        if row.get("stage") is not None:
+            if len(shape) != 2 or 0 in shape:
+                raise refuse(f"tensor {name}: shape {shape} is no matrix")
+            try:
+                layout = _stage_of(row).layout(_oriented(row))
+            except BadInput as error:
+                raise refuse(f"tensor {name}: {error}") from None
+            expected = sum(stored_bytes(coding, math.prod(size)) for coding, size in layout.values())
+            if row["bytes"] != expected:
+                raise refuse(f"tensor {name}: {row['bytes']} bytes, its settings and shape give {expected}")
+    return manifest
+

@@ -1,0 +1,302 @@
+"""The command line: the package's verbs as commands, with no logic of their own.
+
+Exit codes: 0 done, 1 a check says no, 2 bad input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .errors import AgentForgeError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Compress a language model, load it back from disk, and prove what was measured.",
+)
+out = Console(soft_wrap=True)
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+TextName = Annotated[
+    str | None, typer.Option("--text", help="wikitext2, selftext or a text file (default: the first of these that is there).")
+]
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    try:
+        app(standalone_mode=False)
+    except AgentForgeError as error:
+        _complain(str(error), 2)
+    except OSError as error:
+        _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        _complain("interrupted; the same command goes on from what is finished", 130)
+    except Exception as error:
+        # click's usage errors come through here because standalone_mode is off: they know how to show themselves.
+        if hasattr(error, "show") and hasattr(error, "exit_code"):
+            error.show()
+            sys.exit(error.exit_code)
+        if type(error).__name__ == "Abort":
+            _complain("interrupted; the same command goes on from what is finished", 130)
+        raise
+
+
+@app.command()
+def models(
+    model: Annotated[str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why not.")] = None,
+    embeddings: Annotated[bool, typer.Option(help="Count embeddings and output head among what may be touched.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List the models that agentforge knows by name, or one model's tensors."""
+    from .models import NAMED, open_model
+
+    if model is None:
+        _show(
+            {"models": NAMED},
+            as_json,
+            lambda: _table(
+                "name", "what it is", rows=[[k, v] for k, v in NAMED.items()],
+                caption="or a Hugging Face folder, a hub id, or a GGUF file of the Llama family",
+            ),
+        )
+        return
+    opened = open_model(model)
+    weights, kept = opened.weights(embeddings), opened.kept(embeddings)
+    touched = sum(w.shape[0] * w.shape[1] for w in weights)
+    rows = [[w.name, f"{w.shape[0]} x {w.shape[1]}", "may be touched", w.module] for w in weights]
+    rows += [[name, " x ".join(map(str, opened.entries[name].shape)), "kept", why] for name, why in kept.items()]
+    _show(
+        {
+            "name": opened.name,
+            "path": str(opened.path),
+            "parameters": opened.parameters,
+            "touched_parameters": touched,
+            "source": opened.source,
+            "weights": {w.name: list(w.shape) for w in weights},
+            "kept": kept,
+        },
+        as_json,
+        lambda: _table(
+            "tensor", "shape", "", "why", rows=rows,
+            caption=f"{opened.parameters:,} parameters, {touched:,} of them in {len(weights)} matrices that a stage may touch",
+        ),
+    )
+
+
+@app.command()
+def compress(
+    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
+    stage: Annotated[str, typer.Option(help="For example rounding:bits=4,group=64 or ternary.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The artifact's folder.")],
+    embeddings: Annotated[bool, typer.Option(help="Encode the token embedding and output head, too.")] = False,
+    seed: Annotated[int, typer.Option(help="For stages that draw random numbers.")] = 0,
+    workers: Annotated[int | None, typer.Option(help="Threads (default: one a core); the bytes do not depend on it.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Encode a model's weights and write the artifact; run again after a kill, it goes on where it was."""
+    from .models import open_model
+    from .pipeline import compress as run
+    from .stages import parse
+
+    parsed = parse(stage)
+    opened = open_model(model)
+    start = time.perf_counter()
+    artifact = run(
+        opened, parsed, out_dir, embeddings=embeddings, seed=seed, workers=workers, overwrite=overwrite, progress=not as_json
+    )
+    seconds, peak = time.perf_counter() - start, _peak_memory()
+    touched = [row for row in artifact.rows if row["stage"]]
+    _show(
+        {
+            "path": str(artifact.path),
+            "stage": parsed.to_json(),
+            "ratios": [r.to_json() for r in artifact.ratios],
+            "seconds": seconds,
+            "peak_memory_bytes": peak,
+        },
+        as_json,
+        lambda: _ratios(
+            artifact,
+            f"{parsed}: {len(touched)} of {len(artifact.rows)} tensors encoded in {seconds:.1f} s, "
+            f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}",
+        ),
+    )
+
+
+@app.command()
+def inspect(
+    artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show an artifact's tensors, bits a weight, errors, bytes and ratios, from its manifest."""
+    from .artifact import Artifact
+
+    artifact = Artifact(artifact_dir)
+    rows = [
+        [
+            row["name"],
+            " x ".join(map(str, row["shape"])),
+            row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})",
+            f"{row['bits'] / max(1, _count(row)):.4f}",
+            f"{row['relative_error']:.5f}",
+            f"{row['bytes']:,}",
+        ]
+        for row in artifact.rows
+    ]
+
+    def tables() -> None:
+        _table("tensor", "shape", "stage", "bits a weight", "relative error", "bytes", rows=rows, right=(3, 4, 5))
+        _ratios(artifact, f"made from {artifact.manifest['original']['name']} with {artifact.manifest['recipe']['stage']}")
+
+    _show(
+        {
+            "path": str(artifact.path),
+            "recipe": artifact.manifest["recipe"],
+            "original": artifact.manifest["original"],
+            "tensors": artifact.rows,
+            "ratios": [r.to_json() for r in artifact.ratios],
+        },
+        as_json,
+        tables,
+    )
+
+
+@app.command()
+def verify(
+    artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 where something is wrong)."""
+    from .artifact import Artifact
+    from .errors import BadInput
+
+    if not artifact_dir.is_dir():
+        raise BadInput(f"{artifact_dir}: no such folder; expected an artifact of agentforge")
+    try:
+        checks = Artifact(artifact_dir).verify()
+    except BadInput as error:  # a shard's fault is BadInput, the manifest's BadArtifact
+        if as_json:
+            _show({"path": str(artifact_dir), "ok": False, "error": str(error)}, True, None)
+            raise typer.Exit(1) from None
+        _complain(str(error), 1)
+    _show(
+        {"path": str(artifact_dir), "ok": True, "checked": checks},
+        as_json,
+        lambda: out.print(f"[green]sound[/green]: {artifact_dir}\n" + "\n".join(f"  {check}" for check in checks)),
+    )
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="An artifact, or any model.")],
+    against: Annotated[str | None, typer.Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
+    text: TextName = None,
+    tokens: Annotated[int | None, typer.Option(help="How many tokens to score (default: the whole text).")] = None,
+    context: Annotated[int, typer.Option(help="Window length in tokens.")] = 2048,
+    stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
+    bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
+    as_json: AsJson = False,
+) -> None:
+    """Measure a model as it is loaded back from disk: perplexity, or accuracy for digits-mlp."""
+    from . import evaluation
+    from .models import open_model
+
+    opened = open_model(model)
+    original = open_model(against) if against else None
+    measured: dict[str, evaluation.Measurement] = {}
+    if opened.is_classifier:
+        measured["accuracy"] = evaluation.accuracy(opened)
+        if original:
+            measured["accuracy of the original"] = evaluation.accuracy(original)
+    else:
+        settings: dict[str, Any] = {
+            "text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos, "progress": not as_json
+        }
+        if original:
+            result = evaluation.divergence(opened, original, **settings)
+            measured = {
+                "perplexity": result.perplexity,
+                "perplexity of the original": result.original_perplexity,
+                "KL(original || model)": result.kl,
+                "top-1 agreement": result.top1,
+            }
+        else:
+            measured["perplexity"] = evaluation.perplexity(opened, **settings)
+    protocol = next(iter(measured.values())).protocol
+    _show(
+        {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}},
+        as_json,
+        lambda: _table(
+            "measure", "value", "standard error", "unit", "n",
+            rows=[
+                [k, f"{m.value:.5g}", "exact" if m.stderr is None else f"{m.stderr:.2g}", m.unit, f"{m.n:,}"]
+                for k, m in measured.items()
+            ],
+            right=(1, 2, 4),
+            caption=", ".join(f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256")),
+        ),
+    )
+
+
+def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    else:
+        tables()
+
+
+def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), caption: str = "") -> None:
+    table = Table(caption=caption or None, caption_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def _ratios(artifact: Any, caption: str) -> None:
+    _table(
+        "what", "bytes on disk", "against", "bytes", "ratio",
+        rows=[
+            [r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios
+        ],
+        right=(1, 3, 4),
+        caption=caption,
+    )
+
+
+def _count(row: dict[str, Any]) -> int:
+    count = 1
+    for size in row["shape"]:
+        count *= size
+    return count
+
+
+def _peak_memory() -> int:
+    """The most memory this process has held, in bytes."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _complain(message: str, code: int) -> NoReturn:
+    sys.stderr.write(f"agentforge: {message}\n")
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
