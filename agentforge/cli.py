@@ -251,6 +251,31 @@ def evaluate(
     )
 
 
+@app.command()
+def audit(
+    report: Annotated[str, typer.Argument(help="Which report.")] = "phase4_bitnet",
+    model: Annotated[str | None, typer.Option(help="Measure on this model (default: the report's own).")] = None,
+    text: TextName = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to score for likelihoods.")] = 10235,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for reports (default: reports/ of the checkout).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown and JSON."""
+    from .audit import run
+    from .tensorfiles import read_json
+
+    folder = run(report, model=model, text=text, tokens=tokens, out=out_dir, progress=not as_json)
+    record = read_json(folder / f"{report}.json")
+    summary: Any = record["summary"]
+    _show(
+        {"path": str(folder), "summary": summary, "seconds": record["seconds"]},
+        as_json,
+        lambda: out.print(
+            f"{folder / report}.html\n" + ", ".join(f"{count} {verdict}" for verdict, count in summary.items() if count)
+        ),
+    )
+
+
 def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,142 @@
+"""Claims as data: read, checked against the schema, and judged.
+
+A claim with a probe is judged by the measured value alone, against intervals that stand in the claims file before
+anything is run: inside `confirmed` it is confirmed, inside `partly` partly so, anywhere else it is refuted.  A claim
+without a probe has no verdict but "not tested", or "not reproducible here", and says what it would take.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jsonschema
+import yaml
+
+from ..errors import BadInput
+from ..evaluation.measurement import Measurement
+
+CLAIMS = Path(__file__).parent / "claims"
+Verdict = Literal["confirmed", "partly", "refuted", "not reproducible here", "not tested"]
+COLOURS: dict[str, str] = {
+    "confirmed": "GREEN",
+    "partly": "YELLOW",
+    "refuted": "RED",
+    "not reproducible here": "GREY",
+    "not tested": "GREY",
+}
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One row: what is claimed, by whom, and how it is measured."""
+
+    id: str
+    section: str
+    title: str
+    paper: str = ""
+    documentation: str = ""
+    code: str = ""
+    audit: str = ""
+    probe: str | None = None
+    parameters: dict[str, Any] = field(default_factory=dict)
+    confirmed: Interval | None = None
+    partly: Interval | None = None
+    needs: str = ""
+    not_here: bool = False
+    remark: str = ""
+
+
+@dataclass(frozen=True)
+class ClaimsFile:
+    """All claims of one report.  source: the audit they were taken from.  model: what they are measured on."""
+
+    report: str
+    title: str
+    about: str
+    source: str
+    model: str
+    claims: tuple[Claim, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """A claim with its verdict and the measurement it rests on.  close: the value is within two standard errors of a
+    threshold, so that another sample might be judged otherwise."""
+
+    claim: Claim
+    verdict: Verdict
+    measured: Measurement | None
+    close: bool = False
+
+    @property
+    def colour(self) -> str:
+        return COLOURS[self.verdict]
+
+
+def read_claims(name_or_path: str | Path) -> ClaimsFile:
+    """A claims file by its report's name, or by path.
+
+    Raises BadInput, naming the place, for a file that is missing, no YAML, or not as the schema asks.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = CLAIMS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in CLAIMS.glob("*.yaml")))
+        raise BadInput(f"report {str(name_or_path)!r} does not exist; expected a .yaml file of claims or one of {known}")
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: no valid YAML ({' '.join(str(error).split())[:200]})") from None
+    schema = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
+    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(data))
+    if problem is not None:
+        raise BadInput(f"{path}: {_place(data, list(problem.absolute_path))}: {problem.message:.300}")
+    claims = tuple(_claim(row) for row in data.pop("claims"))
+    ids = [claim.id for claim in claims]
+    if twice := sorted({i for i in ids if ids.count(i) > 1}):
+        raise BadInput(f"{path}: claim {twice[0]} is there twice")
+    return ClaimsFile(claims=claims, **data)
+
+
+def judge(claim: Claim, measured: Measurement | None) -> Judged:
+    """The verdict on a claim, from the measured value and the claim's own thresholds."""
+    if claim.probe is None or measured is None:
+        return Judged(claim, "not reproducible here" if claim.not_here else "not tested", None)
+    verdict = _verdict(claim, measured.value)
+    spread = 2 * (measured.stderr or 0.0)
+    close = spread > 0 and any(_verdict(claim, measured.value + d) != verdict for d in (-spread, spread))
+    return Judged(claim, verdict, measured, close)
+
+
+def _verdict(claim: Claim, value: float) -> Verdict:
+    if not math.isfinite(value):
+        return "refuted"
+    for name, interval in (("confirmed", claim.confirmed), ("partly", claim.partly)):
+        if interval is not None and interval[0] <= value <= interval[1]:
+            return name  # type: ignore[return-value]
+    return "refuted"
+
+
+def _claim(row: dict[str, Any]) -> Claim:
+    row = dict(row)
+    probe = row.pop("probe", None)
+    for key in ("confirmed", "partly"):
+        if key in row:
+            low, high = row[key]
+            row[key] = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+    return Claim(probe=probe["name"] if probe else None, parameters=(probe or {}).get("parameters", {}), **row)
+
+
+def _place(data: Any, path: list[Any]) -> str:
+    """Where in the file something is wrong, in a reader's words."""
+    if len(path) >= 2 and path[0] == "claims":
+        claim = data["claims"][path[1]]
+        name = claim.get("id", f"number {path[1] + 1}") if isinstance(claim, dict) else f"number {path[1] + 1}"
+        return f"claim {name}" + "".join(f", {part}" for part in path[2:])
+    return ", ".join(map(str, path)) or "top level"
