@@ -17,10 +17,10 @@ _HOMES = {
     "accuracy": "evaluation",
 }
 _MODULES = ("artifact", "audit", "evaluation", "models", "pipeline", "planes", "stages")
-__all__ = [*_HOMES, "audit", "stages"]
+__all__ = ["accuracy", "audit", "compress", "divergence", "load", "open_model", "perplexity", "stages"]
 
 if TYPE_CHECKING:
-    from . import artifact, audit, evaluation, models, pipeline, planes, stages
+    from . import audit, stages
     from .artifact import load
     from .evaluation import accuracy, divergence, perplexity
     from .models import open_model

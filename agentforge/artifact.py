@@ -90,7 +90,9 @@ class Artifact:
     @property
     def weight_bytes(self) -> int:
         """Bytes on disk of all weight files, headers included."""
-        return sum(plain_file(self.path, name).stat().st_size for name in self.manifest["files"] if name.endswith(".safetensors"))
+        return sum(
+            plain_file(self.path, name).stat().st_size for name in self.manifest["files"] if name.endswith(".safetensors")
+        )
 
     @property
     def ratios(self) -> list[Ratio]:
@@ -105,7 +107,9 @@ class Artifact:
             for width in (2, 4)
         ]
         original = self.manifest["original"]
-        ratios.append(Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"]))
+        ratios.append(
+            Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"])
+        )
         if touched:
             ratios += [
                 Ratio("touched tensors", planes, f"their {count:,} weights at {8 * width} bits", count * width)
@@ -128,7 +132,9 @@ class Artifact:
             if not path.is_file():
                 raise BadArtifact(f"{path}: is missing; fetch or write the artifact again")
             if path.stat().st_size != about["bytes"]:
-                raise BadArtifact(f"{path}: has {path.stat().st_size} bytes, expected {about['bytes']}; it is truncated or changed")
+                raise BadArtifact(
+                    f"{path}: has {path.stat().st_size} bytes, expected {about['bytes']}; it is truncated or changed"
+                )
             if sha256_file(path) != about["sha256"]:
                 raise BadArtifact(f"{path}: its sha256 is not the one in the manifest; it was changed")
         expected = set()
@@ -162,7 +168,9 @@ class Artifact:
         if row["stage"] is None:
             tensor = read_tensor(name, self._entry(name))
             if tuple(tensor.shape) != tuple(row["shape"]) or str(tensor.dtype) != f"torch.{row['dtype']}":
-                raise BadArtifact(f"{self.path}: tensor {name} is {tensor.dtype}{list(tensor.shape)}, the manifest says otherwise")
+                raise BadArtifact(
+                    f"{self.path}: tensor {name} is {tensor.dtype}{list(tensor.shape)}, the manifest says otherwise"
+                )
             return tensor
         layout = _stage_of(row).layout(_oriented(row))
         planes = []
@@ -214,7 +222,9 @@ class _ArtifactModel(LanguageModel):
             )
             for name, row in rows.items()
         }
-        super().__init__(str(artifact.path), artifact.path, entries, {"artifact": str(artifact.path), **artifact.manifest["original"]})
+        super().__init__(
+            str(artifact.path), artifact.path, entries, {"artifact": str(artifact.path), **artifact.manifest["original"]}
+        )
         self.artifact, self._rows = artifact, rows
 
     @property
@@ -255,10 +265,14 @@ class Writer:
             if existing == recipe:
                 self.finished = True  # a kill between the rename and the clean-up may have left more
             elif not overwrite:
-                what = f"holds {_difference(existing, recipe)}" if existing else "is in the way and no artifact of agentforge"
+                what = (
+                    f"holds {_difference(existing, recipe)}" if existing else "is in the way and no artifact of agentforge"
+                )
                 raise BadInput(f"{out}: {what}; choose another --out" + (" or pass --overwrite" if existing else ""))
             elif existing is None:
-                raise BadInput(f"{out}: is no artifact of agentforge, so --overwrite does not touch it; choose another --out")
+                raise BadInput(
+                    f"{out}: is no artifact of agentforge, so --overwrite does not touch it; choose another --out"
+                )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -351,9 +365,11 @@ class Writer:
                 size = 0
             shards[-1].append(i)
             size += grown
-        names = ["model.safetensors"] if len(shards) == 1 else [
-            f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))
-        ]
+        names = (
+            ["model.safetensors"]
+            if len(shards) == 1
+            else [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
+        )
         weight_map = {}
         for name, members in zip(names, shards, strict=True):
             entries = {key: entry for i in members for key, entry in pieces[i][1].items()}
@@ -365,16 +381,16 @@ class Writer:
             weight_map.update(dict.fromkeys(entries, name))
         if len(names) > 1:
             total = sum((folder / name).stat().st_size for name in names)
-            write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+            write_json(
+                folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+            )
         for pattern in COPIED:
             for file in sorted(model.path.glob(pattern)):
                 if file.name not in NOT_COPIED and file.is_file():
                     shutil.copyfile(file, folder / file.name)
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": self.recipe["stage"]}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
-        files = {
-            file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())
-        }
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
         rows = [_row_of(path) for path, _ in pieces]
         original = {
             "name": model.name,
@@ -513,4 +529,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             if row["bytes"] != expected:
                 raise refuse(f"tensor {name}: {row['bytes']} bytes, its settings and shape give {expected}")
     return manifest
-

@@ -27,7 +27,8 @@ out = Console(soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TextName = Annotated[
-    str | None, typer.Option("--text", help="wikitext2, selftext or a text file (default: the first of these that is there).")
+    str | None,
+    typer.Option("--text", help="wikitext2, selftext or a text file (default: the first of these that is there)."),
 ]
 
 
@@ -55,7 +56,9 @@ def main() -> None:
 
 @app.command()
 def models(
-    model: Annotated[str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why not.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why not.")
+    ] = None,
     embeddings: Annotated[bool, typer.Option(help="Count embeddings and output head among what may be touched.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -67,7 +70,9 @@ def models(
             {"models": NAMED},
             as_json,
             lambda: _table(
-                "name", "what it is", rows=[[k, v] for k, v in NAMED.items()],
+                "name",
+                "what it is",
+                rows=[[k, v] for k, v in NAMED.items()],
                 caption="or a Hugging Face folder, a hub id, or a GGUF file of the Llama family",
             ),
         )
@@ -89,8 +94,12 @@ def models(
         },
         as_json,
         lambda: _table(
-            "tensor", "shape", "", "why", rows=rows,
-            caption=f"{opened.parameters:,} parameters, {touched:,} of them in {len(weights)} matrices that a stage may touch",
+            "tensor",
+            "shape",
+            "",
+            "why",
+            rows=rows,
+            caption=f"{opened.parameters:,} parameters, {touched:,} in the {len(weights)} matrices that a stage may touch",
         ),
     )
 
@@ -102,7 +111,9 @@ def compress(
     out_dir: Annotated[Path, typer.Option("--out", help="The artifact's folder.")],
     embeddings: Annotated[bool, typer.Option(help="Encode the token embedding and output head, too.")] = False,
     seed: Annotated[int, typer.Option(help="For stages that draw random numbers.")] = 0,
-    workers: Annotated[int | None, typer.Option(help="Threads (default: one a core); the bytes do not depend on it.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads (default: one a core); the bytes do not depend on it.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -223,7 +234,12 @@ def evaluate(
             measured["accuracy of the original"] = evaluation.accuracy(original)
     else:
         settings: dict[str, Any] = {
-            "text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos, "progress": not as_json
+            "text": text,
+            "context": context,
+            "stride": stride,
+            "tokens": tokens,
+            "bos": bos,
+            "progress": not as_json,
         }
         if original:
             result = evaluation.divergence(opened, original, **settings)
@@ -240,7 +256,11 @@ def evaluate(
         {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}},
         as_json,
         lambda: _table(
-            "measure", "value", "standard error", "unit", "n",
+            "measure",
+            "value",
+            "standard error",
+            "unit",
+            "n",
             rows=[
                 [k, f"{m.value:.5g}", "exact" if m.stderr is None else f"{m.stderr:.2g}", m.unit, f"{m.n:,}"]
                 for k, m in measured.items()
@@ -256,8 +276,10 @@ def audit(
     report: Annotated[str, typer.Argument(help="Which report.")] = "phase4_bitnet",
     model: Annotated[str | None, typer.Option(help="Measure on this model (default: the report's own).")] = None,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to score for likelihoods.")] = 10235,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for reports (default: reports/ of the checkout).")] = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to score for likelihoods.")] = 6141,
+    out_dir: Annotated[
+        Path | None, typer.Option("--out", help="Folder for reports (default: reports/ of the checkout).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown and JSON."""
@@ -294,7 +316,11 @@ def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), ca
 
 def _ratios(artifact: Any, caption: str) -> None:
     _table(
-        "what", "bytes on disk", "against", "bytes", "ratio",
+        "what",
+        "bytes on disk",
+        "against",
+        "bytes",
+        "ratio",
         rows=[
             [r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios
         ],

@@ -55,7 +55,9 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
         # The reader follows counts and offsets of the file through a memory map; what lies beyond its end raises.
         reader = GGUFReader(source)
     except Exception as error:
-        raise BadInput(f"{source}: no readable GGUF file ({type(error).__name__}: {error:.120})".replace("\n", " ")) from None
+        raise BadInput(
+            f"{source}: no readable GGUF file ({type(error).__name__}: {error:.120})".replace("\n", " ")
+        ) from None
 
     def field(key: str, default: Any = None) -> Any:
         found = reader.get_field(key)
@@ -67,10 +69,14 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
 
     architecture = field("general.architecture")
     if architecture != "llama":
-        raise BadInput(f"{source}: architecture {architecture!r}; expected 'llama' (convert others to a Hugging Face folder)")
+        raise BadInput(
+            f"{source}: architecture {architecture!r}; expected 'llama' (convert others to a Hugging Face folder)"
+        )
     names = {tensor.name for tensor in reader.tensors}
     if "rope_freqs.weight" in names:
-        raise BadInput(f"{source}: scaled rotary embeddings (rope_freqs.weight) are not supported; use the safetensors model")
+        raise BadInput(
+            f"{source}: scaled rotary embeddings (rope_freqs.weight) are not supported; use the safetensors model"
+        )
     config = _config(field, names, reader)
     tensors = sorted(reader.tensors, key=lambda t: t.name)
     targets = [(_hf_name(t.name, source), t) for t in tensors]
@@ -200,4 +206,3 @@ def _tokenizer(source: Path, field: Any) -> Any:
     if template:
         fast.chat_template = template
     return fast
-

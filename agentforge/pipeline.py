@@ -64,15 +64,21 @@ def compress(
                 writer.put_kept(index, name, model.tensor(name), reasons[name])
 
         todo = [(i, name) for i, name in enumerate(sorted(model.entries)) if not writer.has(i)]
-        bar = tqdm(total=len(model.entries), initial=len(model.entries) - len(todo), unit="tensor", leave=False,
-                   desc=f"{stage.name}: {model.name}", disable=None if progress else True)
+        bar = tqdm(
+            total=len(model.entries),
+            initial=len(model.entries) - len(todo),
+            unit="tensor",
+            leave=False,
+            desc=f"{stage.name}: {model.name}",
+            disable=None if progress else True,
+        )
         try:
             with bar:
                 _run(finish_tensor, todo, workers or os.cpu_count() or 1, bar.update)
             return writer.finish(model, len(model.entries))
         except OSError as error:
             raise AgentForgeError(
-                f"{out}: could not be written ({error.strerror}); make room, and the same command goes on from what is finished"
+                f"{out}: could not be written ({error.strerror}); make room, then the same command goes on"
             ) from None
 
 
@@ -85,9 +91,7 @@ def _encode(writer: Writer, index: int, weight: Weight, stage: stages.Stage, see
     writer.put_encoded(index, weight, stage, packed, relative_error(dense, decoded))
 
 
-def _run(
-    work: Callable[[int, str], None], todo: list[tuple[int, str]], workers: int, done: Callable[[int], object]
-) -> None:
+def _run(work: Callable[[int, str], None], todo: list[tuple[int, str]], workers: int, done: Callable[[int], object]) -> None:
     """Run `work` on each item with `workers` threads, no more than that many in hand; the first error stops it all."""
     with ThreadPoolExecutor(workers) as pool:
         running: set[Future[None]] = set()

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,6 +75,7 @@ def index_folder(folder: Path) -> dict[str, Entry]:
     Raises BadInput where there are none; pickled weights are never opened.
     """
     index = folder / "model.safetensors.index.json"
+    weight_map: Any = None
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -94,7 +95,7 @@ def index_folder(folder: Path) -> dict[str, Entry]:
                 )
             raise BadInput(f"{folder}: {shard} is missing; expected a folder with safetensors weights")
         entries.update(index_file(path))
-    if index.is_file() and set(weight_map) != set(entries):
+    if weight_map is not None and set(weight_map) != set(entries):
         odd = sorted(set(weight_map) ^ set(entries))[0]
         raise BadInput(f"{index}: tensor {odd} is not where the index says; fetch or write the folder again")
     return entries

@@ -1,8 +1,24 @@
-"""The audit: claims as data, probes that measure them, verdicts, and the record every report is drawn from."""
+"""The audit: claims as data, probes that measure them, verdicts, and the record every report is drawn from.
+
+`agentforge.audit(report)` runs a report; the module is callable so that the verb and the room can share a name.
+"""
+
+import sys
+import types
+from pathlib import Path
+from typing import Any
 
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
 from .probes import PROBES, Workshop, workshop_for
 from .record import measure
-from .report import audit as run
+from .report import run
 
 __all__ = ["PROBES", "Claim", "ClaimsFile", "Judged", "Workshop", "judge", "measure", "read_claims", "run", "workshop_for"]
+
+
+class _Verb(types.ModuleType):
+    def __call__(self, *args: Any, **settings: Any) -> Path:
+        return run(*args, **settings)
+
+
+sys.modules[__name__].__class__ = _Verb

@@ -53,7 +53,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class ClaimsFile:
-    """All claims of one report.  source: the audit they were taken from.  model: what they are measured on."""
+    """All claims of one report.  source: the audit they were taken from.  model: what they are measured on.
+    baselines: stages that are measured beside those of the claims, to read them against."""
 
     report: str
     title: str
@@ -61,6 +62,7 @@ class ClaimsFile:
     source: str
     model: str
     claims: tuple[Claim, ...]
+    baselines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,7 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
     ids = [claim.id for claim in claims]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
         raise BadInput(f"{path}: claim {twice[0]} is there twice")
-    return ClaimsFile(claims=claims, **data)
+    return ClaimsFile(claims=claims, baselines=tuple(data.pop("baselines", ())), **data)
 
 
 def judge(claim: Claim, measured: Measurement | None) -> Judged:

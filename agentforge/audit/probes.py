@@ -52,17 +52,23 @@ class Workshop:
             self.model, parsed, self.folder / f"{self.model.name}-{name}", embeddings=embeddings, progress=self.progress
         )
 
-    def divergence(self, stage: str) -> Divergence:
-        """KL, agreement and both perplexities of the model compressed with `stage`, loaded back from disk."""
-        if stage not in self._divergences:
-            self._divergences[stage] = evaluation.divergence(
-                load(self.artifact(stage).path),
+    def compare(self, stages: list[str]) -> None:
+        """Take `divergence` of several stages in one pass over the text."""
+        missing = [stage for stage in dict.fromkeys(stages) if stage not in self._divergences]
+        if missing:
+            results = evaluation.divergences(
+                [load(self.artifact(stage).path) for stage in missing],
                 self.model,
                 text=self.text,
                 tokens=self.tokens,
                 context=self.context,
                 progress=self.progress,
             )
+            self._divergences.update(zip(missing, results, strict=True))
+
+    def divergence(self, stage: str) -> Divergence:
+        """KL, agreement and both perplexities of the model compressed with `stage`, loaded back from disk."""
+        self.compare([stage])
         return self._divergences[stage]
 
     def encoded(self, stage: str) -> list[tuple[str, Packed]]:
@@ -151,8 +157,14 @@ def ratio(workshop: Workshop, stage: str, of: str, bits: int) -> Measurement:
     for candidate in workshop.artifact(stage).ratios:
         if candidate.what == of and candidate.denominator.endswith(f"at {bits} bits"):
             return workshop.exact(
-                candidate.ratio, "x", candidate.bytes, "compression ratio", stage=stage, of=of,
-                denominator=candidate.denominator, denominator_bytes=candidate.denominator_bytes,
+                candidate.ratio,
+                "x",
+                candidate.bytes,
+                "compression ratio",
+                stage=stage,
+                of=of,
+                denominator=candidate.denominator,
+                denominator_bytes=candidate.denominator_bytes,
             )
     raise BadInput(f"ratio: of={of!r}, bits={bits}; expected 'whole model' or 'touched tensors', and 16 or 32")
 
@@ -182,8 +194,14 @@ def perplexity_factor(workshop: Workshop, stage: str) -> Measurement:
     value = after.value / before.value
     # Both errors come from the same tokens; taking them as independent overstates the spread of the ratio.
     spread = value * math.hypot((after.stderr or 0) / after.value, (before.stderr or 0) / before.value)
-    return Measurement(value, "x", spread, after.n, {**after.protocol, "metric": "perplexity ratio", "stage": stage},
-                       inputs={**after.inputs, "original": before.inputs["model"]})
+    return Measurement(
+        value,
+        "x",
+        spread,
+        after.n,
+        {**after.protocol, "metric": "perplexity ratio", "stage": stage},
+        inputs={**after.inputs, "original": before.inputs["model"]},
+    )
 
 
 @probe
@@ -202,8 +220,13 @@ def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
     batch = torch.tensor([ids])
     with torch.inference_mode():
         theirs = math.exp(float(workshop.model.model(input_ids=batch, labels=batch).loss))
-    return workshop.exact(abs(ours.value / theirs - 1), "relative difference", tokens,
-                          "perplexity against transformers' loss", text=workshop.text.name)
+    return workshop.exact(
+        abs(ours.value / theirs - 1),
+        "relative difference",
+        tokens,
+        "perplexity against transformers' loss",
+        text=workshop.text.name,
+    )
 
 
 @probe

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import subprocess
 import time
 from collections import Counter
@@ -23,6 +24,10 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
     for each claim measured, with an estimate of what is left.
     """
     start = time.perf_counter()
+    scored = [c.parameters["stage"] for c in claims.claims if c.probe in ("perplexity_factor", "top1_agreement")]
+    compared = list(dict.fromkeys([*claims.baselines, *scored]))
+    say(f"[0/{len(compared)}] scoring the original and {len(compared)} compressed models on the text", flush=True)
+    workshop.compare(compared)
     taken: dict[str, Any] = {}
     rows = []
     probed = [claim for claim in claims.claims if claim.probe]
@@ -64,6 +69,7 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
             "context": workshop.context,
             "skipped": list(workshop.text.skipped),
         },
+        "stages": [_stage_row(workshop, stage) for stage in compared],
         "summary": {verdict: Counter(row["verdict"] for row in rows)[verdict] for verdict in COLOURS},
         "claims": rows,
     }
@@ -77,11 +83,29 @@ def git_state() -> dict[str, Any]:
         # What a report writes is no change to what it measures.
         changes = subprocess.run(
             ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)reports", ":(top,exclude)README.md"],
-            cwd=folder, capture_output=True, text=True, check=True,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+def _stage_row(workshop: Workshop, stage: str) -> dict[str, Any]:
+    """What a stage makes of the model: size and likelihoods, for the table that claims are read against."""
+    artifact, result = workshop.artifact(stage), workshop.divergence(stage)
+    touched = [row for row in artifact.rows if row["stage"]]
+    return {
+        "stage": stage,
+        "bits_per_weight": 8 * sum(row["bytes"] for row in touched) / sum(math.prod(row["shape"]) for row in touched),
+        "ratios": [ratio.to_json() for ratio in artifact.ratios],
+        "perplexity": result.perplexity.to_json(),
+        "original_perplexity": result.original_perplexity.to_json(),
+        "kl": result.kl.to_json(),
+        "top1": result.top1.to_json(),
+    }
 
 
 def _row(judged: Judged, seconds: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from ..errors import AgentForgeError, BadInput
 from ..evaluation.texts import CHECKOUT
 from ..tensorfiles import read_json
-from .claims import read_claims
+from .claims import COLOURS, read_claims
 
 MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
 STYLE = """
@@ -28,7 +29,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; p
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
 th, td { border: 1px solid var(--line); padding: .35rem .5rem; text-align: left; vertical-align: top; }
 th { background: var(--soft); }
-td:last-child { min-width: 7rem; }
+td:first-child, td:nth-child(2) { min-width: 8rem; }
+.GREEN { color: #1a7f37; } .YELLOW { color: #bf8700; } .RED { color: #cf222e; } .GREY { color: #888; }
 img { max-width: 100%; height: auto; }
 pre { overflow-x: auto; background: var(--soft); padding: .5rem; }
 .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
@@ -37,12 +39,12 @@ pre { overflow-x: auto; background: var(--soft); padding: .5rem; }
 """
 
 
-def audit(
+def run(
     report: str = "phase4_bitnet",
     *,
     model: str | None = None,
     text: str | None = None,
-    tokens: int = 10235,
+    tokens: int = 6141,
     out: str | Path | None = None,
     artifacts: str | Path | None = None,
     progress: bool = True,
@@ -69,7 +71,9 @@ def audit(
     # Written through papermill's logger: the lines that the measuring cell prints, as they come.
     logger = logging.getLogger("papermill")
     handler = logging.StreamHandler(sys.stderr)
+    handler.terminator = ""
     handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.addFilter(lambda line: re.match(r"\[\d+/", line.getMessage()) is not None)
     if progress:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
@@ -99,7 +103,9 @@ def audit(
                     kernel_name="python3",
                 )
             except PapermillExecutionError as error:
-                raise AgentForgeError(f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}") from None
+                raise AgentForgeError(
+                    f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}"
+                ) from None
             render(made, claims.report)
             old = Path(scratch) / "old"
             if folder.exists():
@@ -125,10 +131,15 @@ def render(folder: Path, name: str) -> None:
         cell.metadata.pop("papermill", None)
         cell.metadata.pop("execution", None)
     hidden = {"parameters", "injected-parameters", "progress"}
-    shown = nbformat.from_dict({**notebook, "cells": [c for c in notebook.cells if not hidden & set(c.metadata.get("tags", []))]})
+    shown = nbformat.from_dict(
+        {**notebook, "cells": [c for c in notebook.cells if not hidden & set(c.metadata.get("tags", []))]}
+    )
     config = Config()
     config.NbConvertBase.display_data_priority = ["text/markdown", "image/png", "text/html", "text/plain"]
     body, _ = HTMLExporter(template_name="basic", exclude_input=True, config=config).from_notebook_node(shown)
+    for verdict, mark in MARKS.items():
+        # Not every machine has a font with coloured circles.
+        body = body.replace(mark, f'<span class="{COLOURS[verdict]}">●</span>')
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{record["title"]}</title>\n'
@@ -145,16 +156,45 @@ def render(folder: Path, name: str) -> None:
 
 
 def verdict_table(record: dict[str, Any], section: str) -> str:
-    """A section's claims as a Markdown table."""
+    """A section's claims as a Markdown table; columns in which the section says nothing are left out."""
+    rows = [row for row in record["claims"] if row["section"] == section]
+    columns = {
+        "Claim": [row["title"] for row in rows],
+        "Verdict": [verdict_text(row) for row in rows],
+        "Measured": [measured_text(row) for row in rows],
+        "The audit said": [row["audit"] for row in rows],
+        "Paper": [row["paper"] for row in rows],
+        "Documentation": [row["documentation"] for row in rows],
+        "Code": [row["code"] for row in rows],
+    }
+    columns = {title: cells for title, cells in columns.items() if any(cells)}
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for cells in zip(*columns.values(), strict=True):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") or "-" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def stage_table(record: dict[str, Any]) -> str:
+    """What each stage made of the model, as a Markdown table; the original is the first row."""
     lines = [
-        "| Claim | Paper | Documentation | Code | The audit said | Measured | Verdict |",
+        "| Stage | Bits a weight | Touched tensors | Whole model | Perplexity | KL (nats/token) | Same top token |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in record["claims"]:
-        if row["section"] == section:
-            cells = [row["title"], row["paper"], row["documentation"], row["code"], row["audit"], measured_text(row), verdict_text(row)]
-            lines.append("| " + " | ".join(str(cell).replace("|", "\\|") or "-" for cell in cells) + " |")
+    rows = record["stages"]
+    if rows:
+        lines.append(f"| original | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
+    for row in rows:
+        ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
+        lines.append(
+            f"| {row['stage']} | {row['bits_per_weight']:.3f} | {ratios['touched tensors', True]:.2f}x "
+            f"| {ratios['whole model', True]:.2f}x | {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
+            f"| {100 * row['top1']['value']:.1f}% |"
+        )
     return "\n".join(lines)
+
+
+def _with_error(measured: dict[str, Any]) -> str:
+    return f"{measured['value']:.4g} ± {measured['stderr']:.1g}"
 
 
 def sections(record: dict[str, Any]) -> list[str]:
@@ -176,12 +216,14 @@ def measured_text(row: dict[str, Any]) -> str:
     error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2g}"
     low, high = row["thresholds"]["confirmed"]
     asked = (
-        f"exactly {low:g}" if low == high
-        else f"at least {low:g}" if high is None
-        else f"at most {high:g}" if low in (None, 0)
+        f"exactly {low:g}"
+        if low == high
+        else f"at least {low:g}"
+        if high is None
+        else f"at most {high:g}"
+        if low in (None, 0)
         else f"{low:g} to {high:g}"
     )
     remark = f" {row['remark']}" if row["remark"] else ""
     value = f"{measured['value']:.4g}{error} {measured['unit']}"
     return f"**{value}** (n = {measured['n']:,}; to confirm: {asked}).{remark}"
-

@@ -11,7 +11,7 @@ Standard errors treat the token losses as independent; neighbouring losses are n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -83,39 +83,68 @@ def divergence(
 
     Raises BadInput, too, where the two models do not share a tokenizer.
     """
+    return divergences([model], original, text, context, stride, tokens, bos, progress)[0]
+
+
+def divergences(
+    models: Sequence[LanguageModel],
+    original: LanguageModel,
+    text: str | Text | None = None,
+    context: int = 2048,
+    stride: int | None = None,
+    tokens: int | None = None,
+    bos: Bos = "none",
+    progress: bool = True,
+) -> list[Divergence]:
+    """`divergence` for several models at once: the original runs over the text only once."""
     found = find_text(text)
-    windows, protocol = _plan(model, found, context, stride, tokens, bos)
-    if _plan(original, found, context, stride, tokens, bos)[0] != windows:
-        raise BadInput(f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer")
-    parts: list[tuple[torch.Tensor, ...]] = []
-    for window in _bar(windows, f"{model.name} against {original.name}", progress):
-        for (theirs, targets), (ours, _) in zip(_rows(original, window), _rows(model, window), strict=True):
-            p, q = theirs.log_softmax(-1), ours.log_softmax(-1)
-            parts.append(
-                (
-                    (p.exp() * (p - q)).sum(-1).double(),
-                    (p.argmax(-1) == q.argmax(-1)).double(),
-                    -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
-                    -p.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
-                )
+    windows, protocol = _plan(original, found, context, stride, tokens, bos)
+    for model in models:
+        if _plan(model, found, context, stride, tokens, bos)[0] != windows:
+            raise BadInput(
+                f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer"
             )
-    kl, top1, ours_nll, theirs_nll = (torch.cat(column) for column in zip(*parts, strict=True))
-    inputs = {"model": model.fingerprint, "original": original.fingerprint}
+    parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in models]
+    losses = []
+    names = ", ".join(model.name for model in models)
+    for window in _bar(windows, f"{names} against {original.name}", progress):
+        theirs = [(logits.log_softmax(-1), targets) for logits, targets in _rows(original, window)]
+        losses += [-p.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double() for p, targets in theirs]
+        for model, columns in zip(models, parts, strict=True):
+            for (p, targets), (logits, _) in zip(theirs, _rows(model, window), strict=True):
+                q = logits.log_softmax(-1)
+                columns.append(
+                    (
+                        (p.exp() * (p - q)).sum(-1).double(),
+                        (p.argmax(-1) == q.argmax(-1)).double(),
+                        -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
+                    )
+                )
+    base = _perplexity(torch.cat(losses), protocol, original)
+    return [_divergence(model, base, columns, protocol) for model, columns in zip(models, parts, strict=True)]
+
+
+def _divergence(
+    model: LanguageModel, base: Measurement, columns: list[tuple[torch.Tensor, ...]], protocol: dict[str, Any]
+) -> Divergence:
+    kl, top1, losses = (torch.cat(column) for column in zip(*columns, strict=True))
+    inputs = {"model": model.fingerprint, "original": base.inputs["model"]}
     share = float(top1.mean())
+    spread = math.sqrt(share * (1 - share) / len(top1))
     return Divergence(
         kl=Measurement(
-            float(kl.mean()), "nats/token", _stderr(kl), len(kl), {**protocol, "metric": "KL(original || model)"}, inputs=inputs
-        ),
-        top1=Measurement(
-            share,
-            "share of tokens",
-            math.sqrt(share * (1 - share) / len(top1)),
-            len(top1),
-            {**protocol, "metric": "top-1 agreement"},
+            float(kl.mean()),
+            "nats/token",
+            _stderr(kl),
+            len(kl),
+            {**protocol, "metric": "KL(original || model)"},
             inputs=inputs,
         ),
-        perplexity=_perplexity(ours_nll, protocol, model),
-        original_perplexity=_perplexity(theirs_nll, protocol, original),
+        top1=Measurement(
+            share, "share of tokens", spread, len(top1), {**protocol, "metric": "top-1 agreement"}, inputs=inputs
+        ),
+        perplexity=_perplexity(losses, protocol, model),
+        original_perplexity=base,
     )
 
 
@@ -126,7 +155,9 @@ def _plan(
     stride = context if stride is None else stride
     room = context - 1 if bos == "window" else context
     if context < 2 or not 1 <= stride <= room:
-        raise BadInput(f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}")
+        raise BadInput(
+            f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}"
+        )
     longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
     if isinstance(longest, int) and context > longest:
         raise BadInput(f"context={context}: {model.name} takes at most {longest} tokens")
@@ -159,7 +190,9 @@ def _plan(
         end = start + room
         start += stride
     if scored < 2 or (tokens is not None and scored < tokens):
-        raise BadInput(f"text {text.name} has {scored} tokens to score, fewer than the {tokens or 2} asked for; use a longer text")
+        raise BadInput(
+            f"text {text.name} has {scored} tokens to score, fewer than the {tokens or 2} asked for; use a longer text"
+        )
     protocol = {
         "metric": "perplexity",
         "text": text.name,
@@ -193,7 +226,9 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _perplexity(losses: torch.Tensor, protocol: dict[str, Any], model: LanguageModel) -> Measurement:
     value = math.exp(min(float(losses.mean()), 700.0))
     # The standard error of exp(mean) to first order.
-    return Measurement(value, "perplexity", value * _stderr(losses), len(losses), protocol, inputs={"model": model.fingerprint})
+    return Measurement(
+        value, "perplexity", value * _stderr(losses), len(losses), protocol, inputs={"model": model.fingerprint}
+    )
 
 
 def _stderr(values: torch.Tensor) -> float:

@@ -106,7 +106,9 @@ def _wikitext2(split: str) -> Text:
         found = Text("wikitext2", split, _wikitext2_from_hub(split), "hub:Salesforce/wikitext")
     except Exception as error:  # datasets raises what its many back ends raise
         tried.append(f"not from the hub ({type(error).__name__})")
-        raise BadInput(f"wikitext2: {', '.join(tried)}; set AGENTFORGE_DATA to a folder that has {WIKITEXT2_FILES[split]}") from None
+        raise BadInput(
+            f"wikitext2: {', '.join(tried)}; set AGENTFORGE_DATA to a folder that has {WIKITEXT2_FILES[split]}"
+        ) from None
     return found
 
 

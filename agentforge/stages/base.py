@@ -71,9 +71,7 @@ class Stage:
             if typing.get_origin(hint) is typing.Literal:
                 choices = typing.get_args(hint)
                 if value not in choices:
-                    raise BadInput(
-                        f"{self.name}: {field.name}={value!r}; expected one of {', '.join(map(str, choices))}"
-                    )
+                    raise BadInput(f"{self.name}: {field.name}={value!r}; expected one of {', '.join(map(str, choices))}")
             elif hint is float and (
                 isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
             ):

@@ -135,7 +135,7 @@ def _fit(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _search_symmetric(w: np.ndarray, widest: float, zero: float) -> float:  # pragma: no cover  (compiled)
+def _search_symmetric(w: np.ndarray, widest: np.float32, zero: np.float32) -> np.float32:  # pragma: no cover  (compiled)
     """The scale of least squared error for codes -zero .. zero."""
     best_scale = widest
     best_error = np.float32(np.inf)
@@ -163,8 +163,8 @@ def _search_symmetric(w: np.ndarray, widest: float, zero: float) -> float:  # pr
 
 @njit(nogil=True, cache=True)
 def _search_asymmetric(  # pragma: no cover  (compiled)
-    w: np.ndarray, widest: float, lowest: float, top: float
-) -> tuple[float, float]:
+    w: np.ndarray, widest: np.float32, lowest: np.float32, top: np.float32
+) -> tuple[np.float32, np.float32]:
     """The scale and minimum of least squared error for codes 0 .. top."""
     n = np.float32(len(w))
     half = np.float32(0.5) * top

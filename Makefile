@@ -1,0 +1,39 @@
+# make audit: set up, fetch the default model, measure, write reports/.   make test: set up, run every test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: audit test lint readme clean
+
+audit: $(VENV)/.lab
+	$(BIN)/agentforge audit phase4_bitnet
+	$(BIN)/python tools/readme.py
+	@echo "report: reports/phase4_bitnet/phase4_bitnet.html (also .md, .ipynb and .json)"
+
+# -m "" runs the slow tests, too; notebooks are run cell by cell and fail where a cell does.
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "" -q --durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
+		--cov --cov-report=term tests notebooks
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+readme: $(VENV)/.lab
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache
+
+# Everything is pinned by requirements.lock; a set-up is repeated only when it, or pyproject.toml, changes.
+$(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "agentforge needs Python 3.11 or newer, $(PYTHON) is older; run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
+		--editable '.[$(if $(filter %.dev,$@),lab$(COMMA)dev,lab)]'
+	touch $@
+	$(if $(filter %.dev,$@),touch $(VENV)/.lab)
+
+COMMA := ,
