@@ -6,10 +6,10 @@ equally spaced levels:
 * symmetric: w ~ (code - z) * scale with z = 2**(bits-1) - 1 and codes 0 .. 2 z: zero is a level, one code stays unused;
 * asymmetric: w ~ code * scale + minimum with codes 0 .. 2**bits - 1.
 
-clip="none" lays the grid from end to end of the group.  clip="mse" looks for the grid of least squared error: it tries `STARTS` narrower and narrower grids and goes on by turns
-(nearest codes, then the least-squares grid for those codes, as Lloyd's algorithm does) until the error stops falling;
-the asymmetric search, with its two unknowns, from every start, the symmetric one from the best.  The tests hold the
-result against the true optimum.
+clip="none" lays the grid from end to end of the group.  clip="mse" looks for the grid of least squared error: it tries
+`STARTS` narrower and narrower grids and goes on by turns (nearest codes, then the least-squares grid for those codes,
+as Lloyd's algorithm does) until the error stops falling; the asymmetric search, with its two unknowns, from every
+start, the symmetric one from the best.  The tests hold the result against the true optimum.
 
 Scales and minima are half floats behind one power of two a tensor; codes are chosen for the grid as it is stored.
 """

@@ -1,0 +1,63 @@
+"""Write README's figures from reports/: everything between the two `figures` comments comes from a report's record."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from agentforge.audit.report import MARKS, stage_table
+
+ROOT = Path(__file__).parent.parent
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+SHOWN = (
+    "components.sparsity",
+    "algorithms.ternary",
+    "components.ratio",
+    "algorithms.ratio",
+    "parameters.bits",
+    "red.perplexity",
+    "conclusion.core",
+)
+
+
+def figures() -> str:
+    """The README's block of figures, from the record of the phase 4 report."""
+    record = json.loads((ROOT / "reports/phase4_bitnet/phase4_bitnet.json").read_text(encoding="utf-8"))
+    rows = {row["id"]: row for row in record["claims"]}
+    text = record["text"]
+    lines = [
+        f"What ternary weights and plain rounding make of {record['model']['name']}, without any training: bytes on disk against",
+        f"16 bits a parameter; {text['scored_tokens']:,} tokens of {text['name']} ({text['split']}), windows of {text['context']}.",
+        f"The base is {record['model']['source'].get('precision', 'as stored')}.",
+        "",
+        stage_table(record),
+        "",
+        "Some rows of the first audit report:",
+        "",
+        "| What was claimed | The audit said | Measured | Verdict |",
+        "|---|---|---|---|",
+    ]
+    for claim in SHOWN:
+        row = rows[claim]
+        measured = row["measured"]
+        value = f"{measured['value']:.4g} {measured['unit']}"
+        lines.append(f"| {row['title']} | {row['audit']} | {value} | {MARKS[row['verdict']]} {row['verdict']} |")
+    counts = ", ".join(f"{n} {verdict}" for verdict, n in record["summary"].items() if n)
+    lines += ["", f"Of {len(record['claims'])} rows: {counts}. What is grey is not built yet, and not guessed."]
+    return "\n".join(lines)
+
+
+def written() -> str:
+    """README.md with its block of figures as the reports have them now."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n{figures()}\n{END}{after}"
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        same = (ROOT / "README.md").read_text(encoding="utf-8") == written()
+        sys.exit(0 if same else "README.md does not show what reports/ hold; run tools/readme.py")
+    (ROOT / "README.md").write_text(written(), encoding="utf-8")
