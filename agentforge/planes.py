@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -30,6 +31,7 @@ import torch
 from .errors import BadArtifact, BadInput
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+FLOAT32_MAX = torch.finfo(torch.float32).max
 TRITS_PER_BYTE = 5
 
 
@@ -42,7 +44,7 @@ def bits_per_value(coding: str) -> Fraction:
         return Fraction(FLOATS[coding].itemsize * 8)
     if coding == "trit":
         return Fraction(8, TRITS_PER_BYTE)
-    if coding.startswith("uint") and coding[4:].isdecimal() and 1 <= int(coding[4:]) <= 32 and coding[4] != "0":
+    if re.fullmatch(r"uint([1-9]|[12][0-9]|3[0-2])", coding):
         return Fraction(int(coding[4:]))
     raise BadInput(f"coding {coding!r} does not exist; expected uint1 to uint32, trit, {', '.join(FLOATS)}")
 
@@ -166,9 +168,17 @@ def exponent_plane(exponent: int) -> Plane:
 
 
 def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
-    """tensor * 2**exponent in float32, in two steps where one factor alone would overflow."""
+    """tensor * 2**exponent in float32, in two steps because one factor alone could overflow; it saturates."""
     half = exponent // 2
-    return tensor.to(torch.float32) * 2.0**half * 2.0 ** (exponent - half)
+    scaled = tensor.to(torch.float32) * 2.0**half * 2.0 ** (exponent - half)
+    # A scale rounded up to a half float may carry the largest float32 weights just beyond what float32 holds.
+    return scaled.clamp_(-FLOAT32_MAX, FLOAT32_MAX) if exponent > 100 else scaled
+
+
+def _countable(values: torch.Tensor) -> torch.Tensor:
+    """Flat, and of a dtype that torch can compare: its wide unsigned ones cannot do that yet."""
+    flat = values.reshape(-1)
+    return flat.to(torch.int64) if flat.dtype in (torch.uint16, torch.uint32, torch.uint64, torch.bool) else flat
 
 
 def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
@@ -177,35 +187,34 @@ def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
     values: integers of any shape.  Returns uint8[ceil(n * width / 8)]; the bits that fill the last byte are zero.
     Raises BadInput where a value does not fit.
     """
-    flat = values.reshape(-1)
+    flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << width):
         raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} do not fit into {width} bits")
     count = flat.numel()
     if width == 8:
         return flat.to(torch.uint8)
-    # Groups of eight values fill whole bytes, whatever the width.
-    per_group = 8
-    if width <= 8:
-        flat = flat.to(torch.uint8)
-        if 8 % width == 0:
-            per_group = 8 // width
-    padded = torch.nn.functional.pad(flat, (0, -count % per_group)).reshape(-1, per_group)
-    if width <= 8 and per_group * width == 8:
-        packed = padded[:, 0].clone()
-        for j in range(1, per_group):
-            packed |= padded[:, j] << (j * width)
+    if 8 % width == 0:
+        columns = torch.nn.functional.pad(flat.to(torch.uint8), (0, -count % (8 // width))).reshape(-1, 8 // width)
+        packed = columns[:, 0].clone()
+        for j in range(1, 8 // width):
+            packed |= columns[:, j] << (j * width)
+        return packed
+    # Eight values fill `width` whole bytes: one word of 64 bits where they fit, else byte by byte.
+    columns = torch.nn.functional.pad(flat.to(torch.int64), (0, -count % 8)).reshape(-1, 8)
+    if width < 8:
+        words = torch.zeros(len(columns), dtype=torch.int64)
+        for j in range(8):
+            words |= columns[:, j] << (j * width)
+        packed = words.view(torch.uint8).reshape(-1, 8)[:, :width]
     else:
-        padded = padded.to(torch.int64)
-        columns = []
+        packed = torch.zeros(len(columns), width, dtype=torch.uint8)
         for byte in range(width):
-            column = torch.zeros(len(padded), dtype=torch.int64)
-            for j in range(per_group):
+            for j in range(8):
                 shift = j * width - byte * 8
                 if -width < shift < 8:
-                    column |= padded[:, j] << shift if shift >= 0 else padded[:, j] >> -shift
-            columns.append((column & 255).to(torch.uint8))
-        packed = torch.stack(columns, 1).reshape(-1)
-    return packed[: stored_bytes(f"uint{width}", count)].contiguous()
+                    part = columns[:, j] << shift if shift >= 0 else columns[:, j] >> -shift
+                    packed[:, byte] |= (part & 255).to(torch.uint8)
+    return packed.reshape(-1)[: stored_bytes(f"uint{width}", count)].contiguous()
 
 
 def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
@@ -222,17 +231,21 @@ def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     if 8 % width == 0:
         parts = [(stored >> (j * width)) & mask for j in range(8 // width)]
         return torch.stack(parts, 1).reshape(-1)[:count]
-    padded = torch.nn.functional.pad(stored, (0, -stored.numel() % width)).reshape(-1, width).to(torch.int64)
+    groups = torch.nn.functional.pad(stored, (0, -stored.numel() % width)).reshape(-1, width)
+    if width < 8:
+        words = torch.nn.functional.pad(groups, (0, 8 - width)).view(torch.int64)
+        parts = [((words >> (j * width)) & mask).to(torch.uint8) for j in range(8)]
+        return torch.cat(parts, 1).reshape(-1)[:count]
+    wide = groups.to(torch.int64)
     values = []
     for j in range(8):
-        value = torch.zeros(len(padded), dtype=torch.int64)
+        value = torch.zeros(len(wide), dtype=torch.int64)
         for byte in range(width):
             shift = byte * 8 - j * width
             if -8 < shift < width:
-                value |= padded[:, byte] << shift if shift >= 0 else padded[:, byte] >> -shift
+                value |= wide[:, byte] << shift if shift >= 0 else wide[:, byte] >> -shift
         values.append(value & mask)
-    dtype = torch.uint8 if width <= 8 else torch.int32 if width < 32 else torch.int64
-    return torch.stack(values, 1).to(dtype).reshape(-1)[:count]
+    return torch.stack(values, 1).to(torch.int32 if width < 32 else torch.int64).reshape(-1)[:count]
 
 
 def pack_trits(values: torch.Tensor) -> torch.Tensor:
@@ -240,7 +253,7 @@ def pack_trits(values: torch.Tensor) -> torch.Tensor:
 
     Raises BadInput for any other value.
     """
-    flat = values.reshape(-1)
+    flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) > 2):
         raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} are no trits")
     flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % TRITS_PER_BYTE))

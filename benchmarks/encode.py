@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agentforge import stages
+from agentforge.planes import Packed, Plane
 
 
 def best(work: Callable[[], object], runs: int = 3) -> float:
@@ -30,6 +31,11 @@ def best(work: Callable[[], object], runs: int = 3) -> float:
         work()
         times.append(time.perf_counter() - start)
     return min(times)
+
+
+def _decode(stage: stages.Stage, packed: Packed, stored: list[tuple[Plane, torch.Tensor]]) -> torch.Tensor:
+    planes = [Plane.from_stored(p.name, p.coding, tuple(p.values.shape), s) for p, s in stored]
+    return stage.decode(Packed(packed.shape, tuple(planes)))
 
 
 def main() -> None:
@@ -71,12 +77,7 @@ def main() -> None:
         stored = [(plane, plane.stored()) for plane in packed]
         encode = best(lambda stage=stage: [plane.stored() for plane in stage.encode(weight)])  # type: ignore[misc]
 
-        def decode(
-            stage: stages.Stage = stage, stored: list = stored, shape: tuple[int, int] = packed.shape
-        ) -> torch.Tensor:
-            planes = [type(p).from_stored(p.name, p.coding, tuple(p.values.shape), s) for p, s in stored]
-            return stage.decode(type(packed)(shape, tuple(planes)))
-
+        decode = best(lambda stage=stage, packed=packed, stored=stored: _decode(stage, packed, stored))  # type: ignore[misc]
         peer, peer_seconds = peers[stage.name]
         limit = (weight.nbytes + packed.bits / 8) / bandwidth
         table.add_row(
@@ -86,7 +87,7 @@ def main() -> None:
             peer,
             f"{peer_seconds / encode:.2f}",
             f"{limit / encode:.1%}",
-            f"{best(decode):.3f}",
+            f"{decode:.3f}",
         )
     Console(width=140).print(table)
 

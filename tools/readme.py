@@ -27,8 +27,9 @@ def figures() -> str:
     rows = {row["id"]: row for row in record["claims"]}
     text = record["text"]
     lines = [
-        f"What ternary weights and plain rounding make of {record['model']['name']}, without any training: bytes on disk against",
-        f"16 bits a parameter; {text['scored_tokens']:,} tokens of {text['name']} ({text['split']}), windows of {text['context']}.",
+        f"What ternary weights and plain rounding make of {record['model']['name']}, without any training: bytes on disk",
+        f"against 16 bits a parameter; {text['scored_tokens']:,} tokens of {text['name']} ({text['split']}), windows of",
+        f"{text['context']}.",
         f"The base is {record['model']['source'].get('precision', 'as stored')}.",
         "",
         stage_table(record),

@@ -72,9 +72,7 @@ class Stage:
                 choices = typing.get_args(hint)
                 if value not in choices:
                     raise BadInput(f"{self.name}: {field.name}={value!r}; expected one of {', '.join(map(str, choices))}")
-            elif hint is float and (
-                isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value)
-            ):
+            elif hint is float and not _finite(value):
                 raise BadInput(f"{self.name}: {field.name}={value!r}; expected a finite number")
             elif hint in (int, bool) and type(value) is not hint:
                 raise BadInput(f"{self.name}: {field.name}={value!r}; expected {hint.__name__}")
@@ -109,7 +107,7 @@ def names() -> list[str]:
     return sorted(_REGISTRY)
 
 
-def get(name: str, **settings: Any) -> Stage:
+def get(name: str, /, **settings: Any) -> Stage:
     """The stage of this name with these settings; what is not given keeps its default.
 
     Raises BadInput, listing what is valid, for an unknown name or setting, and for a value out of range.
@@ -149,6 +147,13 @@ def parse(text: str) -> Stage:
             raise BadInput(f"stage {text!r}: {key} is set twice")
         settings[key] = _literal(value, hints.get(key))
     return get(name, **settings)
+
+
+def _finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
 
 
 def _literal(text: str, hint: Any) -> Any:

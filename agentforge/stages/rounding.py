@@ -54,8 +54,12 @@ class Rounding(Stage):
         if self.group < 0:
             raise BadInput(f"rounding: group={self.group}; expected 1 or more, or 0 for one grid a row")
 
+    def _group(self, columns: int) -> int:
+        """Weights a grid in a row of this length."""
+        return min(self.group or columns, columns)
+
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        grids = (shape[0], math.ceil(shape[1] / (self.group or shape[1])))
+        grids = (shape[0], math.ceil(shape[1] / self._group(shape[1])))
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (f"uint{self.bits}", shape)}
         planes["scale"] = ("float16", grids)
         if not self.symmetric:
@@ -67,7 +71,7 @@ class Rounding(Stage):
         shape = (weight.shape[0], weight.shape[1])
         exponent = power_of_two_exponent(weight)
         scaled = times_power_of_two(weight, exponent).numpy()
-        group = self.group or shape[1]
+        group = self._group(shape[1])
         scale, minimum = _fit(scaled, group, self.bits, self.symmetric, self.clip == "mse")
         # What is stored are half floats: the codes are chosen for those.
         half_scale, half_minimum = scale.astype(np.float16), minimum.astype(np.float16)
@@ -84,17 +88,17 @@ class Rounding(Stage):
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         zero = 2 ** (self.bits - 1) - 1
-        codes = packed["codes"].to(torch.float32)
         if self.symmetric and int(packed["codes"].max()) > 2 * zero:
             raise BadArtifact(f"plane codes: holds {2 * zero + 1}; a symmetric code is at most {2 * zero}")
-        scale = self._spread(packed["scale"], packed.shape)
-        values = (codes - zero) * scale if self.symmetric else codes * scale + self._spread(packed["minimum"], packed.shape)
-        return times_power_of_two(values, 128 - int(packed["exponent"]))
-
-    def _spread(self, per_group: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
-        """One value a group to one value a weight: float32[out, in]."""
-        wide = per_group.to(torch.float32).repeat_interleave(self.group or shape[1], dim=1)
-        return wide[:, : shape[1]]
+        rows, columns = packed.shape
+        group = self._group(columns)
+        codes = torch.nn.functional.pad(packed["codes"].to(torch.float32), (0, -columns % group)).reshape(rows, -1, group)
+        scale = packed["scale"].to(torch.float32).unsqueeze(2)
+        if self.symmetric:
+            values = codes.sub_(zero).mul_(scale)
+        else:
+            values = codes.mul_(scale).add_(packed["minimum"].to(torch.float32).unsqueeze(2))
+        return times_power_of_two(values.reshape(rows, -1)[:, :columns], 128 - int(packed["exponent"]))
 
 
 # The kernels run without fast-math: the order of every sum is fixed, and so are the bytes, on any machine.

@@ -42,8 +42,8 @@ class Ternary(Stage):
     def _check(self) -> None:
         if self.tau < 0:
             raise BadInput(f"ternary: tau={self.tau}; expected 0 or more")
-        if self.eps <= 0:
-            raise BadInput(f"ternary: eps={self.eps}; expected more than 0")
+        if self.eps < 1e-37:
+            raise BadInput(f"ternary: eps={self.eps}; expected at least 1e-37, so that its reciprocal is a float32")
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         codes = ("trit" if self.packing == "trits" else "uint2", shape)
