@@ -67,6 +67,7 @@ class Ratio:
 
     @property
     def ratio(self) -> float:
+        """How many times smaller: the denominator's bytes over the bytes on disk."""
         return self.denominator_bytes / self.bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -229,13 +230,16 @@ class _ArtifactModel(LanguageModel):
 
     @property
     def bytes_on_disk(self) -> int:
+        """Size of the artifact's weight files."""
         return self.artifact.weight_bytes
 
     @cached_property
     def fingerprint(self) -> str:
+        """The hash of the manifest, which holds the hashes of all files."""
         return sha256_file(self.path / MANIFEST)
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by name: decoded where it was encoded."""
         return self.artifact.decode(self._rows[name])
 
 

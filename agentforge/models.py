@@ -253,14 +253,17 @@ class BuiltModel(LanguageModel):
 
     @property
     def bytes_on_disk(self) -> int:
+        """Size of all weight files together."""
         return self._file_bytes
 
     @property
     def fingerprint(self) -> str:
+        """A hash over the bytes of configuration and weight files."""
         return self._file_fingerprint
 
     @cached_property
     def model(self) -> Any:
+        """The torch module, built by transformers from the files themselves."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         with _quiet_transformers():
@@ -270,6 +273,7 @@ class BuiltModel(LanguageModel):
         return built.eval()
 
     def tensor(self, name: str) -> torch.Tensor:
+        """A tensor by its name in the built model, float32."""
         tensor = self.model.state_dict()[name]
         assert isinstance(tensor, torch.Tensor)
         return tensor

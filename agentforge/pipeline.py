@@ -52,34 +52,48 @@ def compress(
     with Writer(out, recipe, overwrite) as writer:
         if writer.finished:
             return Artifact(out)
-        touched = {weight.name: weight for weight in model.weights(embeddings)}
-        reasons = model.kept(embeddings)
-        if not touched:
-            raise BadInput(f"{model.name}: has no weights that a stage may touch")
-
-        def finish_tensor(index: int, name: str) -> None:
-            if name in touched:
-                _encode(writer, index, touched[name], stage, seed)
-            else:
-                writer.put_kept(index, name, model.tensor(name), reasons[name])
-
-        todo = [(i, name) for i, name in enumerate(sorted(model.entries)) if not writer.has(i)]
-        bar = tqdm(
-            total=len(model.entries),
-            initial=len(model.entries) - len(todo),
-            unit="tensor",
-            leave=False,
-            desc=f"{stage.name}: {model.name}",
-            disable=None if progress else True,
-        )
+        _write_tensors(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
         try:
-            with bar:
-                _run(finish_tensor, todo, workers or os.cpu_count() or 1, bar.update)
             return writer.finish(model, len(model.entries))
         except OSError as error:
-            raise AgentForgeError(
-                f"{out}: could not be written ({error.strerror}); make room, then the same command goes on"
-            ) from None
+            raise _no_room(out, error) from None
+
+
+def _write_tensors(
+    writer: Writer, model: LanguageModel, stage: stages.Stage, embeddings: bool, seed: int, workers: int, progress: bool
+) -> None:
+    """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
+    touched = {weight.name: weight for weight in model.weights(embeddings)}
+    reasons = model.kept(embeddings)
+    if not touched:
+        raise BadInput(f"{model.name}: has no weights that a stage may touch")
+
+    def finish_tensor(index: int, name: str) -> None:
+        if name in touched:
+            _encode(writer, index, touched[name], stage, seed)
+        else:
+            writer.put_kept(index, name, model.tensor(name), reasons[name])
+
+    todo = [(i, name) for i, name in enumerate(sorted(model.entries)) if not writer.has(i)]
+    bar = tqdm(
+        total=len(model.entries),
+        initial=len(model.entries) - len(todo),
+        unit="tensor",
+        leave=False,
+        desc=f"{stage.name}: {model.name}",
+        disable=None if progress else True,
+    )
+    try:
+        with bar:
+            _run(finish_tensor, todo, workers, bar.update)
+    except OSError as error:
+        raise _no_room(writer.out, error) from None
+
+
+def _no_room(out: Path, error: OSError) -> AgentForgeError:
+    return AgentForgeError(
+        f"{out}: could not be written ({error.strerror}); make room, then the same command goes on from what is finished"
+    )
 
 
 def _encode(writer: Writer, index: int, weight: Weight, stage: stages.Stage, seed: int) -> None:

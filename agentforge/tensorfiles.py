@@ -44,6 +44,7 @@ class Entry(NamedTuple):
 
     @property
     def bytes(self) -> int:
+        """Size of the tensor's data."""
         count = self.dtype.itemsize
         for size in self.shape:
             count *= size

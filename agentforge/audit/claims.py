@@ -77,6 +77,7 @@ class Judged:
 
     @property
     def colour(self) -> str:
+        """GREEN, YELLOW, RED or GREY."""
         return COLOURS[self.verdict]
 
 

@@ -213,6 +213,7 @@ def top1_agreement(workshop: Workshop, stage: str) -> Measurement:
 @probe
 def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
     """Relative difference between our perplexity and the one from transformers' own loss, on one window."""
+    tokens = min(tokens, workshop.tokens, workshop.context - 1)
     ours = evaluation.perplexity(
         workshop.model, workshop.text, context=tokens + 1, tokens=tokens, progress=workshop.progress
     )

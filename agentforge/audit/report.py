@@ -6,11 +6,13 @@ NAME.json, the record.  It is made in a temporary folder beside the place and mo
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,54 +70,58 @@ def run(
         raise BadInput(f"tokens={tokens}; expected 2 or more")
     folder = (Path(out) if out is not None else CHECKOUT / "reports") / claims.report
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # Written through papermill's logger: the lines that the measuring cell prints, as they come.
+    with (
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch,
+        _lines_of_progress(progress),
+    ):
+        made = Path(scratch) / claims.report
+        made.mkdir()
+        parameters = {
+            "report": claims.report,
+            "model": model or claims.model,
+            "text": text,
+            "tokens": tokens,
+            "record_path": str((made / f"{claims.report}.json").resolve()),
+            "artifacts": str(Path(artifacts).resolve()) if artifacts is not None else None,
+        }
+        try:
+            papermill.execute_notebook(
+                template,
+                made / f"{claims.report}.ipynb",
+                parameters=parameters,
+                cwd=CHECKOUT,
+                log_output=progress,
+                progress_bar=False,
+                kernel_name="python3",
+            )
+        except PapermillExecutionError as error:
+            raise AgentForgeError(
+                f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}"
+            ) from None
+        render(made, claims.report)
+        if folder.exists():
+            os.replace(folder, Path(scratch) / "old")
+        os.replace(made, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def _lines_of_progress(wanted: bool) -> Iterator[None]:
+    """Show the lines of progress that the measuring cell prints, as papermill logs them, and nothing else of its log."""
     logger = logging.getLogger("papermill")
+    level = logger.level
     handler = logging.StreamHandler(sys.stderr)
     handler.terminator = ""
     handler.setFormatter(logging.Formatter("%(message)s"))
     handler.addFilter(lambda line: re.match(r"\[\d+/", line.getMessage()) is not None)
-    if progress:
+    if wanted:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
-    environment = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1"}
-    saved = {key: os.environ.get(key) for key in environment}
-    os.environ.update(environment)
     try:
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch:
-            made = Path(scratch) / claims.report
-            made.mkdir()
-            executed = made / f"{claims.report}.ipynb"
-            try:
-                papermill.execute_notebook(
-                    template,
-                    executed,
-                    parameters={
-                        "report": claims.report,
-                        "model": model or claims.model,
-                        "text": text,
-                        "tokens": tokens,
-                        "record_path": str((made / f"{claims.report}.json").resolve()),
-                        "artifacts": str(Path(artifacts).resolve()) if artifacts is not None else None,
-                    },
-                    cwd=CHECKOUT,
-                    log_output=progress,
-                    progress_bar=False,
-                    kernel_name="python3",
-                )
-            except PapermillExecutionError as error:
-                raise AgentForgeError(
-                    f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}"
-                ) from None
-            render(made, claims.report)
-            old = Path(scratch) / "old"
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(made, folder)
+        yield
     finally:
         logger.removeHandler(handler)
-        for key, value in saved.items():
-            os.environ.pop(key) if value is None else os.environ.__setitem__(key, value)
-    return folder
+        logger.setLevel(level)
 
 
 def render(folder: Path, name: str) -> None:

@@ -59,6 +59,7 @@ class Rounding(Stage):
         return min(self.group or columns, columns)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Coding and shape of each plane."""
         grids = (shape[0], math.ceil(shape[1] / self._group(shape[1])))
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (f"uint{self.bits}", shape)}
         planes["scale"] = ("float16", grids)

@@ -46,6 +46,7 @@ class Ternary(Stage):
             raise BadInput(f"ternary: eps={self.eps}; expected at least 1e-37, so that its reciprocal is a float32")
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Coding and shape of each plane."""
         codes = ("trit" if self.packing == "trits" else "uint2", shape)
         if self.rule == "absmean":
             return {"codes": codes, "scale": ("float32", (1,))}
