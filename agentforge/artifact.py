@@ -287,21 +287,25 @@ class Writer:
         except OSError:
             self._lock.close()
             raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
-        if self.finished:
-            return
+        if not self.finished:
+            try:
+                self._go_on(overwrite)
+            except BaseException:
+                self._lock.close()
+                raise
+
+    def _go_on(self, overwrite: bool) -> None:
+        """Take up an unfinished run of the same recipe, or begin."""
         recipe_file = self.partial / "recipe.json"
-        if recipe_file.is_file():
-            found = read_json(recipe_file)
-            if found != recipe:
-                if not overwrite:
-                    self._lock.close()
-                    raise BadInput(
-                        f"{self.partial}: an unfinished run with {_difference(found, recipe)}; "
-                        "run that command again to finish it, or pass --overwrite to discard it"
-                    )
-                shutil.rmtree(self.tensors, ignore_errors=True)
+        if recipe_file.is_file() and (found := read_json(recipe_file)) != self.recipe:
+            if not overwrite:
+                raise BadInput(
+                    f"{self.partial}: an unfinished run with {_difference(found, self.recipe)}; "
+                    "run that command again to finish it, or pass --overwrite to discard it"
+                )
+            shutil.rmtree(self.tensors, ignore_errors=True)
         self.tensors.mkdir(exist_ok=True)
-        write_json(recipe_file, recipe)
+        write_json(recipe_file, self.recipe)
 
     def __enter__(self) -> Writer:
         return self
@@ -461,14 +465,23 @@ def _recipe_of(path: Path) -> dict[str, Any] | None:
 
 
 def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
-    """What differs between two recipes, for a message."""
-    found = found or {}
-    parts = [
-        f"{key} {found.get(key, 'unset')!s:.80} (asked for: {wanted.get(key, 'unset')!s:.80})"
-        for key in sorted({*found, *wanted})
-        if found.get(key) != wanted.get(key)
-    ]
-    return "; ".join(parts)
+    """What differs between two recipes, for a message: settings of a stage one by one."""
+    have, want = _flat(found or {}), _flat(wanted)
+    return "; ".join(
+        f"{key} {have.get(key, 'unset')} (asked for: {want.get(key, 'unset')})"
+        for key in dict.fromkeys([*have, *want])
+        if have.get(key) != want.get(key)
+    )
+
+
+def _flat(recipe: dict[str, Any]) -> dict[str, str]:
+    flat = {}
+    for key, value in recipe.items():
+        if isinstance(value, dict):
+            flat.update({inner if inner == key else f"{key} {inner}": f"{v!s:.80}" for inner, v in value.items()})
+        else:
+            flat[key] = f"{value!s:.80}"
+    return flat
 
 
 def _sync(folder: Path) -> None:

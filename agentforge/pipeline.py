@@ -49,14 +49,16 @@ def compress(
         "embeddings": embeddings,
         "seed": seed,
     }
-    with Writer(out, recipe, overwrite) as writer:
-        if writer.finished:
-            return Artifact(out)
-        _write_tensors(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
-        try:
+    try:
+        with Writer(out, recipe, overwrite) as writer:
+            if writer.finished:
+                return Artifact(out)
+            _write_tensors(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
             return writer.finish(model, len(model.entries))
-        except OSError as error:
-            raise _no_room(out, error) from None
+    except OSError as error:
+        raise AgentForgeError(
+            f"{out}: could not be written ({error.strerror}); make room, then the same command goes on from what is finished"
+        ) from None
 
 
 def _write_tensors(
@@ -83,17 +85,8 @@ def _write_tensors(
         desc=f"{stage.name}: {model.name}",
         disable=None if progress else True,
     )
-    try:
-        with bar:
-            _run(finish_tensor, todo, workers, bar.update)
-    except OSError as error:
-        raise _no_room(writer.out, error) from None
-
-
-def _no_room(out: Path, error: OSError) -> AgentForgeError:
-    return AgentForgeError(
-        f"{out}: could not be written ({error.strerror}); make room, then the same command goes on from what is finished"
-    )
+    with bar:
+        _run(finish_tensor, todo, workers, bar.update)
 
 
 def _encode(writer: Writer, index: int, weight: Weight, stage: stages.Stage, seed: int) -> None:
