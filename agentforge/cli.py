@@ -266,7 +266,9 @@ def evaluate(
                 for k, m in measured.items()
             ],
             right=(1, 2, 4),
-            caption=", ".join(f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256")),
+            caption=", ".join(
+                f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer")
+            ),
         ),
     )
 

@@ -269,8 +269,10 @@ def unpack_trits(stored: torch.Tensor, count: int) -> torch.Tensor:
     if stored.numel() and int(stored.max()) >= 3**TRITS_PER_BYTE:
         raise BadInput(f"byte {int(stored.max())} is no group of five trits (at most 242)")
     powers = torch.tensor([3**j for j in range(TRITS_PER_BYTE)])
-    table = (torch.arange(3**TRITS_PER_BYTE).unsqueeze(1) // powers % 3).to(torch.uint8)
-    digits = table.index_select(0, stored.int()).reshape(-1)
+    # A group's five values, as the five low bytes of one word: looking up words is faster than looking up rows.
+    digits_of = (torch.arange(3**TRITS_PER_BYTE).unsqueeze(1) // powers % 3).to(torch.uint8)
+    words = torch.nn.functional.pad(digits_of, (0, 8 - TRITS_PER_BYTE)).view(torch.int64).reshape(-1)
+    digits = words[stored.int()].view(torch.uint8).reshape(-1, 8)[:, :TRITS_PER_BYTE].reshape(-1)
     if digits[count:].any():
         raise BadInput("the padding of its last byte is not zero")
     return digits[:count]

@@ -3,13 +3,15 @@
 A text is tokenised once and cut into windows of `context` tokens that start every `stride` tokens.  Every token is
 scored at most once, by the first window that holds it; a window's first token has nothing before it and is not scored
 (unless bos="window" puts the BOS token there).  With stride = context (the default) windows do not overlap, as in the
-papers; with stride = context - 1 every token but the first is scored, as in lm-eval's rolling log-likelihood.
+papers; with stride = context - 1 every token but the first is scored, as in lm-eval's rolling log-likelihood where the
+windows come out even (else it gives its last window more to look back at).
 
 Standard errors treat the token losses as independent; neighbouring losses are not quite, so they are a little small.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -55,8 +57,8 @@ def perplexity(
 ) -> Measurement:
     """exp of the mean negative log-likelihood of a text's tokens.
 
-    text: as for `find_text`.  context: window length in tokens.  stride: how far windows are apart (default: context).
-    tokens: how many tokens to score (default: all).  bos: no BOS token, one before the text, or one in each window.
+    text: as for `find_text`.  context: window length in tokens.  stride: how far windows are apart (default: such that they
+    do not overlap).  tokens: how many tokens to score (default: all).  bos: no BOS token, one before the text, or one in each window.
 
     Raises BadInput for a text that is too short, and for settings out of range.
     """
@@ -152,8 +154,8 @@ def _plan(
     model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
 ) -> tuple[list[_Window], dict[str, Any]]:
     """The windows to score, and the protocol that says how they were made."""
-    stride = context if stride is None else stride
     room = context - 1 if bos == "window" else context
+    stride = max(room, 1) if stride is None else stride
     if context < 2 or not 1 <= stride <= room:
         raise BadInput(
             f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}"
@@ -161,8 +163,8 @@ def _plan(
     longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
     if isinstance(longest, int) and context > longest:
         raise BadInput(f"context={context}: {model.name} takes at most {longest} tokens")
-    if tokens is not None and tokens < 1:
-        raise BadInput(f"tokens={tokens}; expected 1 or more")
+    if tokens is not None and tokens < 2:
+        raise BadInput(f"tokens={tokens}; expected 2 or more, for a standard error")
     if bos not in ("none", "text", "window"):
         raise BadInput(f"bos={bos!r}; expected none, text or window")
     tokenizer = model.tokenizer
@@ -202,9 +204,17 @@ def _plan(
         "stride": stride,
         "bos": bos,
         "scored_tokens": scored,
+        "tokenizer": _tokenizer_hash(tokenizer),
         "skipped_texts": list(text.skipped),
     }
     return windows, protocol
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """What the tokenizer does, in a hash: vocabulary, merges and splitting; its vocabulary alone where it is no fast one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _rows(model: LanguageModel, window: _Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

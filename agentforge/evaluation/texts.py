@@ -57,7 +57,7 @@ def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
         skipped: list[str] = []
         for candidate in CHAIN:
             try:
-                found = find_text(candidate, split if split in SPLITS[candidate] else None)
+                found = find_text(candidate, split)
             except BadInput as error:
                 skipped.append(str(error))
                 continue
@@ -68,13 +68,14 @@ def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
         if chosen not in SPLITS[name]:
             raise BadInput(f"text {name} has no split {chosen!r}; it has {', '.join(SPLITS[name])}")
         return _wikitext2(chosen) if name == "wikitext2" else _selftext(chosen)
-    path = Path(name).expanduser()
-    if not path.is_file():
-        raise BadInput(f"text {name!r} does not exist; expected a text file or one of {', '.join(SPLITS)}")
     try:
-        return Text(path.name, "file", path.read_text(encoding="utf-8"), str(path))
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
+        path = Path(name).expanduser()
+        found_file = path.is_file()
+    except (OSError, RuntimeError):  # a name too long for a file, or ~ of nobody
+        found_file = False
+    if not found_file:
+        raise BadInput(f"text {name[:80]!r} does not exist; expected a text file or one of {', '.join(SPLITS)}")
+    return Text(path.name, "file", _read(path), str(path))
 
 
 def selftexts(split: str = "calibration") -> list[str]:
@@ -94,22 +95,34 @@ def _wikitext2(split: str) -> Text:
     for label, folder in _data_folders():
         for candidate in (folder / "wikitext-2-raw" / WIKITEXT2_FILES[split], folder / WIKITEXT2_FILES[split]):
             if candidate.is_file():
-                found = Text("wikitext2", split, candidate.read_text(encoding="utf-8"), f"{label}/{candidate.name}")
-                if found.sha256 != WIKITEXT2_SHA256[split]:
-                    raise BadInput(
-                        f"{candidate}: sha256 is {found.sha256[:8]}..., expected {WIKITEXT2_SHA256[split][:8]}...; "
-                        "it is not the official WikiText-2 raw file"
-                    )
-                return found
+                return _official(Text("wikitext2", split, _read(candidate), f"{label}/{candidate.name}"))
         tried.append(f"not in {label}")
     try:
-        found = Text("wikitext2", split, _wikitext2_from_hub(split), "hub:Salesforce/wikitext")
+        rows = _wikitext2_from_hub(split)
     except Exception as error:  # datasets raises what its many back ends raise
         tried.append(f"not from the hub ({type(error).__name__})")
         raise BadInput(
             f"wikitext2: {', '.join(tried)}; set AGENTFORGE_DATA to a folder that has {WIKITEXT2_FILES[split]}"
         ) from None
-    return found
+    # The hub's rows are the file's lines, but for blank lines, which it empties.
+    return _official(Text("wikitext2", split, "".join(row or " \n" for row in rows), "hub:Salesforce/wikitext"))
+
+
+def _official(text: Text) -> Text:
+    """The text, if it is the one that papers are measured on.  Raises BadInput otherwise."""
+    if text.sha256 != WIKITEXT2_SHA256[text.split]:
+        raise BadInput(
+            f"{text.origin}: sha256 is {text.sha256[:8]}..., expected {WIKITEXT2_SHA256[text.split][:8]}...; "
+            "it is not the official WikiText-2 raw file"
+        )
+    return text
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
 
 
 def _data_folders() -> list[tuple[str, Path]]:
@@ -120,14 +133,13 @@ def _data_folders() -> list[tuple[str, Path]]:
     return folders
 
 
-def _wikitext2_from_hub(split: str) -> str:
+def _wikitext2_from_hub(split: str) -> list[str]:
+    from datasets import load_dataset
     from huggingface_hub import constants
 
     # The hub's client tries for most of a minute before it gives up; without a network we want to know at once.
-    endpoint = urlsplit(constants.ENDPOINT)
-    if not any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+    free = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HF_HUB_OFFLINE")
+    if not any(os.environ.get(name) for name in free):
+        endpoint = urlsplit(constants.ENDPOINT)
         socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=3).close()
-    from datasets import load_dataset
-
-    rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
-    return "".join(rows["text"])
+    return list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])

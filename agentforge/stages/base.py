@@ -7,6 +7,7 @@ checks); a stage file holds `_check`, `_encode` and `_decode`, to be read beside
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import typing
 from dataclasses import dataclass
@@ -65,7 +66,7 @@ class Stage:
 
     def check(self) -> None:
         """Raise BadInput where a setting has the wrong type or is out of range."""
-        hints = typing.get_type_hints(type(self))
+        hints = _hints(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if typing.get_origin(hint) is typing.Literal:
@@ -138,7 +139,7 @@ def parse(text: str) -> Stage:
     """
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
-    hints = typing.get_type_hints(_REGISTRY[name]) if name in _REGISTRY else {}
+    hints = _hints(_REGISTRY[name]) if name in _REGISTRY else {}
     for part in filter(None, rest.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
@@ -147,6 +148,11 @@ def parse(text: str) -> Stage:
             raise BadInput(f"stage {text!r}: {key} is set twice")
         settings[key] = _literal(value, hints.get(key))
     return get(name, **settings)
+
+
+@functools.cache
+def _hints(cls: type[Stage]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _finite(value: Any) -> bool:

@@ -74,13 +74,13 @@ class Ternary(Stage):
         )
 
     def _decode(self, packed: Packed) -> torch.Tensor:
-        if int(packed["codes"].max()) > 2:
+        if self.packing == "2bit" and int(packed["codes"].max()) > 2:
             raise BadArtifact("plane codes: holds 3; a ternary code is 0, 1 or 2")
-        codes = packed["codes"].to(torch.float32) - 1
+        codes = packed["codes"].to(torch.float32).sub_(1)
         if self.rule == "absmean":
-            return codes * packed["scale"]
+            return codes.mul_(packed["scale"])
         exponent = int(packed["exponent"]) - 128
-        return codes * times_power_of_two(packed["scale"], -exponent).unsqueeze(1)
+        return codes.mul_(times_power_of_two(packed["scale"], -exponent).unsqueeze(1))
 
 
 def absmean(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:

@@ -1,0 +1,201 @@
+"""A report is executed, rendered and consistent; probes agree with what can be computed another way."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import agentforge as af
+from agentforge import audit
+from agentforge.audit import probes
+from agentforge.audit.report import measured_text, render, verdict_table
+from agentforge.errors import AgentForgeError, BadInput
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> probes.Workshop:
+    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("artifacts"), "selftext", 255, 128, progress=False)
+
+
+@pytest.fixture(scope="module")
+def report(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phase 4 report on a tiny model, made by papermill as `make audit` makes the real one."""
+    folder = tmp_path_factory.mktemp("reports")
+    return audit.run(
+        "phase4_bitnet",
+        model=str(tiny_llama),
+        text="selftext",
+        tokens=127,
+        out=folder,
+        artifacts=folder / "a",
+        progress=False,
+    )
+
+
+def test_all_four_forms_are_there_and_agree(report: Path) -> None:
+    record = json.loads((report / "phase4_bitnet.json").read_text())
+    html = (report / "phase4_bitnet.html").read_text()
+    markdown = (report / "phase4_bitnet.md").read_text()
+    notebook = json.loads((report / "phase4_bitnet.ipynb").read_text())
+    assert all(cell.get("execution_count") for cell in notebook["cells"] if cell["cell_type"] == "code")
+    for row in record["claims"]:
+        # Markdown's marks and escapes are not in the page; the words are.
+        words = re.sub(r"[^a-zA-Z0-9 ]", "", row["title"])
+        assert words in re.sub(r"[^a-zA-Z0-9 ]", "", re.sub(r"&[a-z]+;", "", html)), row["id"]
+        assert row["title"] in markdown.replace("\\|", "|"), row["id"]
+    assert sum(record["summary"].values()) == len(record["claims"])
+    assert html.count('class="RED"') >= record["summary"]["refuted"]
+    assert not re.search(r'(src|href)="https?:', html)
+
+
+def test_every_verdict_of_the_record_follows_from_its_measurement(report: Path) -> None:
+    record = json.loads((report / "phase4_bitnet.json").read_text())
+    for row in record["claims"]:
+        if row["measured"] is None:
+            assert row["colour"] == "GREY"
+            assert row["needs"]
+            continue
+        value = row["measured"]["value"]
+        inside = {
+            name: interval is not None
+            and (interval[0] is None or value >= interval[0])
+            and (interval[1] is None or value <= interval[1])
+            for name, interval in row["thresholds"].items()
+        }
+        expected = "confirmed" if inside["confirmed"] else "partly" if inside["partly"] else "refuted"
+        assert row["verdict"] == expected, row["id"]
+
+
+def test_the_record_says_what_it_was_made_from(report: Path, tiny_llama: Path) -> None:
+    record = json.loads((report / "phase4_bitnet.json").read_text())
+    assert record["model"]["fingerprint"] == af.open_model(tiny_llama).fingerprint
+    assert record["text"]["scored_tokens"] == 127
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    assert {row["stage"] for row in record["stages"]} >= {"rounding:bits=8,group=64", "ternary:rule=absmean"}
+
+
+def test_a_failing_cell_leaves_the_old_report(report: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in report.iterdir()}
+    with pytest.raises(AgentForgeError, match="failed"):
+        audit.run("phase4_bitnet", model="no-such-model", text="selftext", tokens=127, out=report.parent, progress=False)
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == before
+    assert not [path for path in report.parent.iterdir() if path.name.startswith(".")]
+
+
+def test_render_is_repeatable(report: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "again"
+    copy.mkdir()
+    for name in ("phase4_bitnet.ipynb", "phase4_bitnet.json"):
+        (copy / name).write_bytes((report / name).read_bytes())
+    render(copy, "phase4_bitnet")
+    for path in report.iterdir():
+        assert (copy / path.name).read_bytes() == path.read_bytes(), path.name
+
+
+def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
+    row = {
+        "section": "S",
+        "title": "|w| small",
+        "paper": "",
+        "documentation": "",
+        "code": "",
+        "audit": "GREEN",
+        "verdict": "not tested",
+        "colour": "GREY",
+        "close": False,
+        "measured": None,
+        "needs": "more",
+        "remark": "",
+    }
+    table = verdict_table({"claims": [row]}, "S")
+    assert "Paper" not in table
+    assert "\\|w\\| small" in table
+    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_measured_text_names_value_error_n_and_threshold() -> None:
+    row = {
+        "measured": {"value": 6.864, "stderr": 0.25, "unit": "x", "n": 1234},
+        "thresholds": {"confirmed": [8.0, None], "partly": None},
+        "remark": "R.",
+        "needs": "",
+    }
+    assert measured_text(row) == "**6.864 ± 0.25 x** (n = 1,234; to confirm: at least 8). R."
+
+
+def test_code_agreement_and_zero_share_against_plain_torch(workshop: probes.Workshop) -> None:
+    lm = workshop.model
+    same = zeros = total = 0
+    for weight in lm.weights():
+        w = weight.load().float()
+        absmean = (w / w.abs().mean()).round().clamp(-1, 1)
+        band = 0.1 * w.abs().mean(1, keepdim=True)
+        threshold = torch.where(w.abs() < band, torch.zeros_like(w), w.sign())
+        same += int((absmean == threshold).sum())
+        zeros += int((threshold == 0).sum())
+        total += w.numel()
+    stage = "ternary:rule=threshold,tau=0.1"
+    assert probes.zero_share(workshop, stage).value == pytest.approx(zeros / total, abs=1e-6)
+    agreement = probes.code_agreement(workshop, stage, "ternary:rule=absmean")
+    assert agreement.value == pytest.approx(same / total, abs=1e-5)
+    assert agreement.n == total
+
+
+def test_ratio_and_bits_against_the_files(workshop: probes.Workshop) -> None:
+    artifact = workshop.artifact("ternary:rule=absmean")
+    size = sum(path.stat().st_size for path in artifact.path.glob("*.safetensors"))
+    measured = probes.ratio(workshop, "ternary:rule=absmean", "whole model", 32)
+    assert measured.value == pytest.approx(4 * workshop.model.parameters / size)
+    count = sum(w.shape[0] * w.shape[1] for w in workshop.model.weights())
+    planes = sum(-(-w.shape[0] * w.shape[1] // 5) + 4 for w in workshop.model.weights())
+    assert probes.bits_per_weight(workshop, "ternary:rule=absmean").value == pytest.approx(8 * planes / count)
+    with pytest.raises(BadInput, match="whole model"):
+        probes.ratio(workshop, "ternary:rule=absmean", "half of it", 32)
+
+
+def test_exact_probes_on_ternary_weights(workshop: probes.Workshop) -> None:
+    assert probes.ternary_values(workshop, "ternary:rule=absmean").value == 1.0
+    assert probes.ternary_values(workshop, "rounding:bits=4,group=64").value < 0.5
+    assert 0 < probes.row_scale_error(workshop, "ternary:rule=threshold,tau=0.1").value < 2**-11
+    assert probes.kept_in_16_bits(workshop, "ternary:rule=absmean").value == 1.0
+    assert probes.perplexity_formula(workshop, tokens=63).value < 1e-5
+
+
+def test_likelihood_probes_rest_on_one_pass(workshop: probes.Workshop) -> None:
+    workshop.compare(["rounding:bits=8,group=64", "rounding:bits=3,group=64"])
+    factor = probes.perplexity_factor(workshop, "rounding:bits=8,group=64")
+    assert factor.value == pytest.approx(1.0, abs=0.01)
+    assert factor.stderr is not None
+    eight = probes.top1_agreement(workshop, "rounding:bits=8,group=64").value
+    assert eight > probes.top1_agreement(workshop, "rounding:bits=3,group=64").value
+
+
+def test_the_code_is_as_short_typed_and_documented_as_the_probes_say(workshop: probes.Workshop) -> None:
+    assert probes.typed_functions(workshop).value == 1.0
+    assert probes.documented_functions(workshop).value == 1.0
+    assert probes.short_functions(workshop).value > 0.95
+    assert probes.short_functions(workshop, lines=1).value < 0.1
+
+
+def test_unknown_probes_and_parameters_are_refused(workshop: probes.Workshop) -> None:
+    with pytest.raises(BadInput, match="there are"):
+        probes.run(workshop, "magic", {})
+    with pytest.raises(BadInput, match="ratio"):
+        probes.run(workshop, "ratio", {"stage": "ternary", "colour": "red"})
+
+
+def test_bad_settings_of_a_report_are_refused() -> None:
+    with pytest.raises(BadInput, match="tokens=1"):
+        audit.run("phase4_bitnet", tokens=1)
+    with pytest.raises(BadInput, match="phase4_bitnet"):
+        audit.run("no_such_report")
+
+
+def test_audit_is_a_verb_and_a_room() -> None:
+    assert callable(af.audit)
+    with pytest.raises(BadInput):
+        af.audit("no_such_report")

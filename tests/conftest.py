@@ -1,0 +1,97 @@
+"""What the tests share: no network, a tiny Llama with its own tokenizer, and the two models that agentforge names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from agentforge.evaluation import Text
+    from agentforge.models import LanguageModel
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+# huggingface_hub reads its variables once, when it is first imported: before any test module is collected.
+os.environ.update(OFFLINE)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _offline() -> None:
+    """A module that took the variables away while it was imported would let the tests reach for the network."""
+    os.environ.update(OFFLINE)
+
+
+def make_tiny_llama(folder: Path, seed: int = 0, reverse_vocabulary: bool = False) -> Path:
+    """A Hugging Face folder: two layers, 128 positions, one token a byte, weights large enough to make sharp guesses."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse_vocabulary)
+    vocabulary = {token: i for i, token in enumerate(["<s>", "</s>", *letters])}
+    raw = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    raw.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same architecture and tokenizer with other weights."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama-other", seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_backwards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights with a tokenizer that numbers the bytes from the other end."""
+    return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama-backwards", reverse_vocabulary=True)
+
+
+@pytest.fixture(scope="session")
+def digits() -> LanguageModel:
+    import agentforge
+
+    return agentforge.open_model("digits-mlp")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """The real default model: for tests marked slow only."""
+    import agentforge
+
+    return agentforge.open_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def wikitext2() -> Text:
+    """WikiText-2's test split from a local folder; skips where neither AGENTFORGE_DATA nor ../shared/data has it."""
+    from agentforge.evaluation import find_text, texts
+
+    for _, folder in texts._data_folders():
+        if any((folder / inner / "wiki.test.raw").is_file() for inner in (".", "wikitext-2-raw")):
+            return find_text("wikitext2", "test")
+    pytest.skip("WikiText-2 is neither in AGENTFORGE_DATA nor in ../shared/data")

@@ -1,0 +1,347 @@
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import agentforge
+from agentforge.errors import BadInput, Incomparable
+from agentforge.evaluation import Text, divergences, find_text, likelihood
+from agentforge.evaluation.likelihood import _plan
+from agentforge.models import LanguageModel
+
+LETTERS = "The quick brown fox jumps over the lazy dog; 3.14159 is roughly pi. "
+
+
+def text_of(count: int) -> Text:
+    """A text of `count` tokens for the tiny models, which have one token a byte."""
+    return Text("letters", "test", (LETTERS * (count // len(LETTERS) + 1))[:count])
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama: Path) -> LanguageModel:
+    return agentforge.open_model(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def other(tiny_llama_other: Path) -> LanguageModel:
+    return agentforge.open_model(tiny_llama_other)
+
+
+@pytest.fixture(scope="module")
+def backwards(tiny_llama_backwards: Path) -> LanguageModel:
+    return agentforge.open_model(tiny_llama_backwards)
+
+
+def scored_by_brute_force(ids: list[int], context: int, stride: int, tokens: int | None, bos: str) -> list[list[int]]:
+    """For each scored token, in the text's order, all that the model sees before it, and itself last."""
+    if bos == "text":
+        ids = [0, *ids]
+    room = context - 1 if bos == "window" else context
+    scored = []
+    for t in range(len(ids)):
+        start = next(start for start in range(0, len(ids), stride) if start <= t < start + room)
+        before = [0, *ids[start:t]] if bos == "window" else ids[start:t]
+        if before:
+            scored.append([*before, ids[t]])
+    return scored[:tokens]
+
+
+def log_probabilities(model: LanguageModel, ids: list[int]) -> np.ndarray:
+    """What the model says after these ids, by transformers and numpy in double precision."""
+    with torch.no_grad():
+        logits = model.model(torch.tensor([ids])).logits[0, -1].numpy().astype(np.float64)
+    logits -= logits.max()
+    return np.asarray(logits - np.log(np.exp(logits).sum()))
+
+
+COMBINATIONS = [
+    (length, context, stride, tokens, bos)
+    for length, context, tokens, bos in itertools.product(
+        (2, 3, 16, 17, 63, 64, 65), (2, 3, 8, 16, 100), (None, 2, 7, 30), ("none", "text", "window")
+    )
+    for stride in {1, 2, context // 2, context - 1, context}
+    if 1 <= stride <= (context - 1 if bos == "window" else context)
+]
+
+
+@pytest.mark.parametrize("bos", ["none", "text", "window"])
+def test_every_token_is_scored_once_with_the_context_that_is_promised(tiny: LanguageModel, bos: str) -> None:
+    planned = 0
+    for length, context, stride, tokens, kind in COMBINATIONS:
+        if kind != bos:
+            continue
+        text = text_of(length)
+        ids = tiny.tokenizer(text.text)["input_ids"]
+        assert len(ids) == length
+        expected = scored_by_brute_force(ids, context, stride, tokens, bos)
+        if len(expected) < (tokens or 2):
+            with pytest.raises(BadInput, match="use a longer text"):
+                _plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
+            continue
+        windows, protocol = _plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
+        scored = [window.ids[: i + 1] for window in windows for i in range(window.first, len(window.ids))]
+        assert scored == expected, (length, context, stride, tokens, bos)
+        assert all(2 <= len(window.ids) <= context for window in windows)
+        assert protocol["scored_tokens"] == len(expected)
+        planned += 1
+    assert planned > 150
+
+
+@pytest.mark.parametrize(
+    ("context", "stride", "tokens", "bos"),
+    [(16, 16, None, "none"), (16, 5, 40, "none"), (16, 15, None, "text"), (16, 15, 40, "window"), (9, 4, None, "window")],
+)
+def test_value_and_standard_error_by_brute_force(
+    tiny: LanguageModel, context: int, stride: int, tokens: int | None, bos: str
+) -> None:
+    text = text_of(60)
+    ids = tiny.tokenizer(text.text)["input_ids"]
+    scored = scored_by_brute_force(ids, context, stride, tokens, bos)
+    losses = np.array([-log_probabilities(tiny, seen[:-1])[seen[-1]] for seen in scored])
+    found = agentforge.perplexity(tiny, text, context=context, stride=stride, tokens=tokens, bos=bos)  # type: ignore[arg-type]
+    assert found.n == len(losses)
+    assert found.value == pytest.approx(math.exp(losses.mean()), rel=1e-5)
+    deviation = math.sqrt(((losses - losses.mean()) ** 2).sum() / (len(losses) - 1))
+    assert found.stderr == pytest.approx(found.value * deviation / math.sqrt(len(losses)), rel=1e-4)
+
+
+def transformers_perplexity(model: LanguageModel, ids: list[int], context: int) -> float:
+    """From the loss that transformers itself computes, a window at a time, weighted by the tokens it scores."""
+    total, count = 0.0, 0
+    for start in range(0, len(ids), context):
+        window = torch.tensor([ids[start : start + context]])
+        if window.shape[1] > 1:
+            with torch.no_grad():
+                total += float(model.model(input_ids=window, labels=window).loss) * (window.shape[1] - 1)
+            count += window.shape[1] - 1
+    return math.exp(total / count)
+
+
+@pytest.mark.parametrize(("length", "context"), [(128, 128), (300, 128), (300, 32), (97, 32)])
+def test_perplexity_is_transformers_own_loss(tiny: LanguageModel, length: int, context: int) -> None:
+    text = text_of(length)
+    expected = transformers_perplexity(tiny, tiny.tokenizer(text.text)["input_ids"], context)
+    assert agentforge.perplexity(tiny, text, context=context).value == pytest.approx(expected, rel=1e-4)
+
+
+def test_windows_longer_than_the_rows_held_at_once(tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = agentforge.open_model(tiny_llama)
+    whole = agentforge.perplexity(model, text_of(128), context=128)
+    monkeypatch.setattr(likelihood, "ROWS", 10)
+    parts = agentforge.perplexity(model, text_of(128), context=128)
+    assert (parts.value, parts.n) == (pytest.approx(whole.value, rel=1e-6), 127)
+
+
+def harness_log_likelihood(model: LanguageModel, text: str, max_length: int) -> float:
+    """lm-eval's rolling log-likelihood of one text."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=model.model, tokenizer=model.tokenizer, max_length=max_length, batch_size=1)
+    requests = [Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)]
+    return float(harness.loglikelihood_rolling(requests, disable_tqdm=True)[0])
+
+
+def agrees_with_the_harness(model: LanguageModel, text: Text, max_length: int, windows: int) -> None:
+    """lm-eval's windows of M: M inputs, M tokens scored, the first window's first input the BOS token, and one token shared
+    by neighbours.  In our words: context M + 1 (we count the last target, too), stride M, bos="text".  They are the same
+    windows where M divides the number of tokens; otherwise lm-eval gives its last window more context than we do."""
+    count = windows * max_length
+    assert len(model.tokenizer(text.text, add_special_tokens=False)["input_ids"]) == count
+    found = agentforge.perplexity(model, text, context=max_length + 1, stride=max_length, bos="text")
+    assert found.n == count
+    expected = harness_log_likelihood(model, text.text, max_length)
+    assert -math.log(found.value) * count == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize(("max_length", "windows"), [(32, 3), (32, 1), (100, 4)])
+def test_perplexity_agrees_with_lm_eval(tiny: LanguageModel, max_length: int, windows: int) -> None:
+    agrees_with_the_harness(tiny, text_of(windows * max_length), max_length, windows)
+
+
+def test_a_model_does_not_diverge_from_itself(tiny: LanguageModel) -> None:
+    found = agentforge.divergence(tiny, tiny, text_of(100), context=32)
+    assert found.kl.value == pytest.approx(0, abs=1e-9)
+    assert found.top1.value == 1.0
+    assert found.top1.stderr == 0.0
+    assert found.perplexity.value == found.original_perplexity.value
+
+
+@pytest.mark.parametrize(("context", "stride", "tokens", "bos"), [(32, 32, None, "none"), (16, 7, 40, "window")])
+def test_divergence_by_brute_force(
+    tiny: LanguageModel, other: LanguageModel, context: int, stride: int, tokens: int | None, bos: str
+) -> None:
+    text = text_of(64)
+    settings: dict[str, Any] = {"context": context, "stride": stride, "tokens": tokens, "bos": bos}
+    found = agentforge.divergence(other, tiny, text, **settings)
+    kl, same = [], []
+    for seen in scored_by_brute_force(tiny.tokenizer(text.text)["input_ids"], context, stride, tokens, bos):
+        p, q = log_probabilities(tiny, seen[:-1]), log_probabilities(other, seen[:-1])
+        kl.append((np.exp(p) * (p - q)).sum())
+        same.append(p.argmax() == q.argmax())
+    assert found.kl.n == found.top1.n == len(kl)
+    assert found.kl.value == pytest.approx(np.mean(kl), rel=1e-5)
+    assert found.kl.value > 0.1
+    assert found.kl.stderr == pytest.approx(np.std(kl, ddof=1) / math.sqrt(len(kl)), rel=1e-4)
+    share = np.mean(same)
+    assert found.top1.value == pytest.approx(share)
+    assert found.top1.stderr == pytest.approx(math.sqrt(share * (1 - share) / len(same)))
+    reversed_kl = agentforge.divergence(tiny, other, text, **settings).kl.value
+    assert reversed_kl != pytest.approx(found.kl.value, rel=1e-3)
+    assert found.kl.inputs == {"model": other.fingerprint, "original": tiny.fingerprint}
+
+
+def test_divergences_perplexities_are_perplexities(tiny: LanguageModel, other: LanguageModel) -> None:
+    settings: dict[str, Any] = {"context": 24, "stride": 10, "tokens": 77, "bos": "text"}
+    found = agentforge.divergence(other, tiny, text_of(120), **settings)
+    for measured, model in ((found.perplexity, other), (found.original_perplexity, tiny)):
+        alone = agentforge.perplexity(model, text_of(120), **settings)
+        assert measured.value == pytest.approx(alone.value, rel=1e-6)
+        assert measured.stderr == pytest.approx(alone.stderr, rel=1e-4)
+        assert (measured.n, measured.protocol, measured.inputs) == (alone.n, alone.protocol, alone.inputs)
+    assert found.perplexity.minus(found.original_perplexity) == found.perplexity.value - found.original_perplexity.value
+
+
+def test_several_divergences_are_each_ones(tiny: LanguageModel, other: LanguageModel) -> None:
+    settings: dict[str, Any] = {"context": 24, "stride": 10, "tokens": 77, "bos": "text"}
+    together = divergences([other, tiny], tiny, text_of(120), **settings)
+    for found, model in zip(together, (other, tiny), strict=True):
+        alone = agentforge.divergence(model, tiny, text_of(120), **settings)
+        assert [(m.value, m.n, m.protocol, m.inputs) for m in found] == [(m.value, m.n, m.protocol, m.inputs) for m in alone]
+
+
+def test_the_protocol_says_how_it_was_taken(tiny: LanguageModel, tmp_path: Path) -> None:
+    path = tmp_path / "mine.txt"
+    path.write_text(LETTERS, encoding="utf-8")
+    found = agentforge.perplexity(tiny, str(path), context=16, stride=8, tokens=40, bos="window")
+    expected = {
+        "metric": "perplexity",
+        "text": "mine.txt",
+        "split": "file",
+        "text_sha256": find_text(str(path)).sha256,
+        "context": 16,
+        "stride": 8,
+        "bos": "window",
+        "scored_tokens": 40,
+    }
+    assert expected.items() <= found.protocol.items()
+    assert found.inputs == {"model": tiny.fingerprint}
+    for change in ({"context": 12}, {"stride": 4}, {"tokens": 41}, {"bos": "none"}):
+        settings: dict[str, Any] = {"context": 16, "stride": 8, "tokens": 40, "bos": "window", **change}
+        with pytest.raises(Incomparable):
+            found.minus(agentforge.perplexity(tiny, str(path), **settings))
+
+
+def test_perplexities_under_different_tokenizers_do_not_compare(tiny: LanguageModel, backwards: LanguageModel) -> None:
+    a, b = (agentforge.perplexity(model, text_of(50), context=16, tokens=40) for model in (tiny, backwards))
+    with pytest.raises(Incomparable, match="tokenizer"):
+        a.minus(b)
+
+
+def test_bos_window_works_without_a_stride(tiny: LanguageModel) -> None:
+    found = agentforge.perplexity(tiny, text_of(50), context=16, bos="window")
+    assert found.n == 50
+    assert found.value == agentforge.perplexity(tiny, text_of(50), context=16, stride=15, bos="window").value
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"context": 1}, "context=1, stride=1; expected a context of 2 or more"),
+        ({"context": 0}, "expected a context of 2 or more"),
+        ({"context": 16, "stride": 0}, r"stride=0; .* 1 <= stride <= 16"),
+        ({"context": 16, "stride": -3}, r"stride=-3; .* 1 <= stride <= 16"),
+        ({"context": 16, "stride": 17}, r"stride=17; .* 1 <= stride <= 16"),
+        ({"context": 16, "stride": 16, "bos": "window"}, r"stride=16; .* 1 <= stride <= 15"),
+        ({"context": 129}, r"context=129: tiny-llama.* takes at most 128 tokens"),
+        ({}, r"context=2048: tiny-llama.* takes at most 128 tokens"),
+        ({"context": 16, "tokens": 0}, "tokens=0; expected"),
+        ({"context": 16, "tokens": -1}, "tokens=-1; expected"),
+        ({"context": 16, "tokens": 1}, "tokens=1; expected 2 or more"),
+        ({"context": 16, "bos": "always"}, "bos='always'; expected none, text or window"),
+        ({"context": 16, "tokens": 47}, "text letters has 46 tokens to score, fewer than the 47 asked for"),
+    ],
+)
+def test_refusals(tiny: LanguageModel, other: LanguageModel, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        agentforge.perplexity(tiny, text_of(50), **settings)
+    with pytest.raises(BadInput, match=message):
+        agentforge.divergence(tiny, other, text_of(50), **settings)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2])
+def test_texts_that_are_too_short(tiny: LanguageModel, length: int) -> None:
+    with pytest.raises(BadInput, match=f"text letters has {max(0, length - 1)} tokens to score"):
+        agentforge.perplexity(tiny, text_of(length), context=16)
+
+
+def test_bos_without_such_a_token(tiny_llama: Path) -> None:
+    model = agentforge.open_model(tiny_llama)
+    with_bos = agentforge.perplexity(model, text_of(20), context=16, bos="text").value
+    model.tokenizer.bos_token = None  # then EOS does the same service, as in lm-eval
+    assert agentforge.perplexity(model, text_of(20), context=16, bos="text").value != with_bos
+    model.tokenizer.eos_token = None
+    with pytest.raises(BadInput, match="no BOS token; use bos=none"):
+        agentforge.perplexity(model, text_of(20), context=16, bos="text")
+
+
+def test_a_measured_model_can_still_be_trained(tiny_llama: Path) -> None:
+    fresh, original = agentforge.open_model(tiny_llama), agentforge.open_model(tiny_llama)
+    agentforge.divergence(fresh, original, text_of(50), context=16)
+    fresh.model(torch.tensor([[5, 6, 7]])).logits.sum().backward()
+    assert all(p.grad is not None for p in fresh.model.parameters())
+
+
+@pytest.mark.parametrize("swap", [False, True])
+def test_divergence_wants_one_tokenizer(tiny: LanguageModel, backwards: LanguageModel, swap: bool) -> None:
+    pair = (backwards, tiny) if swap else (tiny, backwards)
+    with pytest.raises(BadInput, match="cut the text into different tokens; compare models of one tokenizer"):
+        agentforge.divergence(*pair, text_of(50), context=16)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_bar_is_silent_when_asked(tiny: LanguageModel, monkeypatch: pytest.MonkeyPatch, progress: bool) -> None:
+    """tqdm draws nothing with disable=True, and with disable=None nothing but on a terminal."""
+    seen: list[object] = []
+
+    def bar(windows: list[object], **settings: object) -> list[object]:
+        seen.append(settings["disable"])
+        return windows
+
+    monkeypatch.setattr(likelihood, "tqdm", bar)
+    agentforge.perplexity(tiny, text_of(50), context=16, progress=progress)
+    agentforge.divergence(tiny, tiny, text_of(50), context=16, progress=progress)
+    assert seen == [None if progress else True] * 2
+
+
+@pytest.mark.slow
+def test_the_known_perplexity_of_smollm2(smollm2: LanguageModel, wikitext2: Text) -> None:
+    found = agentforge.perplexity(smollm2, wikitext2, tokens=20470, context=2048)
+    assert found.value == pytest.approx(19.92, abs=0.02)
+    assert found.n == 20470
+
+
+def text_of_exactly(model: LanguageModel, count: int) -> Text:
+    ids = model.tokenizer(find_text("selftext").text[: count * 8], add_special_tokens=False)["input_ids"]
+    return Text("selftext, cut", "heldout", model.tokenizer.decode(ids[:count]))
+
+
+@pytest.mark.slow
+def test_smollm2_agrees_with_lm_eval(smollm2: LanguageModel) -> None:
+    agrees_with_the_harness(smollm2, text_of_exactly(smollm2, 1536), 512, 3)
+
+
+@pytest.mark.slow
+def test_smollm2_agrees_with_transformers_own_loss(smollm2: LanguageModel) -> None:
+    text = text_of_exactly(smollm2, 1024)
+    ids = smollm2.tokenizer(text.text, add_special_tokens=False)["input_ids"]
+    assert len(ids) == 1024
+    found = agentforge.perplexity(smollm2, text, context=1024)
+    assert found.n == 1023
+    assert found.value == pytest.approx(transformers_perplexity(smollm2, ids, 1024), rel=1e-4)

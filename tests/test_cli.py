@@ -1,0 +1,368 @@
+"""The command line: every command as tables and as JSON, its exit codes, and one sentence where something is wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import agentforge
+from agentforge import cli
+from agentforge.errors import AgentForgeError
+from agentforge.models import LanguageModel
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.out)
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """The command line in this process."""
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def call(*args: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["agentforge", *map(str, args)])
+        capsys.readouterr()
+        code: Any = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = 0 if stop.code is None else stop.code
+        captured = capsys.readouterr()
+        assert isinstance(code, int)
+        return Result(code, captured.out, captured.err)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, digits: LanguageModel) -> Path:
+    """An artifact of digits-mlp."""
+    out = tmp_path_factory.mktemp("cli") / "small"
+    agentforge.compress(digits, "rounding:bits=4,group=64", out, progress=False)
+    return out
+
+
+def assert_refused(result: Result, code: int, *parts: str) -> None:
+    assert result.code == code
+    assert result.out == ""
+    assert result.err.startswith("agentforge: ")
+    assert len(result.err.splitlines()) == 1, result.err
+    for part in parts:
+        assert part in result.err
+
+
+# models
+
+
+def test_models_lists_the_names(run: Run) -> None:
+    result = run("models")
+    assert (result.code, result.err) == (0, "")
+    assert "smollm2-135m" in result.out
+    assert "digits-mlp" in result.out
+    said = run("models", "--json")
+    assert said.code == 0
+    assert set(said.json["models"]) == {"smollm2-135m", "digits-mlp"}
+
+
+def test_models_shows_a_model(run: Run, tiny_llama: Path) -> None:
+    result = run("models", tiny_llama)
+    assert (result.code, result.err) == (0, "")
+    assert "model.layers.1.self_attn.k_proj.weight" in result.out
+    assert "32 x 64" in result.out
+    assert "token embedding: kept unless embeddings are asked for" in result.out
+    said = run("models", tiny_llama, "--json").json
+    assert len(said["weights"]) == 14
+    assert said["weights"]["model.layers.0.mlp.down_proj.weight"] == [64, 128]
+    assert "model.embed_tokens.weight" in said["kept"]
+    assert said["touched_parameters"] == sum(a * b for a, b in said["weights"].values())
+    opened = agentforge.open_model(tiny_llama)
+    assert said["parameters"] == opened.parameters
+    more = run("models", tiny_llama, "--json", "--embeddings").json
+    assert set(more["weights"]) - set(said["weights"]) == {"model.embed_tokens.weight"}
+    assert more["parameters"] == said["parameters"]
+
+
+# compress, inspect, verify
+
+
+def test_compress_as_json(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    result = run("compress", "digits-mlp", "--stage", "rounding:bits=4,group=32", "--out", out, "--json")
+    assert (result.code, result.err) == (0, "")
+    said = result.json
+    artifact = agentforge.artifact.Artifact(out)
+    assert said["path"] == str(out)
+    assert said["stage"] == {"stage": "rounding", "bits": 4, "group": 32, "symmetric": False, "clip": "none"}
+    assert said["ratios"] == [r.to_json() for r in artifact.ratios]
+    for ratio in said["ratios"]:
+        assert ratio["ratio"] == ratio["denominator_bytes"] / ratio["bytes"]
+    assert said["ratios"][0]["bytes"] == os.stat(out / "model.safetensors").st_size
+    assert 0 < said["seconds"] < 3600
+    assert 50e6 < said["peak_memory_bytes"] < 1e12
+
+
+def test_compress_as_a_table(run: Run, tmp_path: Path) -> None:
+    result = run("compress", "digits-mlp", "--stage", "ternary", "--out", tmp_path / "a")
+    assert result.code == 0
+    assert "2 of 6 tensors encoded" in re.sub(r"\s+", " ", result.out)
+    artifact = agentforge.artifact.Artifact(tmp_path / "a")
+    for ratio in artifact.ratios:
+        assert f"{ratio.bytes:,}" in result.out
+        assert f"{ratio.ratio:.3f}x" in result.out
+    assert "ternary:rule=absmean" in result.out
+
+
+def test_compress_takes_its_options(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "a"
+    result = run(
+        "compress", "digits-mlp", "--stage", "ternary", "--out", out, "--embeddings", "--seed", 3, "--workers", 1, "--json"
+    )
+    assert result.code == 0
+    recipe = agentforge.artifact.Artifact(out).manifest["recipe"]
+    assert (recipe["embeddings"], recipe["seed"]) == (True, 3)
+    assert_refused(run("compress", "digits-mlp", "--stage", "rounding", "--out", out, "--json"), 2, "--overwrite")
+    assert run("compress", "digits-mlp", "--stage", "rounding", "--out", out, "--overwrite", "--json").code == 0
+    assert agentforge.artifact.Artifact(out).manifest["recipe"]["stage"]["stage"] == "rounding"
+
+
+def test_inspect(run: Run, small: Path) -> None:
+    artifact = agentforge.artifact.Artifact(small)
+    said = run("inspect", small, "--json")
+    assert (said.code, said.err) == (0, "")
+    assert said.json["tensors"] == artifact.rows
+    assert said.json["recipe"] == artifact.manifest["recipe"]
+    assert said.json["original"]["name"] == "digits-mlp"
+    assert said.json["ratios"] == [r.to_json() for r in artifact.ratios]
+    result = run("inspect", small)
+    assert (result.code, result.err) == (0, "")
+    for row in artifact.rows:
+        assert row["name"] in result.out
+        assert f"{row['bytes']:,}" in result.out
+        count = 1
+        for size in row["shape"]:
+            count *= size
+        assert f"{row['bits'] / count:.4f}" in result.out
+    assert "made from digits-mlp" in result.out
+
+
+def test_verify(run: Run, small: Path, tmp_path: Path) -> None:
+    result = run("verify", small)
+    assert (result.code, result.err) == (0, "")
+    assert "sound" in result.out
+    said = run("verify", small, "--json")
+    assert said.code == 0
+    assert said.json["ok"] is True
+    assert len(said.json["checked"]) == 3
+
+
+@pytest.mark.parametrize("name", ["a [bold]b", "[/nothing]", "[red]", "ü 重"])
+def test_folders_may_have_any_name(run: Run, tmp_path: Path, name: str) -> None:
+    out = tmp_path / name
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = run("compress", "digits-mlp", "--stage", "ternary", "--out", out)
+    assert result.code == 0
+    assert "".join(name.split()) in "".join(result.out.split())  # a long path is wrapped
+    result = run("verify", out)
+    assert result.code == 0
+    assert "".join(name.split()) in "".join(result.out.split())
+    assert run("inspect", out).code == 0
+
+
+def test_verify_of_something_damaged(run: Run, small: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(small, folder)
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+    assert_refused(run("verify", folder), 1, "sha256")
+    said = run("verify", folder, "--json")
+    assert said.code == 1
+    assert said.err == ""
+    assert said.json["ok"] is False
+    assert "sha256" in said.json["error"]
+
+
+# evaluate
+
+
+def test_evaluate_a_classifier(run: Run, small: Path) -> None:
+    said = run("evaluate", small, "--against", "digits-mlp", "--json")
+    assert (said.code, said.err) == (0, "")
+    measured = said.json["measurements"]
+    assert set(measured) == {"accuracy", "accuracy of the original"}
+    assert measured["accuracy"]["n"] == 450
+    assert measured["accuracy of the original"]["value"] > 0.95
+    assert measured["accuracy"]["value"] == agentforge.accuracy(agentforge.load(small)).value
+    assert set(run("evaluate", small, "--json").json["measurements"]) == {"accuracy"}
+    table = run("evaluate", small, "--against", "digits-mlp")
+    assert table.code == 0
+    assert f"{measured['accuracy']['value']:.5g}" in table.out
+
+
+def test_evaluate_a_language_model(run: Run, tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 8)
+    assert run("compress", tiny_llama, "--stage", "rounding:bits=3", "--out", tmp_path / "a", "--json").code == 0
+    asked = ("--text", text, "--context", 64, "--json")
+    said = run("evaluate", tmp_path / "a", "--against", tiny_llama, *asked)
+    assert (said.code, said.err) == (0, "")
+    measured = said.json["measurements"]
+    assert set(measured) == {"perplexity", "perplexity of the original", "KL(original || model)", "top-1 agreement"}
+    assert measured["KL(original || model)"]["value"] > 0
+    assert 0 < measured["top-1 agreement"]["value"] <= 1
+    assert measured["perplexity"]["value"] != measured["perplexity of the original"]["value"]
+    alone = run("evaluate", tmp_path / "a", *asked).json["measurements"]
+    assert alone["perplexity"]["value"] == pytest.approx(measured["perplexity"]["value"], rel=1e-6)
+    same = run("evaluate", tiny_llama, "--against", tiny_llama, *asked).json["measurements"]
+    assert same["KL(original || model)"]["value"] == pytest.approx(0, abs=1e-9)
+    assert same["top-1 agreement"]["value"] == 1
+    fewer = run("evaluate", tiny_llama, "--text", text, "--context", 64, "--tokens", 40, "--json").json["measurements"]
+    assert fewer["perplexity"]["n"] == 40
+    table = run("evaluate", tmp_path / "a", "--against", tiny_llama, "--text", text, "--context", 64)
+    assert table.code == 0
+    assert "top-1 agreement" in table.out
+    assert f"{measured['perplexity']['value']:.5g}" in table.out
+
+
+# What is wrong
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, small: Path, tmp_path: Path, tiny_llama: Path) -> None:
+    out = ("--out", tmp_path / "out")
+    (tmp_path / "short.txt").write_text("a")
+    assert_refused(run("models", "nonsense"), 2, "'nonsense' does not exist", "smollm2-135m")
+    assert_refused(run("models", "nonsense", "--json"), 2, "'nonsense'")
+    assert_refused(run("compress", "nonsense", "--stage", "ternary", *out), 2, "'nonsense'")
+    assert_refused(run("compress", "digits-mlp", "--stage", "magic", *out), 2, "'magic'", "ternary")
+    assert_refused(run("compress", "digits-mlp", "--stage", "rounding:bits=9", *out), 2, "bits=9", "2 to 8")
+    assert_refused(run("compress", "digits-mlp", "--stage", "rounding:magic=1", *out), 2, "'magic'", "group")
+    assert_refused(run("compress", "digits-mlp", "--stage", "rounding:bits", *out), 2, "setting=value")
+    assert_refused(run("compress", "digits-mlp", "--stage", "ternary", *out, "--workers", 0), 2, "workers=0")
+    assert_refused(run("compress", "digits-mlp", "--stage", "ternary", "--out", tmp_path), 2, str(tmp_path))
+    assert_refused(run("inspect", tmp_path / "missing"), 2, "missing")
+    assert_refused(run("inspect", tmp_path), 2, "agentforge.json is missing")
+    assert_refused(run("verify", tmp_path / "missing"), 2, "no such folder")
+    assert_refused(run("verify", tmp_path), 1, "agentforge.json is missing")
+    assert_refused(run("evaluate", "nonsense"), 2, "'nonsense'")
+    assert_refused(run("evaluate", small, "--against", "nonsense"), 2, "'nonsense'")
+    assert_refused(run("evaluate", tiny_llama, "--text", tmp_path / "missing.txt"), 2, "missing.txt")
+    assert_refused(run("evaluate", tiny_llama, "--text", tmp_path / "short.txt", "--context", 64), 2, "short.txt")
+    assert_refused(
+        run("evaluate", tiny_llama, "--text", tmp_path / "short.txt", "--context", 1 << 20), 2, "at most 128 tokens"
+    )
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_comparing_what_cannot_be_compared(run: Run, small: Path, tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox. " * 10)
+    assert_refused(run("evaluate", small, "--against", tiny_llama), 2)
+    assert_refused(run("evaluate", tiny_llama, "--against", "digits-mlp", "--text", text, "--context", 64), 2)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["magic"],
+        ["compress"],
+        ["compress", "digits-mlp"],
+        ["compress", "digits-mlp", "--stage", "ternary"],
+        ["compress", "digits-mlp", "--stage", "ternary", "--out", "x", "--magic"],
+        ["compress", "digits-mlp", "--stage", "ternary", "--out", "x", "--workers", "many"],
+        ["inspect"],
+        ["verify"],
+        ["verify", "a", "b"],
+        ["evaluate"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_exit_with_2(run: Run, args: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(*args)
+    assert result.code == 2
+    assert result.out == ""
+    assert "Usage:" in result.err
+    assert "Traceback" not in result.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("args", [["--help"], ["compress", "--help"], ["verify", "--help"]], ids=" ".join)
+def test_help_exits_with_0(run: Run, args: list[str]) -> None:
+    result = run(*args)
+    assert (result.code, result.err) == (0, "")
+    assert "Usage:" in result.out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (KeyboardInterrupt(), 130, "agentforge: interrupted; the same command goes on from what is finished\n"),
+        (OSError(28, "No space left on device", "/x/y"), 2, "agentforge: /x/y: No space left on device\n"),
+        (OSError("odd"), 2, "agentforge: input or output: odd\n"),
+        (AgentForgeError("something is wrong"), 2, "agentforge: something is wrong\n"),
+    ],
+    ids=["interrupt", "disk", "odd", "ours"],
+)
+def test_what_goes_wrong_midway(
+    run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("agentforge.models.open_model", fail)
+    assert run("models", "digits-mlp") == Result(code, "", message)
+
+
+def test_a_bug_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr("agentforge.models.open_model", fail)
+    with pytest.raises(ZeroDivisionError):
+        run("models", "digits-mlp")
+
+
+# In a process of its own
+
+
+def test_python_m_agentforge() -> None:
+    done = subprocess.run([sys.executable, "-m", "agentforge", "models"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "digits-mlp" in done.stdout
+
+
+@pytest.mark.parametrize("module", ["agentforge", "agentforge.cli"])
+def test_importing_the_package_loads_nothing_heavy(module: str) -> None:
+    heavy = {"torch", "transformers", "numpy", "numba", "sklearn", "gguf"}
+    code = f"import sys, {module}; print(sorted({heavy} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_every_public_name_is_there() -> None:
+    for name in agentforge.__all__:
+        assert getattr(agentforge, name) is not None
+        assert name in dir(agentforge)
+    with pytest.raises(AttributeError, match="no attribute 'magic'"):
+        _ = agentforge.magic
