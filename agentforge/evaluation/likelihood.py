@@ -58,7 +58,8 @@ def perplexity(
     """exp of the mean negative log-likelihood of a text's tokens.
 
     text: as for `find_text`.  context: window length in tokens.  stride: how far windows are apart (default: such that they
-    do not overlap).  tokens: how many tokens to score (default: all).  bos: no BOS token, one before the text, or one in each window.
+    do not overlap).  tokens: how many tokens to score (default: all).  bos: no BOS token ("none"), one before the text
+    ("text"), or one in each window ("window").
 
     Raises BadInput for a text that is too short, and for settings out of range.
     """

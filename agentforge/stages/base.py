@@ -151,7 +151,7 @@ def parse(text: str) -> Stage:
 
 
 @functools.cache
-def _hints(cls: type[Stage]) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 
