@@ -7,7 +7,6 @@ checks); a stage file holds `_check`, `_encode` and `_decode`, to be read beside
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import typing
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from ..planes import Packed
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _REGISTRY: dict[str, type[Stage]] = {}
+_HINTS: dict[Any, dict[str, Any]] = {}
 _S = TypeVar("_S", bound="type[Stage]")
 
 
@@ -150,9 +150,10 @@ def parse(text: str) -> Stage:
     return get(name, **settings)
 
 
-@functools.cache
 def _hints(cls: Any) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:  # evaluating annotations takes longer than decoding a small weight
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _finite(value: Any) -> bool:
