@@ -32,10 +32,11 @@ import torch
 
 from . import stages
 from .errors import BadArtifact, BadInput
-from .models import SOURCE_FILE, LanguageModel, Weight
-from .planes import FLOATS, Packed, Plane, stored_bytes, tensor_bytes
+from .models import LanguageModel, Weight
+from .planes import FLOATS, Packed, Plane, bits_per_value, stored_bytes, tensor_bytes
 from .tensorfiles import (
     DTYPES,
+    WEIGHTS_INDEX,
     Entry,
     index_file,
     index_folder,
@@ -52,8 +53,6 @@ MANIFEST = "agentforge.json"
 FORMAT = 1
 SHARD_BYTES = 2 << 30
 LARGEST_SIDE = 1 << 24  # rows or columns of a weight; beyond that a manifest lies
-COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
-NOT_COPIED = ("config.json", MANIFEST, SOURCE_FILE, "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Artifact:
     """A finished artifact: `path` and `manifest` (checked when it was read)."""
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+        self.path = Path(path).expanduser()
         self.manifest = _read_manifest(self.path)
 
     @property
@@ -91,9 +90,10 @@ class Artifact:
     @property
     def weight_bytes(self) -> int:
         """Bytes on disk of all weight files, headers included."""
-        return sum(
-            plain_file(self.path, name).stat().st_size for name in self.manifest["files"] if name.endswith(".safetensors")
-        )
+        shards = [plain_file(self.path, name) for name in self.manifest["files"] if name.endswith(".safetensors")]
+        if not all(shard.is_file() and shard.stat().st_size for shard in shards):
+            raise BadArtifact(f"{self.path}: a weight file is missing or empty; fetch or write the artifact again")
+        return sum(shard.stat().st_size for shard in shards)
 
     @property
     def ratios(self) -> list[Ratio]:
@@ -151,6 +151,8 @@ class Artifact:
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: its planes are not those that were encoded")
                 if not torch.isfinite(self.decode(row, packed)).all():
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: decodes to values that are not finite")
+        if odd := sorted({entry.file.name for entry in self._entries.values()} - set(self.manifest["files"])):
+            raise BadArtifact(f"{self.path}: {odd[0]} is not in the manifest; fetch or write the artifact again")
         if odd := sorted(set(self._entries) - expected):
             raise BadArtifact(f"{self.path}: the weight files hold {odd[0]}, which the manifest does not know")
         touched = sum(row["stage"] is not None for row in self.rows)
@@ -264,7 +266,7 @@ class Writer:
         self.partial = out.with_name(out.name + ".partial")
         self.tensors = self.partial / "tensors"
         self.finished = False
-        if out.exists() or out.is_symlink():
+        if out.is_symlink() or (out.exists() and not _is_empty(out)):
             existing = _recipe_of(out)
             if existing == recipe:
                 self.finished = True  # a kill between the rename and the clean-up may have left more
@@ -287,6 +289,9 @@ class Writer:
         except OSError:
             self._lock.close()
             raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
+        if not (self.partial / "lock").exists():
+            self._lock.close()
+            raise BadInput(f"{out}: another agentforge has just finished it; run again to see what is there now")
         if not self.finished:
             try:
                 self._go_on(overwrite)
@@ -389,13 +394,10 @@ class Writer:
             weight_map.update(dict.fromkeys(entries, name))
         if len(names) > 1:
             total = sum((folder / name).stat().st_size for name in names)
-            write_json(
-                folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
-            )
-        for pattern in COPIED:
-            for file in sorted(model.path.glob(pattern)):
-                if file.name not in NOT_COPIED and file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+            write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        for file in model.side_files:
+            if file.name not in ("config.json", MANIFEST):
+                shutil.copyfile(file, folder / file.name)
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": self.recipe["stage"]}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
@@ -404,7 +406,7 @@ class Writer:
             "name": model.name,
             "fingerprint": model.fingerprint,
             "bytes": model.bytes_on_disk,
-            "dtypes": ", ".join(sorted({str(e.dtype).removeprefix("torch.") for e in model.entries.values()})),
+            "dtypes": model.dtypes,
             "source": model.source,
         }
         write_json(
@@ -436,6 +438,10 @@ def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
     norm = math.sqrt(float((a * a).sum()))
     b -= a
     return math.sqrt(float((b * b).sum())) / norm if norm else float((b != 0).any())
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not any(path.iterdir())
 
 
 def _row_of(piece: Path) -> dict[str, Any]:
@@ -517,15 +523,25 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         plain_file(path, name)
         if not isinstance(about, dict) or type(about.get("bytes")) is not int or not isinstance(about.get("sha256"), str):
             raise refuse(f"file {name!r} lacks bytes or sha256")
+    if not any(name.endswith(".safetensors") for name in manifest["files"]):
+        raise refuse("files name no weight file")
+    if not isinstance(manifest["recipe"].get("stage"), dict):
+        raise refuse("recipe has no stage")
     original = manifest["original"]
-    if type(original.get("bytes")) is not int or not isinstance(original.get("dtypes"), str):
-        raise refuse("original lacks bytes or dtypes")
+    if type(original.get("bytes")) is not int or not 0 < original["bytes"] < 1 << 62:
+        raise refuse("original has no believable bytes")
+    if not isinstance(original.get("dtypes"), str) or not isinstance(original.get("name"), str):
+        raise refuse("original lacks name or dtypes")
     seen = set()
     for row in manifest["tensors"]:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row["name"] in seen:
             raise refuse("a tensor has no name, or one that is there twice")
         name = row["name"]
+        if not name.isprintable():
+            raise refuse(f"tensor name {name!a:.80} is not printable")
         seen.add(name)
+        if "stage" not in row or not isinstance(row.get("sha256"), str) or not isinstance(row.get("dtype"), str):
+            raise refuse(f"tensor {name}: stage, dtype or sha256 is missing")
         shape = row.get("shape")
         if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_SIDE for n in shape):
             raise refuse(f"tensor {name}: shape {shape!r:.60} is not believable")
@@ -533,7 +549,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise refuse(f"tensor {name}: bits or bytes are missing")
         if row.get("dtype") not in {str(d).removeprefix("torch.") for d in DTYPES.values()} | set(FLOATS):
             raise refuse(f"tensor {name}: dtype {row.get('dtype')!r:.40} is not known")
-        if type(row.get("transposed")) is not bool or not isinstance(row.get("relative_error"), int | float):
+        relative = row.get("relative_error")
+        if type(row.get("transposed")) is not bool or not isinstance(relative, int | float) or not 0 <= relative < 1e300:
             raise refuse(f"tensor {name}: transposed or relative_error is missing")
         if row.get("stage") is not None:
             if len(shape) != 2 or 0 in shape:
@@ -543,6 +560,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             except BadInput as error:
                 raise refuse(f"tensor {name}: {error}") from None
             expected = sum(stored_bytes(coding, math.prod(size)) for coding, size in layout.values())
-            if row["bytes"] != expected:
-                raise refuse(f"tensor {name}: {row['bytes']} bytes, its settings and shape give {expected}")
+            bits = sum(math.ceil(bits_per_value(coding) * math.prod(size)) for coding, size in layout.values())
+        else:
+            expected = math.prod(shape) * getattr(torch, row["dtype"]).itemsize
+            bits = 8 * expected
+        if (row["bytes"], row["bits"]) != (expected, bits):
+            raise refuse(
+                f"tensor {name}: {row['bytes']} bytes, {row['bits']} bits; its settings and shape give {expected}, {bits}"
+            )
     return manifest

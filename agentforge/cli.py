@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from .errors import AgentForgeError
@@ -35,13 +36,12 @@ TextName = Annotated[
 def main() -> None:
     """Run the command line and exit with its code."""
     try:
-        app(standalone_mode=False)
+        # Outside of standalone mode, an exit and an interrupt come back as the code that they asked for.
+        code = app(standalone_mode=False)
     except AgentForgeError as error:
         _complain(str(error), 2)
     except OSError as error:
         _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
     except KeyboardInterrupt:
         _complain("interrupted; the same command goes on from what is finished", 130)
     except Exception as error:
@@ -52,6 +52,9 @@ def main() -> None:
         if type(error).__name__ == "Abort":
             _complain("interrupted; the same command goes on from what is finished", 130)
         raise
+    if code == 130:
+        _complain("interrupted; the same command goes on from what is finished", 130)
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 @app.command()
@@ -206,7 +209,7 @@ def verify(
     _show(
         {"path": str(artifact_dir), "ok": True, "checked": checks},
         as_json,
-        lambda: out.print(f"[green]sound[/green]: {artifact_dir}\n" + "\n".join(f"  {check}" for check in checks)),
+        lambda: out.print(f"sound: {artifact_dir}\n" + "\n".join(f"  {check}" for check in checks), markup=False),
     )
 
 
@@ -308,11 +311,11 @@ def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
 
 
 def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), caption: str = "") -> None:
-    table = Table(caption=caption or None, caption_justify="left")
+    table = Table(caption=escape(caption) or None, caption_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 

@@ -49,15 +49,27 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
 
     Raises BadInput for a file that is no GGUF file, of another architecture, or with tensors that a Llama has not.
     """
+    try:
+        return _convert(source, folder)
+    except (BadInput, OSError):
+        raise
+    except Exception as error:  # whatever a lying file makes the reader, the tokenizer or the arithmetic say
+        said = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise BadInput(f"{source}: no readable GGUF file of a Llama ({type(error).__name__}: {said:.120})") from None
+
+
+def _convert(source: Path, folder: Path) -> dict[str, Any]:
     from gguf import GGUFReader
 
-    try:
-        # The reader follows counts and offsets of the file through a memory map; what lies beyond its end raises.
-        reader = GGUFReader(source)
-    except Exception as error:
-        raise BadInput(
-            f"{source}: no readable GGUF file ({type(error).__name__}: {error:.120})".replace("\n", " ")
-        ) from None
+    class Reader(GGUFReader):  # type: ignore[misc]
+        """The library's reader slices its memory map beyond the end without a word, and then loops 2**60 times."""
+
+        def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+            if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
+                raise BadInput(f"{source}: ends before what it announces; fetch it again")
+            return super()._get(offset, dtype, count, override_order)
+
+    reader = Reader(source)
 
     def field(key: str, default: Any = None) -> Any:
         found = reader.get_field(key)
@@ -78,6 +90,9 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
             f"{source}: scaled rotary embeddings (rope_freqs.weight) are not supported; use the safetensors model"
         )
     config = _config(field, names, reader)
+    layers = {int(match[1]) for name in names if (match := re.match(r"blk\.(\d+)\.", name))}
+    if layers != set(range(len(layers))) or len(layers) != config["num_hidden_layers"]:
+        raise BadInput(f"{source}: has {len(layers)} layers of tensors, its metadata say {config['num_hidden_layers']}")
     tensors = sorted(reader.tensors, key=lambda t: t.name)
     targets = [(_hf_name(t.name, source), t) for t in tensors]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}

@@ -28,7 +28,7 @@ from torch import nn
 
 from . import digits
 from .errors import BadInput
-from .tensorfiles import Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
+from .tensorfiles import WEIGHTS_INDEX, Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
 
 SMOLLM2 = {
     "name": "smollm2-135m",
@@ -43,6 +43,7 @@ NAMED = {
     "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
 }
 SOURCE_FILE = "agentforge-source.json"
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 1
 
@@ -96,11 +97,17 @@ class LanguageModel:
         """Size of all weight files together."""
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
 
+    @property
+    def side_files(self) -> list[Path]:
+        """Configuration, tokenizer and licence: all files beside the weights that belong to the model."""
+        found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()}
+        return sorted(file for file in found if file.name not in (SOURCE_FILE, WEIGHTS_INDEX))
+
     @cached_property
     def fingerprint(self) -> str:
-        """A hash over the bytes of configuration and weight files."""
+        """A hash over the bytes of weight files, configuration, tokenizer and licence."""
         digest = hashlib.sha256()
-        for file in [self.path / "config.json", *sorted({entry.file for entry in self.entries.values()})]:
+        for file in [*self.side_files, *sorted({entry.file for entry in self.entries.values()})]:
             digest.update(f"{file.name} {sha256_file(file)}\n".encode())
         return digest.hexdigest()
 
@@ -115,6 +122,7 @@ class LanguageModel:
     @cached_property
     def model(self) -> Any:
         """The torch module, float32 on the CPU, in evaluation mode."""
+        self.check()
         if self.is_classifier:
             module = self.skeleton(device="cpu")
             module.load_state_dict({k: v.to(torch.float32) for k, v in self.state_dict().items()})
@@ -141,6 +149,24 @@ class LanguageModel:
         except Exception as error:
             raise BadInput(f"{self.path}: its tokenizer cannot be opened ({_first_line(error)})") from None
 
+    def check(self) -> None:
+        """Raise BadInput where tensors are missing, unknown or of another shape than config.json asks for."""
+        for _ in self._classified(embeddings=False):
+            pass
+        present: dict[int, bool] = {}
+        names: dict[int, str] = {}
+        for name, parameter in self.skeleton().named_parameters(remove_duplicate=False):
+            present[id(parameter)] = present.get(id(parameter), False) or name in self.entries
+            names[id(parameter)] = name
+        for key, there in present.items():
+            if not there:
+                raise BadInput(f"{self.path}: tensor {names[key]} is missing; fetch or write the folder again")
+
+    @property
+    def dtypes(self) -> str:
+        """The dtypes of the weight files, for a label."""
+        return ", ".join(sorted({str(e.dtype).removeprefix("torch.") for e in self.entries.values()}))
+
     def skeleton(self, device: str = "meta") -> nn.Module:
         """The module without its weights, to be asked about its structure."""
         if self.is_classifier:
@@ -151,8 +177,12 @@ class LanguageModel:
                 return digits.DigitsMLP(tuple(hidden))
         from transformers import AutoModelForCausalLM
 
-        with torch.device(device), _quiet_transformers():
-            module = AutoModelForCausalLM.from_config(self._hf_config, trust_remote_code=False)
+        config = self._hf_config
+        try:
+            with torch.device(device), _quiet_transformers():
+                module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except Exception as error:
+            raise BadInput(f"{self.path}/config.json: no model can be built from it ({_first_line(error)})") from None
         assert isinstance(module, nn.Module)
         return module
 
@@ -175,6 +205,10 @@ class LanguageModel:
             raise BadInput(f"{self.path}/config.json: transformers does not open it ({_first_line(error)})") from None
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise BadInput(f"{self.path}: {config.model_type!r} is no causal language model that transformers knows")
+        layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+        if not 0 <= layers <= max(1, len(self.entries)):
+            raise BadInput(f"{self.path}/config.json: {layers} layers, but only {len(self.entries)} tensors")
+        config._attn_implementation = None  # the default; a name from the file could be code to fetch from the hub
         if hasattr(config, "quantization_config"):
             del config.quantization_config  # our own planes are decoded before the model is built
         return config
@@ -243,10 +277,15 @@ class BuiltModel(LanguageModel):
 
     def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
         super().__init__(name, path, entries, source)
-        self._file_bytes, self._file_fingerprint = super().bytes_on_disk, super().fingerprint
+        self._file_bytes, self._file_fingerprint, self._file_dtypes = (
+            super().bytes_on_disk,
+            super().fingerprint,
+            super().dtypes,
+        )
+        module = self.model  # built while `entries` are still those of the files
         self.entries = {}
         seen: set[int] = set()
-        for key, tensor in self.model.state_dict().items():
+        for key, tensor in module.state_dict().items():
             if tensor.data_ptr() not in seen:
                 self.entries[key] = Entry(path, tuple(tensor.shape), tensor.dtype)
             seen.add(tensor.data_ptr())
@@ -255,6 +294,11 @@ class BuiltModel(LanguageModel):
     def bytes_on_disk(self) -> int:
         """Size of all weight files together."""
         return self._file_bytes
+
+    @property
+    def dtypes(self) -> str:
+        """The dtypes of the weight files, for a label."""
+        return self._file_dtypes
 
     @property
     def fingerprint(self) -> str:
@@ -266,10 +310,20 @@ class BuiltModel(LanguageModel):
         """The torch module, built by transformers from the files themselves."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-        with _quiet_transformers():
-            built = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._hf_config)].from_pretrained(
-                self.path, config=self._hf_config, dtype=torch.float32, use_safetensors=True
-            )
+        try:
+            with _quiet_transformers():
+                built, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._hf_config)].from_pretrained(
+                    self.path, config=self._hf_config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                )
+        except BadInput:
+            raise
+        except Exception as error:
+            raise BadInput(f"{self.path}: transformers does not open it ({_first_line(error)})") from None
+        for what in ("missing_keys", "unexpected_keys"):
+            if report[what]:
+                name = sorted(report[what])[0]
+                known = "is missing" if what == "missing_keys" else f"is not part of a {type(built).__name__}"
+                raise BadInput(f"{self.path}: tensor {name} {known}; is config.json its own?")
         return built.eval()
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -286,6 +340,8 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
+    if len(os.fsencode(name)) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
+        raise BadInput(f"model {name[:40]!r}...: no file can have a name this long")
     if name == "smollm2-135m":
         return _open_folder(name, _smollm2())
     if name == "digits-mlp":
@@ -322,6 +378,8 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
         return load(path)
     if quantization is not None:
         raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
+    if (path / "adapter_config.json").is_file():
+        raise BadInput(f"{path}: holds an adapter for another model; merge the two first")
     entries = index_folder(path)
     source = read_json(path / SOURCE_FILE) if (path / SOURCE_FILE).is_file() else {"name": name}
     opened = LanguageModel(name, path, entries, source)

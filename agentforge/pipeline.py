@@ -65,6 +65,7 @@ def _write_tensors(
     writer: Writer, model: LanguageModel, stage: stages.Stage, embeddings: bool, seed: int, workers: int, progress: bool
 ) -> None:
     """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
+    model.check()
     touched = {weight.name: weight for weight in model.weights(embeddings)}
     reasons = model.kept(embeddings)
     if not touched:

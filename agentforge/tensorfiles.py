@@ -32,6 +32,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+WEIGHTS_INDEX = "model.safetensors.index.json"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -75,7 +76,7 @@ def index_folder(folder: Path) -> dict[str, Entry]:
 
     Raises BadInput where there are none; pickled weights are never opened.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / WEIGHTS_INDEX
     weight_map: Any = None
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -123,6 +124,8 @@ def read_tensor(name: str, entry: Entry) -> torch.Tensor:
 def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
     """A JSON object from a file.  Raises BadInput where it is missing, too large, broken or no object."""
     try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path}: cannot be read (it is no file)")
         if path.stat().st_size > limit:
             raise BadInput(f"{path}: {path.stat().st_size} bytes; expected at most {limit}")
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -184,12 +187,16 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write `parts` to a temporary file beside `path`, bring it to disk, and rename it."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        for part in parts:
-            file.write(part)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk its room is needed
+        raise
 
 
 def sha256_file(path: Path) -> str:
