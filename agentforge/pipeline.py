@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from . import stages
+from . import __version__, stages
 from .artifact import FORMAT, Artifact, Writer, relative_error
 from .errors import AgentForgeError, BadInput
 from .models import LanguageModel, Weight, open_model
@@ -44,6 +44,7 @@ def compress(
     out = Path(out).expanduser()
     recipe = {
         "format": FORMAT,
+        "agentforge": __version__,
         "model": model.fingerprint,
         "stage": stage.to_json(),
         "embeddings": embeddings,

@@ -49,7 +49,12 @@ class Workshop:
         parsed = stages.parse(stage)
         name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{parsed}{'+embeddings' if embeddings else ''}")
         return compress(
-            self.model, parsed, self.folder / f"{self.model.name}-{name}", embeddings=embeddings, progress=self.progress
+            self.model,
+            parsed,
+            self.folder / f"{self.model.name}-{name}",
+            embeddings=embeddings,
+            overwrite=True,
+            progress=self.progress,
         )
 
     def compare(self, stages: list[str]) -> None:

@@ -48,15 +48,13 @@ def run(
     text: str | None = None,
     tokens: int = 6141,
     out: str | Path | None = None,
-    artifacts: str | Path | None = None,
     progress: bool = True,
 ) -> Path:
     """Run a report's notebook and write the report; returns its folder.
 
     report: the name of a claims file with a template of the same name.  model, text, tokens: what is measured (default:
     the claims file's model, the first text that is there).  out: the folder for reports (default: reports/ of the
-    checkout).  artifacts: where compressed models are kept for the next run (default: in the user's cache).
-
+    checkout).  Compressed models are made anew, in a temporary folder: what is measured is what the code makes today.
     Raises BadInput for an unknown report, AgentForgeError where a cell of the notebook fails.
     """
     import papermill
@@ -82,7 +80,7 @@ def run(
             "text": text,
             "tokens": tokens,
             "record_path": str((made / f"{claims.report}.json").resolve()),
-            "artifacts": str(Path(artifacts).resolve()) if artifacts is not None else None,
+            "artifacts": str((Path(scratch) / "artifacts").resolve()),
         }
         try:
             papermill.execute_notebook(
