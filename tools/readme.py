@@ -17,7 +17,7 @@ SHOWN = (
     "algorithms.ratio",
     "parameters.bits",
     "red.perplexity",
-    "conclusion.core",
+    "figures.perplexity_documented",
 )
 
 

@@ -36,7 +36,8 @@ td:first-child, td:nth-child(2) { min-width: 8rem; }
 img { max-width: 100%; height: auto; }
 pre { overflow-x: auto; background: var(--soft); padding: .5rem; }
 .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
-@media print { body { max-width: none; } .scroll, .jp-RenderedMarkdown, .jp-RenderedHTMLCommon { overflow: visible; }
+@page { size: A4 landscape; margin: 12mm; }
+@media print { td:first-child, td:nth-child(2) { min-width: 0; } body { max-width: none; } .scroll, .jp-RenderedMarkdown, .jp-RenderedHTMLCommon { overflow: visible; }
   table { font-size: 7.5pt; } tr, img { break-inside: avoid; } th, td { overflow-wrap: anywhere; } }
 """
 
@@ -55,6 +56,7 @@ def run(
     report: the name of a claims file with a template of the same name.  model, text, tokens: what is measured (default:
     the claims file's model, the first text that is there).  out: the folder for reports (default: reports/ of the
     checkout).  Compressed models are made anew, in a temporary folder: what is measured is what the code makes today.
+
     Raises BadInput for an unknown report, AgentForgeError where a cell of the notebook fails.
     """
     import papermill

@@ -123,6 +123,7 @@ def test_the_phase_4_audit_is_there_row_by_row() -> None:
         "5 Green flags": 4,
         "6 Recommendations": 3 + 3 + 3,
         "7 Conclusion": 6,
+        "Beside the audit: the documentation's perplexities": 2,
     }
     for section, count in rows.items():
         assert sum(claim.section == section for claim in claims) >= count, section
