@@ -31,7 +31,6 @@ def report(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         text="selftext",
         tokens=127,
         out=folder,
-        artifacts=folder / "a",
         progress=False,
     )
 
