@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from agentforge.evaluation import Text
     from agentforge.models import LanguageModel
 
@@ -21,6 +25,34 @@ os.environ.update(OFFLINE)
 def _offline() -> None:
     """A module that took the variables away while it was imported would let the tests reach for the network."""
     os.environ.update(OFFLINE)
+
+
+ROOM = 4 << 30  # address space that a bounded test may take beyond what the process has
+SECONDS = 60  # a bounded test that waits longer hangs
+
+
+class HangError(BaseException):
+    """Nothing that the code under test might take for an error of its own."""
+
+
+@pytest.fixture
+def bounded() -> Iterator[None]:
+    """No huge allocation succeeds, and nothing waits for ever."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+
+    def hang(*_: object) -> None:
+        raise HangError(f"still running after {SECONDS} s")
+
+    previous = signal.signal(signal.SIGALRM, hang)
+    signal.alarm(SECONDS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, previous)
 
 
 def make_tiny_llama(folder: Path, seed: int = 0, reverse_vocabulary: bool = False) -> Path:

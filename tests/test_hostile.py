@@ -7,10 +7,9 @@ import json
 import os
 import resource
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,7 @@ from agentforge import cli
 from agentforge.artifact import Artifact
 from agentforge.errors import BadArtifact, BadInput
 
-ROOM = 2 << 30  # address space that a test may take beyond what the process has
-SECONDS = 15  # a test that waits longer hangs
-
-
-class HangError(BaseException):
-    """Nothing that the code under test might take for an error of its own."""
-
-
-@pytest.fixture(autouse=True)
-def bounded() -> Iterator[None]:
-    """No huge allocation succeeds, and nothing waits for ever."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-
-    def hang(*_: object) -> None:
-        raise HangError(f"still running after {SECONDS} s")
-
-    previous = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
+pytestmark = pytest.mark.usefixtures("bounded")
 
 
 def small_classifier(folder: Path) -> Path:

@@ -7,7 +7,6 @@ import json
 import os
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
@@ -29,7 +28,6 @@ from agentforge.errors import BadInput
 from agentforge.models import BuiltModel, LanguageModel, open_model
 from agentforge.tensorfiles import index_folder
 
-ROOM, SECONDS = 4 << 30, 15
 LINEAR = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -39,30 +37,6 @@ LINEAR = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-
-
-class HangError(BaseException):
-    """Nothing that the code under test might take for an error of its own."""
-
-
-@pytest.fixture
-def bounded() -> Iterator[None]:
-    """No huge allocation succeeds, and nothing waits for ever."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-
-    def hang(*_: object) -> None:
-        raise HangError(f"still running after {SECONDS} s")
-
-    previous = signal.signal(signal.SIGALRM, hang)
-    signal.alarm(SECONDS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, previous)
 
 
 @pytest.fixture
