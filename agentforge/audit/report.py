@@ -37,8 +37,14 @@ img { max-width: 100%; height: auto; }
 pre { overflow-x: auto; background: var(--soft); padding: .5rem; }
 .jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
 @page { size: A4 landscape; margin: 12mm; }
-@media print { td:first-child, td:nth-child(2) { min-width: 0; } body { max-width: none; } .scroll, .jp-RenderedMarkdown, .jp-RenderedHTMLCommon { overflow: visible; }
-  table { font-size: 7.5pt; } tr, img { break-inside: avoid; } th, td { overflow-wrap: anywhere; } }
+@media print {
+  body { max-width: none; }
+  .scroll, .jp-RenderedMarkdown, .jp-RenderedHTMLCommon { overflow: visible; }
+  table { font-size: 7.5pt; }
+  tr, img { break-inside: avoid; }
+  th, td { overflow-wrap: anywhere; }
+  td:first-child, td:nth-child(2) { min-width: 0; }
+}
 """
 
 
