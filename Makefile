@@ -12,9 +12,10 @@ audit: $(VENV)/.lab
 	@echo "report: reports/phase4_bitnet/phase4_bitnet.html (also .md, .ipynb and .json)"
 
 # -m "" runs the slow tests, too; notebooks are run cell by cell and fail where a cell does.
+# (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "" -q --durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=600 \
-		--cov --cov-report=term tests notebooks
+	$(BIN)/python -m coverage run -m pytest -m "" -q --durations=15 \
+		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 tests notebooks
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

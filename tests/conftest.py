@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import resource
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import coverage
 import pytest
 
 if TYPE_CHECKING:
@@ -19,6 +21,15 @@ if TYPE_CHECKING:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # huggingface_hub reads its variables once, when it is first imported: before any test module is collected.
 os.environ.update(OFFLINE)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print coverage where `coverage run` measures it, here, so that the tests' own last line stays the last one."""
+    if (measuring := coverage.Coverage.current()) is not None:
+        measuring.stop()
+        table = io.StringIO()
+        measuring.report(file=table)
+        terminalreporter.write(table.getvalue())
 
 
 @pytest.fixture(scope="session", autouse=True)

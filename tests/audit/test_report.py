@@ -164,6 +164,29 @@ def test_exact_probes_on_ternary_weights(workshop: probes.Workshop) -> None:
     assert probes.perplexity_formula(workshop, tokens=63).value < 1e-5
 
 
+def test_measuring_runs_each_probe_once_and_says_how_far_it_is(
+    workshop: probes.Workshop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = audit.read_claims("phase4_bitnet")
+    asked: list[str] = []
+    lines: list[str] = []
+    run = probes.run
+
+    def count(workshop: probes.Workshop, name: str, parameters: dict[str, object]) -> object:
+        asked.append(f"{name} {parameters}")
+        return run(workshop, name, parameters)
+
+    monkeypatch.setattr("agentforge.audit.record.run", count)
+    record = audit.measure(claims, workshop, say=lambda line, **_: lines.append(line))
+    probed = [claim for claim in claims.claims if claim.probe]
+    assert len(asked) == len(set(asked)) == len({f"{c.probe} {c.parameters}" for c in probed})
+    assert len(lines) == 1 + len(probed)
+    assert lines[-1].startswith(f"[{len(probed)}/{len(probed)}]")
+    assert [row["id"] for row in record["claims"]] == [claim.id for claim in claims.claims]
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert record["git"].keys() == {"commit", "dirty"}
+
+
 def test_likelihood_probes_rest_on_one_pass(workshop: probes.Workshop) -> None:
     workshop.compare(["rounding:bits=8,group=64", "rounding:bits=3,group=64"])
     factor = probes.perplexity_factor(workshop, "rounding:bits=8,group=64")
