@@ -39,7 +39,7 @@ def _decode(stage: stages.Stage, packed: Packed, stored: list[tuple[Plane, torch
 
 
 def main() -> None:
-    millions = float(sys.argv[1]) if len(sys.argv) > 1 else 4.0
+    millions = float(sys.argv[1]) if len(sys.argv) > 1 else 32.0
     weight = torch.randn(int(millions * 1e6) // 1536, 1536, generator=torch.Generator().manual_seed(0)) * 0.05
     target = torch.empty_like(weight)
     bandwidth = 2 * weight.nbytes / best(lambda: target.copy_(weight))
