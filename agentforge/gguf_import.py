@@ -8,7 +8,6 @@ doubles such as 9.999999747378752e-06.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 
 from .errors import BadInput
+from .models import quiet_transformers
 from .planes import tensor_bytes
 from .tensorfiles import write_json, write_safetensors
 
@@ -183,9 +183,13 @@ def _tokenizer(source: Path, field: Any) -> Any:
     """The file's tokenizer, as a transformers tokenizer."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-    splitting = field("tokenizer.ggml.pre", "default")
-    if field("tokenizer.ggml.model") != "gpt2" or splitting not in ("smollm", "gpt-2", "default"):
-        with contextlib.redirect_stderr(None):
+    kind, splitting = field("tokenizer.ggml.model"), field("tokenizer.ggml.pre", "default")
+    if kind not in ("gpt2", "llama"):
+        raise BadInput(
+            f"{source}: tokenizer {kind!r:.40} is not known; known are gpt2 (byte-level) and llama (SentencePiece)"
+        )
+    if kind != "gpt2" or splitting not in ("smollm", "gpt-2", "default"):
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
 
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors

@@ -130,7 +130,7 @@ class LanguageModel:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         config = self._hf_config
-        with _quiet_transformers():
+        with quiet_transformers():
             built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
                 None, config=config, state_dict=self.state_dict(), dtype=torch.float32
             )
@@ -144,7 +144,7 @@ class LanguageModel:
         if self.is_classifier:
             raise BadInput(f"{self.name} is a classifier of pictures and has no tokenizer; use a language model")
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise BadInput(f"{self.path}: its tokenizer cannot be opened ({_first_line(error)})") from None
@@ -179,7 +179,7 @@ class LanguageModel:
 
         config = self._hf_config
         try:
-            with torch.device(device), _quiet_transformers():
+            with torch.device(device), quiet_transformers():
                 module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:
             raise BadInput(f"{self.path}/config.json: no model can be built from it ({_first_line(error)})") from None
@@ -311,7 +311,7 @@ class BuiltModel(LanguageModel):
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 built, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._hf_config)].from_pretrained(
                     self.path, config=self._hf_config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
                 )
@@ -492,7 +492,7 @@ def _from_hub(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """transformers without its progress bars and advice."""
     from transformers.utils import logging
 

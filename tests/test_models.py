@@ -656,6 +656,12 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{inner}.weight"
 
 
+def sentencepiece_tokens(count: int) -> list[str]:
+    """Control tokens, pieces that can be merged from letters, letters, and bytes for what is left."""
+    pieces = ["<unk>", "<s>", "</s>", "he", "ll", "hell", "hello", "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    return (pieces + [f"<0x{byte:02X}>" for byte in range(256)])[:count]
+
+
 def write_gguf(
     path: Path,
     model: Any,
@@ -665,6 +671,7 @@ def write_gguf(
     more: dict[str, np.ndarray] | None = None,
     leave_out: tuple[str, ...] = (),
     change: Callable[[Any], None] | None = None,
+    sentencepiece: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Write `model` as llama.cpp's converter would; returns the weights that a reader must find."""
     import gguf
@@ -681,13 +688,20 @@ def write_gguf(
     writer.add_rope_freq_base(5000.0)
     tokens, kinds, merges = gguf_tokens()
     writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(pre)
-    writer.add_token_list(tokens)
-    writer.add_token_types(kinds)
-    writer.add_token_merges(merges)
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    if sentencepiece:
+        pieces = sentencepiece_tokens(len(tokens))
+        writer.add_tokenizer_model("llama")
+        writer.add_token_list(pieces)
+        writer.add_token_scores([-float(i) for i in range(len(pieces))])
+        writer.add_token_types([2, 3, 3] + [6 if piece.startswith("<0x") else 1 for piece in pieces[3:]])
+    else:
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre(pre)
+        writer.add_token_list(tokens)
+        writer.add_token_types(kinds)
+        writer.add_token_merges(merges)
+    writer.add_bos_token_id(1 if sentencepiece else 0)
+    writer.add_eos_token_id(2 if sentencepiece else 1)
     if change:
         change(writer)
     expected = {}
@@ -733,6 +747,16 @@ def test_gguf_of_floats_is_the_same_model(tmp_path: Path, fresh_cache: Path, hf_
     before = {p: p.stat().st_mtime_ns for p in opened.path.iterdir()}
     again = open_model(tmp_path / "tiny.gguf")
     assert {p: p.stat().st_mtime_ns for p in again.path.iterdir()} == before
+
+
+def test_a_sentencepiece_tokenizer(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
+    write_gguf(tmp_path / "tiny.gguf", hf_llama, sentencepiece=True)
+    tokenizer = open_model(tmp_path / "tiny.gguf").tokenizer
+    pieces = sentencepiece_tokens(hf_llama.config.vocab_size)
+    ids = tokenizer("hello world", add_special_tokens=False)["input_ids"]
+    assert [pieces[i] for i in ids] == ["▁", "hello", "▁", *"world"]
+    assert tokenizer.decode(ids) == "hello world"
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
 def test_transformers_own_reader_agrees(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
