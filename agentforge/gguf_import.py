@@ -188,13 +188,22 @@ def _tokenizer(source: Path, field: Any) -> Any:
         raise BadInput(
             f"{source}: tokenizer {kind!r:.40} is not known; known are gpt2 (byte-level) and llama (SentencePiece)"
         )
+    tokens = field("tokenizer.ggml.tokens")
+    special = {}
+    for role, name in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
+        token = field(f"tokenizer.ggml.{role}_token_id", -1)
+        if 0 <= token < len(tokens):
+            special[f"{name}_token"] = tokens[token]
     if kind != "gpt2" or splitting not in ("smollm", "gpt-2", "default"):
         with quiet_transformers():
-            return AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+            converted = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        for role, token in special.items():
+            setattr(converted, role, token)  # some releases of transformers mix them up
+        return converted
 
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
-    tokens, kinds = field("tokenizer.ggml.tokens"), field("tokenizer.ggml.token_type")
+    kinds = field("tokenizer.ggml.token_type")
     merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges")]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(field("tokenizer.ggml.add_space_prefix", 0)))
@@ -208,11 +217,6 @@ def _tokenizer(source: Path, field: Any) -> Any:
     for token, kind in zip(tokens, kinds, strict=True):
         if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN):
             tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
-    special = {}
-    for role, name in {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}.items():
-        token = field(f"tokenizer.ggml.{role}_token_id", -1)
-        if 0 <= token < len(tokens):
-            special[f"{name}_token"] = tokens[token]
     if field("tokenizer.ggml.add_bos_token", 0) and "bos_token" in special:
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(
