@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 a check says no, 2 bad input, 130 interrupted.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -164,7 +165,7 @@ def inspect(
             row["name"],
             " x ".join(map(str, row["shape"])),
             row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})",
-            f"{row['bits'] / max(1, _count(row)):.4f}",
+            f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
             f"{row['relative_error']:.5f}",
             f"{row['bytes']:,}",
         ]
@@ -332,13 +333,6 @@ def _ratios(artifact: Any, caption: str) -> None:
         right=(1, 3, 4),
         caption=caption,
     )
-
-
-def _count(row: dict[str, Any]) -> int:
-    count = 1
-    for size in row["shape"]:
-        count *= size
-    return count
 
 
 def _peak_memory() -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -46,10 +47,7 @@ class Entry(NamedTuple):
     @property
     def bytes(self) -> int:
         """Size of the tensor's data."""
-        count = self.dtype.itemsize
-        for size in self.shape:
-            count *= size
-        return count
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def index_file(path: Path) -> dict[str, Entry]:

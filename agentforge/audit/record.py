@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import math
 import subprocess
 import time
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Any
 
 from ..evaluation.measurement import environment
 from .claims import COLOURS, ClaimsFile, Judged, judge
-from .probes import Workshop, run
+from .probes import Workshop, bits_per_weight, run
 
 RECORD_FORMAT = 1
 
@@ -96,10 +95,9 @@ def git_state() -> dict[str, Any]:
 def _stage_row(workshop: Workshop, stage: str) -> dict[str, Any]:
     """What a stage makes of the model: size and likelihoods, for the table that claims are read against."""
     artifact, result = workshop.artifact(stage), workshop.divergence(stage)
-    touched = [row for row in artifact.rows if row["stage"]]
     return {
         "stage": stage,
-        "bits_per_weight": 8 * sum(row["bytes"] for row in touched) / sum(math.prod(row["shape"]) for row in touched),
+        "bits_per_weight": bits_per_weight(workshop, stage).value,
         "ratios": [ratio.to_json() for ratio in artifact.ratios],
         "perplexity": result.perplexity.to_json(),
         "original_perplexity": result.original_perplexity.to_json(),
