@@ -1,0 +1,253 @@
+"""Lossless coding of planes: what is left to gain once a stage has chosen its integers.
+
+A code that is more frequent than others deserves fewer bits.  No lossless code of independent values takes fewer than
+their entropy, -sum p log2 p bits a value (Shannon 1948, theorem 9); range coding (Martin 1979; here the library
+constriction) comes within a word of it for the histogram it is given.  A plane's values are cut into digits, and each
+digit is coded in the cheapest of these ways:
+
+* PACKED: no model, its width in bits a value;
+* ONE: one histogram for the whole plane;
+* ROWS, COLUMNS: the plane's rows (or columns) are sorted by how concentrated their values are and cut into eight classes
+  of equal size, each with a histogram of its own.  It pays where one scale serves rows or columns of unequal size.
+
+Values of up to 12 bits may be one digit; wider ones are cut into digits of 8 bits from the top, as a histogram must not
+be larger than what it describes.  Floats are coded as their bit patterns: the exponents of scales have little entropy.
+A coded plane is one of
+
+    RAW, the plane as it is stored (where coding does not pay: one byte more than the plane)
+    WHOLE, CRC-32 of the rest, section
+    SPLIT, CRC-32 of the rest, a section a digit from the most significant, all but the last led by their length (4 bytes)
+
+    section: PACKED, values as `pack_uint` packs them
+    section: kind, largest value (2 bytes), a histogram a class (14 bits a frequency), the class of each row or column
+             (3 bits; not in ONE), words of the range coder
+
+All choices and models come from integers, so the bytes are the same on every machine.  Nothing that a file says is
+believed: sizes are checked before anything is allocated, and as no histogram gives a value more than 255/256, a byte
+cannot stand for more than `VALUES_A_BYTE` values.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from typing import Any
+
+import constriction
+import numpy as np
+import torch
+
+from ..errors import BadArtifact, BadInput
+from ..planes import FLOATS, Packed, Plane, bits_per_value, pack_uint, stored_bytes, tensor_bytes, unpack_uint
+
+RAW, WHOLE, SPLIT = range(3)
+PACKED, ONE, ROWS, COLUMNS = range(4)
+CLASSES, CLASS_BITS = 8, 3
+WIDEST = 12  # bits of the widest digit with a histogram
+FREQUENCY_BITS = 14
+LIKELIEST = 255  # a value may be this many times as frequent as all others together
+VALUES_A_BYTE = 1420  # 8 / log2(256 / 255) = 1416.8
+
+Array = np.ndarray[Any, Any]
+
+
+def encode(plane: Plane) -> bytes:
+    """The plane in the fewest bytes that the ways above find, at most one more than `plane.stored()` has.
+
+    Raises BadInput where a value does not fit its coding.
+    """
+    stored, shape = plane.stored(), tuple(plane.values.shape)
+    coded = [bytes([RAW]) + bytes(tensor_bytes(stored))]
+    if plane.values.numel():
+        patterns = _patterns(Plane.from_stored(plane.name, plane.coding, shape, stored))
+        lines, width = patterns.reshape(_rows(shape), -1), _width(plane.coding)
+        if width <= WIDEST:
+            coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32), width)))
+        if width > 8:
+            digits = [((lines >> low & (1 << bits) - 1).astype(np.int32), bits) for low, bits in _digits(width)]
+            *first, last = [_encode_digit(*digit) for digit in digits]
+            coded.append(_sealed(SPLIT, b"".join(len(section).to_bytes(4, "little") + section for section in first) + last))
+    return min(coded, key=len)
+
+
+def decode(data: bytes, name: str, coding: str, shape: tuple[int, ...]) -> Plane:
+    """The inverse of `encode`; name, coding and shape as `Stage.layout` gives them.
+
+    Raises BadArtifact where `data` is nothing that `encode` writes for a plane of this coding and shape.
+    """
+    count = math.prod(shape)
+    try:
+        if data[:1] == bytes([RAW]):
+            if len(data) - 1 != stored_bytes(coding, count):
+                raise BadInput(f"{coding}{list(shape)} takes {stored_bytes(coding, count)} bytes, found {len(data) - 1}")
+            patterns = np.frombuffer(data, _dtype(coding) if coding in FLOATS else np.uint8, offset=1).copy()
+        else:
+            if data[5:] == b"" or data[1:5] != zlib.crc32(data[5:]).to_bytes(4, "little"):
+                raise BadInput("its checksum does not fit")
+            if not 0 < count <= VALUES_A_BYTE * len(data):
+                raise BadInput(f"{len(data)} bytes do not hold {count} values")
+            patterns = _decode_digits(data[0], data[5:], _rows(shape), count, coding)
+    except BadInput as error:
+        raise BadArtifact(f"plane {name}: {error}; fetch or write the artifact again") from None
+    stored = torch.from_numpy(patterns)
+    if coding in FLOATS:
+        return Plane.from_stored(name, coding, shape, stored.view(FLOATS[coding]).reshape(shape))
+    return Plane.from_stored(name, coding, shape, stored) if data[0] == RAW else Plane(name, stored.reshape(shape), coding)
+
+
+def coded_bytes(packed: Packed) -> int:
+    """Bytes of all planes of an encoded weight, coded, with all that decoding them takes."""
+    return sum(len(encode(plane)) for plane in packed)
+
+
+def _width(coding: str) -> int:
+    """Bits of a value's pattern."""
+    return 2 if coding == "trit" else int(bits_per_value(coding))
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    """Rows of a plane as a matrix: its first dimension, or one where it has no second."""
+    return shape[0] if len(shape) > 1 else 1
+
+
+def _digits(width: int) -> list[tuple[int, int]]:
+    """Lowest bit and number of bits of each digit, from the top; all but the last have 8 bits."""
+    return [(max(top - 8, 0), min(top, 8)) for top in range(width, 0, -8)]
+
+
+def _patterns(plane: Plane) -> Array:
+    """The values as integers: of floats, their bits."""
+    values = plane.values
+    if plane.coding in FLOATS:
+        values = values.contiguous().view(torch.int16 if values.dtype.itemsize == 2 else torch.int32)
+    return values.numpy()
+
+
+def _sealed(kind: int, body: bytes) -> bytes:
+    return bytes([kind]) + zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def _encode_digit(lines: Array, width: int) -> bytes:
+    """The shortest section for a digit, int32[rows, columns] below 2**width."""
+    sections = [bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))]
+    sections.append(_modelled(ONE, lines, np.zeros(len(lines), np.int64)))
+    for kind, these in ((ROWS, lines), (COLUMNS, lines.T)):
+        if min(these.shape) >= CLASSES and lines.max() < these.shape[1]:  # more values than frequencies in a line
+            sections.append(_modelled(kind, these, _classes(these)))
+    return min(sections, key=len)
+
+
+def _classes(lines: Array) -> Array:
+    """The class of each line: lines sorted by the sum of their squared counts, and cut into classes of equal size."""
+    size = int(lines.max()) + 1
+    flat = (lines + np.arange(len(lines))[:, None] * size).reshape(-1)
+    counts = np.bincount(flat, minlength=len(lines) * size).reshape(len(lines), size)
+    classes = np.empty(len(lines), np.int64)
+    classes[np.argsort((counts * counts).sum(1), kind="stable")] = np.arange(len(lines)) * CLASSES // len(lines)
+    return classes
+
+
+def _modelled(kind: int, lines: Array, classes: Array) -> bytes:
+    """A section with a histogram for each class of lines."""
+    size = max(int(lines.max()) + 1, 2)
+    coder = constriction.stream.queue.RangeEncoder()
+    histograms = []
+    for k in range(int(classes.max()) + 1):
+        symbols = lines[classes == k].reshape(-1)
+        histograms.append(_frequencies(np.bincount(symbols, minlength=size)))
+        coder.encode(symbols, _model(histograms[-1]))
+    header = bytes([kind]) + (size - 1).to_bytes(2, "little")
+    header += bytes(tensor_bytes(pack_uint(torch.from_numpy(np.stack(histograms)), FREQUENCY_BITS)))
+    if kind != ONE:
+        header += bytes(tensor_bytes(pack_uint(torch.from_numpy(classes), CLASS_BITS)))
+    return header + coder.get_compressed().astype("<u4").tobytes()
+
+
+def _frequencies(counts: Array) -> Array:
+    """Counts scaled so that the largest is 2**14 - 1, rounded up; where it outweighs the rest too far, a neighbour gains."""
+    largest = int(counts.max())
+    frequencies = -(-counts * ((1 << FREQUENCY_BITS) - 1) // largest)
+    mode = int(frequencies.argmax())
+    missing = -(-int(frequencies[mode]) // LIKELIEST) - int(frequencies.sum() - frequencies[mode])
+    frequencies[mode - 1 if mode else 1] += max(missing, 0)
+    return frequencies
+
+
+def _model(frequencies: Array) -> Any:
+    """The coder's model: fixed point of 24 bits, no value impossible.  Sums of integers are exact in float64."""
+    return constriction.stream.model.Categorical(frequencies.astype(np.float64), perfect=False)
+
+
+def _decode_digits(kind: int, body: bytes, rows: int, count: int, coding: str) -> Array:
+    """The patterns, [rows, count / rows] in the dtype that `Plane.from_stored` gives, from all sections."""
+    width = _width(coding)
+    if kind == WHOLE and width <= WIDEST:
+        return _decode_digit(body, rows, count, 3 if coding == "trit" else 1 << width).astype(_dtype(coding))
+    if kind != SPLIT or width <= 8:
+        raise BadInput(f"kind {kind} does not go with {coding}")
+    values = np.zeros((rows, count // rows), np.int64)
+    for low, bits in _digits(width):
+        end = len(body)
+        if low:
+            end, body = int.from_bytes(body[:4], "little"), body[4:]
+        values |= _decode_digit(body[:end], rows, count, 1 << bits).astype(np.int64) << low
+        body = body[end:]
+    return values.astype(_dtype(coding))
+
+
+def _dtype(coding: str) -> Any:
+    width = _width(coding)
+    if coding in FLOATS:
+        return np.dtype(f"int{width}")
+    return np.uint8 if width <= 8 else np.int32 if width < 32 else np.int64
+
+
+def _decode_digit(section: bytes, rows: int, count: int, limit: int) -> Array:
+    """A digit, int[rows, count / rows] below `limit`, from its section."""
+    kind, body, width = section[:1], section[1:], (limit - 1).bit_length()
+    if kind == bytes([PACKED]):
+        if len(body) != stored_bytes(f"uint{width}", count) or limit != 1 << width:
+            raise BadInput(f"{len(body)} bytes do not hold {count} values of {width} bits")
+        values = unpack_uint(torch.from_numpy(np.frombuffer(body, np.uint8).copy()), width, count)
+        return values.numpy().reshape(rows, -1)
+    if kind not in (bytes([ONE]), bytes([ROWS]), bytes([COLUMNS])) or len(body) < 2:
+        raise BadInput("a section is of no known kind")
+    shape = (rows, count // rows) if kind != bytes([COLUMNS]) else (count // rows, rows)
+    size, models = int.from_bytes(body[:2], "little") + 1, 1 if kind == bytes([ONE]) else CLASSES
+    if not 2 <= size <= limit:
+        raise BadInput(f"an alphabet of {size} values, expected 2 to {limit}")
+    frequencies, body = _take(body[2:], FREQUENCY_BITS, models * size)
+    classes = np.zeros(shape[0], np.int64)
+    if models > 1:
+        classes, body = _take(body, CLASS_BITS, shape[0])
+    if len(body) % 4:
+        raise BadInput("a section does not end with a whole word")
+    values = _decode_words(np.frombuffer(body, "<u4").astype(np.uint32), frequencies.reshape(models, size), classes, shape)
+    return values.T if kind == bytes([COLUMNS]) else values
+
+
+def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:
+    """`count` integers of `width` bits from the front, and what comes after."""
+    end = stored_bytes(f"uint{width}", count)
+    if len(body) < end:
+        raise BadInput(f"a section ends {end - len(body)} bytes early")
+    values = unpack_uint(torch.from_numpy(np.frombuffer(body[:end], np.uint8).copy()), width, count)
+    return values.numpy().astype(np.int64), body[end:]
+
+
+def _decode_words(words: Array, histograms: Array, classes: Array, shape: tuple[int, int]) -> Array:
+    """int32[shape] from the coder's words: class after class, the lines of a class in their order."""
+    values = np.empty(shape, np.int32)
+    decoder = constriction.stream.queue.RangeDecoder(words)
+    for k, frequencies in enumerate(histograms):
+        if not 0 < frequencies.max() <= LIKELIEST * (frequencies.sum() - frequencies.max()):
+            raise BadInput("a histogram that is too concentrated")
+        lines = classes == k
+        try:
+            symbols = decoder.decode(_model(frequencies), int(lines.sum()) * shape[1])
+        except AssertionError:  # what the library raises for words that no encoder of this model writes
+            raise BadInput("its words do not belong to its histogram") from None
+        values[lines] = symbols.reshape(-1, shape[1])
+    if not decoder.maybe_exhausted():
+        raise BadInput("a section holds more words than values")
+    return values
