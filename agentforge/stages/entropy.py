@@ -89,7 +89,7 @@ def decode(data: bytes, name: str, coding: str, shape: tuple[int, ...]) -> Plane
             patterns = _decode_digits(data[0], data[5:], _rows(shape), count, coding)
     except BadInput as error:
         raise BadArtifact(f"plane {name}: {error}; fetch or write the artifact again") from None
-    stored = torch.from_numpy(patterns)
+    stored = torch.from_numpy(np.ascontiguousarray(patterns))
     if coding in FLOATS:
         return Plane.from_stored(name, coding, shape, stored.view(FLOATS[coding]).reshape(shape))
     return Plane.from_stored(name, coding, shape, stored) if data[0] == RAW else Plane(name, stored.reshape(shape), coding)
@@ -150,7 +150,7 @@ def _classes(lines: Array) -> Array:
 def _modelled(kind: int, lines: Array, classes: Array) -> bytes:
     """A section with a histogram for each class of lines."""
     size = max(int(lines.max()) + 1, 2)
-    coder = constriction.stream.queue.RangeEncoder()
+    coder: Any = constriction.stream.queue.RangeEncoder()
     histograms = []
     for k in range(int(classes.max()) + 1):
         symbols = lines[classes == k].reshape(-1)
@@ -160,7 +160,8 @@ def _modelled(kind: int, lines: Array, classes: Array) -> bytes:
     header += bytes(tensor_bytes(pack_uint(torch.from_numpy(np.stack(histograms)), FREQUENCY_BITS)))
     if kind != ONE:
         header += bytes(tensor_bytes(pack_uint(torch.from_numpy(classes), CLASS_BITS)))
-    return header + coder.get_compressed().astype("<u4").tobytes()
+    words: Array = coder.get_compressed()
+    return header + words.astype("<u4").tobytes()
 
 
 def _frequencies(counts: Array) -> Array:
@@ -208,8 +209,7 @@ def _decode_digit(section: bytes, rows: int, count: int, limit: int) -> Array:
     if kind == bytes([PACKED]):
         if len(body) != stored_bytes(f"uint{width}", count) or limit != 1 << width:
             raise BadInput(f"{len(body)} bytes do not hold {count} values of {width} bits")
-        values = unpack_uint(torch.from_numpy(np.frombuffer(body, np.uint8).copy()), width, count)
-        return values.numpy().reshape(rows, -1)
+        return _take(body, width, count)[0].reshape(rows, -1)
     if kind not in (bytes([ONE]), bytes([ROWS]), bytes([COLUMNS])) or len(body) < 2:
         raise BadInput("a section is of no known kind")
     shape = (rows, count // rows) if kind != bytes([COLUMNS]) else (count // rows, rows)
@@ -232,7 +232,7 @@ def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:
     if len(body) < end:
         raise BadInput(f"a section ends {end - len(body)} bytes early")
     values = unpack_uint(torch.from_numpy(np.frombuffer(body[:end], np.uint8).copy()), width, count)
-    return values.numpy().astype(np.int64), body[end:]
+    return values.to(torch.int64).numpy(), body[end:]
 
 
 def _decode_words(words: Array, histograms: Array, classes: Array, shape: tuple[int, int]) -> Array:
