@@ -111,10 +111,15 @@ class Plane:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """An encoded weight: its shape (out, in) and all the planes that `Stage.decode` needs."""
+    """An encoded weight: its shape (out, in) and all the planes that `Stage.decode` needs.
+
+    shared: planes that all the weights of a model have in common (a codebook), where the stage shares any.  They are
+    stored once a model, and not part of `bits` and `sha256`.
+    """
 
     shape: tuple[int, int]
     planes: tuple[Plane, ...]
+    shared: Packed | None = None
 
     def __getitem__(self, name: str) -> torch.Tensor:
         for plane in self.planes:

@@ -1,6 +1,6 @@
 """The stages, one file each, and the registry that knows them by name."""
 
 from . import rounding, ternary
-from .base import Stage, from_json, get, names, parse, register
+from .base import Layer, Stage, from_json, get, names, parse, register
 
-__all__ = ["Stage", "from_json", "get", "names", "parse", "register", "rounding", "ternary"]
+__all__ = ["Layer", "Stage", "from_json", "get", "names", "parse", "register", "rounding", "ternary"]

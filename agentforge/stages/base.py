@@ -9,18 +9,30 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from ..errors import BadInput
 from ..planes import Packed
 
+if TYPE_CHECKING:
+    from ..statistics import InputStatistics
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _REGISTRY: dict[str, type[Stage]] = {}
 _HINTS: dict[Any, dict[str, Any]] = {}
 _S = TypeVar("_S", bound="type[Stage]")
+
+
+class Layer(NamedTuple):
+    """A weight as `Stage.fit_shared` sees it.  load: gives float32[out, in]."""
+
+    name: str
+    load: Callable[[], torch.Tensor]
+    stats: InputStatistics | None
 
 
 @dataclass(frozen=True)
@@ -29,14 +41,28 @@ class Stage:
 
     name: ClassVar[str]
 
-    def encode(self, weight: torch.Tensor, stats: Any = None, seed: int = 0, *, name: str = "weight") -> Packed:
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether these settings make use of `stats`, so that a model has to be calibrated first."""
+        return False
+
+    def encode(
+        self,
+        weight: torch.Tensor,
+        stats: InputStatistics | None = None,
+        seed: int = 0,
+        *,
+        name: str = "weight",
+        shared: Packed | None = None,
+    ) -> Packed:
         """Encode `weight`, float[out, in], into planes.
 
         stats: what calibration text told about the layer's inputs, for stages that use it.  seed: for stages that draw
-        random numbers.  name: the tensor's name, for messages.  Same arguments, same planes, bit for bit, whatever the
-        number of threads.
+        random numbers.  name: the tensor's name, for messages.  shared: what `fit_shared` gave, for stages that share
+        planes between weights.  Same arguments, same planes, bit for bit, whatever the number of threads.
 
-        Raises BadInput for settings out of range, and for a weight that is not a finite, non-empty float matrix.
+        Raises BadInput for settings out of range, for a weight that is not a finite, non-empty float matrix, and for
+        statistics of another size.
         """
         self.check()
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.numel() == 0:
@@ -52,7 +78,21 @@ class Stage:
                 f"{name}: {nan} NaN and {inf} infinite values among {values.numel()} "
                 "(float32); mend the weight or leave it out"
             )
-        return self._encode(values, stats, seed)
+        if stats is not None:
+            stats.check(weight.shape[1], name)
+        if not self.shared_layout():
+            return self._encode(values, stats, seed)
+        if shared is None:
+            raise BadInput(f"{name}: {self} shares planes between weights; compress a model, or pass what fit_shared gives")
+        packed = self._encode_shared(values, stats, seed, shared)
+        return Packed(packed.shape, packed.planes, shared)
+
+    def fit_shared(self, layers: Sequence[Layer], seed: int = 0) -> Packed:
+        """The planes that all these layers share, as `shared_layout` says.
+
+        layers: name, function that loads the weight, and statistics or None, of each.  Deterministic, as `encode` is.
+        """
+        raise NotImplementedError
 
     def decode(self, packed: Packed) -> torch.Tensor:
         """The weight that the planes stand for: float32[out, in]."""
@@ -64,6 +104,10 @@ class Stage:
         A reader holds a file against it before it allocates anything.
         """
         raise NotImplementedError
+
+    def shared_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Coding and shape of each plane that all weights of a model share; empty where the stage shares none."""
+        return {}
 
     def check(self) -> None:
         """Raise BadInput where a setting has the wrong type or is out of range."""
@@ -91,7 +135,10 @@ class Stage:
     def _check(self) -> None:
         """Ranges and combinations of settings; overridden where there are any."""
 
-    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+    def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
+        raise NotImplementedError
+
+    def _encode_shared(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int, shared: Packed) -> Packed:
         raise NotImplementedError
 
     def _decode(self, packed: Packed) -> torch.Tensor:

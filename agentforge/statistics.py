@@ -1,0 +1,188 @@
+"""What calibration text tells about the inputs of each layer: H = E[x x^T], its diagonal, and how many tokens were seen.
+
+One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
+are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
+same tensor (q, k and v; gate and up) share one H.  All H are held at once, in float32: 4 bytes * in^2 a distinct input,
+0.4 GB for SmolLM2-135M, plus as much for each worker.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from threading import Condition, local
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from . import digits
+from .errors import BadInput
+from .evaluation.texts import Text, find_text
+from .models import LanguageModel
+
+TOKENS = 8192
+CONTEXT = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens seen."""
+
+    hessian: torch.Tensor
+    n: int
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """E[x_j^2] of each input: float32[in]."""
+        return self.hessian.diagonal()
+
+    def check(self, columns: int, name: str) -> None:
+        """Raise BadInput where this is not what a weight with `columns` inputs needs."""
+        if tuple(self.hessian.shape) != (columns, columns):
+            raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
+        if not torch.isfinite(self.hessian).all():
+            raise BadInput(f"{name}: its statistics hold values that are not finite; is the model sound on this text?")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text to calibrate on.  text: a name, a path or a Text (default: selftext's calibration split, as everybody
+    has it).  tokens: how many of its tokens.  context: tokens a window."""
+
+    text: str | Text = "selftext"
+    tokens: int = TOKENS
+    context: int = CONTEXT
+
+    def find(self) -> Text:
+        """The text; of a named one the split that is not for measuring on."""
+        if isinstance(self.text, Text):
+            return self.text
+        return find_text(self.text, {"selftext": "calibration", "wikitext2": "validation"}.get(self.text))
+
+    def to_json(self) -> dict[str, Any]:
+        """What the statistics depend on, for a recipe."""
+        found = self.find()
+        return {
+            "text": f"{found.name}/{found.split}",
+            "sha256": found.sha256,
+            "tokens": self.tokens,
+            "context": self.context,
+        }
+
+
+def collect(
+    model: LanguageModel, calibration: Calibration | None = None, workers: int | None = None, progress: bool = True
+) -> dict[str, InputStatistics]:
+    """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
+
+    workers: threads, each with a window in hand (default: one a core, at most 4).  Raises BadInput for a text that is too
+    short and for settings out of range.
+    """
+    calibration = calibration or Calibration()
+    windows = _windows(model, calibration)
+    module = model.model
+    body = module if model.is_classifier else getattr(module, "base_model", module)
+    layers = dict(module.named_modules())
+    owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in model.weights()}
+    same = _same_input(body, windows[0], owners)
+    sums: dict[str, torch.Tensor] = {}
+    seen: dict[str, int] = {}
+    turn, order = 0, Condition()
+    mine = local()
+
+    def add(key: str) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).to(torch.float32)
+            product = x.T @ x
+            mine.sums[key] = mine.sums[key] + product if key in mine.sums else product
+            mine.seen[key] = mine.seen.get(key, 0) + len(x)
+
+        return hook
+
+    def run(index: int) -> None:
+        nonlocal turn
+        mine.sums, mine.seen = {}, {}
+        try:
+            with torch.no_grad():
+                body(windows[index])
+            with order:
+                order.wait_for(lambda: turn >= index)
+            for key, product in mine.sums.items():
+                sums[key] = sums[key].add_(product) if key in sums else product
+                seen[key] = seen.get(key, 0) + mine.seen[key]
+        finally:  # whatever happened, the next window must not wait for ever
+            mine.sums = {}
+            with order:
+                turn = max(turn, index + 1)
+                order.notify_all()
+
+    hooks = [owners[key].register_forward_pre_hook(add(key)) for key in sorted(set(same.values()))]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a product's bits depend on how many threads share it
+    bar = tqdm(
+        total=len(windows), unit="window", leave=False, desc=f"statistics: {model.name}", disable=None if progress else True
+    )
+    try:
+        with bar, ThreadPoolExecutor(min(workers or os.cpu_count() or 1, 4)) as pool:
+            try:
+                for _ in pool.map(run, range(len(windows))):
+                    bar.update()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    finally:
+        torch.set_num_threads(threads)
+        for hook in hooks:
+            hook.remove()
+    means = {key: InputStatistics(_mean(total, seen[key]), seen[key]) for key, total in sums.items()}
+    return {name: means[key] for name, key in same.items() if key in means}
+
+
+def _windows(model: LanguageModel, calibration: Calibration) -> list[torch.Tensor]:
+    """The model's inputs, one window each: int[1, context] of tokens, or all training pictures for a classifier."""
+    if model.is_classifier:
+        return [digits.data()[0]]
+    if calibration.tokens < 1 or calibration.context < 1:
+        raise BadInput(f"calibration: tokens={calibration.tokens}, context={calibration.context}; expected 1 or more")
+    text = calibration.find()
+    # Tokenising megabytes for a few thousand tokens takes longer than it should: ten characters a token are plenty.
+    ids = model.tokenizer(text.text[: 10 * calibration.tokens + 10000], verbose=False)["input_ids"]
+    if len(ids) < calibration.tokens:
+        ids = model.tokenizer(text.text, verbose=False)["input_ids"]
+    if len(ids) < calibration.tokens:
+        raise BadInput(f"text {text.name}/{text.split} has {len(ids)} tokens; {calibration.tokens} were asked for")
+    return [torch.tensor([window]) for window in _cut(ids[: calibration.tokens], calibration.context)]
+
+
+def _cut(ids: list[int], context: int) -> list[list[int]]:
+    return [ids[i : i + context] for i in range(0, len(ids), context)]
+
+
+def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict[str, str]:
+    """For each weight the first one that is fed the same tensor, found by running a few tokens."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
+            inputs[name] = args[0]  # holding it keeps its identity from being given to another
+
+        return hook
+
+    hooks = [owner.register_forward_pre_hook(note(name)) for name, owner in owners.items()]
+    try:
+        with torch.no_grad():
+            body(window[:, :4] if window.dtype == torch.int64 else window)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(inputs[name]), name) if name in inputs else name for name in owners}
+
+
+def _mean(total: torch.Tensor, n: int) -> torch.Tensor:
+    """The sum over n tokens as their mean, symmetric to the last bit."""
+    mean = total / n
+    return (mean + mean.T) / 2
