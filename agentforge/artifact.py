@@ -51,6 +51,7 @@ from .tensorfiles import (
 
 MANIFEST = "agentforge.json"
 FORMAT = 1
+SHARED = "agentforge.shared"  # the name of the planes that all encoded tensors share
 SHARD_BYTES = 2 << 30
 LARGEST_SIDE = 1 << 24  # rows or columns of a weight; beyond that a manifest lies
 
@@ -101,7 +102,7 @@ class Artifact:
         parameters = sum(math.prod(row["shape"]) for row in self.rows)
         touched = [row for row in self.rows if row["stage"] is not None]
         count = sum(math.prod(row["shape"]) for row in touched)
-        planes = sum(row["bytes"] for row in touched)
+        planes = sum(row["bytes"] for row in touched) + (self.manifest["shared"] or {"bytes": 0})["bytes"]
         whole = self.weight_bytes
         ratios = [
             Ratio("whole model", whole, f"all {parameters:,} parameters at {8 * width} bits", parameters * width)
@@ -139,6 +140,10 @@ class Artifact:
             if sha256_file(path) != about["sha256"]:
                 raise BadArtifact(f"{path}: its sha256 is not the one in the manifest; it was changed")
         expected = set()
+        if self.manifest["shared"]:
+            expected |= {f"{SHARED}.{plane.name}" for plane in self._shared}
+            if self._shared.sha256 != self.manifest["shared"]["sha256"]:
+                raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
         for row in self.rows:
             packed = self.read(row)
             if isinstance(packed, torch.Tensor):
@@ -175,7 +180,16 @@ class Artifact:
                     f"{self.path}: tensor {name} is {tensor.dtype}{list(tensor.shape)}, the manifest says otherwise"
                 )
             return tensor
-        layout = _stage_of(row).layout(_oriented(row))
+        stage = _stage_of(row)
+        planes = self._planes(name, stage.layout(_oriented(row)))
+        return Packed(_oriented(row), planes, self._shared if stage.shared_layout() else None)
+
+    @cached_property
+    def _shared(self) -> Packed:
+        """The planes that all encoded tensors share."""
+        return Packed((0, 0), self._planes(SHARED, _stage_of(self.manifest["shared"]).shared_layout()))
+
+    def _planes(self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[Plane, ...]:
         planes = []
         for plane, (coding, shape) in layout.items():
             entry = self._entry(f"{name}.{plane}")
@@ -189,7 +203,7 @@ class Artifact:
                 planes.append(Plane.from_stored(plane, coding, shape, read_tensor(f"{name}.{plane}", entry)))
             except BadArtifact as error:
                 raise BadArtifact(f"{self.path}: tensor {name}: {error}") from None
-        return Packed(_oriented(row), tuple(planes))
+        return tuple(planes)
 
     def decode(self, row: dict[str, Any], packed: Packed | None = None) -> torch.Tensor:
         """A row's tensor as the model has it: decoded to float32 where it was encoded, as kept otherwise."""
@@ -341,6 +355,28 @@ class Writer:
         }
         write_tensors(self._piece(index), stored, {"row": json.dumps(row)})
 
+    def has_shared(self) -> bool:
+        """Whether the planes that the weights share are finished."""
+        return self._shared_piece.is_file()
+
+    def put_shared(self, stage: stages.Stage, shared: Packed) -> None:
+        """Write the planes that the weights share."""
+        stored = {f"{SHARED}.{plane.name}": plane.stored() for plane in shared}
+        bytes_ = sum(t.nbytes for t in stored.values())
+        row = {"stage": stage.to_json(), "bits": shared.bits, "bytes": bytes_, "sha256": shared.sha256}
+        write_tensors(self._shared_piece, stored, {"row": json.dumps(row)})
+
+    def shared(self, stage: stages.Stage) -> Packed:
+        """The planes that the weights share, read back from disk."""
+        entries = index_file(self._shared_piece)
+        return Packed(
+            (0, 0),
+            tuple(
+                Plane.from_stored(name, coding, shape, read_tensor(f"{SHARED}.{name}", entries[f"{SHARED}.{name}"]))
+                for name, (coding, shape) in stage.shared_layout().items()
+            ),
+        )
+
     def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str) -> None:
         """Write a tensor that no stage touches: a matrix in float32 as float16 where that keeps it (relative error below
         1e-3), anything else as it is."""
@@ -368,7 +404,9 @@ class Writer:
         folder = self.partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        pieces = [(self._piece(i), index_file(self._piece(i))) for i in range(count)]
+        files_of_tensors = [self._piece(i) for i in range(count)]
+        first = [self._shared_piece] if self.has_shared() else []
+        pieces = [(path, index_file(path)) for path in first + files_of_tensors]
         shards: list[list[int]] = [[]]
         size = 0
         for i, (_, entries) in enumerate(pieces):
@@ -401,7 +439,8 @@ class Writer:
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": self.recipe["stage"]}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
-        rows = [_row_of(path) for path, _ in pieces]
+        rows = [_row_of(path) for path in files_of_tensors]
+        shared = _row_of(self._shared_piece) if first else None
         original = {
             "name": model.name,
             "fingerprint": model.fingerprint,
@@ -411,7 +450,14 @@ class Writer:
         }
         write_json(
             folder / MANIFEST,
-            {"format": FORMAT, "recipe": self.recipe, "original": original, "files": files, "tensors": rows},
+            {
+                "format": FORMAT,
+                "recipe": self.recipe,
+                "original": original,
+                "files": files,
+                "shared": shared,
+                "tensors": rows,
+            },
         )
         self._swap_in(folder)
         self.finished = True
@@ -426,6 +472,10 @@ class Writer:
             os.replace(self.out, old)
         os.replace(folder, self.out)
         _sync(self.out.parent)
+
+    @property
+    def _shared_piece(self) -> Path:
+        return self.tensors / "shared.safetensors"
 
     def _piece(self, index: int) -> Path:
         return self.tensors / f"{index:05}.safetensors"
@@ -532,7 +582,17 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         raise refuse("original has no believable bytes")
     if not isinstance(original.get("dtypes"), str) or not isinstance(original.get("name"), str):
         raise refuse("original lacks name or dtypes")
-    seen = set()
+    shared = manifest.setdefault("shared", None)  # artifacts written before stages could share have none
+    if shared is not None:
+        if not isinstance(shared, dict) or not isinstance(shared.get("sha256"), str) or "stage" not in shared:
+            raise refuse("shared is of the wrong type, or lacks stage or sha256")
+        try:
+            sizes = _sizes(_stage_of(shared).shared_layout())
+        except BadInput as error:
+            raise refuse(f"shared: {error}") from None
+        if (shared.get("bytes"), shared.get("bits")) != sizes or not sizes[0]:
+            raise refuse(f"shared: {shared.get('bytes')} bytes, {shared.get('bits')} bits; its settings give {sizes}")
+    seen = {SHARED}
     for row in manifest["tensors"]:
         if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row["name"] in seen:
             raise refuse("a tensor has no name, or one that is there twice")
@@ -556,16 +616,24 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             if len(shape) != 2 or 0 in shape:
                 raise refuse(f"tensor {name}: shape {shape} is no matrix")
             try:
-                layout = _stage_of(row).layout(_oriented(row))
+                sizes = _sizes(_stage_of(row).layout(_oriented(row)))
             except BadInput as error:
                 raise refuse(f"tensor {name}: {error}") from None
-            expected = sum(stored_bytes(coding, math.prod(size)) for coding, size in layout.values())
-            bits = sum(math.ceil(bits_per_value(coding) * math.prod(size)) for coding, size in layout.values())
+            if _stage_of(row).shared_layout() and (shared is None or shared["stage"] != row["stage"]):
+                raise refuse(f"tensor {name}: the planes that its stage shares are missing")
         else:
             expected = math.prod(shape) * getattr(torch, row["dtype"]).itemsize
-            bits = 8 * expected
-        if (row["bytes"], row["bits"]) != (expected, bits):
+            sizes = (expected, 8 * expected)
+        if (row["bytes"], row["bits"]) != sizes:
             raise refuse(
-                f"tensor {name}: {row['bytes']} bytes, {row['bits']} bits; its settings and shape give {expected}, {bits}"
+                f"tensor {name}: {row['bytes']} bytes, {row['bits']} bits; settings and shape give {sizes[0]}, {sizes[1]}"
             )
     return manifest
+
+
+def _sizes(layout: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
+    """Bytes on disk and bits of planes of this layout."""
+    return (
+        sum(stored_bytes(coding, math.prod(size)) for coding, size in layout.values()),
+        sum(math.ceil(bits_per_value(coding) * math.prod(size)) for coding, size in layout.values()),
+    )

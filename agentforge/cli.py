@@ -119,18 +119,31 @@ def compress(
         int | None, typer.Option(help="Threads (default: one a core); the bytes do not depend on it.")
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
+    calibration: Annotated[
+        str, typer.Option(help="Text for stages that need input statistics: selftext, wikitext2 or a text file.")
+    ] = "selftext",
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How many of its tokens to read.")] = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Encode a model's weights and write the artifact; run again after a kill, it goes on where it was."""
     from .models import open_model
     from .pipeline import compress as run
     from .stages import parse
+    from .statistics import Calibration
 
     parsed = parse(stage)
     opened = open_model(model)
     start = time.perf_counter()
     artifact = run(
-        opened, parsed, out_dir, embeddings=embeddings, seed=seed, workers=workers, overwrite=overwrite, progress=not as_json
+        opened,
+        parsed,
+        out_dir,
+        embeddings=embeddings,
+        seed=seed,
+        workers=workers,
+        overwrite=overwrite,
+        progress=not as_json,
+        calibration=Calibration(calibration, calibration_tokens),
     )
     seconds, peak = time.perf_counter() - start, _peak_memory()
     touched = [row for row in artifact.rows if row["stage"]]

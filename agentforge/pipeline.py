@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -14,6 +16,8 @@ from . import __version__, stages
 from .artifact import FORMAT, Artifact, Writer, relative_error
 from .errors import AgentForgeError, BadInput
 from .models import LanguageModel, Weight, open_model
+from .planes import Packed
+from .statistics import Calibration, InputStatistics, collect
 
 
 def compress(
@@ -26,12 +30,16 @@ def compress(
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    calibration: Calibration | None = None,
+    statistics: Mapping[str, InputStatistics] | None = None,
 ) -> Artifact:
     """Encode the model's weights with `stage` and write the artifact `out`.
 
     model: an opened model, or what `open_model` takes.  stage: a stage, or text such as "rounding:bits=4,group=64".
     embeddings: encode the token embedding (and an output head of its own), too.  workers: threads, each with one tensor
     in hand (default: one a core); the bytes do not depend on it.  overwrite: replace an artifact of another recipe.
+    calibration: text for stages that need statistics.  statistics: what `statistics.collect` gave for this model and
+    calibration, where it is at hand already.
 
     Run again after a kill, the same call goes on from the tensors that are finished and gives the same bytes; for an
     artifact that is complete it only returns it.  Raises BadInput where model, stage or `out` cannot be used.
@@ -42,7 +50,7 @@ def compress(
     if workers is not None and workers < 1:
         raise BadInput(f"workers={workers}; expected 1 or more")
     out = Path(out).expanduser()
-    recipe = {
+    recipe: dict[str, Any] = {
         "format": FORMAT,
         "agentforge": __version__,
         "model": model.fingerprint,
@@ -50,11 +58,15 @@ def compress(
         "embeddings": embeddings,
         "seed": seed,
     }
+    if stage.needs_statistics:
+        calibration = calibration or Calibration()
+        recipe["calibration"] = calibration.to_json()
     try:
         with Writer(out, recipe, overwrite) as writer:
             if writer.finished:
                 return Artifact(out)
-            _write_tensors(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
+            job = _Job(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
+            job.run(calibration, statistics)
             return writer.finish(model, len(model.entries))
     except OSError as error:
         raise AgentForgeError(
@@ -62,42 +74,65 @@ def compress(
         ) from None
 
 
-def _write_tensors(
-    writer: Writer, model: LanguageModel, stage: stages.Stage, embeddings: bool, seed: int, workers: int, progress: bool
-) -> None:
-    """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
-    model.check()
-    touched = {weight.name: weight for weight in model.weights(embeddings)}
-    reasons = model.kept(embeddings)
-    if not touched:
-        raise BadInput(f"{model.name}: has no weights that a stage may touch")
+@dataclass
+class _Job:
+    """One run of `compress`: what is the same for all its tensors."""
 
-    def finish_tensor(index: int, name: str) -> None:
-        if name in touched:
-            _encode(writer, index, touched[name], stage, seed)
-        else:
-            writer.put_kept(index, name, model.tensor(name), reasons[name])
+    writer: Writer
+    model: LanguageModel
+    stage: stages.Stage
+    embeddings: bool
+    seed: int
+    workers: int
+    progress: bool
 
-    todo = [(i, name) for i, name in enumerate(sorted(model.entries)) if not writer.has(i)]
-    bar = tqdm(
-        total=len(model.entries),
-        initial=len(model.entries) - len(todo),
-        unit="tensor",
-        leave=False,
-        desc=f"{stage.name}: {model.name}",
-        disable=None if progress else True,
-    )
-    with bar:
-        _run(finish_tensor, todo, workers, bar.update)
+    def run(self, calibration: Calibration | None, statistics: Mapping[str, InputStatistics] | None) -> None:
+        """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
+        model, writer = self.model, self.writer
+        model.check()
+        touched = {weight.name: weight for weight in model.weights(self.embeddings)}
+        reasons = model.kept(self.embeddings)
+        if not touched:
+            raise BadInput(f"{model.name}: has no weights that a stage may touch")
+        names = sorted(model.entries)
+        todo = [(i, name) for i, name in enumerate(names) if not writer.has(i)]
+        if any(name in touched for _, name in todo) and calibration and self.stage.needs_statistics and statistics is None:
+            statistics = collect(model, calibration, self.workers, self.progress)
+        statistics = statistics or {}
+        shared = self._shared([touched[name] for name in names if name in touched], statistics)
 
+        def finish_tensor(index: int, name: str) -> None:
+            if name in touched:
+                self._encode(index, touched[name], statistics.get(name), shared)
+            else:
+                writer.put_kept(index, name, model.tensor(name), reasons[name])
 
-def _encode(writer: Writer, index: int, weight: Weight, stage: stages.Stage, seed: int) -> None:
-    dense = weight.load()
-    packed = stage.encode(dense, seed=seed, name=weight.name)
-    decoded = stage.decode(packed)
-    if not torch.isfinite(decoded).all():
-        raise BadInput(f"{weight.name}: {stage} decodes to values that are not finite; leave it out or scale it")
-    writer.put_encoded(index, weight, stage, packed, relative_error(dense, decoded))
+        bar = tqdm(
+            total=len(names),
+            initial=len(names) - len(todo),
+            unit="tensor",
+            leave=False,
+            desc=f"{self.stage.name}: {model.name}",
+            disable=None if self.progress else True,
+        )
+        with bar:
+            _run(finish_tensor, todo, self.workers, bar.update)
+
+    def _shared(self, touched: list[Weight], statistics: Mapping[str, InputStatistics]) -> Packed | None:
+        """The planes that the weights share, from an earlier run or fitted now; None for stages that share none."""
+        layout = self.stage.shared_layout()
+        if layout and not self.writer.has_shared():
+            layers = [stages.Layer(weight.name, weight.load, statistics.get(weight.name)) for weight in touched]
+            self.writer.put_shared(self.stage, self.stage.fit_shared(layers, self.seed))
+        return self.writer.shared(self.stage) if layout else None
+
+    def _encode(self, index: int, weight: Weight, stats: InputStatistics | None, shared: Packed | None) -> None:
+        dense = weight.load()
+        packed = self.stage.encode(dense, stats, self.seed, name=weight.name, shared=shared)
+        decoded = self.stage.decode(packed)
+        if not torch.isfinite(decoded).all():
+            raise BadInput(f"{weight.name}: {self.stage} decodes to values that are not finite; leave it out or scale it")
+        self.writer.put_encoded(index, weight, self.stage, packed, relative_error(dense, decoded))
 
 
 def _run(work: Callable[[int, str], None], todo: list[tuple[int, str]], workers: int, done: Callable[[int], object]) -> None:
