@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import coverage
 import pytest
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # huggingface_hub reads its variables once, when it is first imported: before any test module is collected.
 os.environ.update(OFFLINE)
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels run on the CPU
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
