@@ -10,8 +10,8 @@ digit is coded in the cheapest of these ways:
 * ROWS, COLUMNS: the plane's rows (or columns) are sorted by how concentrated their values are and cut into eight classes
   of equal size, each with a histogram of its own.  It pays where one scale serves rows or columns of unequal size.
 
-Values of up to 12 bits may be one digit; wider ones are cut into digits of 8 bits from the top, as a histogram must not
-be larger than what it describes.  Floats are coded as their bit patterns: the exponents of scales have little entropy.
+Values of up to 16 bits may be one digit; a histogram may, however, be larger than what it describes, so that all of more
+than 8 bits are also tried as digits of 8 bits from the top, the last one shorter.  Floats are coded as their bit patterns: the exponents of scales have little entropy.
 A coded plane is one of
 
     RAW, the plane as it is stored (where coding does not pay: one byte more than the plane)
@@ -43,7 +43,7 @@ from ..planes import FLOATS, Packed, Plane, bits_per_value, pack_uint, stored_by
 RAW, WHOLE, SPLIT = range(3)
 PACKED, ONE, ROWS, COLUMNS = range(4)
 CLASSES, CLASS_BITS = 8, 3
-WIDEST = 12  # bits of the widest digit with a histogram
+WIDEST = 16  # bits of the widest digit with a histogram
 FREQUENCY_BITS = 14
 LIKELIEST = 255  # a value may be this many times as frequent as all others together
 VALUES_A_BYTE = 1420  # 8 / log2(256 / 255) = 1416.8
@@ -62,7 +62,7 @@ def encode(plane: Plane) -> bytes:
         patterns = _patterns(Plane.from_stored(plane.name, plane.coding, shape, stored))
         lines, width = patterns.reshape(_rows(shape), -1), _width(plane.coding)
         if width <= WIDEST:
-            coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32), width)))
+            coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32) & (1 << width) - 1, width)))
         if width > 8:
             digits = [((lines >> low & (1 << bits) - 1).astype(np.int32), bits) for low, bits in _digits(width)]
             *first, last = [_encode_digit(*digit) for digit in digits]

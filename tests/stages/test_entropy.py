@@ -71,7 +71,8 @@ def test_every_kind_of_section_is_taken_where_it_is_the_shortest() -> None:
         "peaked": (make("uint4", (64, 300), peaked), entropy.WHOLE, entropy.ONE),
         "rows": (rows, entropy.WHOLE, entropy.ROWS),
         "columns": (Plane("p", rows.values.T.contiguous(), "uint4"), entropy.WHOLE, entropy.COLUMNS),
-        "wide": (make("uint16", (64, 300), peaked), entropy.SPLIT, None),
+        "wide": (make("uint16", (64, 300), peaked), entropy.WHOLE, entropy.ONE),
+        "wider": (make("uint17", (64, 300), peaked), entropy.SPLIT, None),
         "float": (make("float16", (64, 300)), entropy.SPLIT, None),
     }
     for name, (plane, kind, section) in kinds.items():
@@ -92,8 +93,8 @@ def test_constant_planes_take_next_to_nothing(constant: int) -> None:
 def test_the_most_that_a_byte_stands_for() -> None:
     most = 8 / math.log2(256 / 255)
     assert most < entropy.VALUES_A_BYTE < 1.01 * most
-    plane = Plane("p", torch.zeros(2000, 3000, dtype=torch.uint8), "uint1")
-    assert plane.values.numel() / len(entropy.encode(plane)) == pytest.approx(entropy.VALUES_A_BYTE, rel=0.04)
+    plane = Plane("p", torch.zeros(800, 1500, dtype=torch.uint8), "uint1")
+    assert plane.values.numel() / len(entropy.encode(plane)) == pytest.approx(entropy.VALUES_A_BYTE, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_bytes_are_the_same_everywhere() -> None:
             floats = FLOATS.get(coding)
             tensor = torch.from_numpy(grid[values])
             digest.update(entropy.encode(Plane("p", tensor.to(floats) if floats else tensor, coding)))
-    assert digest.hexdigest() == "281f7a8489880ea5218259ae4fc649a25b16c365dcf561868fea7b83035b4e92"
+    assert digest.hexdigest() == "5a3c86f9ecaf076a30625bca486366e1f1c87da2e7cbabf39d72aca2d45f6d40"
 
 
 def test_values_that_do_not_fit_are_refused() -> None:
@@ -262,7 +263,7 @@ def test_forged_sections(body: bytes, coding: str, message: str | None) -> None:
 
 def test_kinds_go_with_their_codings_only() -> None:
     data = entropy.encode(make("uint4", (30, 50)))
-    for coding in ("uint16", "float32"):
+    for coding in ("uint17", "float32"):
         with pytest.raises(BadArtifact, match=f"kind 1 does not go with {coding}"):
             entropy.decode(data, "p", coding, (30, 50))
     with pytest.raises(BadArtifact, match="kind 2 does not go with uint4"):
