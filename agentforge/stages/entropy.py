@@ -11,7 +11,9 @@ digit is coded in the cheapest of these ways:
   of equal size, each with a histogram of its own.  It pays where one scale serves rows or columns of unequal size.
 
 Values of up to 16 bits may be one digit; a histogram may, however, be larger than what it describes, so that all of more
-than 8 bits are also tried as digits of 8 bits from the top, the last one shorter.  Floats are coded as their bit patterns: the exponents of scales have little entropy.
+than 8 bits are also tried as digits of 8 bits from the top, the last one shorter.  Floats are coded as their bit
+patterns: the exponents of scales have little entropy.
+
 A coded plane is one of
 
     RAW, the plane as it is stored (where coding does not pay: one byte more than the plane)
