@@ -44,6 +44,11 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"rule": "threshold", "tau": 0.0, "packing": "2bit"},
         {"rule": "threshold", "tau": 1.5},
     ],
+    "vptq": [
+        {"v": 4, "k": 16, "residual": 8, "norm": "std", "refine": 2},
+        {"v": 4, "k": 16, "parts": 2, "outliers": 0.05, "outlier_v": 2, "outlier_k": 32, "groups": 3},
+        {"v": 2, "k": 16, "permute": False, "propagate": False, "weighted": False, "refine": 0},
+    ],
 }
 # Stages whose relative error does not depend on the scale of the weight.
 SCALE_FREE = {"rounding"}
