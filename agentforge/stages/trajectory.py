@@ -1,0 +1,549 @@
+"""Hyper-Compression (arXiv 2409.00592): a few weights at a time become one index along a winding trajectory.
+
+Theory (section 3): theta -> (frac(a_1 theta), ..., frac(a_K theta)) with rationally independent a_k comes as near as one
+likes to every point of the unit cube, so one number theta can stand for K weights.  Practice (section 4, and the authors'
+code): K = 2 and a rational winding of U points, a sheared grid of N x N with N = ceil(sqrt(U)),
+
+    point(theta) = (theta l / N**2, (theta l / N) mod l) + c - l / 2,    theta = 0 .. U - 1,
+
+in the square of side l about the centroid c of all pairs of weights.  Index 0 is the centroid itself, index theta + 1 a
+point.  Pairs inside the square have class 0.  The others have class 1 .. M by their distance from c, in equal steps from
+l / 2 to the farthest pair; they shrink towards c until the class fits into the inscribed circle, and swell again when
+decoded.  A pair is stored as one integer, index + (U + 1) * class.
+
+Every such codebook is the set of points of a lattice inside a box: there are integers D and z, z_1 = 1, such that theta
+stands for the coordinates theta z mod D, the first of which is theta itself.  The nearest point therefore takes no tree
+and constant time: the lattice's basis is reduced once (in the plane by Lagrange and Gauss), rounding the coefficients one
+by one (Babai) leaves a cell about each lattice point, and a short list holds every lattice vector that can be nearer than
+that point to some place in the cell.  Where the nearest point lies outside the box, Schnorr and Euchner's enumeration
+finds the nearest inside; on each line of the lattice these are an interval, and the nearest of them is a rounding.
+
+Deviations and errata:
+
+* variant="printed" is Equation 3 as it stands, tan(alpha) = U: theta then covers only a strip of 1/sqrt(U) of the
+  square.  "code" is what the authors' code does.  The classes divide l_f - l/2 as the code does; Equations 8 and 10 print
+  l_f / M.
+* select=True chooses U and M per tensor as the code does (mean absolute error).  The index's width is fixed by the
+  settings here, whatever was chosen; `paper_bits_per_weight` counts as the paper does.  The code keeps tensors of fewer
+  than 10 weights, and those it finds too lossy, in float32; this stage encodes what it is given.
+* M = 0 while pairs lie outside the square does not occur in the code; here these move to the square's edge first.
+* Ours: K other than 2, variant="korobov" (the generator with the longest shortest vector), `centred`, l = 0.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+
+from ..errors import BadArtifact, BadInput
+from ..planes import FLOAT32_MAX, Packed, Plane
+from .base import Stage, register
+
+LARGEST_U = 2**24
+GENERATORS = 512  # generators of a Korobov lattice that are tried
+SAMPLE = 2**14  # vectors on which the side of least squared error is searched
+HALVINGS = 16  # its first tries, each narrower by sqrt(2); golden sections follow
+SECTIONS = 12
+BLOCK = 512  # vectors that a kernel takes through each of its steps at a time
+
+
+@register
+@dataclass(frozen=True)
+class Trajectory(Stage):
+    """K weights a trajectory index.
+
+    U: points of the trajectory, 2 to 2**24.  M: classes of vectors outside the cube.  l: its side, in units of the
+    weights; 0 searches the side of least squared error on a sample.  K: weights an index, 1 to 4.  variant: "code",
+    "printed" (Equation 3, K = 2) or "korobov".  centred: the trajectory's middle at the centroid, not its corner at the
+    cube's corner.  select: choose M from 1 .. M by the mean absolute error, stopping at `loss`, as the authors' code
+    does, and U from `U_first` (0: none) and `U`, going on to `U` where the error is above `loss`.
+    """
+
+    name: ClassVar[str] = "trajectory"
+    U: int = 1600
+    M: int = 3
+    l: float = 0.1  # noqa: E741  (the paper's name)
+    K: int = 2
+    variant: Literal["code", "printed", "korobov"] = "code"
+    centred: bool = False
+    select: bool = True
+    U_first: int = 0
+    loss: float = 0.001
+
+    def _check(self) -> None:
+        for key, least, most in (("U", 2, LARGEST_U), ("M", 0, 100), ("K", 1, 4)):
+            if not least <= getattr(self, key) <= most:
+                raise BadInput(f"trajectory: {key}={getattr(self, key)}; expected {least} to {most}")
+        if self.U_first and not 2 <= self.U_first < self.U:
+            raise BadInput(f"trajectory: U_first={self.U_first}; expected 2 to below U={self.U}, or 0 for none")
+        if self.U_first and not self.select:
+            raise BadInput(f"trajectory: U_first={self.U_first}; expected 0 where select=False, which takes U as it is")
+        if self.l and not 1e-30 <= self.l <= 1e30:
+            raise BadInput(f"trajectory: l={self.l}; expected 1e-30 to 1e30, or 0 to search it")
+        if self.loss < 0:
+            raise BadInput(f"trajectory: loss={self.loss}; expected 0 or more")
+        if self.variant == "printed" and self.K != 2:
+            raise BadInput(f"trajectory: K={self.K}; expected 2 with variant=printed")
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Coding and shape of each plane."""
+        width = (self.U + (self.U + 1) * self.M).bit_length()
+        planes: dict[str, tuple[str, tuple[int, ...]]] = {
+            "indices": (f"uint{width}", (math.ceil(shape[0] * shape[1] / self.K),)),
+            "centroid": ("float32", (self.K,)),
+        }
+        if self.M:
+            planes["radius"] = ("float32", (1,))
+        if not self.l:
+            planes["side"] = ("float32", (1,))
+        if self.select:
+            planes["choice"] = ("uint8", (2,))
+        return planes
+
+    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+        shape = (weight.shape[0], weight.shape[1])
+        flat = weight.numpy().reshape(-1)
+        spare = -flat.size % self.K
+        if spare:
+            flat = np.concatenate([flat, np.full(spare, flat.mean(dtype=np.float64), np.float32)])
+        points = flat.reshape(-1, self.K)
+        centroid, widest, radius = _extent(points)
+        radius = float(np.float32(min(radius, FLOAT32_MAX)))  # as it is stored
+        for number, U in enumerate([self.U_first, self.U] if self.U_first else [self.U]):
+            lattice = _lattice(U, self.K, self.variant, self.centred)
+            least = math.inf
+            for M in self._classes(outside=widest > self.l / 2):
+                tried_side = self.l or _best_side(points, centroid, widest, radius, M, lattice)
+                tried = np.empty(len(points), np.int32)
+                error = _assign(points, centroid, _reaches(tried_side, radius, M), lattice, tried)[0] / points.size
+                if error <= least:
+                    least, indices, side, choice = error, tried, tried_side, (number, M)
+                if least <= self.loss:
+                    break
+            if least <= self.loss:
+                break
+        values = {
+            "indices": torch.from_numpy(indices),
+            "centroid": torch.from_numpy(centroid),
+            "radius": torch.tensor([radius], dtype=torch.float32),
+            "side": torch.tensor([side], dtype=torch.float32),
+            "choice": torch.tensor(choice, dtype=torch.uint8),
+        }
+        return Packed(shape, tuple(Plane(name, values[name], coding) for name, (coding, _) in self.layout(shape).items()))
+
+    def _classes(self, outside: bool) -> range:
+        """The numbers of classes to try; `outside`: whether any vector lies outside the cube of side l."""
+        if not self.select:
+            return range(self.M, self.M + 1)
+        if not self.l:
+            return range(self.M + 1)
+        return range(1, self.M + 1) if outside and self.M else range(1)
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        U, M = self.U, self.M
+        if self.select:
+            number, M = (int(x) for x in packed["choice"])
+            if number > bool(self.U_first) or M > self.M:
+                raise BadArtifact(f"plane choice: holds {number}, {M}; expected at most {int(bool(self.U_first))}, {self.M}")
+            U = self.U if number or not self.U_first else self.U_first
+        indices = packed["indices"].contiguous()
+        largest = int(indices.max())
+        if largest >= (U + 1) * (M + 1):
+            raise BadArtifact(f"plane indices: holds {largest}; expected at most {(U + 1) * (M + 1) - 1}")
+        side = self.l or float(packed["side"])
+        reaches = _reaches(side, float(packed["radius"]) if M else 0.0, M)
+        lattice = _lattice(U, self.K, self.variant, self.centred)
+        points = np.empty((len(indices), self.K), np.float32)
+        _look_up(indices.numpy(), packed["centroid"].numpy(), reaches, lattice, points)
+        rows, columns = packed.shape
+        return torch.from_numpy(points.reshape(-1)[: rows * columns].reshape(rows, columns))
+
+
+def paper_bits_per_weight(packed: Packed) -> float:
+    """Bits a weight as the paper counts them: the bit length of the largest index of the tensor, for K weights each."""
+    return int(packed["indices"].max()).bit_length() / len(packed["centroid"])
+
+
+class Lattice(NamedTuple):
+    """A codebook as the points of a lattice in a box, in units of side / D, with a reduced basis.
+
+    D: units a side.  z: int64[K], the step of theta, z[0] = 1.  shift: float64[K], from the cube's corner to the first
+    point.  box: int64[K], coordinates run from 0 to below it.  basis: float64[K, K] of integers, a vector a row.
+    dual: float64[K, K], <u, dual[i]> is the coefficient of u along the i-th vector of Gram and Schmidt; mu: float64[K, K],
+    their coefficients; norm: float64[K], their squared lengths.  rivals: float64[R, K], every lattice vector that may be
+    nearer than 0 to a point of Babai's cell, 0 first; where the point's coefficients are rho (at most 1/2 each), rival r is
+    nearer by <rho, slope[r]> - cost[r].
+    """
+
+    D: float
+    z: np.ndarray
+    shift: np.ndarray
+    box: np.ndarray
+    basis: np.ndarray
+    dual: np.ndarray
+    mu: np.ndarray
+    norm: np.ndarray
+    rivals: np.ndarray
+    slope: np.ndarray
+    cost: np.ndarray
+
+
+@functools.lru_cache(maxsize=64)
+def _lattice(U: int, K: int, variant: str, centred: bool) -> Lattice:
+    """The lattice of a trajectory of U points in K dimensions."""
+    N = round(U ** (1 / K))
+    N += N**K < U
+    N -= (N - 1) ** K >= U
+    if variant == "printed":
+        D, step = U * math.isqrt(U), U
+    elif variant == "korobov":
+        D, step = U, _generator(U, K)
+    else:
+        D, step = N**K, N
+    z = [pow(step, k, D) for k in range(K)]
+    # What the points leave free: theta runs to U - 1 of D, the other coordinates in steps of gcd(z, D).
+    free = [D - U + 1] + [math.gcd(zk, D) for zk in z[1:]]
+    shift = np.array(free) / 2 if centred else np.zeros(K)
+    basis = _reduced(np.array(z, np.float64), float(D))
+    dual, mu, norm = _gram_schmidt(basis)
+    rivals, coefficients = _rivals(basis, mu, norm)
+    box = np.array([U] + [D] * (K - 1), np.float64)
+    slope, cost = 2 * norm * coefficients, (norm * coefficients**2).sum(1)
+    return Lattice(float(D), np.array(z, np.int64), shift, box, basis, dual, mu, norm, rivals, slope, cost)
+
+
+def _rivals(basis: np.ndarray, mu: np.ndarray, norm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every lattice vector that can be nearer than 0 to some point of Babai's cell, and their coefficients; 0 first.
+
+    In Gram and Schmidt's orthogonal directions the cell is |rho_i| <= 1/2, so a vector w with coefficients omega comes
+    nearer somewhere only if sum n_i omega_i**2 < sum n_i |omega_i|.  Hence sum n_i (|omega_i| - 1/2)**2 < sum n_i / 4,
+    which bounds the integers to try, the last one first.
+    """
+    K = len(norm)
+    tails = np.zeros((1, K))
+    for i in reversed(range(K)):
+        bound = 0.5 + math.sqrt(norm.sum() / (4 * norm[i]))
+        rows = []
+        for tail in tails:
+            carried = sum(tail[j] * mu[j, i] for j in range(i + 1, K))
+            for x in range(math.ceil(-bound - carried), math.floor(bound - carried) + 1):
+                rows.append(tail.copy())
+                rows[-1][i] = x
+        tails = np.array(rows)
+    omega = tails @ mu
+    near = ((norm * omega**2).sum(1) < (norm * abs(omega)).sum(1) * (1 + 1e-12)) & tails.any(1)
+    integers = np.concatenate([np.zeros((1, K)), tails[near]])
+    return integers @ basis, integers @ mu
+
+
+def _generator(U: int, K: int) -> int:
+    """The a of the lattice theta (1, a, a**2, ...) mod U whose shortest vector is longest, of `GENERATORS` tried."""
+
+    def shortest(a: int) -> float:
+        basis = _reduced(np.array([pow(a, k, U) for k in range(K)], np.float64), float(U))
+        return float((basis[0] ** 2).sum())
+
+    return max(sorted({1 + i * (U - 1) // GENERATORS for i in range(GENERATORS)}), key=shortest)
+
+
+def _reaches(side: float, radius: float, M: int) -> np.ndarray:
+    """The distance from the centroid that each class fills, class 0 first: float64[M + 1]."""
+    half = side / 2
+    return np.array([half + m * (max(radius, half) - half) / M if m else half for m in range(M + 1)])
+
+
+def _best_side(points: np.ndarray, centroid: np.ndarray, widest: float, radius: float, M: int, lattice: Lattice) -> float:
+    """The side of least squared error on a sample: tries narrower by sqrt(2) each, then golden sections; a float32."""
+    sample = points
+    if len(points) > SAMPLE:  # spread out, but not in step with the rows
+        sample = points[np.arange(SAMPLE) * (int(0.618 * len(points)) | 1) % len(points)]
+    indices = np.empty(len(sample), np.int32)
+
+    def error(halvings: float) -> float:
+        return float(_assign(sample, centroid, _reaches(2 * widest * 2**-halvings, radius, M), lattice, indices)[1])
+
+    start = min(range(HALVINGS), key=lambda i: error(i / 2)) / 2
+    golden = (math.sqrt(5) - 1) / 2
+    low, high = start - 0.5, start + 0.5
+    for _ in range(SECTIONS):
+        left, right = high - golden * (high - low), low + golden * (high - low)
+        if error(left) <= error(right):
+            high = right
+        else:
+            low = left
+    best = min((start, (low + high) / 2), key=error)
+    return float(np.float32(min(2 * widest * 2**-best, FLOAT32_MAX)))
+
+
+# The kernels run without fast-math: the order of every sum is fixed, and so are the bytes, on any machine.
+
+
+@njit(nogil=True, cache=True)
+def _gram_schmidt(basis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # pragma: no cover  (compiled)
+    """Dual vectors, coefficients and squared lengths of the orthogonalised rows of `basis`, as `Lattice` holds them."""
+    K = len(basis)
+    dual, mu, norm = np.zeros((K, K)), np.eye(K), np.zeros(K)
+    for i in range(K):
+        star = basis[i].copy()
+        for j in range(i):
+            mu[i, j] = (basis[i] * dual[j]).sum()
+            star -= mu[i, j] * norm[j] * dual[j]
+        norm[i] = (star * star).sum()
+        dual[i] = star / norm[i]
+    return dual, mu, norm
+
+
+@njit(nogil=True, cache=True)
+def _reduced(z: np.ndarray, D: float) -> np.ndarray:  # pragma: no cover  (compiled)
+    """A basis of {theta z + D e}, z[0] = 1, reduced by Lenstra, Lenstra and Lovasz; in the plane by Lagrange and Gauss.
+
+    The entries are integers below 2**53, so every step on them is exact.
+    """
+    K = len(z)
+    basis = np.eye(K) * D
+    basis[0] = z
+    i = 1
+    while i < K:
+        for j in range(i - 1, -1, -1):
+            basis[i] -= np.rint(_gram_schmidt(basis)[1][i, j]) * basis[j]
+        _, mu, norm = _gram_schmidt(basis)
+        if norm[i] >= (0.999 - mu[i, i - 1] ** 2) * norm[i - 1]:
+            i += 1
+        else:
+            swapped = basis[i].copy()
+            basis[i] = basis[i - 1]
+            basis[i - 1] = swapped
+            i = max(i - 1, 1)
+    return basis
+
+
+@njit(nogil=True, cache=True)
+def _extent(points: np.ndarray) -> tuple[np.ndarray, float, float]:  # pragma: no cover  (compiled)
+    """The centroid, float32[K], the largest coordinate of any vector from there, and the largest distance."""
+    n, K = points.shape
+    total = np.zeros(K)
+    for i in range(n):
+        for k in range(K):
+            total[k] += points[i, k]
+    centroid = (total / n).astype(np.float32)
+    widest, farthest = 0.0, 0.0
+    for i in range(n):
+        distance = 0.0
+        for k in range(K):
+            offset = np.float64(points[i, k]) - np.float64(centroid[k])
+            widest = max(widest, abs(offset))
+            distance += offset * offset
+        farthest = max(farthest, distance)
+    return centroid, widest, math.sqrt(farthest)
+
+
+@njit(nogil=True, cache=True)
+def _assign(  # pragma: no cover  (compiled)
+    points: np.ndarray, centroid: np.ndarray, reaches: np.ndarray, lattice: Lattice, indices: np.ndarray
+) -> tuple[float, float]:
+    """Fill `indices` with the nearest entry of every vector in its class; sums of absolute and squared errors.
+
+    By blocks, and inside a block step by step, so that the compiler can take several vectors at a time.
+    """
+    n, K = points.shape
+    U, middle = np.int64(lattice.box[0]), lattice.D / 2 - lattice.shift
+    # Units of the lattice in a unit of the weights, and back; all at the centroid where the cube has no extent.
+    per_weight = np.array([lattice.D / 2 / reach if reach > 0 else 0.0 for reach in reaches])
+    per_unit = reaches * (2 / lattice.D)
+    classes, inside, nearer = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.bool_), np.empty(BLOCK)
+    offset, u, found = np.empty((K, BLOCK)), np.empty((K, BLOCK)), np.empty((K, BLOCK))
+    point, room = np.empty(K), np.empty((5, K + 1))
+    absolute, squared = 0.0, 0.0
+    for first in range(0, n, BLOCK):
+        count = min(BLOCK, n - first)
+        for k in range(K):
+            for i in range(count):
+                offset[k, i] = np.float64(points[first + i, k]) - np.float64(centroid[k])
+        _classify(offset, count, reaches, classes)
+        for k in range(K):
+            for i in range(count):
+                u[k, i] = max(-lattice.D / 2, min(lattice.D / 2, offset[k, i] * per_weight[classes[i]])) + middle[k]
+        _nearest_in_lattice(u, count, lattice, found)
+        inside[:], nearer[:] = True, 0.0
+        for k in range(K):
+            for i in range(count):
+                inside[i] &= (found[k, i] >= 0.0) & (found[k, i] < lattice.box[k])
+                # By how much what was found is nearer to u than the centroid, squared distances.
+                nearer[i] += (found[k, i] - middle[k]) * (2.0 * u[k, i] - found[k, i] - middle[k])
+        for i in range(count):
+            if nearer[i] > 0.0 and not inside[i]:
+                for k in range(K):
+                    point[k] = u[k, i]
+                inside[i] = _nearest_in_box(point, middle, lattice, room)
+                for k in range(K):
+                    found[k, i] = point[k]
+            index = np.int64(0)
+            if nearer[i] > 0.0 and inside[i]:
+                index = np.int64(found[0, i]) + 1
+            else:
+                for k in range(K):
+                    found[k, i] = middle[k]
+            indices[first + i] = index + (U + 1) * classes[i]
+        for k in range(K):
+            for i in range(count):
+                error = abs(offset[k, i] - per_unit[classes[i]] * (found[k, i] - middle[k]))
+                absolute += error
+                squared += error * error
+    return absolute, squared
+
+
+@njit(nogil=True, cache=True)
+def _classify(  # pragma: no cover  (compiled)
+    offset: np.ndarray, count: int, reaches: np.ndarray, classes: np.ndarray
+) -> None:
+    """The class of every vector: 0 inside the cube, else the first whose reach is no less than its distance."""
+    M = len(reaches) - 1
+    half, spread = reaches[0], reaches[M] - reaches[0]
+    for i in range(count):
+        widest = 0.0
+        for k in range(len(offset)):
+            widest = max(widest, abs(offset[k, i]))
+        classes[i] = 0
+        if widest > half and M > 0:
+            distance = 0.0
+            for k in range(len(offset)):
+                distance += offset[k, i] * offset[k, i]
+            steps = (math.sqrt(distance) - half) * M / spread if spread > 0 else 1.0
+            classes[i] = max(1, min(M, math.ceil(steps)))
+
+
+@njit(nogil=True, cache=True)
+def _nearest_in_lattice(  # pragma: no cover  (compiled)
+    u: np.ndarray, count: int, lattice: Lattice, found: np.ndarray
+) -> None:
+    """The lattice point nearest to every u, whether in the box or not: Babai's plane by plane, then his cell's rivals."""
+    K = len(u)
+    rho, x = np.zeros((K, count)), np.empty((K, count))
+    for level in range(K - 1, -1, -1):
+        coefficient, rounded = rho[level], x[level]
+        for k in range(K):
+            _add_times(coefficient, lattice.dual[level, k], u[k])
+        for above in range(level + 1, K):
+            _add_times(coefficient, -lattice.mu[above, level], x[above])
+        for i in range(count):
+            rounded[i] = np.rint(coefficient[i])
+            coefficient[i] -= rounded[i]
+    gain, nearer, rival = np.zeros(count), np.empty(count), np.zeros(count, np.int64)
+    for r in range(1, len(lattice.cost)):
+        nearer[:] = -lattice.cost[r]
+        for k in range(K):
+            _add_times(nearer, lattice.slope[r, k], rho[k])
+        for i in range(count):
+            rival[i] = r if nearer[i] > gain[i] else rival[i]
+            gain[i] = max(gain[i], nearer[i])
+    for k in range(K):
+        coordinate = found[k]
+        for i in range(count):
+            coordinate[i] = lattice.rivals[rival[i], k]
+        for level in range(K):
+            _add_times(coordinate, lattice.basis[level, k], x[level])
+
+
+@njit(nogil=True, cache=True, inline="always")
+def _add_times(target: np.ndarray, factor: float, values: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    for i in range(len(target)):
+        target[i] += factor * values[i]
+
+
+@njit(nogil=True, cache=True)
+def _nearest_in_box(  # pragma: no cover  (compiled)
+    point: np.ndarray, middle: np.ndarray, lattice: Lattice, room: np.ndarray
+) -> bool:
+    """Put the point of the box nearest to `point` in its place; False where none is nearer than the centroid, `middle`.
+
+    In Babai's radius first, then in twice as much as long as there is none: Schnorr and Euchner's enumeration, every
+    level's integers in order of distance.
+    """
+    K = len(point)
+    y, centre, x, turn, partial = room[0], room[1], room[2], room[3], room[4]
+    limit = 0.0
+    for level in range(K):
+        limit += (point[level] - middle[level]) ** 2
+        y[level] = 0.0
+        for k in range(K):
+            y[level] += point[k] * lattice.dual[level, k]
+    radius, hit = lattice.norm.sum() / 4, False
+    while not hit:
+        best = min(radius, limit)
+        partial[K] = 0.0
+        level = K - 1
+        centre[level] = y[level]
+        x[level] = np.rint(centre[level])
+        turn[level] = 1.0 if centre[level] >= x[level] else -1.0
+        while level < K:
+            distance = partial[level + 1] + (centre[level] - x[level]) ** 2 * lattice.norm[level]
+            if level > 0 and distance < best:
+                partial[level] = distance
+                level -= 1
+                centre[level] = y[level]
+                for above in range(level + 1, K):
+                    centre[level] -= x[above] * lattice.mu[above, level]
+                x[level] = np.rint(centre[level])
+                turn[level] = 1.0 if centre[level] >= x[level] else -1.0
+                continue
+            if level == 0 and distance < best and _into_box(x, lattice):
+                distance = partial[1] + (centre[0] - x[0]) ** 2 * lattice.norm[0]
+                if distance < best:
+                    best, hit = distance, True
+                    for k in range(K):
+                        point[k] = 0.0
+                        for j in range(K):
+                            point[k] += x[j] * lattice.basis[j, k]
+            level += 1
+            if level < K:
+                x[level] += turn[level]
+                turn[level] = -turn[level] - (1.0 if turn[level] > 0 else -1.0)
+        if radius >= limit:
+            break
+        radius *= 4
+    return hit
+
+
+@njit(nogil=True, cache=True)
+def _into_box(x: np.ndarray, lattice: Lattice) -> bool:  # pragma: no cover  (compiled)
+    """Move x[0] along its line to the nearest point inside the box; False where the line has none."""
+    K = len(lattice.box)
+    low, high = -math.inf, math.inf
+    for k in range(K):
+        others = 0.0
+        for j in range(1, K):
+            others += x[j] * lattice.basis[j, k]
+        step = lattice.basis[0, k]
+        if step == 0:
+            if others < 0 or others >= lattice.box[k]:
+                return False
+        elif step > 0:
+            low = max(low, math.ceil(-others / step))
+            high = min(high, math.floor((lattice.box[k] - 1 - others) / step))
+        else:
+            low = max(low, math.ceil((lattice.box[k] - 1 - others) / step))
+            high = min(high, math.floor(-others / step))
+    x[0] = max(low, min(high, x[0]))
+    return low <= high
+
+
+@njit(nogil=True, cache=True)
+def _look_up(  # pragma: no cover  (compiled)
+    indices: np.ndarray, centroid: np.ndarray, reaches: np.ndarray, lattice: Lattice, points: np.ndarray
+) -> None:
+    """The vectors that `indices` stand for; every index must be below (U + 1) times the number of classes."""
+    U, D = np.int64(lattice.box[0]), np.int64(lattice.D)
+    middle, per_unit = lattice.D / 2 - lattice.shift, reaches * (2 / lattice.D)
+    for i in range(len(indices)):
+        m, index = divmod(np.int64(indices[i]), U + 1)
+        for k in range(points.shape[1]):
+            value = np.float64(centroid[k])
+            if index > 0:
+                value += per_unit[m] * ((index - 1) * lattice.z[k] % D - middle[k])
+            points[i, k] = max(-FLOAT32_MAX, min(FLOAT32_MAX, value))
