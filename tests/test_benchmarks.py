@@ -1,0 +1,146 @@
+"""The table of stages: what its verdicts say, and one row of it on a tiny model."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+import agentforge
+from agentforge import stages
+
+
+@pytest.fixture(scope="module")
+def benchmark() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_stages", Path(__file__).parents[1] / "benchmarks" / "stages.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def row(stage: str, bits: float, kl: float, stderr: float = 0.01) -> dict[str, Any]:
+    return {"recipe": {"stage": stages.parse(stage).to_json()}, "bits": bits, "kl": {"value": kl, "stderr": stderr}}
+
+
+ROUNDING = [
+    row("rounding:bits=2", 2.5, 8.0),
+    row("rounding:bits=3,group=0", 3.0, 3.0),
+    row("rounding:bits=3", 3.5, 2.0),
+    row("rounding:bits=3,group=32", 4.0, 2.5),  # more bits and worse: nobody is held against it
+    row("rounding:bits=4", 4.5, 0.5),
+]
+
+
+@pytest.mark.parametrize(
+    ("bits", "kl", "says"),
+    [
+        (3.2, 1.9, "**wins**: 1.9 against 2 at 3.50 bits"),
+        (3.2, 3.1, "**loses**: 3.1 against 3 at 3.00 bits"),
+        (3.5, 1.9, "**wins**: 1.9 against 2 at 3.50 bits"),
+        (3.5, 2.1, "**loses**: 2.1 against 2 at 3.50 bits"),
+        (4.0, 0.4, "**wins**: 0.4 against 0.5 at 4.50 bits"),
+        (4.0, 0.9, "wins against the line from 3.50 to 4.50 bits: 0.9, 1"),
+        (4.0, 1.1, "loses against the line from 3.50 to 4.50 bits: 1.1, 1"),
+        (3.2, 2.99, "loses against the line from 3.00 to 3.50 bits: 2.99, 2.55"),  # within two standard errors of 3
+        (5.0, 0.4, "open: no rounding on both sides of 5.00 bits; 0.5 at 4.50 bits"),
+        (5.0, 0.6, "**loses**: 0.6 against 0.5 at 4.50 bits"),
+        (1.6, 9.0, "open: no rounding on both sides of 1.60 bits; 8 at 2.50 bits"),
+        (1.6, 7.0, "**wins**: 7 against 8 at 2.50 bits"),
+    ],
+)
+def test_verdicts(benchmark: ModuleType, bits: float, kl: float, says: str) -> None:
+    candidate = row("ternary", bits, kl)
+    assert benchmark.verdict(candidate, [*ROUNDING, candidate]) == says
+
+
+def test_rounding_is_not_held_against_itself(benchmark: ModuleType) -> None:
+    assert benchmark.verdict(ROUNDING[0], ROUNDING) == "is rounding"
+    assert benchmark.verdict(row("ternary", 3, 1), []) == "no rounding row yet"
+
+
+def test_a_row_of_the_table(benchmark: ModuleType, tiny_llama: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog, twice. " * 20, encoding="utf-8")
+    arguments = ["--model", str(tiny_llama), "--text", str(text), "--tokens", "200", "--context", "64"]
+    options: argparse.Namespace = benchmark.options_of([*arguments, "--work", str(tmp_path), "--out", str(tmp_path / "out")])
+    rows = []
+    for name in ("rounding:bits=3,group=32", "ternary"):
+        stage = stages.parse(name)
+        options.work = tmp_path / stage.name
+        rows.append({"recipe": benchmark.recipe(stage, options), **benchmark.measure(stage, options)})
+        artifact = agentforge.artifact.Artifact(options.work / "artifact")
+        touched = [r for r in artifact.rows if r["stage"] is not None]
+        assert rows[-1]["bits"] == 8 * sum(r["bytes"] for r in touched) / sum(math.prod(r["shape"]) for r in touched)
+        assert rows[-1]["coded_bits"] < rows[-1]["bits"] + 0.1
+        assert min(r["relative_error"] for r in touched) <= rows[-1]["relative_error"]
+        assert rows[-1]["relative_error"] <= max(r["relative_error"] for r in touched)
+        assert rows[-1]["kl"]["n"] == 200 and rows[-1]["kl"]["stderr"] > 0
+        assert rows[-1]["peak_bytes"] > 1e8
+    benchmark.write(options.out, rows, options)
+    assert json.loads((options.out / "stages.json").read_text(encoding="utf-8")) == json.loads(json.dumps(rows))
+    report = (options.out / "stages.md").read_text(encoding="utf-8")
+    assert "| rounding:bits=3,group=32 |" in report and "| ternary |" in report
+
+
+def test_finished_rows_are_not_taken_again(
+    benchmark: ModuleType,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("abc " * 100, encoding="utf-8")
+    taken = []
+
+    def instead(stage: stages.Stage, arguments: list[str]) -> dict[str, Any]:
+        taken.append(stage.name)
+        return {"bits": 3.0}
+
+    monkeypatch.setattr(benchmark, "_in_a_process", instead)
+    monkeypatch.setattr(benchmark, "table", lambda rows, options: f"{len(rows)} rows\n")
+    monkeypatch.setattr(benchmark, "ROWS", ["rounding:bits=3", "ternary", "nonsense"])
+    arguments = ["--model", str(tiny_llama), "--text", str(text), "--out", str(tmp_path / "out")]
+    assert benchmark.main([*arguments, "--only", "ternary"]) == 0
+    assert benchmark.main(arguments) == 0
+    assert taken == ["ternary", "rounding"]
+    assert "nonsense: left out" in capsys.readouterr().err
+    saved = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))
+    assert [r["recipe"]["stage"]["stage"] for r in saved] == ["rounding", "ternary"]  # in the list's order
+    assert benchmark.main([*arguments, "--tokens", "50"]) == 0
+    assert taken == ["ternary", "rounding", "rounding", "ternary"]
+    assert (tmp_path / "out" / "stages.md").read_text(encoding="utf-8") == "2 rows\n"
+
+
+@pytest.mark.slow
+def test_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    text = tmp_path / "text.txt"
+    text.write_text("the quick brown fox " * 50, encoding="utf-8")
+    script = Path(__file__).parents[1] / "benchmarks" / "stages.py"
+    command = [
+        sys.executable,
+        str(script),
+        "--model",
+        str(tiny_llama),
+        "--text",
+        str(text),
+        "--tokens",
+        "100",
+        "--context",
+        "64",
+    ]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path), "--only", "ternary"], capture_output=True, text=True, check=True
+    )
+    assert "ternary ..." in done.stderr
+    assert "| ternary | 1." in (tmp_path / "stages.md").read_text(encoding="utf-8")
