@@ -27,6 +27,14 @@ from agentforge.stages import Stage
 from agentforge.tensorfiles import write_tensors
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
+    "curves": [
+        {},
+        {"segments": 16},
+        {"kind": "polynomial", "degree": 0, "segment": 1},
+        {"kind": "polynomial", "degree": 15, "segment": 33, "sort": "segment"},
+        {"degree": 3, "segment": 50, "sort": "tensor"},
+        {"kind": "polynomial", "degree": 2, "segments": 1, "sort": "segment"},
+    ],
     "rounding": [
         {},
         {"bits": 2, "clip": "mse"},
@@ -61,7 +69,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     ],
 }
 # Stages whose relative error does not depend on the scale of the weight.
-SCALE_FREE = {"rounding"}
+SCALE_FREE = {"curves", "rounding"}
 SHAPES = ((1, 1), (1, 7), (7, 1), (13, 37), (3, 130), (64, 64))
 
 
