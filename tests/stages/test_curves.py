@@ -158,7 +158,7 @@ def test_a_budget_for_nothing_is_refused() -> None:
     weight = gaussian(4, 4)
     assert choose(weight, 1.5) == Curves("polynomial", 0, 16)
     for bits in (1.49, 0.0, -1.0):
-        with pytest.raises(BadInput, match="at least 1[.]5 for 16 weights"):
+        with pytest.raises(BadInput, match=r"at least 1\.5 for 16 weights"):
             choose(weight, bits)
 
 
