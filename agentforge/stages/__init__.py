@@ -1,6 +1,6 @@
 """The stages, one file each, and the registry that knows them by name."""
 
-from . import curves, rounding, ternary, trajectory, vptq
+from . import curves, rounding, seedlm, ternary, trajectory, vptq
 from .base import Layer, Stage, from_json, get, names, parse, register
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "parse",
     "register",
     "rounding",
+    "seedlm",
     "ternary",
     "trajectory",
     "vptq",

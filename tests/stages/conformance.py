@@ -44,6 +44,14 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"bits": 8, "group": 0},
         {"bits": 3, "group": 0, "symmetric": True, "clip": "mse"},
     ],
+    "seedlm": [
+        {},
+        {"K": 9, "C": 12, "P": 4, "refine": True},
+        {"K": 8, "C": 7, "P": 2, "exponent": "printed"},
+        {"K": 2, "C": 2, "P": 1},
+        {"K": 3, "C": 5, "P": 4},
+        {"K": 10, "bits": 8},
+    ],
     "trajectory": [
         {},
         {"U": 225, "M": 0, "select": False},

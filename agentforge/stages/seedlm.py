@@ -1,0 +1,669 @@
+"""SeedLM (arXiv 2410.10714v2): a block of C weights as a pseudo-random basis, named by its seed, and P coefficients.
+
+A weight is flattened row by row and cut into blocks w of C (zeros fill the last one).  What is stored of a block is the
+seed s of a linear feedback shift register, an exponent e and P coefficients q, all of four bits but the seed's K:
+
+    w ~ U(s) t,   t_i = q_i 2^e,   U(s) = (V(s) - 2^(K-1)) / (2^(K-1) - 1)                                     (Equation 1)
+
+with V(s), C x P, filled row by row with the states that follow the seed.  Of all 2^K - 1 seeds the one of least squared
+error |w - U(s) t|^2 is found (Algorithm 1), where t is the least-squares fit, quantised.  A weight costs
+(K + 4 + 4 P) / C bits (Equation 4).
+
+Where this departs from the print:
+
+* Section 3.2 prints e = max floor(log2|t_i|), which leaves q in -2..2 and wastes two of its four bits.  The stated range
+  of t, up to 7 * 2^7, asks for e = floor(log2 max|t_i|) - 2: exponent="corrected".  exponent="printed" shows what the
+  other costs.
+* e is absolute, so that small weights would sink below 2^-8: a power of two a tensor (eight bits, counted) brings their
+  root mean square to about one.
+* Ties go to the lowest seed; the paper leaves them open.
+
+Beyond the paper: refine=True takes, for every seed that can still win, the best coefficients there are, at e and the
+exponents next to it (rounding the fit is not the best where columns of U are alike); weighted=True counts the error of
+weight j times E[x_j^2], the diagonal of the layer's input statistics (floored at 1% of its mean).
+
+The search is exact, and seldom looks at a seed twice: see `_Tables` and `_search`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+
+from ..errors import BadArtifact, BadInput
+from ..planes import Packed, Plane, exponent_plane, times_power_of_two
+from .base import Stage, register
+
+if TYPE_CHECKING:
+    from ..statistics import InputStatistics
+
+# Table 6: the bits, counted from the oldest (least significant) one, whose sum is the next bit.
+TAPS: dict[int, tuple[int, ...]] = {
+    2: (0, 1),
+    3: (0, 1),
+    4: (0, 1),
+    5: (0, 2),
+    6: (0, 1),
+    7: (0, 1),
+    8: (0, 2, 3, 4),
+    9: (0, 4),
+    10: (0, 3),
+    11: (0, 2),
+    12: (0, 1, 2, 8),
+    13: (0, 1, 2, 5),
+    14: (0, 1, 2, 12),
+    15: (0, 1),
+    16: (0, 1, 3, 12),
+    17: (0, 3),
+    18: (0, 7),
+    19: (0, 1, 2, 5),
+    20: (0, 3),
+    21: (0, 2),
+    22: (0, 1),
+    23: (0, 5),
+    24: (0, 1, 2, 7),
+}
+LARGEST_K = 20  # of a search: its tables grow with 2^K, a tenth of a GB for K = 20
+PRESETS = {2: (16, 3), 3: (12, 4), 4: (8, 3), 8: (4, 3)}  # bits -> C, P at K = 16; 3 and 4 are the paper's Table 1
+LEAST_EXPONENT, LARGEST_EXPONENT = -8, 7
+LEAST_Q, LARGEST_Q = -8, 7
+FLOOR = 0.01  # least weight of an input's error, relative to the mean
+
+
+@register
+@dataclass(frozen=True)
+class SeedLM(Stage):
+    """Blocks of C weights as P coefficients of a basis that a K-bit shift register makes from a seed.
+
+    bits: 2, 3, 4 or 8 bits a weight by a preset C and P (default 4); 0 where C and P are given.  K: bits of a seed, 2 to
+    20.  C: weights a block.  P: coefficients a block, less than C.  exponent: "corrected" or "printed".  refine: search
+    exponent and coefficients around the rounded fit.  weighted: weigh errors by the inputs' second moments.
+    """
+
+    name: ClassVar[str] = "seedlm"
+    bits: int = 0
+    K: int = 16
+    C: int = 0
+    P: int = 0
+    exponent: Literal["corrected", "printed"] = "corrected"
+    refine: bool = False
+    weighted: bool = False
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Only the weighted error looks at the inputs."""
+        return self.weighted
+
+    @property
+    def geometry(self) -> tuple[int, int]:
+        """C and P."""
+        return (self.C, self.P) if self.C or self.P else PRESETS[self.bits or 4]
+
+    def _check(self) -> None:
+        if self.C or self.P:
+            if self.bits:
+                raise BadInput(f"seedlm: bits={self.bits} beside C={self.C}, P={self.P}; expected either bits or C and P")
+            if not 1 <= self.P < self.C <= 64 or self.P > 16:
+                raise BadInput(f"seedlm: C={self.C}, P={self.P}; expected 1 <= P <= 16 and P < C <= 32")
+        elif self.bits not in (0, *PRESETS):
+            raise BadInput(f"seedlm: bits={self.bits}; expected one of {', '.join(map(str, PRESETS))}, or C and P")
+        if not 2 <= self.K <= LARGEST_K:
+            raise BadInput(f"seedlm: K={self.K}; expected 2 to {LARGEST_K}")
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Coding and shape of each plane."""
+        C, P = self.geometry
+        blocks = math.ceil(shape[0] * shape[1] / C)
+        return {
+            "seeds": (f"uint{self.K}", (blocks,)),
+            "exponents": ("uint4", (blocks,)),
+            "coefficients": ("uint4", (blocks, P)),
+            "exponent": ("uint8", (1,)),
+        }
+
+    def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
+        if self.weighted and stats is None:
+            raise BadInput("seedlm: weighted=True needs the layer's input statistics; compress a model, or pass stats")
+        C, P = self.geometry
+        power = _power_of_two(weight.numpy())
+        blocks = _blocks(times_power_of_two(weight, power).numpy(), C)
+        tables = _tables(self.K, C, P)
+        seeds = np.empty(len(blocks), np.uint32)
+        codes = np.empty((len(blocks), P + 1), np.int8)
+        rule = (LEAST_EXPONENT, LARGEST_EXPONENT, 0 if self.exponent == "printed" else -2, 1 if self.refine else 0)
+        if self.weighted:
+            assert stats is not None
+            _search_weighted(blocks, weight.shape[1], stats.diagonal.numpy(), tables, rule, seeds, codes)
+        else:
+            _search(blocks, np.ones(C), tables.groups, tables.seeds, tables.values, tables.states, rule, seeds, codes)
+        shape = (weight.shape[0], weight.shape[1])
+        numbers = torch.from_numpy(codes.astype(np.int16) & 15)  # four bits, two's complement
+        return Packed(
+            shape,
+            (
+                Plane("seeds", torch.from_numpy(seeds.astype(np.int32)), f"uint{self.K}"),
+                Plane("exponents", numbers[:, 0], "uint4"),
+                Plane("coefficients", numbers[:, 1:], "uint4"),
+                exponent_plane(power),
+            ),
+        )
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        C, _ = self.geometry
+        seeds = packed["seeds"].to(torch.int64).numpy()
+        if len(seeds) and int(seeds.min()) == 0:
+            raise BadArtifact("plane seeds: holds 0; a shift register runs from 1 to 2^K - 1")
+        codes = torch.cat([packed["exponents"].unsqueeze(1), packed["coefficients"]], 1).to(torch.int8).numpy()
+        values = np.empty((len(seeds), C), np.float32)
+        _reconstruct(seeds, codes, self.K, _mask(self.K), values)
+        count = packed.shape[0] * packed.shape[1]
+        flat = torch.from_numpy(values).reshape(-1)[:count].reshape(packed.shape)
+        return times_power_of_two(flat, 128 - int(packed["exponent"]))
+
+
+def lfsr(K: int, seed: int, count: int) -> np.ndarray:
+    """The `count` states of the K-bit register that follow `seed`: uint32[count].
+
+    Fibonacci form, shifting right: the sum of the tapped bits enters as the most significant bit (Section 3.1, Figure 3).
+    Raises BadInput for a K without taps in Table 6, and for a seed outside 1 to 2^K - 1.
+    """
+    if K not in TAPS:
+        raise BadInput(f"K={K}; expected {min(TAPS)} to {max(TAPS)}")
+    if not 0 < seed < 1 << K:
+        raise BadInput(f"seed {seed}; expected 1 to {(1 << K) - 1}")
+    states = np.empty(count, np.uint32)
+    _run(seed, K, _mask(K), states)
+    return states
+
+
+def basis(K: int, C: int, P: int, seed: int) -> np.ndarray:
+    """U(seed), float64[C, P] with values in -1..1 (Equation 1): the states after the seed, row by row."""
+    return _to_unit(lfsr(K, seed, C * P), K).reshape(C, P)
+
+
+def _to_unit(states: np.ndarray, K: int) -> np.ndarray:
+    half = 2.0 ** (K - 1)
+    return (states - half) / max(half - 1, 1.0)
+
+
+def _mask(K: int) -> int:
+    return sum(1 << j for j in TAPS[K])
+
+
+def _power_of_two(weight: np.ndarray) -> int:
+    """The e in [-128, 127] that brings the root mean square of weight * 2^e into [1/2, 1), unless the largest would leave
+    the range of t: then it comes below 2^9."""
+    largest = float(np.abs(weight).max())
+    if largest == 0.0:
+        return 0
+    rms = largest * math.sqrt(float(np.square(weight / np.float32(largest), dtype=np.float64).mean()))
+    return max(-128, min(127, -math.frexp(rms)[1], 9 - math.frexp(largest)[1]))
+
+
+def _blocks(weight: np.ndarray, C: int) -> np.ndarray:
+    """The weight row by row in blocks, zeros at the end: float32[blocks, C]."""
+    blocks = np.zeros((math.ceil(weight.size / C), C), np.float32)
+    blocks.reshape(-1)[: weight.size] = weight.reshape(-1)
+    return blocks
+
+
+# How the search works.  The error of a seed's best unquantised fit is what of w lies outside the span of U(s): the sum of
+# (n . w)^2 over an orthonormal basis n of the D = C - P dimensions that are orthogonal to U(s).  Any few of these n bound
+# it from below, and the quantised error is larger still.
+#
+# The columns of U(s) are the vectors v_i = (u_i, u_(i+P), u_(i+2P), ...) of the state sequence u for P neighbouring i, so
+# that neighbouring seeds share columns, and g of them span only P + g - 1 dimensions: r = D - g + 1 normals are common
+# to all g seeds of a group.  For C = 8, P = 3 three normals rule out more than 99% of all groups of three seeds at once,
+# with 24 products; what is left is measured with the other D - r normals of each seed, and the few seeds that could
+# still beat the best are fitted and quantised in double precision.
+#
+# Groups lie in chunks of CHUNK, whose common normals are read as long rows, [C, r, group]; the others are read one by one.
+SETS = 16
+CHUNK = 256
+TILE = 64  # blocks that look at a chunk while it is in the cache
+SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of unit vectors, so that no seed is lost
+
+
+class _Tables(NamedTuple):
+    """groups: float32[chunks, C, r * CHUNK], the common normals.  seeds: float32[chunks * CHUNK, g, D - r, C], the others.
+    values: the cyclic sequence of U's entries, float64[N + ...], the i-th from the i-th state.  states: uint32[N], from
+    seed 1."""
+
+    groups: np.ndarray
+    seeds: np.ndarray
+    values: np.ndarray
+    states: np.ndarray
+
+
+@lru_cache(maxsize=4)
+def _tables(K: int, C: int, P: int) -> _Tables:
+    count = (1 << K) - 1
+    states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
+    D = C - P
+    r = max(1, D - round(D / 3))
+    g = D - r + 1
+    chunks = math.ceil(count / (g * CHUNK))
+    values = _to_unit(states[np.arange(chunks * CHUNK * g + C * P + g) % count].astype(np.float64), K)
+    groups = np.empty((chunks, C, r, CHUNK), np.float32)
+    seeds = np.empty((chunks, CHUNK, g, D - r, C), np.float32)
+    rows = P * np.arange(C)[:, None]
+    for chunk in range(chunks):
+        first = (chunk * CHUNK + np.arange(CHUNK)) * g + 1
+        # Of [columns | rest], a complete QR makes the last vectors orthogonal to all columns, dependent or not.
+        span = values[first[:, None, None] + rows + np.arange(P + g - 1)]
+        common = np.linalg.qr(span, mode="complete")[0][:, :, C - r :]
+        groups[chunk] = common.transpose(1, 2, 0)
+        for j in range(g if r < D else 0):
+            own = np.concatenate([values[(first + j)[:, None, None] + rows + np.arange(P)], common], axis=2)
+            others = np.linalg.qr(own, mode="complete")[0][:, :, P + r :]
+            seeds[chunk, :, j] = others.transpose(0, 2, 1)
+    return _Tables(groups.reshape(chunks, C, -1), seeds.reshape(chunks * CHUNK, g, D - r, C), values, states)
+
+
+def _search_weighted(
+    blocks: np.ndarray,
+    columns: int,
+    moments: np.ndarray,
+    tables: _Tables,
+    rule: tuple[int, int, int, int],
+    seeds: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    """`_search` with the error of each weight times its input's second moment: blocks that lie at the same columns share
+    their importance, and tables made for it."""
+    importance = moments.astype(np.float64) / max(float(moments.mean(dtype=np.float64)), 1e-300)
+    importance = np.maximum(importance, FLOOR)
+    C = blocks.shape[1]
+    step = columns // math.gcd(columns, C)  # after so many blocks the columns come round again
+    groups, others = np.empty_like(tables.groups), np.empty_like(tables.seeds)
+    for start in range(min(step, len(blocks))):
+        h = importance[(start * C + np.arange(C)) % columns]
+        _reweigh(tables.groups, tables.seeds, codes.shape[1] - 1, h, groups, others)
+        mine = np.ascontiguousarray(blocks[start::step])
+        my_seeds, my_codes = np.empty(len(mine), np.uint32), np.empty((len(mine), codes.shape[1]), np.int8)
+        _search(mine, h, groups, others, tables.values, tables.states, rule, my_seeds, my_codes)
+        seeds[start::step], codes[start::step] = my_seeds, my_codes
+
+
+# The compiler may fuse products and sums and assume that there are no NaNs; it may not reorder sums.
+FAST = {"contract", "nnan", "nsz"}
+
+
+@njit(nogil=True, cache=True)
+def _run(seed: int, K: int, mask: int, states: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    state = np.uint32(seed)
+    for i in range(len(states)):
+        tapped = state & np.uint32(mask)
+        bit = np.uint32(0)
+        while tapped:
+            tapped &= tapped - np.uint32(1)
+            bit ^= np.uint32(1)
+        state = (state >> np.uint32(1)) | (bit << np.uint32(K - 1))
+        states[i] = state
+
+
+@njit(nogil=True, cache=True)
+def _reconstruct(  # pragma: no cover  (compiled)
+    seeds: np.ndarray, codes: np.ndarray, K: int, mask: int, values: np.ndarray
+) -> None:
+    """values[b] = U(seeds[b]) t, float32, with U made by the register alone."""
+    C, P = values.shape[1], codes.shape[1] - 1
+    states = np.empty(C * P, np.uint32)
+    half = 2.0 ** (K - 1)
+    for b in range(len(seeds)):
+        _run(seeds[b], K, mask, states)
+        scale = 2.0 ** ((codes[b, 0] ^ 8) - 8) / max(half - 1.0, 1.0)
+        for c in range(C):
+            total = 0.0
+            for j in range(P):
+                total += (states[c * P + j] - half) * ((codes[b, j + 1] ^ 8) - 8)
+            values[b, c] = total * scale
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _dots(w: np.ndarray, table: np.ndarray, dots: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    """dots = w @ table: eight rows of the table at a time, then four, then one, so that sums stay in registers."""
+    n, C = len(dots), len(w)
+    c = 0
+    if C >= 8:
+        a0, a1, a2, a3, a4, a5, a6, a7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
+        t0, t1, t2, t3, t4, t5, t6, t7 = table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]
+        for i in range(n):
+            dots[i] = a0 * t0[i] + a1 * t1[i] + a2 * t2[i] + a3 * t3[i] + a4 * t4[i] + a5 * t5[i] + a6 * t6[i] + a7 * t7[i]
+        c = 8
+    else:
+        dots[:] = np.float32(0.0)
+    while c < C:
+        if C - c >= 4:
+            a0, a1, a2, a3 = w[c], w[c + 1], w[c + 2], w[c + 3]
+            t0, t1, t2, t3 = table[c], table[c + 1], table[c + 2], table[c + 3]
+            for i in range(n):
+                dots[i] += a0 * t0[i] + a1 * t1[i] + a2 * t2[i] + a3 * t3[i]
+            c += 4
+        else:
+            a0, t0 = w[c], table[c]
+            for i in range(n):
+                dots[i] += a0 * t0[i]
+            c += 1
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _search(  # pragma: no cover  (compiled)
+    blocks: np.ndarray,
+    h: np.ndarray,
+    groups: np.ndarray,
+    seed_normals: np.ndarray,
+    values: np.ndarray,
+    states: np.ndarray,
+    rule: tuple[int, int, int, int],
+    seeds: np.ndarray,
+    codes: np.ndarray,
+) -> None:
+    """For every block the seed of least error sum_c h_c (w - U t)_c^2, lowest seed first; codes: exponent and q."""
+    count = len(blocks)
+    guess = 1e30  # of the relative error; the average of what was found so far, doubled
+    total, found = 0.0, 0
+    errors = np.empty(TILE)
+    again = np.empty(TILE, np.int64)
+    for first in range(0, count, TILE):
+        left = min(TILE, count - first)
+        for i in range(left):
+            again[i] = first + i
+        limit = guess
+        while left:
+            _search_tile(blocks, again[:left], limit, h, groups, seed_normals, values, states, rule, seeds, codes, errors)
+            # Where nothing below the limit was found, the limit was too low.
+            missed = 0
+            for i in range(left):
+                if errors[i] > limit:
+                    again[missed] = again[i]
+                    missed += 1
+                else:
+                    total += errors[i]
+                    found += 1
+            left = missed
+            limit = 1e30 if limit > 1.0 else limit * 4.0
+        guess = max(2.0 * total / max(found, 1), 1e-6)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _search_tile(  # pragma: no cover  (compiled)
+    blocks: np.ndarray,
+    which: np.ndarray,
+    limit: float,
+    h: np.ndarray,
+    groups: np.ndarray,
+    seed_normals: np.ndarray,
+    values: np.ndarray,
+    states: np.ndarray,
+    rule: tuple[int, int, int, int],
+    seeds: np.ndarray,
+    codes: np.ndarray,
+    errors: np.ndarray,
+) -> None:
+    """`_search` for the blocks `which`, as far as their relative error is at most `limit`; errors: what was reached."""
+    n, C = len(which), blocks.shape[1]
+    P = codes.shape[1] - 1
+    r = groups.shape[2] // CHUNK
+    g = C - P - r + 1
+    N = len(states)
+    unit = np.empty((n, C), np.float32)
+    square = np.empty(n)
+    for b in range(n):
+        total = 0.0
+        for c in range(C):
+            total += h[c] * np.float64(blocks[which[b], c]) ** 2
+        square[b] = total
+        for c in range(C):
+            unit[b, c] = blocks[which[b], c] / math.sqrt(total) if total > 0.0 else 0.0
+        errors[b] = limit * (1.0 + 1e-9)
+        if total == 0.0:  # nothing to fit: the lowest seed, all coefficients zero
+            seeds[which[b]] = 1
+            codes[which[b], :] = 0
+            codes[which[b], 0] = rule[0]
+            errors[b] = 0.0
+    dots = np.empty(r * CHUNK, np.float32)
+    bound = np.empty(CHUNK, np.float32)
+    least = np.empty(CHUNK // 2, np.float32)  # of every set, in its first SETS entries
+    fit = np.empty(P + 1, np.int64)
+    for chunk in range(len(groups)):
+        for b in range(n):
+            if square[b] == 0.0:
+                continue
+            cut = _cut(errors[b])
+            w = unit[b]
+            _dots(w, groups[chunk], dots)
+            _sum_of_squares(dots, bound)
+            _fold(bound, least)
+            for k in range(SETS):
+                if least[k] > cut:
+                    continue
+                for i in range(k, CHUNK, SETS):
+                    if bound[i] > cut:
+                        continue
+                    group = chunk * CHUNK + i
+                    for j in range(min(g, N - group * g)):
+                        if _beyond(w, seed_normals, group, j, bound[i], cut):
+                            continue
+                        position = group * g + j
+                        error = _fit(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
+                        if error < errors[b] or (error == errors[b] and states[position] < seeds[which[b]]):
+                            errors[b] = error
+                            seeds[which[b]] = states[position]
+                            for m in range(P + 1):
+                                codes[which[b], m] = fit[m]
+                            cut = _cut(error)
+
+
+@njit(nogil=True, cache=True)
+def _cut(error: float) -> np.float32:  # pragma: no cover  (compiled)
+    """What a bound in float32 must exceed for a seed to be ruled out."""
+    return np.float32((math.sqrt(min(error, 1e30)) + SLACK) ** 2)
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    """sums[i] = sum_k dots[k, i]^2, dots being flat."""
+    n = len(sums)
+    for i in range(n):
+        sums[i] = dots[i] * dots[i]
+    for k in range(n, len(dots), n):
+        row = dots[k : k + n]
+        for i in range(n):
+            sums[i] += row[i] * row[i]
+
+
+@njit(nogil=True, cache=True, fastmath=FAST)
+def _fold(bound: np.ndarray, least: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    """The least bound of each set: bound is [lane, set], folded in halves, which the compiler does in long vectors."""
+    half = len(least)
+    for i in range(half):
+        least[i] = min(bound[i], bound[i + half])
+    while half > SETS:
+        half //= 2
+        for i in range(half):
+            least[i] = min(least[i], least[i + half])
+
+
+# Sums may be reordered here: what comes out only says whether a seed is worth fitting, with SLACK to spare.
+@njit(nogil=True, cache=True, fastmath={"contract", "nnan", "nsz", "reassoc"})
+def _beyond(  # pragma: no cover  (compiled)
+    w: np.ndarray, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32
+) -> bool:
+    """Whether bound + |n w|^2, for n = normals[group, j], is more than `cut`."""
+    for e in range(normals.shape[2]):
+        dot = np.float32(0.0)
+        for c in range(len(w)):
+            dot += normals[group, j, e, c] * w[c]
+        bound += dot * dot
+        if bound > cut:
+            return True
+    return False
+
+
+@njit(nogil=True, cache=True)
+def _fit(  # pragma: no cover  (compiled)
+    w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: tuple[int, int, int, int], out: np.ndarray
+) -> float:
+    """Fit the coefficients of one seed, quantise them, and return the error; out: exponent and q."""
+    C = len(w)
+    least, largest, shift, spread = rule
+    G = np.zeros((P, P))
+    p = np.zeros(P)
+    for c in range(C):
+        row = start + c * P
+        for i in range(P):
+            x = h[c] * values[row + i]
+            p[i] += x * w[c]
+            for j in range(i + 1):
+                G[i, j] += x * values[row + j]
+    L = np.zeros((P, P))
+    t = _solve(G, p, L)
+    biggest = 0.0
+    for i in range(P):
+        biggest = max(biggest, abs(t[i]))
+    e = least if biggest == 0.0 else math.frexp(biggest)[1] - 1 + shift
+    q, z = np.empty(P), np.empty(P)
+    result = np.inf
+    for trial in range(e - spread, e + spread + 1):
+        exponent = min(max(trial, least), largest)
+        scale = 2.0**exponent
+        for i in range(P):
+            z[i] = t[i] / scale
+            q[i] = min(max(np.rint(z[i]), float(LEAST_Q)), float(LARGEST_Q))
+        if spread:
+            _nearest(L, z, q)
+        error = 0.0
+        for c in range(C):
+            d = np.float64(w[c])
+            for i in range(P):
+                d -= values[start + c * P + i] * (q[i] * scale)
+            error += h[c] * d * d
+        if error < result:
+            result = error
+            out[0] = exponent
+            for i in range(P):
+                out[i + 1] = int(q[i])
+    return result
+
+
+@njit(nogil=True, cache=True)
+def _solve(G: np.ndarray, p: np.ndarray, L: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
+    """t with G t = p by the Cholesky factor L, which is written; of G the lower triangle is read.  Where columns of U
+    depend on each other (only short registers make such), t is the shortest solution, as by the pseudo-inverse."""
+    P = len(p)
+    t = np.zeros(P)
+    singular = False
+    for i in range(P):
+        for j in range(i + 1):
+            x = G[i, j]
+            for k in range(j):
+                x -= L[i, k] * L[j, k]
+            if i == j:
+                L[i, i] = math.sqrt(x) if x > 1e-13 * G[i, i] else 0.0
+                singular = singular or L[i, i] == 0.0
+            else:
+                L[i, j] = x / L[j, j] if L[j, j] > 0.0 else 0.0
+    if singular:
+        shortest: np.ndarray = np.linalg.pinv(G + np.tril(G, -1).T, 1e-12) @ p
+        return shortest
+    for i in range(P):
+        x = p[i]
+        for k in range(i):
+            x -= L[i, k] * t[k]
+        t[i] = x / L[i, i]
+    for i in range(P - 1, -1, -1):
+        x = t[i]
+        for k in range(i + 1, P):
+            x -= L[k, i] * t[k]
+        t[i] = x / L[i, i]
+    return t
+
+
+@njit(nogil=True, cache=True)
+def _nearest(L: np.ndarray, z: np.ndarray, q: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    """The q in LEAST_Q .. LARGEST_Q of least |L^T (q - z)|^2, found from the q that is given by depth-first enumeration,
+    the last coefficient first (sphere decoding): a partial sum beyond the best one closes a branch."""
+    P = len(z)
+    trial = np.empty(P)
+    partial = np.zeros(P + 1)
+    best = 0.0
+    for i in range(P):
+        x = 0.0
+        for j in range(i, P):
+            x += L[j, i] * (q[j] - z[j])
+        best += x * x
+    i = P - 1
+    trial[i] = LEAST_Q - 1
+    while i < P:
+        trial[i] += 1.0
+        if trial[i] > LARGEST_Q:
+            i += 1
+            continue
+        x = 0.0
+        for j in range(i, P):
+            x += L[j, i] * (trial[j] - z[j])
+        partial[i] = partial[i + 1] + x * x
+        if partial[i] >= best:
+            continue
+        if i > 0:
+            i -= 1
+            trial[i] = LEAST_Q - 1
+        else:
+            best = partial[0]
+            for j in range(P):
+                q[j] = trial[j]
+
+
+@njit(nogil=True, cache=True)
+def _reweigh(  # pragma: no cover  (compiled)
+    groups: np.ndarray, seeds: np.ndarray, P: int, h: np.ndarray, new_groups: np.ndarray, new_seeds: np.ndarray
+) -> None:
+    """Tables for the error weighted with h: the normals, made orthonormal in the metric 1/h.
+
+    With n . U = 0 the weighted error of the best fit is n^T w (n^T diag(1/h) n)^-1 n^T w for all normals n together, so
+    Gram-Schmidt in that metric, a group's common normals first, keeps every sum of squares a lower bound.
+    """
+    C = len(h)
+    r = groups.shape[2] // CHUNK
+    g = C - P - r + 1
+    normals = np.empty((C, C))
+    for chunk in range(len(groups)):
+        for i in range(CHUNK):
+            for e in range(r):
+                for c in range(C):
+                    normals[e, c] = groups[chunk, c, e * CHUNK + i]
+                _orthonormal(normals, e, h)
+                for c in range(C):
+                    new_groups[chunk, c, e * CHUNK + i] = normals[e, c]
+            for j in range(g):
+                for e in range(g - 1):
+                    for c in range(C):
+                        normals[r + e, c] = seeds[chunk * CHUNK + i, j, e, c]
+                    _orthonormal(normals, r + e, h)
+                    for c in range(C):
+                        new_seeds[chunk * CHUNK + i, j, e, c] = normals[r + e, c]
+
+
+@njit(nogil=True, cache=True)
+def _orthonormal(normals: np.ndarray, e: int, h: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    """Make row e orthogonal to the rows before it, and of length one, in the metric 1/h; all in double precision."""
+    C = len(h)
+    for k in range(e):
+        x = 0.0
+        for c in range(C):
+            x += normals[e, c] * normals[k, c] / h[c]
+        for c in range(C):
+            normals[e, c] -= x * normals[k, c]
+    x = 0.0
+    for c in range(C):
+        x += normals[e, c] * normals[e, c] / h[c]
+    x = 1.0 / math.sqrt(x)
+    for c in range(C):
+        normals[e, c] *= x
