@@ -112,7 +112,7 @@ class Trajectory(Stage):
         spare = -flat.size % self.K
         if spare:
             flat = np.concatenate([flat, np.full(spare, flat.mean(dtype=np.float64), np.float32)])
-        points = flat.reshape(-1, self.K)
+        points = np.ascontiguousarray(flat.reshape(-1, self.K).T)
         centroid, widest, radius = _extent(points)
         radius = float(np.float32(min(radius, FLOAT32_MAX)))  # as it is stored
         for number, U in enumerate([self.U_first, self.U] if self.U_first else [self.U]):
@@ -120,7 +120,7 @@ class Trajectory(Stage):
             least = math.inf
             for M in self._classes(outside=widest > self.l / 2):
                 tried_side = self.l or _best_side(points, centroid, widest, radius, M, lattice)
-                tried = np.empty(len(points), np.int32)
+                tried = np.empty(points.shape[1], np.int32)
                 error = _assign(points, centroid, _reaches(tried_side, radius, M), lattice, tried)[0] / points.size
                 if error <= least:
                     least, indices, side, choice = error, tried, tried_side, (number, M)
@@ -261,9 +261,10 @@ def _reaches(side: float, radius: float, M: int) -> np.ndarray:
 def _best_side(points: np.ndarray, centroid: np.ndarray, widest: float, radius: float, M: int, lattice: Lattice) -> float:
     """The side of least squared error on a sample: tries narrower by sqrt(2) each, then golden sections; a float32."""
     sample = points
-    if len(points) > SAMPLE:  # spread out, but not in step with the rows
-        sample = points[np.arange(SAMPLE) * (int(0.618 * len(points)) | 1) % len(points)]
-    indices = np.empty(len(sample), np.int32)
+    count = points.shape[1]
+    if count > SAMPLE:  # spread out, but not in step with the rows
+        sample = np.ascontiguousarray(points[:, np.arange(SAMPLE) * (int(0.618 * count) | 1) % count])
+    indices = np.empty(sample.shape[1], np.int32)
 
     def error(halvings: float) -> float:
         return float(_assign(sample, centroid, _reaches(2 * widest * 2**-halvings, radius, M), lattice, indices)[1])
@@ -325,22 +326,27 @@ def _reduced(z: np.ndarray, D: float) -> np.ndarray:  # pragma: no cover  (compi
 
 @njit(nogil=True, cache=True)
 def _extent(points: np.ndarray) -> tuple[np.ndarray, float, float]:  # pragma: no cover  (compiled)
-    """The centroid, float32[K], the largest coordinate of any vector from there, and the largest distance."""
-    n, K = points.shape
-    total = np.zeros(K)
-    for i in range(n):
+    """The centroid, float32[K], the largest coordinate of any vector from there, and the largest distance.
+
+    Sums and maxima are those of vectors BLOCK apart, until the end, so that several can be taken at a time.
+    """
+    K, n = points.shape
+    total, widest, farthest, distance = np.zeros((K, BLOCK)), np.zeros(BLOCK), np.zeros(BLOCK), np.empty(BLOCK)
+    for first in range(0, n, BLOCK):
         for k in range(K):
-            total[k] += points[i, k]
-    centroid = (total / n).astype(np.float32)
-    widest, farthest = 0.0, 0.0
-    for i in range(n):
-        distance = 0.0
+            _add_times(total[k], 1.0, points[k, first : first + BLOCK])
+    centroid = (total.sum(axis=1) / n).astype(np.float32)
+    for first in range(0, n, BLOCK):
+        distance[:] = 0.0
         for k in range(K):
-            offset = np.float64(points[i, k]) - np.float64(centroid[k])
-            widest = max(widest, abs(offset))
-            distance += offset * offset
-        farthest = max(farthest, distance)
-    return centroid, widest, math.sqrt(farthest)
+            row, middle = points[k, first : first + BLOCK], np.float64(centroid[k])
+            for i in range(len(row)):
+                offset = row[i] - middle
+                widest[i] = max(widest[i], abs(offset))
+                distance[i] += offset * offset
+        for i in range(BLOCK):
+            farthest[i] = max(farthest[i], distance[i])
+    return centroid, widest.max(), math.sqrt(farthest.max())
 
 
 @njit(nogil=True, cache=True)
@@ -351,31 +357,31 @@ def _assign(  # pragma: no cover  (compiled)
 
     By blocks, and inside a block step by step, so that the compiler can take several vectors at a time.
     """
-    n, K = points.shape
+    K, n = points.shape
     U, middle = np.int64(lattice.box[0]), lattice.D / 2 - lattice.shift
     # Units of the lattice in a unit of the weights, and back; all at the centroid where the cube has no extent.
     per_weight = np.array([lattice.D / 2 / reach if reach > 0 else 0.0 for reach in reaches])
     per_unit = reaches * (2 / lattice.D)
-    classes, inside, nearer = np.empty(BLOCK, np.int64), np.empty(BLOCK, np.bool_), np.empty(BLOCK)
-    offset, u, found = np.empty((K, BLOCK)), np.empty((K, BLOCK)), np.empty((K, BLOCK))
+    absolute, squared = np.zeros(BLOCK), np.zeros(BLOCK)
     point, room = np.empty(K), np.empty((5, K + 1))
-    absolute, squared = 0.0, 0.0
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
+        offset, u, found = np.empty((K, count)), np.empty((K, count)), np.empty((K, count))
+        nearer, inside = np.zeros(count), np.ones(count, np.bool_)
         for k in range(K):
-            for i in range(count):
-                offset[k, i] = np.float64(points[first + i, k]) - np.float64(centroid[k])
-        _classify(offset, count, reaches, classes)
+            offset[k] = points[k, first : first + count] - np.float64(centroid[k])
+        classes = _classes_of(offset, reaches)
         for k in range(K):
+            row, away, middle_k = u[k], offset[k], middle[k]
             for i in range(count):
-                u[k, i] = max(-lattice.D / 2, min(lattice.D / 2, offset[k, i] * per_weight[classes[i]])) + middle[k]
-        _nearest_in_lattice(u, count, lattice, found)
-        inside[:], nearer[:] = True, 0.0
+                row[i] = max(-lattice.D / 2, min(lattice.D / 2, away[i] * per_weight[classes[i]])) + middle_k
+        _nearest_in_lattice(u, lattice, found)
         for k in range(K):
+            row, f, middle_k, size = u[k], found[k], middle[k], lattice.box[k]
             for i in range(count):
-                inside[i] &= (found[k, i] >= 0.0) & (found[k, i] < lattice.box[k])
+                inside[i] &= (f[i] >= 0.0) & (f[i] < size)
                 # By how much what was found is nearer to u than the centroid, squared distances.
-                nearer[i] += (found[k, i] - middle[k]) * (2.0 * u[k, i] - found[k, i] - middle[k])
+                nearer[i] += (f[i] - middle_k) * (2.0 * row[i] - f[i] - middle_k)
         for i in range(count):
             if nearer[i] > 0.0 and not inside[i]:
                 for k in range(K):
@@ -391,39 +397,40 @@ def _assign(  # pragma: no cover  (compiled)
                     found[k, i] = middle[k]
             indices[first + i] = index + (U + 1) * classes[i]
         for k in range(K):
+            away, f, middle_k = offset[k], found[k], middle[k]
             for i in range(count):
-                error = abs(offset[k, i] - per_unit[classes[i]] * (found[k, i] - middle[k]))
-                absolute += error
-                squared += error * error
-    return absolute, squared
+                error = abs(away[i] - per_unit[classes[i]] * (f[i] - middle_k))
+                absolute[i] += error
+                squared[i] += error * error
+    return absolute.sum(), squared.sum()
 
 
 @njit(nogil=True, cache=True)
-def _classify(  # pragma: no cover  (compiled)
-    offset: np.ndarray, count: int, reaches: np.ndarray, classes: np.ndarray
-) -> None:
+def _classes_of(offset: np.ndarray, reaches: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
     """The class of every vector: 0 inside the cube, else the first whose reach is no less than its distance."""
     M = len(reaches) - 1
     half, spread = reaches[0], reaches[M] - reaches[0]
-    for i in range(count):
-        widest = 0.0
-        for k in range(len(offset)):
-            widest = max(widest, abs(offset[k, i]))
-        classes[i] = 0
-        if widest > half and M > 0:
-            distance = 0.0
-            for k in range(len(offset)):
-                distance += offset[k, i] * offset[k, i]
-            steps = (math.sqrt(distance) - half) * M / spread if spread > 0 else 1.0
-            classes[i] = max(1, min(M, math.ceil(steps)))
+    widest, distance = np.zeros(offset.shape[1]), np.zeros(offset.shape[1])
+    for k in range(len(offset)):
+        away = offset[k]
+        for i in range(len(away)):
+            widest[i] = max(widest[i], abs(away[i]))
+            distance[i] += away[i] * away[i]
+    classes = np.zeros(offset.shape[1], np.int64)
+    per_class = M / spread if spread > 0 else 0.0
+    for i in range(len(classes)):
+        steps = np.ceil((math.sqrt(distance[i]) - half) * per_class)
+        outside = min(np.float64(M), max(1.0, steps))
+        classes[i] = np.int64(outside if widest[i] > half else 0.0) if M > 0 else 0
+    return classes
 
 
 @njit(nogil=True, cache=True)
 def _nearest_in_lattice(  # pragma: no cover  (compiled)
-    u: np.ndarray, count: int, lattice: Lattice, found: np.ndarray
+    u: np.ndarray, lattice: Lattice, found: np.ndarray
 ) -> None:
     """The lattice point nearest to every u, whether in the box or not: Babai's plane by plane, then his cell's rivals."""
-    K = len(u)
+    K, count = u.shape
     rho, x = np.zeros((K, count)), np.empty((K, count))
     for level in range(K - 1, -1, -1):
         coefficient, rounded = rho[level], x[level]
@@ -452,7 +459,8 @@ def _nearest_in_lattice(  # pragma: no cover  (compiled)
 
 @njit(nogil=True, cache=True, inline="always")
 def _add_times(target: np.ndarray, factor: float, values: np.ndarray) -> None:  # pragma: no cover  (compiled)
-    for i in range(len(target)):
+    """Add `factor` times `values` to the first places of `target`, which is no shorter."""
+    for i in range(len(values)):
         target[i] += factor * values[i]
 
 
