@@ -11,7 +11,7 @@ from numba import njit
 
 from .kmeans import nearest_kernel
 
-TILE = 512  # weights of a column that are worked on together: eight such rows fit into the first cache
+TILE = 576  # weights of a column that are worked on together: twelve such rows fit into the first cache
 FACTOR = 64  # rows of a factor that are found together
 
 
@@ -49,33 +49,48 @@ def _eliminate(upper: np.ndarray, first: int, last: int) -> bool:  # pragma: no 
     return True
 
 
+@njit(nogil=True, cache=True)
+def _eight(a: np.ndarray, i: int, j: int) -> tuple[np.float32, ...]:  # pragma: no cover  (compiled)
+    """Eight numbers of a column, as values that stay in registers."""
+    return a[i, j], a[i + 1, j], a[i + 2, j], a[i + 3, j], a[i + 4, j], a[i + 5, j], a[i + 6, j], a[i + 7, j]
+
+
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def add_product(out: np.ndarray, a: np.ndarray, e: np.ndarray) -> None:  # pragma: no cover  (compiled)
-    """out += a.T @ e for a [n, m] and e [n, columns], four rows of each at a time."""
+    """out += a.T @ e for a [n, m] and e [n, columns]: eight rows of e go into four rows of `out` in one run."""
     n, m = a.shape
     columns = e.shape[1]
+    whole, fours = n // 8 * 8, m // 4 * 4
     for t in range(0, columns, TILE):
         end = min(t + TILE, columns)
-        for i in range(0, n - 3, 4):
+        for i in range(0, whole, 8):
             e0, e1, e2, e3 = e[i, t:end], e[i + 1, t:end], e[i + 2, t:end], e[i + 3, t:end]
-            for j in range(0, m - 3, 4):
+            e4, e5, e6, e7 = e[i + 4, t:end], e[i + 5, t:end], e[i + 6, t:end], e[i + 7, t:end]
+            for j in range(0, fours, 4):
                 o0, o1, o2, o3 = out[j, t:end], out[j + 1, t:end], out[j + 2, t:end], out[j + 3, t:end]
+                p0, p1, p2, p3 = _eight(a, i, j), _eight(a, i, j + 1), _eight(a, i, j + 2), _eight(a, i, j + 3)
                 for c in range(end - t):
-                    x0, x1, x2, x3 = e0[c], e1[c], e2[c], e3[c]
-                    o0[c] += a[i, j] * x0 + a[i + 1, j] * x1 + a[i + 2, j] * x2 + a[i + 3, j] * x3
-                    o1[c] += a[i, j + 1] * x0 + a[i + 1, j + 1] * x1 + a[i + 2, j + 1] * x2 + a[i + 3, j + 1] * x3
-                    o2[c] += a[i, j + 2] * x0 + a[i + 1, j + 2] * x1 + a[i + 2, j + 2] * x2 + a[i + 3, j + 2] * x3
-                    o3[c] += a[i, j + 3] * x0 + a[i + 1, j + 3] * x1 + a[i + 2, j + 3] * x2 + a[i + 3, j + 3] * x3
-            for j in range(m // 4 * 4, m):
-                o0 = out[j, t:end]
-                for c in range(end - t):
-                    o0[c] += a[i, j] * e0[c] + a[i + 1, j] * e1[c] + a[i + 2, j] * e2[c] + a[i + 3, j] * e3[c]
-        for i in range(n // 4 * 4, n):
-            e0 = e[i, t:end]
+                    x0, x1, x2, x3, x4, x5, x6, x7 = e0[c], e1[c], e2[c], e3[c], e4[c], e5[c], e6[c], e7[c]
+                    o0[c] += (
+                        p0[0] * x0 + p0[1] * x1 + p0[2] * x2 + p0[3] * x3 + p0[4] * x4 + p0[5] * x5 + p0[6] * x6 + p0[7] * x7
+                    )
+                    o1[c] += (
+                        p1[0] * x0 + p1[1] * x1 + p1[2] * x2 + p1[3] * x3 + p1[4] * x4 + p1[5] * x5 + p1[6] * x6 + p1[7] * x7
+                    )
+                    o2[c] += (
+                        p2[0] * x0 + p2[1] * x1 + p2[2] * x2 + p2[3] * x3 + p2[4] * x4 + p2[5] * x5 + p2[6] * x6 + p2[7] * x7
+                    )
+                    o3[c] += (
+                        p3[0] * x0 + p3[1] * x1 + p3[2] * x2 + p3[3] * x3 + p3[4] * x4 + p3[5] * x5 + p3[6] * x6 + p3[7] * x7
+                    )
+            for j in range(fours, m):
+                for k in range(i, i + 8):
+                    for c in range(t, end):
+                        out[j, c] += a[k, j] * e[k, c]
+        for i in range(whole, n):
             for j in range(m):
-                o0 = out[j, t:end]
-                for c in range(end - t):
-                    o0[c] += a[i, j] * e0[c]
+                for c in range(t, end):
+                    out[j, c] += a[i, j] * e[i, c]
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
