@@ -31,10 +31,10 @@ def error_of(levels: np.ndarray) -> float:
     """Mean squared error of the nearest of these levels on a unit Gaussian, by quadrature."""
     cuts = [-np.inf, *(levels[1:] + levels[:-1]) / 2, np.inf]
     parts = [
-        integrate.quad(lambda x, level=level: (x - level) ** 2 * stats.norm.pdf(x), a, b, epsabs=1e-13)[0]
+        integrate.quad(lambda x, level=level: (x - level) ** 2 * math.exp(-x * x / 2), a, b, epsabs=1e-13)[0]
         for level, a, b in zip(levels, cuts, cuts[1:], strict=False)
     ]
-    return float(sum(parts))
+    return sum(parts) / math.sqrt(2 * math.pi)
 
 
 @pytest.mark.parametrize(("levels", "best", "uniform", "spacing"), MAX)
@@ -66,7 +66,7 @@ def test_quantisers_against_quadrature_and_a_general_optimiser(levels: int) -> N
 
 def test_many_levels_follow_the_asymptotic_law() -> None:
     """Panter and Dite (1951): sqrt(3) pi / 2 / levels**2."""
-    for levels in (128, rd.MOST_LEVELS):
+    for levels in (64, 256):
         assert rd.lloyd_max(levels).error * levels**2 == pytest.approx(math.sqrt(3) * math.pi / 2, rel=2.5 / levels)
     for levels in (0, -1, rd.MOST_LEVELS + 1):
         with pytest.raises(BadInput, match=f"levels={levels}; expected 1 to 512"):
@@ -126,9 +126,9 @@ def test_rows_say_what_was_measured() -> None:
 
 
 def test_the_standard_error_is_the_spread_over_repetitions() -> None:
-    rows = [rd.measure(["rounding:bits=2,group=16"], {"w": rd.gaussian(64, 48, seed)})[0].error for seed in range(60)]
+    rows = [rd.measure(["rounding:bits=2,group=16"], {"w": rd.gaussian(64, 48, seed)})[0].error for seed in range(40)]
     spread = np.std([row.value for row in rows], ddof=1)
-    assert np.mean([row.stderr for row in rows]) == pytest.approx(spread, rel=0.3)
+    assert np.mean([row.stderr for row in rows]) == pytest.approx(spread, rel=0.35)
 
 
 def test_gaussian_rows_fall_between_shannon_and_what_their_quantiser_reaches() -> None:

@@ -171,7 +171,7 @@ def brute_force(
     ],
 )
 def test_seeds_are_those_of_brute_force(K: int, C: int, P: int, rule: tuple[int, int, int, int]) -> None:
-    blocks = gaussian(20, C, K)
+    blocks = gaussian(12, C, K)
     blocks[3] *= 1e-3
     blocks[4] = np.eye(C, dtype=np.float32)[1] * 3
     blocks[5] = 1.0
