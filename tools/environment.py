@@ -54,7 +54,9 @@ def text() -> str:
     for requirement in sorted(direct, key=str.lower):
         match = re.match(r"([\w.-]+)(\[[\w,]+\])?", requirement)
         assert match, requirement
-        lines.append(f"      - {match[1]}{match[2] or ''}=={pins[normal(match[1])]}")
+        _, semicolon, marker = requirement.partition(";")
+        line = f"{match[1]}{match[2] or ''}=={pins[normal(match[1])]}{semicolon}{marker}"
+        lines.append(f'      - "{line}"' if marker else f"      - {line}")
     return "\n".join(lines) + "\n"
 
 

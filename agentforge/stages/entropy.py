@@ -35,7 +35,6 @@ import math
 import zlib
 from typing import Any
 
-import constriction
 import numpy as np
 import torch
 
@@ -152,7 +151,7 @@ def _classes(lines: Array) -> Array:
 def _modelled(kind: int, lines: Array, classes: Array) -> bytes:
     """A section with a histogram for each class of lines."""
     size = max(int(lines.max()) + 1, 2)
-    coder: Any = constriction.stream.queue.RangeEncoder()
+    coder: Any = _library().stream.queue.RangeEncoder()
     histograms = []
     for k in range(int(classes.max()) + 1):
         symbols = lines[classes == k].reshape(-1)
@@ -176,9 +175,20 @@ def _frequencies(counts: Array) -> Array:
     return frequencies
 
 
+def _library() -> Any:
+    """The range coder's library, which is not there on every platform.  Raises BadInput where it is not."""
+    try:
+        import constriction
+    except ImportError:
+        raise BadInput(
+            "entropy coding needs the package constriction, which has no wheel for this platform; build it"
+        ) from None
+    return constriction
+
+
 def _model(frequencies: Array) -> Any:
     """The coder's model: fixed point of 24 bits, no value impossible.  Sums of integers are exact in float64."""
-    return constriction.stream.model.Categorical(frequencies.astype(np.float64), perfect=False)
+    return _library().stream.model.Categorical(frequencies.astype(np.float64), perfect=False)
 
 
 def _decode_digits(kind: int, body: bytes, rows: int, count: int, coding: str) -> Array:
@@ -240,7 +250,7 @@ def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:
 def _decode_words(words: Array, histograms: Array, classes: Array, shape: tuple[int, int]) -> Array:
     """int32[shape] from the coder's words: class after class, the lines of a class in their order."""
     values = np.empty(shape, np.int32)
-    decoder = constriction.stream.queue.RangeDecoder(words)
+    decoder = _library().stream.queue.RangeDecoder(words)
     for k, frequencies in enumerate(histograms):
         if not 0 < frequencies.max() <= LIKELIEST * (frequencies.sum() - frequencies.max()):
             raise BadInput("a histogram that is too concentrated")

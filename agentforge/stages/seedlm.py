@@ -109,7 +109,7 @@ class SeedLM(Stage):
         if self.C or self.P:
             if self.bits:
                 raise BadInput(f"seedlm: bits={self.bits} beside C={self.C}, P={self.P}; expected either bits or C and P")
-            if not 1 <= self.P < self.C <= 64 or self.P > 16:
+            if not 1 <= self.P < self.C <= 32 or self.P > 16:
                 raise BadInput(f"seedlm: C={self.C}, P={self.P}; expected 1 <= P <= 16 and P < C <= 32")
         elif self.bits not in (0, *PRESETS):
             raise BadInput(f"seedlm: bits={self.bits}; expected one of {', '.join(map(str, PRESETS))}, or C and P")
