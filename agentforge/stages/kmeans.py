@@ -23,7 +23,9 @@ from numba import njit, types
 from numba.extending import intrinsic
 
 LANES = 128  # centroids a block
+SPREAD = 8192  # most centroids that k-means++ places
 CHUNK = 4096  # vectors a task; with the chunk's scores it stays in the cache
+Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
 ROUND = {"contract", "nnan", "nsz"}  # fused multiply-adds; no sum is reordered
 
 
@@ -94,7 +96,7 @@ def kmeans(
 
     vectors: float32[n, v].  weights: float[n], not negative (default: all one).  start: first centroids float32[k, v]
     (default: `spread_start`).  It ends after `iterations`, or when the inertia falls by less than a share `tolerance`.
-    A centroid that no vector is nearest to moves to the vector that costs most.
+    A centroid that no vector is nearest to moves to one that is far from all centroids.
     """
     vectors = np.ascontiguousarray(vectors, np.float32)
     mass = np.ones(len(vectors)) if weights is None else np.ascontiguousarray(weights, np.float64)
@@ -102,36 +104,40 @@ def kmeans(
     last = np.inf
     for done in range(iterations + 1):
         labels = nearest(vectors, centroids, threads)
-        sums, masses, costs = _moments(vectors, mass, centroids, labels)
-        inertia = float(costs.sum())
+        moments = _moments(vectors, mass, centroids, labels)
+        inertia = float((mass * moments[2]).sum())
         if done == iterations or inertia == 0 or (done and last - inertia <= tolerance * last):
             break
         last = inertia
-        centroids = _move(vectors, centroids, sums, masses, costs)
+        centroids = _move(vectors, mass, centroids, moments, seed)
     return Clusters(centroids, labels, inertia, done)
 
 
 def spread_start(vectors: np.ndarray, k: int, weights: np.ndarray, seed: int, candidates: int = 16) -> np.ndarray:
     """First centroids by k-means++ (Arthur and Vassilvitskii 2007): each is drawn with a chance in proportion to its
-    weighted squared distance from those before.  Drawn among `candidates` * k vectors at most, taken at random."""
+    weighted squared distance from those before.  Drawn among `candidates` * k vectors at most, taken at random; beyond
+    `SPREAD` centroids, where this would take longer than what follows, k vectors at random."""
     generator = np.random.default_rng(seed)
-    if len(vectors) > candidates * k:
-        chosen = np.sort(generator.choice(len(vectors), candidates * k, replace=False))
+    most = candidates * k if k <= SPREAD else k
+    if len(vectors) > most:
+        chosen = np.sort(generator.choice(len(vectors), most, replace=False))
         vectors, weights = vectors[chosen], weights[chosen]
-    first = _spread(np.ascontiguousarray(vectors.T), weights, generator.random(k))
-    return np.ascontiguousarray(vectors[first])
+    if len(vectors) == k:
+        return vectors
+    nothing = np.full(len(vectors), np.inf, np.float32)
+    return np.asarray(vectors[_spread(np.ascontiguousarray(vectors.T), weights, nothing, generator.random(k))])
 
 
-def _move(vectors: np.ndarray, centroids: np.ndarray, sums: np.ndarray, masses: np.ndarray, costs: np.ndarray) -> np.ndarray:
-    """The weighted means; centroids without any weight go where a vector costs most, the worst first."""
+def _move(vectors: np.ndarray, mass: np.ndarray, centroids: np.ndarray, moments: Moments, seed: int) -> np.ndarray:
+    """The weighted means; centroids without any weight go to vectors drawn as by k-means++."""
+    sums, masses, squares = moments
     moved = centroids.copy()
     used = masses > 0
     moved[used] = sums[used] / masses[used, None]
     empty = np.flatnonzero(~used)
-    if len(empty):
-        worst = np.argsort(-costs, kind="stable")[: len(empty)]
-        worst = worst[costs[worst] > 0]
-        moved[empty[: len(worst)]] = vectors[worst]
+    if len(empty) and (squares * mass).any():
+        draws = np.random.default_rng(seed).random(len(empty))
+        moved[empty] = vectors[_spread(np.ascontiguousarray(vectors.T), mass, squares.astype(np.float32), draws)]
     return moved
 
 
@@ -203,35 +209,34 @@ def nearest_kernel(  # pragma: no cover  (compiled)
 def _moments(  # pragma: no cover  (compiled)
     x: np.ndarray, mass: np.ndarray, centroids: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Weighted sums and weights of the clusters, and what each vector costs."""
+    """Weighted sums and weights of the clusters, and each vector's squared distance from its centroid."""
     k, v = centroids.shape
-    sums, masses, costs = np.zeros((k, v)), np.zeros(k), np.empty(len(x))
+    sums, masses, squares = np.zeros((k, v)), np.zeros(k), np.zeros(len(x))
     for i in range(len(x)):
-        c, squares = labels[i], 0.0
+        c = labels[i]
         for d in range(v):
             distance = np.float64(x[i, d]) - np.float64(centroids[c, d])
-            squares += distance * distance
+            squares[i] += distance * distance
             sums[c, d] += mass[i] * x[i, d]
         masses[c] += mass[i]
-        costs[i] = mass[i] * squares
-    return sums, masses, costs
+    return sums, masses, squares
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _spread(coordinates: np.ndarray, mass: np.ndarray, draws: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
-    """k-means++ on float32[v, n]: the indices of the chosen vectors.  draws: a number in [0, 1) for each."""
+def _spread(  # pragma: no cover  (compiled)
+    coordinates: np.ndarray, mass: np.ndarray, squares: np.ndarray, draws: np.ndarray
+) -> np.ndarray:
+    """k-means++ on float32[v, n]: the indices of the chosen vectors.  squares: float32[n], squared distances from the
+    centroids there are already, all infinite for none; overwritten.  draws: a number in [0, 1) for each choice."""
     v, n = coordinates.shape
     chosen = np.zeros(len(draws), np.int64)
-    squares = np.full(n, np.inf, np.float32)
-    distance = np.empty(n, np.float32)
-    sums = np.cumsum(mass)
+    distance, sums = np.empty(n, np.float32), np.empty(n)
     for j in range(len(draws)):
-        if j:
-            total = 0.0
-            for i in range(n):
-                total += mass[i] * squares[i]
-                sums[i] = total
-        chosen[j] = min(np.searchsorted(sums, draws[j] * sums[-1], side="right"), n - 1)
+        total = 0.0
+        for i in range(n):
+            total += mass[i] * squares[i] if squares[i] < np.inf else mass[i]
+            sums[i] = total
+        chosen[j] = min(np.searchsorted(sums, draws[j] * total, side="right"), n - 1)
         distance[:] = 0
         for d in range(v):
             origin = coordinates[d, chosen[j]]
