@@ -40,7 +40,7 @@ def test_environment_yml_is_the_same_environment() -> None:
     assert conda["name"] == "agentforge"
     (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
     assert pip[0] == "--constraint requirements.lock"
-    pins = dict(line.split("==") for line in pip if not line.startswith("--"))
+    pins = dict(line.partition(";")[0].split("==") for line in pip if not line.startswith("--"))
     pins = {re.sub(r"[-_.]+", "-", name.split("[")[0]).lower(): version for name, version in pins.items()}
     assert sorted(pins) == sorted(direct())
     assert all(locked()[name] == version for name, version in pins.items())

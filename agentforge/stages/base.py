@@ -83,7 +83,7 @@ class Stage:
         if not self.shared_layout():
             return self._encode(values, stats, seed)
         if shared is None:
-            raise BadInput(f"{name}: {self} shares planes between weights; compress a model, or pass what fit_shared gives")
+            raise BadInput(f"{name}: {self.name} shares planes between weights; compress a model, or pass fit_shared's")
         packed = self._encode_shared(values, stats, seed, shared)
         return Packed(packed.shape, packed.planes, shared)
 

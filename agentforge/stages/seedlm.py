@@ -327,29 +327,36 @@ def _reconstruct(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _dots(w: np.ndarray, table: np.ndarray, dots: np.ndarray) -> None:  # pragma: no cover  (compiled)
-    """dots = w @ table: eight rows of the table at a time, then four, then one, so that sums stay in registers."""
-    n, C = len(dots), len(w)
+def _dots(  # pragma: no cover  (compiled)
+    unit: np.ndarray, b: int, groups: np.ndarray, chunk: int, dots: np.ndarray
+) -> None:
+    """dots = unit[b] @ groups[chunk]: eight rows of the table at a time, then four, then one, so that sums stay in registers.
+
+    The table is indexed and not sliced: a slice costs two atomic counts of references."""
+    n, C = len(dots), unit.shape[1]
     c = 0
     if C >= 8:
-        a0, a1, a2, a3, a4, a5, a6, a7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-        t0, t1, t2, t3, t4, t5, t6, t7 = table[0], table[1], table[2], table[3], table[4], table[5], table[6], table[7]
+        a0, a1, a2, a3 = unit[b, 0], unit[b, 1], unit[b, 2], unit[b, 3]
+        a4, a5, a6, a7 = unit[b, 4], unit[b, 5], unit[b, 6], unit[b, 7]
         for i in range(n):
-            dots[i] = a0 * t0[i] + a1 * t1[i] + a2 * t2[i] + a3 * t3[i] + a4 * t4[i] + a5 * t5[i] + a6 * t6[i] + a7 * t7[i]
+            x = a0 * groups[chunk, 0, i] + a1 * groups[chunk, 1, i] + a2 * groups[chunk, 2, i] + a3 * groups[chunk, 3, i]
+            y = a4 * groups[chunk, 4, i] + a5 * groups[chunk, 5, i] + a6 * groups[chunk, 6, i] + a7 * groups[chunk, 7, i]
+            dots[i] = x + y
         c = 8
     else:
-        dots[:] = np.float32(0.0)
+        for i in range(n):
+            dots[i] = 0.0
     while c < C:
         if C - c >= 4:
-            a0, a1, a2, a3 = w[c], w[c + 1], w[c + 2], w[c + 3]
-            t0, t1, t2, t3 = table[c], table[c + 1], table[c + 2], table[c + 3]
+            a0, a1, a2, a3 = unit[b, c], unit[b, c + 1], unit[b, c + 2], unit[b, c + 3]
             for i in range(n):
-                dots[i] += a0 * t0[i] + a1 * t1[i] + a2 * t2[i] + a3 * t3[i]
+                x = a0 * groups[chunk, c, i] + a1 * groups[chunk, c + 1, i]
+                dots[i] += x + (a2 * groups[chunk, c + 2, i] + a3 * groups[chunk, c + 3, i])
             c += 4
         else:
-            a0, t0 = w[c], table[c]
+            a0 = unit[b, c]
             for i in range(n):
-                dots[i] += a0 * t0[i]
+                dots[i] += a0 * groups[chunk, c, i]
             c += 1
 
 
@@ -437,8 +444,7 @@ def _search_tile(  # pragma: no cover  (compiled)
             if square[b] == 0.0:
                 continue
             cut = _cut(errors[b])
-            w = unit[b]
-            _dots(w, groups[chunk], dots)
+            _dots(unit, b, groups, chunk, dots)
             _sum_of_squares(dots, bound)
             _fold(bound, least)
             for k in range(SETS):
@@ -449,7 +455,7 @@ def _search_tile(  # pragma: no cover  (compiled)
                         continue
                     group = chunk * CHUNK + i
                     for j in range(min(g, N - group * g)):
-                        if _beyond(w, seed_normals, group, j, bound[i], cut):
+                        if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
                             continue
                         position = group * g + j
                         error = _fit(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
@@ -474,7 +480,7 @@ def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:  # pragma: no c
     for i in range(n):
         sums[i] = dots[i] * dots[i]
     for k in range(n, len(dots), n):
-        row = dots[k : k + n]
+        row = dots[k : k + n]  # sliced, so that the compiler sees long rows
         for i in range(n):
             sums[i] += row[i] * row[i]
 
@@ -491,16 +497,20 @@ def _fold(bound: np.ndarray, least: np.ndarray) -> None:  # pragma: no cover  (c
             least[i] = min(least[i], least[i + half])
 
 
-# Sums may be reordered here: what comes out only says whether a seed is worth fitting, with SLACK to spare.
-@njit(nogil=True, cache=True, fastmath={"contract", "nnan", "nsz", "reassoc"})
+@njit(nogil=True, cache=True, fastmath=FAST)
 def _beyond(  # pragma: no cover  (compiled)
-    w: np.ndarray, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32
+    unit: np.ndarray, b: int, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32
 ) -> bool:
-    """Whether bound + |n w|^2, for n = normals[group, j], is more than `cut`."""
+    """Whether bound + |n unit[b]|^2, for n = normals[group, j], is more than `cut`."""
+    C = unit.shape[1]
     for e in range(normals.shape[2]):
         dot = np.float32(0.0)
-        for c in range(len(w)):
-            dot += normals[group, j, e, c] * w[c]
+        for c in range(0, C - 3, 4):
+            x = normals[group, j, e, c] * unit[b, c] + normals[group, j, e, c + 1] * unit[b, c + 1]
+            y = normals[group, j, e, c + 2] * unit[b, c + 2] + normals[group, j, e, c + 3] * unit[b, c + 3]
+            dot += x + y
+        for c in range(C - C % 4, C):
+            dot += normals[group, j, e, c] * unit[b, c]
         bound += dot * dot
         if bound > cut:
             return True
