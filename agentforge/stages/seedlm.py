@@ -330,9 +330,10 @@ def _reconstruct(  # pragma: no cover  (compiled)
 def _dots(  # pragma: no cover  (compiled)
     unit: np.ndarray, b: int, groups: np.ndarray, chunk: int, dots: np.ndarray
 ) -> None:
-    """dots = unit[b] @ groups[chunk]: eight rows of the table at a time, then four, then one, so that sums stay in registers.
+    """dots = unit[b] @ groups[chunk]: eight rows of the table at a time, then four, then one; sums stay in registers.
 
-    The table is indexed and not sliced: a slice costs two atomic counts of references."""
+    The table is indexed and not sliced: a slice costs two atomic counts of references.
+    """
     n, C = len(dots), unit.shape[1]
     c = 0
     if C >= 8:
