@@ -52,6 +52,7 @@ ROWS = [
     *(f"seedlm:bits={bits}" for bits in (2, 3, 4, 8)),
     *(f"seedlm:bits={bits},refine=true" for bits in (2, 3, 4)),
     *(f"seedlm:bits={bits},refine=true,weighted=true" for bits in (2, 3, 4)),
+    *(f"seedlm:K=12,C=7,P=3{more}" for more in ("", ",refine=true", ",refine=true,weighted=true")),
     *(f"vptq:bits={bits}" for bits in (2, 3, 4)),
     *(f"vptq:bits={bits},shared=true" for bits in (2, 3, 4)),
     *(f"trajectory:U={U},M=3,select=false" for U in (225, 1600)),
