@@ -1,8 +1,7 @@
 """What calibration text tells about the inputs of each layer: H = E[x x^T], its diagonal, and how many tokens were seen.
 
 The first token of a window is left out.  Models rest their attention there, by activations hundreds of times as large as
-all others; counted, that one token would be most of H, and codebooks would be made for it alone (on SmolLM2-135M, VPTQ
-at 3 bits is then worse than at 2).
+all others; counted, that one token would be most of H, and codebooks would be made for it alone.
 
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
