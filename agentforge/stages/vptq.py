@@ -516,7 +516,9 @@ def _thinned(vectors: np.ndarray, weights: np.ndarray, most: int, seed: int) -> 
     if n <= most:
         return vectors, weights
     energy = weights * (vectors.astype(np.float64) ** 2).sum((0, 2))
-    chance = 0.5 / n + (0.5 * energy / energy.sum() if energy.any() else 0.5 / n)
+    chance = np.full(n, 1.0 / n)
+    if energy.any():
+        chance = (chance + energy / energy.sum()) / 2
     chosen, times = np.unique(np.random.default_rng(seed).choice(n, most, p=chance / chance.sum()), return_counts=True)
     return np.ascontiguousarray(vectors[:, chosen]), weights[chosen] * times / (most * chance[chosen])
 
