@@ -1,8 +1,5 @@
 """What calibration text tells about the inputs of each layer: H = E[x x^T], its diagonal, and how many tokens were seen.
 
-The first token of a window is left out.  Models rest their attention there, by activations hundreds of times as large as
-all others; counted, that one token would be most of H, and codebooks would be made for it alone.
-
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
 same tensor (q, k and v; gate and up) share one H.  All H are held at once, in float32: 4 bytes * in^2 a distinct input,
@@ -98,10 +95,7 @@ def collect(
 
     def add(key: str) -> Callable[..., None]:
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach()
-            if x.dim() == 3 and x.shape[1] > 1:
-                x = x[:, 1:]
-            x = x.reshape(-1, x.shape[-1]).to(torch.float32)
+            x = args[0].detach().reshape(-1, args[0].shape[-1]).to(torch.float32)
             product = x.T @ x
             mine.sums[key] = mine.sums[key] + product if key in mine.sums else product
             mine.seen[key] = mine.seen.get(key, 0) + len(x)
