@@ -162,6 +162,7 @@ class _Job(NamedTuple):
 
     @classmethod
     def of(cls, h: Array, K: int, C: int, P: int, rule: tuple[int, int, int, int], device: str) -> _Job:
+        """The tables of a search on `device`: arguments as for `search`, h the importance of a block's weights."""
         count = (1 << K) - 1
         states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
         values = _to_unit(states[np.arange(count + C * P) % count].astype(np.float64), K)
