@@ -1,0 +1,270 @@
+"""MuGrokfast: Grokfast's filter on every gradient, then Muon for the hidden matrices and AdamW for everything else.
+
+Grokfast (arXiv 2405.20233, "Grokfast-EMA") adds the slow part of the gradient, a running mean, once more:
+
+    mu_1 = g_1        mu_t = alpha mu_(t-1) + (1 - alpha) g_t        g'_t = g_t + lambda mu_t
+
+A gradient that stays comes out (1 + lambda) times as large, one that changes its sign with every step all but unchanged:
+what is amplified is slow.  (g + lambda (g - mu), one sign away, is the opposite filter.)
+
+Muon (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) takes momentum with Nesterov's step
+ahead, and replaces the result U S V^T by nearly U V^T, with five Newton-Schulz iterations (`newton_schulz`):
+
+    m <- beta m + (1 - beta) g'        u = (1 - beta) g' + beta m
+    W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, cols)) NS(u)
+
+with the scale of "Muon is Scalable for LLM Training" (arXiv 2502.16982, section 2.2, equation 4), which gives the step the
+size an AdamW step has, so that one learning rate and one weight decay serve both.  That paper writes m <- beta m + g; a
+positive factor makes no difference to NS.  torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does the same step without
+the filter.
+
+AdamW (arXiv 1711.05101, algorithm 2) is torch's own function.
+
+Neither paper says in what order to clip and to filter: whoever clips does so before `step()`, and so before the filter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, overload
+
+import torch
+from torch import nn
+from torch.optim.adamw import adamw
+from torch.optim.lr_scheduler import LambdaLR
+
+from ..errors import BadInput
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+OPTIONS = ("lr", "momentum", "weight_decay", "betas", "eps", "alpha", "lamb")
+
+
+class MuGrokfast(torch.optim.Optimizer):
+    """Grokfast's filter, then Muon or AdamW; which one, each group says with its key "muon".
+
+    params: groups, as `parameter_groups` makes them; any group may have options of its own.  lr, weight_decay
+    (decoupled): of both.  momentum: Muon's.  betas, eps: AdamW's.  alpha, lamb: the filter's; lamb=0 switches it off, and
+    then there is no running mean to store.  Gradients are left as they are.  Clipping is the caller's business, before
+    `step()`.  Momentum and means are kept in the dtype of their parameter: train float32 weights.
+
+    Raises BadInput where a value is out of range, and where a gradient is sparse.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+        alpha: float = 0.98,
+        lamb: float = 2.0,
+    ) -> None:
+        given = (lr, momentum, weight_decay, betas, eps, alpha, lamb)
+        super().__init__(params, dict(zip(OPTIONS, given, strict=True)))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group: {"params": [...], "muon": bool, options...}."""
+        if not isinstance(param_group, dict) or not isinstance(param_group.get("muon"), bool):
+            raise BadInput('MuGrokfast: each group needs a key "muon", True or False; parameter_groups(model) makes them')
+        _check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        for i, parameter in enumerate(group["params"]):
+            what = f"MuGrokfast: {_name(group, i)} is {str(parameter.dtype).removeprefix('torch.')}{list(parameter.shape)}"
+            if not parameter.is_floating_point():
+                raise BadInput(f"{what}; expected floating point")
+            if group["muon"] and parameter.dim() < 2:
+                raise BadInput(f"{what}; Muon takes two dimensions or more, put it into a group with muon=False")
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from a `state_dict()`, its options included.  Raises BadInput where it belongs to other parameters."""
+        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
+            missing = [key for key in ("muon", *OPTIONS) if key not in saved]
+            if missing:
+                raise BadInput(f"MuGrokfast: the state to go on from has no {', '.join(missing)}: is it this optimizer's?")
+            pairs = zip(ours.get("param_names", ()), saved.get("param_names", ()), strict=False)
+            if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
+                raise BadInput(f"MuGrokfast: the state to go on from has {other[1]} where this model has {other[0]}")
+        super().load_state_dict(state_dict)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step.  closure: computes the loss and the gradients again; its loss is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            ready = []
+            for i, parameter in enumerate(group["params"]):
+                gradient = parameter.grad
+                if gradient is None:
+                    continue
+                if gradient.layout != torch.strided:
+                    raise BadInput(f"MuGrokfast: the gradient of {_name(group, i)} is sparse; use a dense one")
+                state = self.state[parameter]
+                if group["lamb"]:
+                    if "ema" not in state:
+                        state["ema"] = gradient.clone()
+                    gradient = amplify_slow(gradient, state["ema"], group["alpha"], group["lamb"])
+                ready.append((parameter, gradient, state))
+            (_muon if group["muon"] else _adamw)(group, ready)
+        return loss
+
+
+def amplify_slow(gradient: torch.Tensor, ema: torch.Tensor, alpha: float, lamb: float) -> torch.Tensor:
+    """Grokfast's filter (arXiv 2405.20233, "Grokfast-EMA"): moves `ema` towards the gradient in place, and returns
+    gradient + lamb * ema.  ema: at first the first gradient."""
+    ema.lerp_(gradient, 1 - alpha)
+    return gradient.add(ema, alpha=lamb)
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Nearly U V^T of matrix = U S V^T, as bfloat16[rows, cols] (Jordan 2024).
+
+    X / |X|_F has singular values in 0..1; each of five iterations maps them through a s + b s^3 + c s^5 with
+    (a, b, c) = (3.4445, -4.7750, 2.0315), which is steep at zero and comes to rest nowhere: from 0.002 upwards they end
+    between 0.68 and 1.14.  Bfloat16 is enough for that.  The square matrices have the smaller of the two sides.
+    """
+    if matrix.dim() != 2:
+        raise BadInput(f"newton_schulz: expected a matrix, got {list(matrix.shape)}")
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(torch.bfloat16)
+    x = x.mT if tall else x
+    x = x / x.norm().clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.mT
+        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def muon_scale(rows: int, cols: int) -> float:
+    """0.2 sqrt(max(rows, cols)): U V^T times this has the root mean square of an AdamW step (arXiv 2502.16982, eq. 4)."""
+    return 0.2 * math.sqrt(max(rows, cols))
+
+
+def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Two groups for MuGrokfast, with names: the hidden matrices with muon=True, all else with muon=False.
+
+    Hidden matrices are parameters of two dimensions or more called "weight" or "..._weight" inside a block, a block being
+    a member of an nn.ModuleList, or a member of an nn.Sequential that has parts of its own.  Embeddings (nn.Embedding, and
+    what the model's get_input_embeddings gives), the output head (get_output_embeddings) and all that is tied to them never
+    count, wherever they are; norms and biases have too few dimensions.  Frozen parameters are in neither group.
+    Raises BadInput where there is no block: then nobody can tell from the structure which matrices are hidden.
+    """
+    blocks: list[nn.Module] = []
+    for container in module.modules():
+        if isinstance(container, nn.ModuleList):
+            blocks.extend(container)
+        elif isinstance(container, nn.Sequential):
+            blocks.extend(member for member in container if next(member.children(), None) is not None)
+    inside = {id(part) for block in blocks for part in block.modules()}
+    kept = {id(parameter) for outer in _ends(module) for parameter in outer.parameters(recurse=False)}
+    groups: list[dict[str, Any]] = [{"params": [], "param_names": [], "muon": muon} for muon in (True, False)]
+    seen: set[int] = set()
+    for prefix, owner in module.named_modules():
+        for leaf, parameter in owner.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.requires_grad:
+                continue
+            seen.add(id(parameter))
+            matrix = parameter.dim() >= 2 and (leaf == "weight" or leaf.endswith("_weight"))
+            group = groups[0 if matrix and id(owner) in inside and id(parameter) not in kept else 1]
+            group["params"].append((f"{prefix}.{leaf}" if prefix else leaf, parameter))
+    if not inside:
+        raise BadInput(
+            f"parameter_groups: {type(module).__name__} has no blocks (an nn.ModuleList, or an nn.Sequential of larger "
+            'parts); write the groups yourself: [{"params": [...], "muon": True}, {"params": [...], "muon": False}]'
+        )
+    return groups
+
+
+def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> LambdaLR:
+    """A scheduler, to be stepped after each step: up from 0 in a straight line over `warmup` steps, then down half a
+    cosine (arXiv 1608.03983, equation 5) to 0 after `total`.  A warm-up's first step is taken at 0 and moves nothing."""
+    if not 0 <= warmup < total:
+        raise BadInput(f"warmup_cosine: warmup={warmup}, total={total}; expected 0 <= warmup < total")
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return step / warmup
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
+
+    return LambdaLR(optimizer, factor)
+
+
+Ready = list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
+
+
+def _muon(group: dict[str, Any], ready: Ready) -> None:
+    """One step of Muon: (parameter, filtered gradient, state) each."""
+    lr, momentum = float(group["lr"]), group["momentum"]
+    for parameter, gradient, state in ready:
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(gradient)
+        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
+        ahead = gradient.lerp(buffer, momentum).flatten(1)
+        parameter.mul_(1 - lr * group["weight_decay"])
+        parameter.add_(newton_schulz(ahead).reshape(parameter.shape), alpha=-lr * muon_scale(*ahead.shape))
+
+
+def _adamw(group: dict[str, Any], ready: Ready) -> None:
+    """One step of torch's AdamW: (parameter, filtered gradient, state) each."""
+    for parameter, _, state in ready:
+        if "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+    adamw(
+        [parameter for parameter, _, _ in ready],
+        [gradient for _, gradient, _ in ready],
+        [state["exp_avg"] for _, _, state in ready],
+        [state["exp_avg_sq"] for _, _, state in ready],
+        [],
+        [state["step"] for _, _, state in ready],
+        amsgrad=False,
+        maximize=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=float(group["lr"]),
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+    )
+
+
+def _ends(module: nn.Module) -> Iterator[nn.Module]:
+    """The embeddings and the output head."""
+    for part in module.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            yield part
+    for method in ("get_input_embeddings", "get_output_embeddings"):
+        end = getattr(module, method)() if hasattr(module, method) else None
+        if isinstance(end, nn.Module):
+            yield end
+
+
+def _name(group: dict[str, Any], i: int) -> str:
+    names = group.get("param_names")
+    return f"parameter {names[i]}" if names else f"parameter {i} of its group"
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Raise BadInput where an option is out of range."""
+    betas = options["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise BadInput(f"MuGrokfast: betas={betas!r}; expected two numbers")
+    ranges = [(name, options[name], math.inf) for name in ("lr", "weight_decay", "eps", "lamb")]
+    ranges += [(name, options[name], 1.0) for name in ("momentum", "alpha")]
+    for name, value, end in [*ranges, ("betas[0]", betas[0], 1.0), ("betas[1]", betas[1], 1.0)]:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < end:
+            raise BadInput(f"MuGrokfast: {name}={value!r}; expected {'0 <= ' + name + ' < 1' if end == 1 else '0 or more'}")
