@@ -17,8 +17,9 @@ weights directly (decoupled); 1.0 is what Power et al. (arXiv 2201.02177) grokke
 A run that does not get there within the cap is censored: its steps are known to be more than the cap, and no more.  Medians
 and intervals are those of order statistics: they assume no distribution, and a censored run is one at the far end.
 
-Writes OUT/grokking.json and OUT/grokking.md after each run; a second call takes only the runs that are missing.  With
---seconds it begins no run that might last longer than that.  `--report` writes the table again and measures nothing.
+Writes OUT/grokking.json and OUT/grokking.md after each run; a second call takes only the runs that are missing.  After
+--seconds it stores the run it is in, and the next call goes on with it, to the same result.  `--report` writes the table
+again and measures nothing.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -170,12 +172,11 @@ def optimizer_of(arm: Arm, model: nn.Module) -> torch.optim.Optimizer:
         groups = parameter_groups(model) if muon else [{"params": list(model.parameters()), "muon": False}]
         return MuGrokfast(groups, LR, weight_decay=arm.weight_decay, betas=BETAS, alpha=ALPHA, lamb=arm.lamb)
     adam = torch.optim.Adam(model.parameters(), LR, weight_decay=arm.weight_decay, betas=BETAS)
-    means: dict[nn.Parameter, torch.Tensor] = {}
 
     def amplify(*_: Any) -> None:
-        for parameter in model.parameters():
-            assert parameter.grad is not None
-            mean = means.setdefault(parameter, parameter.grad.clone())
+        if "ema" not in adam.state:
+            adam.state["ema"] = [parameter.grad.clone() for parameter in model.parameters()]  # stored and restored with it
+        for parameter, mean in zip(model.parameters(), adam.state["ema"], strict=True):
             parameter.grad = amplify_slow(parameter.grad, mean, ALPHA, arm.lamb)
 
     if arm.lamb:
@@ -190,17 +191,28 @@ def accuracy(model: nn.Module, table: torch.Tensor) -> float:
     return int(sum(right)) / table.shape[1]
 
 
-def run(arm: Arm, seed: int, cap: int, p: int = P, width: int = WIDTH) -> Row:
-    """One run.  steps: to 95 % validation accuracy, None where the cap came first.  memorised: to 95 % on the last batch."""
-    train, validation = products(seed, p)
+def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) -> Row | None:
+    """One run; where `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to go on from.
+
+    steps: to 95 % validation accuracy, None where the cap came first.  memorised: to 95 % on the last batch.
+    """
+    arm, seed, cap = Arm(**recipe["arm"]), recipe["seed"], recipe["cap"]
+    train, validation = products(seed, recipe["p"])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Decoder(p, width)
+        model = Decoder(recipe["p"], recipe["width"])
     optimizer = optimizer_of(arm, model)
     schedule = LambdaLR(optimizer, lambda taken: min(1.0, taken / WARMUP))
-    memorised, reached, curve = None, 0.0, []
-    start, looking = time.process_time(), 0.0
-    for taken, (a, b, product) in enumerate(batches(train, seed), start=1):
+    row: Row = {"recipe": recipe, "steps": None, "memorised": None, "accuracy": 0.0, "cpu_seconds_a_step": 0.0}
+    row["every_100_steps"] = []
+    done = 0
+    saved = torch.load(unfinished) if unfinished.is_file() else {}
+    if saved.get("row", {}).get("recipe") == recipe:
+        row, done = saved["row"], saved["done"]
+        for part, state in zip((model, optimizer, schedule), saved["states"], strict=True):
+            part.load_state_dict(state)
+    start = time.process_time()
+    for taken, (a, b, product) in enumerate(itertools.islice(batches(train, seed), done, cap), start=done + 1):
         logits = model(a, b)
         optimizer.zero_grad()
         F.cross_entropy(logits, product).backward()
@@ -208,23 +220,22 @@ def run(arm: Arm, seed: int, cap: int, p: int = P, width: int = WIDTH) -> Row:
         schedule.step()
         if taken % EVERY and taken < cap:
             continue
-        paused = time.process_time()
-        if memorised is None and float((logits.argmax(-1) == product).float().mean()) >= GOAL:
-            memorised = taken
-        reached = accuracy(model, validation)
-        looking += time.process_time() - paused
+        row["cpu_seconds_a_step"] += (time.process_time() - start - row["cpu_seconds_a_step"] * (taken - done)) / taken
+        if row["memorised"] is None and float((logits.argmax(-1) == product).float().mean()) >= GOAL:
+            row["memorised"] = taken
+        row["accuracy"] = accuracy(model, validation)
         if taken % 100 == 0:
-            curve.append(round(reached, 3))
-        if reached >= GOAL or taken >= cap:
+            row["every_100_steps"].append(round(row["accuracy"], 3))
+        if row["accuracy"] >= GOAL:
+            row["steps"] = taken
             break
-    seconds = time.process_time() - start - looking
-    return {
-        "steps": taken if reached >= GOAL else None,
-        "memorised": memorised,
-        "accuracy": reached,
-        "cpu_seconds_a_step": seconds / taken,
-        "every_100_steps": curve,
-    }
+        if time.monotonic() > deadline and taken < cap:
+            states = [part.state_dict() for part in (model, optimizer, schedule)]
+            torch.save({"row": row, "done": taken, "states": states}, unfinished)
+            return None
+        start, done = time.process_time(), taken
+    unfinished.unlink(missing_ok=True)
+    return row
 
 
 def recipe(arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -304,10 +315,11 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
     machine = rows[0]["environment"]
     lines += [
         f"Steps to {GOAL:.0%} validation accuracy on a b mod {options.p}; {LAYERS} layers, width {options.width}, {HEADS} "
-        f"heads; half of the products to train on, batches of {BATCH}, learning rate {LR:g}, {WARMUP} steps of warm-up, betas "
-        f"{BETAS[0]} and {BETAS[1]}, filter with alpha {ALPHA}; looked at every {EVERY} steps, at most {options.cap:,}.  A "
-        "seed sets split, first weights and order of the batches, the same for every row.  wd: decoupled; L2: added to the "
-        f"filtered gradient, as in the paper's code.  {machine['cpu']}, {machine['threads']} thread, torch "
+        f"heads; half of the products to train on, batches of {BATCH}, learning rate {LR:g}, warm-up of {WARMUP} steps, "
+        f"betas {BETAS[0]} and {BETAS[1]}, filter with alpha {ALPHA}; looked at every {EVERY} steps, at most "
+        f"{options.cap:,}.  A seed sets split, first weights and order of the batches, the same for every row.  wd: "
+        "decoupled; L2: added to the filtered gradient, as in the paper's code.  "
+        f"{machine['cpu']}, {machine['threads']} thread, torch "
         f"{machine['packages']['torch']}.",
         "",
         f'"> {options.cap:,}": censored, not reached in {options.cap:,} steps.  Intervals of a median: order statistics, in '
@@ -387,7 +399,9 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--p", type=int, default=P, help="the prime")
     parser.add_argument("--width", type=int, default=WIDTH)
     parser.add_argument("--only", action="append", help="arms that begin like this; may be given more than once")
-    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no run that might end later than this")
+    parser.add_argument(
+        "--seconds", type=float, default=math.inf, help="stop after so long; the same command goes on from there"
+    )
     parser.add_argument("--out", type=Path, default=Path("reports/grokking"))
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
     return parser.parse_args(arguments)
@@ -400,24 +414,23 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     sources = [Path(__file__), Path(inspect.getsourcefile(mugrokfast) or "")]
     hashes = {source.name: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
-    start, a_step = time.monotonic(), 0.0
+    deadline = time.monotonic() + options.seconds
     for arm, seed in [(arm, seed) for pair in PAIRS for seed in range(options.seeds) for arm in pair]:
         wanted = recipe(arm, seed, options)
         if options.report or (options.only and not any(str(arm).startswith(prefix) for prefix in options.only)):
             continue
         if any(row["recipe"] == wanted for row in rows):
             continue
+        options.out.mkdir(parents=True, exist_ok=True)
+        print(f"{arm}, seed {seed} ...", file=sys.stderr, end=" ", flush=True)
         began = time.monotonic()
-        if began - start + a_step * options.cap > options.seconds:
+        row = run(wanted, options.out / "unfinished.pt", deadline)
+        if row is None:
             print("out of time; the same command goes on", file=sys.stderr)
             break
-        print(f"{arm}, seed {seed} ...", file=sys.stderr, end=" ", flush=True)
-        row = {"recipe": wanted, **run(arm, seed, options.cap, options.p, options.width)}
         rows.append({**row, "sources_sha256": hashes, "environment": environment()})
         write(options.out, rows, options)
-        took = time.monotonic() - began
-        a_step = max(a_step, took / (row["steps"] or options.cap))
-        print(f"{show(steps_of(row))} steps, {took:.0f} s", file=sys.stderr, flush=True)
+        print(f"{show(steps_of(row))} steps, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
     write(options.out, rows, options)
     return 0
 
