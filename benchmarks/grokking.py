@@ -5,7 +5,7 @@
 The task of the paper (arXiv 2405.20233, its experiment on algorithmic data, as its code has it): a b modulo 97 as the
 sequence a, *, b, =; a decoder of two layers, width 128, 4 heads; half of the 97 * 96 products to train on, the other half to
 validate on; batches of 512 (the last one of an epoch has 48), learning rate 1e-3 after 10 steps of warm-up, betas 0.9 and
-0.98, filter with alpha 0.98 and lambda 2.  Counted are the steps to 95 % accuracy on the whole validation half, looked at
+0.98, filter with alpha 0.98 and lambda 2.  Counted are the steps to 95% accuracy on the whole validation half, looked at
 every 20 steps.
 
 The paper sets a baseline without weight decay (39,890 steps) against the filter with a weight decay of 0.005 (910 steps).
@@ -194,7 +194,7 @@ def accuracy(model: nn.Module, table: torch.Tensor) -> float:
 def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) -> Row | None:
     """One run; where `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to go on from.
 
-    steps: to 95 % validation accuracy, None where the cap came first.  memorised: to 95 % on the last batch.
+    steps: to 95% validation accuracy, None where the cap came first.  memorised: to 95% on the last batch.
     """
     arm, seed, cap = Arm(**recipe["arm"]), recipe["seed"], recipe["cap"]
     train, validation = products(seed, recipe["p"])
@@ -268,7 +268,7 @@ def ratio(without: Range, with_filter: Range) -> Range:
 
 
 def rank(n: int) -> tuple[int, float]:
-    """The largest k for which the k-th smallest to the k-th largest of n values hold the median at 90 % or more, or 1
+    """The largest k for which the k-th smallest to the k-th largest of n values hold the median at 90% or more, or 1
     where n is too small for that; and that chance, 1 - 2 P(Binomial(n, 1/2) < k)."""
 
     def chance(k: int) -> float:
@@ -327,7 +327,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
         "",
         "## Steps",
         "",
-        "| optimizer | median | interval | by seed | 95 % of a training batch | CPU ms a step |",
+        "| optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step |",
         "|---|---:|---:|---|---:|---:|",
     ]
     for arm in (arm for pair in PAIRS for arm in pair):
