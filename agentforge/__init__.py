@@ -16,7 +16,7 @@ _HOMES = {
     "divergence": "evaluation",
     "accuracy": "evaluation",
 }
-_MODULES = ("artifact", "audit", "evaluation", "models", "pipeline", "planes", "stages", "statistics")
+_MODULES = ("artifact", "audit", "evaluation", "models", "pipeline", "planes", "runtime", "stages", "statistics")
 __all__ = ["accuracy", "audit", "compress", "divergence", "load", "open_model", "perplexity", "stages"]
 
 if TYPE_CHECKING:

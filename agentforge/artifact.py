@@ -226,10 +226,13 @@ class Artifact:
         return index_folder(self.path)
 
 
-class _ArtifactModel(LanguageModel):
-    """The model that an artifact decodes to."""
+RUNTIMES = ("dense", "packed")
 
-    def __init__(self, artifact: Artifact) -> None:
+
+class _ArtifactModel(LanguageModel):
+    """The model that an artifact decodes to, or stays packed in."""
+
+    def __init__(self, artifact: Artifact, runtime: str = "dense") -> None:
         rows = {row["name"]: row for row in artifact.rows}
         entries = {
             name: Entry(
@@ -242,7 +245,16 @@ class _ArtifactModel(LanguageModel):
         super().__init__(
             str(artifact.path), artifact.path, entries, {"artifact": str(artifact.path), **artifact.manifest["original"]}
         )
-        self.artifact, self._rows = artifact, rows
+        self.artifact, self._rows, self.runtime = artifact, rows, runtime
+
+    @cached_property
+    def model(self) -> Any:
+        """The torch module: of dense float32 weights, or of layers that stay packed."""
+        if self.runtime == "dense":
+            return super().model
+        from .runtime import packed
+
+        return packed.build(self, self.artifact)
 
     @property
     def bytes_on_disk(self) -> int:
@@ -260,13 +272,20 @@ class _ArtifactModel(LanguageModel):
 
 
 def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
-    """The model in an artifact, every encoded weight decoded to float32 (runtime="dense").
+    """The model in an artifact, every encoded weight decoded to float32 (runtime="dense"), or linear layers that compute
+    with the planes (runtime="packed": stage ternary, activations of 8 bits, see `runtime.TernaryLinear`).
 
-    Raises BadInput for another runtime, BadArtifact for a folder that is none of ours or damaged.
+    Raises BadInput for another runtime, or one that does not compute what is encoded; BadArtifact for a folder that is none
+    of ours or damaged.
     """
-    if runtime != "dense":
-        raise BadInput(f"runtime {runtime!r} does not exist; there is dense")
-    return _ArtifactModel(Artifact(path))
+    if runtime not in RUNTIMES:
+        raise BadInput(f"runtime {runtime!r} does not exist; there are {', '.join(RUNTIMES)}")
+    opened = _ArtifactModel(Artifact(path), runtime)
+    if runtime == "packed":
+        from .runtime import packed
+
+        packed.check(opened, opened.artifact)
+    return opened
 
 
 class Writer:

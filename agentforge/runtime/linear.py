@@ -1,0 +1,146 @@
+"""A linear layer of ternary weights that stay packed: two bits a weight, and no dense matrix at any time.
+
+    y = scale * (W q) / s + bias,   s = 127 / max|x|,   q = round(x * s)
+
+as BitNet b1.58 computes at inference (arXiv 2402.17764; the authors' code): activations of 8 bits, one scale a token, halves
+to even, max|x| at least 1e-5.  W q is an exact integer; the rest is computed in double precision and rounded once.  So the
+result does not depend on the machine, the kernel or the number of threads.  A token that holds NaN or infinity gives NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import BadArtifact, BadInput
+from ..planes import Packed, Plane
+from ..stages.ternary import Ternary
+from .ternary_cpu import COLUMNS, LIMIT, ROWS, product
+
+FIELDS = 4  # weights a byte
+
+
+class TernaryLinear(nn.Module):
+    """x -> x W^T scale + bias for ternary W, with activations of 8 bits; for inference, it has no gradient.
+
+    Buffers: `packed`, uint8[ceil(out / 4), ceil(in / 64), 64], laid out as ternary_cpu says.  `scales`: float32[4], four
+    times the same, where the tensor has one scale, or one a row, filled up to a multiple of four.  `biases`: one a row,
+    filled up, or float32[4] of zeros.
+    """
+
+    packed: torch.Tensor
+    scales: torch.Tensor
+    biases: torch.Tensor
+
+    def __init__(self, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        """codes: uint8[out, in], 0, 1, 2 for -1, 0, +1.  scale: float32[1] or [out].  bias: float[out]."""
+        super().__init__()
+        self.out_features, self.in_features = codes.shape
+        if not 0 < self.in_features <= LIMIT or not self.out_features:
+            raise BadInput(f"ternary weights {list(codes.shape)}: expected 1 to {LIMIT} inputs and at least one output")
+        if scale.shape not in ((1,), (self.out_features,)) or (bias is not None and bias.shape != (self.out_features,)):
+            found = [list(t.shape) for t in (scale, bias) if t is not None]
+            raise BadInput(
+                f"scale and bias of shape {found}: expected one scale, or one a row, and {self.out_features} biases"
+            )
+        self.has_bias, self.per_row = bias is not None, scale.shape != (1,)
+        self.register_buffer("packed", pack(codes))
+        self.register_buffer("scales", _fours(scale))
+        self.register_buffer("biases", torch.zeros(ROWS) if bias is None else _fours(bias))
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module) -> TernaryLinear:
+        """The layer with its weight rounded by BitNet b1.58's rule (absmean); nn.Linear or GPT-2's Conv1D."""
+        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+        conv = type(linear).__name__ == "Conv1D"
+        if not isinstance(weight, torch.Tensor) or not (conv or isinstance(linear, nn.Linear)):
+            raise BadInput(f"{type(linear).__name__}: expected a linear layer (torch's Linear or transformers' Conv1D)")
+        weight = weight.detach().T if conv else weight.detach()
+        layer = cls.from_packed(Ternary(packing="2bit").encode(weight), None if bias is None else bias.detach())
+        return layer.to(weight.device)
+
+    @classmethod
+    def from_packed(cls, packed: Packed, bias: torch.Tensor | None = None) -> TernaryLinear:
+        """The layer of a weight that the stage "ternary" encoded, by either rule.
+
+        Raises BadInput for planes of another stage, BadArtifact for codes that are none.
+        """
+        names = [plane.name for plane in packed]
+        if names not in (["codes", "scale"], ["codes", "scale", "exponent"]):
+            raise BadInput(f"planes {', '.join(names)}: not those of a ternary weight (codes, scale)")
+        codes = packed["codes"]
+        if int(codes.max()) > 2:
+            raise BadArtifact("plane codes: holds 3; a ternary code is 0, 1 or 2")
+        # The stage itself says what its scales stand for: the decoded column of a weight that is +1 in every row.
+        stage = Ternary(rule="threshold" if len(names) == 3 else "absmean")
+        column = Plane("codes", torch.full((packed.shape[0], 1), 2, dtype=torch.uint8), "uint2")
+        scale = stage.decode(Packed((packed.shape[0], 1), (column, *packed.planes[1:]))).reshape(-1)
+        return cls(codes, scale[:1] if stage.rule == "absmean" else scale, bias)
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """float32[1], or float32[out] where each row has its own."""
+        return self.scales[: self.out_features] if self.per_row else self.scales[:1]
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """float32[out]."""
+        return self.biases[: self.out_features] if self.has_bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float[..., in].  Returns [..., out] in x's dtype, computed in float32 from an x of fewer bits.
+
+        Raises BadInput where x has another size, or gradients are asked for.
+        """
+        if x.shape[-1] != self.in_features:
+            raise BadInput(f"TernaryLinear: expected inputs [..., {self.in_features}], found {list(x.shape)}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise BadInput("TernaryLinear has no gradient; call it under torch.inference_mode() or torch.no_grad()")
+        dtype = x.dtype
+        if dtype != torch.float32:
+            x = x.to(torch.float32)
+        buffers: Any = self._buffers  # not self.packed: a module's __getattr__ would take as long as a small product
+        layer = x.contiguous(), buffers["packed"], buffers["scales"], buffers["biases"], self.out_features
+        if x.is_cpu:
+            out = product(*layer)
+        else:
+            from . import ternary_triton  # only here: Triton is not everywhere
+
+            out = ternary_triton.product(*layer)
+        return out if dtype == torch.float32 else out.to(dtype)
+
+    def extra_repr(self) -> str:
+        scales = "one a row" if self.per_row else "one"
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, scales={scales}"
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Scale and bias follow to another device, and stay float32 where a model is cast to fewer bits."""
+        kept = {name: self._buffers[name] for name in ("scales", "biases")}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            moved = self._buffers[name]
+            assert tensor is not None and moved is not None
+            if moved.dtype != tensor.dtype:
+                self._buffers[name] = tensor.to(moved.device)
+        return self
+
+
+def pack(codes: torch.Tensor) -> torch.Tensor:
+    """uint8[out, in] of 0, 1, 2 to uint8[ceil(out / 4), ceil(in / 64), 64]; what fills it up is code 1, a weight of 0."""
+    rows, columns = codes.shape
+    padded = nn.functional.pad(codes, (0, -columns % COLUMNS, 0, -rows % ROWS), value=1)
+    shape = (padded.shape[0] // ROWS, ROWS, padded.shape[1] // COLUMNS, FIELDS, COLUMNS // FIELDS)
+    fields = padded.reshape(shape).permute(3, 0, 2, 1, 4)  # field, group, run, row, byte
+    packed = fields[0].clone()
+    for field in range(1, FIELDS):
+        packed |= fields[field] << (2 * field)
+    return packed.reshape(shape[0], shape[2], COLUMNS)
+
+
+def _fours(values: torch.Tensor) -> torch.Tensor:
+    """float32 of a length that is a multiple of four: one value four times, else filled up with zeros."""
+    values = values.detach().to(torch.float32)
+    return values.repeat(ROWS) if len(values) == 1 else nn.functional.pad(values, (0, -len(values) % ROWS))

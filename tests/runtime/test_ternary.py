@@ -1,0 +1,362 @@
+"""Ternary layers that stay packed: exact against brute force on every path, and as a model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import agentforge as af
+from agentforge.errors import BadArtifact, BadInput
+from agentforge.models import LanguageModel
+from agentforge.planes import Packed, Plane
+from agentforge.runtime import TernaryLinear, linear, ternary_cpu
+from agentforge.stages.ternary import Ternary
+
+SHAPES = [(1, 1), (1, 64), (3, 65), (4, 63), (16, 256), (17, 100), (70, 1000), (1, 2500), (129, 1)]
+
+
+def layer_of(rows: int, columns: int, bias: bool = False, per_row: bool = False, seed: int = 0) -> TernaryLinear:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 3, (rows, columns), generator=g, dtype=torch.uint8)
+    scale = torch.rand(rows if per_row else 1, generator=g) + 0.1
+    return TernaryLinear(codes, scale, torch.randn(rows, generator=g) if bias else None)
+
+
+def codes_of(layer: TernaryLinear) -> torch.Tensor:
+    """uint8[out, in], read from the bytes as the module's description says."""
+    groups = len(layer.packed)
+    column = torch.arange(layer.in_features)
+    places = 16 * torch.arange(4)[:, None] + column % 16  # of a row's columns in their runs
+    codes = layer.packed[:, column // 64, places] >> (2 * (column % 64 // 16)) & 3
+    return codes.reshape(4 * groups, layer.in_features)[: layer.out_features]
+
+
+def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and s of BitNet's activations, as the authors compute them."""
+    s = 127.0 / x.float().abs().amax(-1, keepdim=True).clamp_(min=1e-5)
+    return (x.float() * s).round().clamp_(-128, 127), s
+
+
+def reference(layer: TernaryLinear, x: torch.Tensor) -> torch.Tensor:
+    """The product in double precision: float64."""
+    q, s = rounded(x)
+    weight = (codes_of(layer).double() - 1) * layer.scale.double().unsqueeze(1)
+    result = q.double() / s.double() @ weight.T
+    return result if layer.bias is None else result + layer.bias.double()
+
+
+def assert_equal(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """To the rounding of float32, against the size of what was added up."""
+    assert torch.equal(found.isnan(), expected.isnan())
+    size = expected.nan_to_num().abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    assert ((found.double() - expected).nan_to_num().abs() / size).max() < 2**-23
+
+
+def by_path(layer: TernaryLinear, x: torch.Tensor, path: str | None = None, threads: int = 1) -> torch.Tensor:
+    return ternary_cpu.product(x, layer.packed, layer.scales, layer.biases, layer.out_features, path, threads)
+
+
+@pytest.mark.parametrize("path", ternary_cpu.PATHS)
+@pytest.mark.parametrize("tokens", [1, 3, 4, 9, 67])
+def test_integers_are_those_of_brute_force(path: str, tokens: int) -> None:
+    if path not in ternary_cpu.available():
+        pytest.skip("not on this machine")
+    for rows, columns in SHAPES:
+        layer = layer_of(rows, columns)
+        layer.scales.fill_(1.0)
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(columns))
+        q, s = rounded(x)
+        exact = q.long() @ (codes_of(layer).long() - 1).T
+        assert torch.equal(by_path(layer, x, path), (exact.double() * (1 / s.double())).float())
+
+
+def test_the_largest_sums_fit() -> None:
+    columns = 1 << 20
+    for code, sign in ((2, 1), (0, -1)):
+        layer = TernaryLinear(torch.full((1, columns), code, dtype=torch.uint8), torch.ones(1))
+        for path in ternary_cpu.available():
+            for tokens in (1, 4):
+                out = by_path(layer, torch.full((tokens, columns), 127.0), path)
+                assert torch.equal(out, torch.full((tokens, 1), sign * 127.0 * columns))
+    with pytest.raises(BadInput, match="expected 1 to"):
+        TernaryLinear(torch.zeros(1, ternary_cpu.LIMIT + 1, dtype=torch.uint8), torch.ones(1))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_scales_and_biases(bias: bool, per_row: bool) -> None:
+    for rows, columns in SHAPES:
+        layer = layer_of(rows, columns, bias, per_row)
+        assert (layer.bias is not None) == bias and layer.scale.numel() == (rows if per_row else 1)
+        for shape in ((columns,), (2, 3, columns), (0, columns)):
+            x = torch.randn(shape)
+            found = layer(x)
+            assert found.shape == (*shape[:-1], rows) and found.dtype == torch.float32
+            if x.numel():
+                assert_equal(found, reference(layer, x))
+
+
+@pytest.mark.parametrize("path", ternary_cpu.PATHS)
+def test_unusual_activations(path: str) -> None:
+    if path not in ternary_cpu.available():
+        pytest.skip("not on this machine")
+    layer = layer_of(20, 130, bias=True)
+    x = torch.randn(12, 130)
+    x[0] = 0
+    x[1] *= 1e-30
+    x[2] *= 1e35
+    x[3] = torch.finfo(torch.float32).max / 130  # larger ones may give a sum beyond float32
+    x[4, 7] = torch.nan
+    x[5, 129] = torch.inf
+    x[6, 0] = -torch.inf
+    x[7] = 1e-45
+    x[8] = torch.arange(130) - 64.5  # halves, to even
+    x[9, :-1] = 0
+    found = by_path(layer, x, path)
+    assert layer.bias is not None and torch.equal(found[0], layer.bias) and torch.equal(found[1], layer.bias)
+    assert found[4:7].isnan().all() and not found[[*range(4), *range(7, 12)]].isnan().any()
+    assert_equal(found, reference(layer, x))
+    for token in range(12):
+        assert torch.equal(by_path(layer, x[token], path).nan_to_num(), found[token].nan_to_num())
+
+
+def test_paths_and_threads_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ternary_cpu, "WORTH_THREADS", 1)
+    for rows, columns in [(1, 10), (16, 64), (100, 700), (257, 130)]:
+        layer = layer_of(rows, columns, bias=True, per_row=True)
+        x = torch.randn(5, columns)
+        first = by_path(layer, x)
+        for path in ternary_cpu.available():
+            for threads in (1, 2, 3, 8):
+                assert torch.equal(by_path(layer, x, path, threads), first)
+
+
+def test_callers_in_several_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ternary_cpu, "WORTH_THREADS", 1)
+    layer, xs = layer_of(300, 500), [torch.randn(3, 500) for _ in range(40)]
+    expected = [by_path(layer, x) for x in xs]
+    with ThreadPoolExecutor(8) as pool:
+        assert all(torch.equal(a, b) for a, b in zip(pool.map(layer, xs), expected, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    layer, x = layer_of(30, 200, bias=True), torch.randn(4, 200).to(dtype)
+    assert layer(x).dtype == dtype
+    assert torch.equal(layer(x), layer(x.float()).to(dtype))
+
+
+def test_from_linear_rounds_as_bitnet_does() -> None:
+    for bias in (False, True):
+        dense = nn.Linear(100, 30, bias=bias)
+        layer = TernaryLinear.from_linear(dense)
+        w = dense.weight.detach()
+        scale = 1.0 / w.abs().mean().clamp_(min=1e-5)
+        assert torch.equal(codes_of(layer).float() - 1, (w * scale).round().clamp_(-1, 1))
+        assert layer.scale.item() == pytest.approx(float(w.abs().mean()), rel=1e-6)
+        assert (layer.bias is None) if not bias else torch.equal(layer.bias, dense.bias.detach())
+        x = torch.randn(7, 100)
+        assert_equal(layer(x), reference(layer, x))
+    assert "in_features=100, out_features=30" in repr(layer)
+    with pytest.raises(BadInput, match="Embedding: expected a linear layer"):
+        TernaryLinear.from_linear(nn.Embedding(3, 4))
+
+
+def test_from_conv1d() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(24, 70)
+    dense = nn.Linear(70, 24)
+    dense.weight.data, dense.bias.data = conv.weight.data.T.contiguous(), conv.bias.data
+    x = torch.randn(2, 5, 70)
+    assert torch.equal(TernaryLinear.from_linear(conv)(x), TernaryLinear.from_linear(dense)(x))
+
+
+@pytest.mark.parametrize(
+    "stage", [Ternary(), Ternary(packing="2bit"), Ternary(rule="threshold"), Ternary(rule="threshold", tau=0.7)]
+)
+@pytest.mark.parametrize("size", [1e-20, 0.02, 1e20])
+def test_from_packed_is_what_the_stage_decodes(stage: Ternary, size: float) -> None:
+    packed = stage.encode(torch.randn(19, 77, generator=torch.Generator().manual_seed(0)) * size)
+    layer = TernaryLinear.from_packed(packed)
+    assert torch.equal((codes_of(layer).float() - 1) * layer.scale.unsqueeze(1), stage.decode(packed))
+    x = torch.randn(3, 77)
+    assert_equal(layer(x), reference(layer, x))
+
+
+def test_refusals() -> None:
+    layer = layer_of(4, 8)
+    with pytest.raises(BadInput, match=r"expected inputs \[\.\.\., 8\], found \[2, 9\]"):
+        layer(torch.randn(2, 9))
+    with pytest.raises(BadInput, match="no gradient"):
+        layer(torch.randn(2, 8, requires_grad=True))
+    with torch.no_grad():
+        layer(torch.randn(2, 8, requires_grad=True))
+    with pytest.raises(BadInput, match="not those of a ternary weight"):
+        TernaryLinear.from_packed(af.stages.get("rounding", bits=4).encode(torch.randn(8, 64)))
+    codes = Plane("codes", torch.full((2, 2), 3, dtype=torch.uint8), "uint2")
+    with pytest.raises(BadArtifact, match="holds 3"):
+        TernaryLinear.from_packed(Packed((2, 2), (codes, Plane("scale", torch.ones(1), "float32"))))
+    with pytest.raises(BadInput, match="expected one scale"):
+        TernaryLinear(torch.zeros(3, 4, dtype=torch.uint8), torch.ones(2))
+
+
+def test_nothing_dense_is_held() -> None:
+    layer = layer_of(192, 576)
+    held = sum(t.nbytes for t in [*layer.parameters(), *layer.buffers()])
+    assert held == 192 * 576 // 4 + 32
+    assert not [v for v in vars(layer).values() if isinstance(v, torch.Tensor)]
+    assert not list(layer.parameters())
+
+
+def test_a_layer_is_copied_saved_cast_and_moved() -> None:
+    layer, x = layer_of(10, 70, bias=True, per_row=True), torch.randn(2, 70)
+    expected = layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), expected)
+    other = layer_of(10, 70, bias=True, per_row=True, seed=1)
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(other(x), expected)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        cast = copy.deepcopy(layer).to(dtype)
+        assert cast.scales.dtype == cast.biases.dtype == torch.float32
+        assert torch.equal(cast(x), expected)
+    assert copy.deepcopy(layer).to("meta").scales.is_meta
+
+
+def test_the_portable_path_where_there_is_nothing_else(tmp_path: Path) -> None:
+    layer, x = layer_of(33, 150), torch.randn(5, 150)
+    torch.save({"layer": layer.state_dict(), "x": x, "expected": layer(x)}, tmp_path / "case.pt")
+    program = f"""
+import torch
+from agentforge.runtime import TernaryLinear, ternary_cpu
+assert ternary_cpu.available() == ("portable",)
+case = torch.load({str(tmp_path / "case.pt")!r})
+layer = TernaryLinear(torch.zeros(33, 150, dtype=torch.uint8), torch.ones(1))
+layer.load_state_dict(case["layer"])
+assert torch.equal(layer(case["x"]), case["expected"])
+"""
+    environment = {**os.environ, "NUMBA_CPU_NAME": "generic", "NUMBA_CACHE_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+class Int8Linear(nn.Module):
+    """A dense layer with the activations of a TernaryLinear."""
+
+    def __init__(self, dense: nn.Linear) -> None:
+        super().__init__()
+        self.dense = dense
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, s = rounded(x)
+        return (q.double() @ self.dense.weight.double().T / s.double()).float()
+
+
+@pytest.fixture(scope="module", params=["ternary", "ternary:rule=threshold,packing=2bit"])
+def artifact(request: pytest.FixtureRequest, tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "artifact"
+    return af.compress(af.open_model(tiny_llama), request.param, out=out).path
+
+
+def dense_reference(path: Path) -> nn.Module:
+    model = af.load(path).model
+    for block in model.model.layers:
+        for module in list(block.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(module, name, Int8Linear(child))
+    return model
+
+
+def test_a_packed_model_is_the_dense_one_with_the_same_activations(artifact: Path) -> None:
+    packed, dense = af.load(artifact, runtime="packed"), dense_reference(artifact)
+    layers = [m for m in packed.model.modules() if isinstance(m, TernaryLinear)]
+    assert len(layers) == 14
+    assert not any(t.is_meta for t in [*packed.model.parameters(), *packed.model.buffers()])
+    ids = torch.randint(2, 250, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found, expected = packed.model(ids).logits, dense(ids).logits
+    # A float32 sum in another order may carry one activation over the edge between two integers.
+    assert ((found - expected).norm() / expected.norm()) < 2e-2
+    assert (found.argmax(-1) == expected.argmax(-1)).float().mean() > 0.95
+
+
+def test_a_packed_model_generates(artifact: Path) -> None:
+    packed = af.load(artifact, runtime="packed")
+    ids = packed.tokenizer("A small packed model", return_tensors="pt").input_ids
+    with torch.inference_mode():
+        out = packed.model.generate(ids, max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert out.shape == (1, ids.shape[1] + 12)
+        for length in range(ids.shape[1], out.shape[1]):  # a step with a cache is a step without one
+            logits = packed.model(out[:, :length]).logits[0, -1]
+            assert logits[out[0, length]] >= logits[2:].max() - 0.05 * logits.std()
+
+
+def test_a_packed_model_is_measured(artifact: Path, tmp_path: Path) -> None:
+    text = "The same few words, again and again, to be guessed. " * 12
+    packed, dense = af.load(artifact, runtime="packed"), af.load(artifact)
+    (tmp_path / "text.txt").write_text(text)
+    found, expected = (af.perplexity(m, text=str(tmp_path / "text.txt"), context=64) for m in (packed, dense))
+    assert found.value == pytest.approx(expected.value, rel=0.2)
+
+
+def test_classifiers_too(digits: LanguageModel, tmp_path: Path) -> None:
+    path = af.compress(digits, "ternary", out=tmp_path / "digits").path
+    packed = af.load(path, runtime="packed")
+    assert any(isinstance(m, TernaryLinear) for m in packed.model.modules())
+    assert af.accuracy(packed).value == pytest.approx(af.accuracy(af.load(path)).value, abs=0.05)
+
+
+def test_what_cannot_stay_packed_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    opened = af.open_model(tiny_llama)
+    rounding = af.compress(opened, "rounding", out=tmp_path / "rounding").path
+    with pytest.raises(
+        BadInput, match=r"is encoded by rounding; runtime packed computes linear layers of ternary, runtime dense"
+    ):
+        af.load(rounding, runtime="packed")
+    tied = af.compress(opened, "ternary", out=tmp_path / "tied", embeddings=True).path
+    with pytest.raises(BadInput, match=r"embed_tokens\.weight is encoded and not the weight of a linear layer"):
+        af.load(tied, runtime="packed")
+    with pytest.raises(BadInput, match=r"runtime 'fast' does not exist; there are dense, packed"):
+        af.load(rounding, runtime="fast")
+
+
+class TestTriton:
+    """On a GPU where there is one, else in Triton's interpreter (conftest.py asks for it)."""
+
+    @pytest.mark.parametrize(("bias", "per_row"), [(False, False), (True, True)])
+    @pytest.mark.parametrize("tokens", [1, 3, 16, 35])
+    def test_results_are_those_of_the_cpu(self, tokens: int, bias: bool, per_row: bool) -> None:
+        pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86-64")
+        from agentforge.runtime import ternary_triton
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        for rows, columns in [(1, 1), (70, 130), (17, 600)]:
+            layer = layer_of(rows, columns, bias, per_row)
+            x = torch.randn(tokens, columns)
+            x[-1, 0] = torch.nan
+            operands = [t.to(device) for t in (x, layer.packed, layer.scales, layer.biases)]
+            found = ternary_triton.product(*operands, rows).cpu()
+            expected = layer(x)
+            assert torch.equal(found.isnan(), expected.isnan())
+            if device == "cpu":
+                assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+            else:
+                assert_equal(found, expected.double())
+
+
+def test_packing_is_undone() -> None:
+    codes = torch.randint(0, 3, (9, 200), dtype=torch.uint8)
+    assert torch.equal(codes_of(TernaryLinear(codes, torch.ones(1))), codes)
+    padded = linear.pack(codes)
+    assert padded.shape == (3, 4, 64) and np.count_nonzero(padded[-1, -1].numpy()) > 0
