@@ -74,6 +74,50 @@ def compress(
         ) from None
 
 
+def store(
+    model: LanguageModel,
+    stage: stages.Stage,
+    packed: Mapping[str, Packed],
+    out: str | Path,
+    *,
+    recipe: dict[str, Any],
+    kept: Mapping[str, torch.Tensor] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Artifact:
+    """Write an artifact from planes that were made elsewhere (by training), one Packed for each weight that `stage` encoded.
+
+    kept: tensors that take the place of the model's own.  recipe: what the bytes depend on, as `compress` writes it.
+    Raises BadInput where a name is not the model's, or planes and weight have other shapes.
+    """
+    kept = dict(kept or {})
+    touched = {weight.name: weight for weight in model.weights(embeddings=True) if weight.name in packed}
+    for name in [*packed, *kept]:
+        if name not in model.entries or (name in packed and name not in touched):
+            raise BadInput(f"{name}: is no tensor of {model.name} that could be stored so")
+    for name, weight in touched.items():
+        if packed[name].shape != weight.shape:
+            raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(packed[name].shape)}")
+    for name, tensor in kept.items():
+        if tuple(tensor.shape) != model.entries[name].shape:
+            raise BadInput(f"{name}: is {list(model.entries[name].shape)}, the tensor to keep is {list(tensor.shape)}")
+    reasons = {**dict.fromkeys(model.entries, "not encoded"), **model.kept(), **dict.fromkeys(kept, "trained")}
+    names = sorted(model.entries)
+    with Writer(Path(out).expanduser(), recipe, overwrite) as writer:
+        if writer.finished:
+            return Artifact(out)
+        bar = tqdm(names, unit="tensor", leave=False, desc=f"writing {model.name}", disable=None if progress else True)
+        for index, name in enumerate(bar):
+            if writer.has(index):
+                continue
+            if name in touched:
+                error = relative_error(touched[name].load(), stage.decode(packed[name]))
+                writer.put_encoded(index, touched[name], stage, packed[name], error)
+            else:
+                writer.put_kept(index, name, kept.get(name, model.tensor(name)), reasons[name])
+        return writer.finish(model, len(names))
+
+
 @dataclass
 class _Job:
     """One run of `compress`: what is the same for all its tensors."""

@@ -391,7 +391,7 @@ class Vptq(Stage):
         segments = self.segments(packed.shape)
         out = np.empty((columns, rows), np.float32)
         starts = {plane: 0 for plane, _ in _by_plane(segments)}
-        for s, mine in zip(segments, self._columns(packed, segments), strict=True):
+        for s, mine in zip(segments, self.columns(packed, segments), strict=True):
             chunks, width = math.ceil(rows / s.v), s.v // s.parts
             values = np.zeros((len(mine), chunks, s.parts, width), np.float32)
             for level, book in enumerate(_books(packed.shared or packed, s)):
@@ -409,7 +409,7 @@ class Vptq(Stage):
             out += packed["mean"].numpy().astype(np.float32)[:, None]
         return times_power_of_two(torch.from_numpy(np.ascontiguousarray(out.T)), 128 - int(packed["exponent"]))
 
-    def _columns(self, packed: Packed, segments: list[Segment]) -> list[np.ndarray]:
+    def columns(self, packed: Packed, segments: list[Segment]) -> list[np.ndarray]:
         """The columns of each segment, in rising order."""
         if not self._has_classes(segments):
             return [np.arange(s.first, s.last) for s in segments]

@@ -1,0 +1,1 @@
+"""Training: straight-through layers, an optimizer, and recovery of a compressed model by distillation."""

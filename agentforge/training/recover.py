@@ -1,0 +1,503 @@
+"""Recovery: train a compressed model, by distillation, to say again what its original says.
+
+The student starts as a copy of the original whose linear layers are ternary with straight-through gradients
+(`bitlinear`), or decode from planes whose floats are trained while their integers stay (`planelinear`).  The original
+is the teacher: the loss is KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
+
+A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
+that was killed goes on from its last checkpoint and, on the CPU, repeats the very same losses.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .. import __version__, digits, stages
+from ..artifact import FORMAT, Artifact
+from ..errors import BadInput
+from ..evaluation.texts import Text, find_text
+from ..models import LanguageModel, open_model
+from ..pipeline import store
+from ..planes import Packed
+from ..stages.ternary import Ternary
+from ..statistics import Calibration
+from ..tensorfiles import index_file, read_json, read_tensor, write_json, write_tensors
+from .bitlinear import bit_linears, convert, set_blend
+from .mugrokfast import MuGrokfast, parameter_groups
+from .planelinear import plane_linears, to_planes
+
+HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train.
+
+    steps: of the optimizer.  batch: windows (for digits-mlp, pictures) a step.  context: tokens a window.  passes: parts
+    that a batch is computed in, to save memory.  lr: its peak; it rises over `warmup` (a share of the steps) and falls
+    along a cosine to a tenth; so does lambda rise, from the dense to the quantised layer.  weight_decay: decoupled.
+    clip: largest norm of all gradients together.  hidden: weight of the hidden states' mean squared error, relative to
+    the teacher's mean square.  evaluate: steps between two looks at the held-out text, each of which writes a
+    checkpoint.  patience: looks without a new best after which training stops (0: never).  heldout: tokens (pictures)
+    to look at.  activations: int8 activations, too.  dtype: "auto" is bfloat16 autocast on a GPU that has it.
+    recompute: gradient checkpointing, which halves the memory and costs a third more time.
+    """
+
+    steps: int = 1000
+    batch: int = 8
+    context: int = 512
+    passes: int = 1
+    lr: float = 1e-3
+    optimizer: Literal["adamw", "mugrokfast"] = "adamw"
+    warmup: float = 0.1
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    hidden: float = 0.0
+    evaluate: int = 50
+    patience: int = 0
+    heldout: int = 2048
+    activations: bool = True
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    recompute: bool = False
+    seed: int = 0
+
+    def check(self) -> None:
+        """Raise BadInput for a value out of range."""
+        for name in ("steps", "batch", "context", "passes", "evaluate", "heldout"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise BadInput(f"recovery: {name}={getattr(self, name)!r}; expected a whole number of 1 or more")
+        if self.batch % self.passes:
+            raise BadInput(f"recovery: batch={self.batch} does not divide into passes={self.passes} equal parts")
+        for name, low, high in (("lr", 0.0, 10.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 10.0), ("hidden", 0.0, 1e6)):
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"recovery: {name}={getattr(self, name)}; expected {low} to {high}")
+        if not self.clip > 0 or self.patience < 0:
+            raise BadInput(f"recovery: clip={self.clip}, patience={self.patience}; expected clip > 0 and patience >= 0")
+        if self.optimizer not in ("adamw", "mugrokfast") or self.dtype not in ("auto", "float32", "bfloat16"):
+            raise BadInput(
+                f"recovery: optimizer={self.optimizer!r}, dtype={self.dtype!r}; expected adamw or mugrokfast, and auto, "
+                "float32 or bfloat16"
+            )
+
+
+class Look(NamedTuple):
+    """What a look at the held-out text gave: KL(teacher || student) in nats a token, its standard error, the share of
+    tokens with the teacher's most likely next token, and how many tokens."""
+
+    kl: float
+    stderr: float
+    top1: float
+    n: int
+
+
+class Recovered(NamedTuple):
+    """artifact: the packed model.  history: a row an evaluation (step, tokens, loss, kl, ...).  before, after: the first
+    and the best look."""
+
+    artifact: Artifact
+    history: list[dict[str, Any]]
+    before: Look
+    after: Look
+
+
+def recover(
+    model: LanguageModel | str | Path,
+    out: str | Path,
+    stage: stages.Stage | str = "ternary",
+    settings: Settings | None = None,
+    *,
+    text: str | Text = "selftext",
+    names: Iterable[str] | None = None,
+    start: Artifact | str | Path | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Recovered:
+    """Train `model` through `stage` and write the packed artifact `out`, with `history.json` in it.
+
+    stage: ternary (the weights are trained), or any stage whose float planes can be (they are trained, the integers
+    stay).  text: to train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth of
+    any other text.  names: weights to compress (default: all that a stage may touch).  start: for other stages than
+    ternary, the artifact whose planes to begin with (default: made here by `stage`).  device: default cuda where there
+    is one.
+
+    After a kill, or Ctrl-C, the same call goes on from the last checkpoint.  Raises BadInput where model, stage, text or
+    settings cannot be used.
+    """
+    model = open_model(model) if isinstance(model, str | Path) else model
+    stage = stages.parse(stage) if isinstance(stage, str) else stage
+    settings = settings or Settings()
+    settings.check()
+    out = Path(out).expanduser()
+    calibration = Calibration(text, settings.steps * settings.batch * settings.context, settings.context)
+    weights = {weight.name: weight for weight in model.weights()}
+    chosen = sorted(weights) if names is None else sorted(set(names))
+    if odd := [name for name in chosen if name not in weights]:
+        raise BadInput(f"{odd[0]}: is no weight of {model.name} that a stage may touch; `agentforge models` lists them")
+    recipe = {
+        "format": FORMAT,
+        "agentforge": __version__,
+        "model": model.fingerprint,
+        "stage": stage.to_json(),
+        "embeddings": False,
+        "seed": settings.seed,
+        "training": {
+            **asdict(settings),
+            "text": None if model.is_classifier else calibration.find().sha256,
+            "weights": hashlib.sha256("\n".join(chosen).encode()).hexdigest(),
+        },
+    }
+    if out.exists() and (done := _finished(out, recipe)):
+        return done
+    work = out.with_name(out.name + ".training")
+    run = _Run(model, stage, settings, calibration, chosen, work, recipe, device, progress)
+    run.prepare(start, overwrite)
+    history = run.train()
+    packed, kept = run.result()
+    artifact = store(model, stage, packed, out, recipe=recipe, kept=kept, overwrite=overwrite, progress=progress)
+    write_json(out / "history.json", {"history": history})
+    shutil.rmtree(work, ignore_errors=True)
+    return _recovered(artifact, history)
+
+
+def _finished(out: Path, recipe: dict[str, Any]) -> Recovered | None:
+    try:
+        artifact = Artifact(out)
+        history = read_json(out / "history.json")["history"]
+    except BadInput:
+        return None
+    return _recovered(artifact, history) if artifact.manifest["recipe"] == recipe else None  # type: ignore[arg-type]
+
+
+def _recovered(artifact: Artifact, history: list[dict[str, Any]]) -> Recovered:
+    looks = [Look(row["kl"], row["stderr"], row["top1"], row["n"]) for row in history]
+    return Recovered(artifact, history, looks[0], min(looks[1:] or looks, key=lambda look: look.kl))
+
+
+class _Run:
+    """One run of `recover`: teacher, student, optimizer, and where they stand."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        stage: stages.Stage,
+        settings: Settings,
+        calibration: Calibration,
+        names: list[str],
+        work: Path,
+        recipe: dict[str, Any],
+        device: str | None,
+        progress: bool,
+    ) -> None:
+        self.model, self.stage, self.settings, self.names = model, stage, settings, names
+        self.work, self.recipe, self.progress = work, recipe, progress
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.inputs, self.heldout = _data(model, calibration, settings)
+
+    def prepare(self, start: Artifact | str | Path | None, overwrite: bool) -> None:
+        """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
+        settings, stage = self.settings, self.stage
+        self.teacher = self.model.model.to(self.device)
+        self.student = copy.deepcopy(self.teacher)
+        self.teacher.requires_grad_(False)
+        self.student.requires_grad_(False)
+        if isinstance(stage, Ternary):
+            if stage.rule != "absmean":
+                raise BadInput(f"recovery: {stage} cannot be trained through; expected rule=absmean")
+            convert(self.student, self.names, settings.activations)
+        else:
+            to_planes(self.student, self.model, stage, self.names, start, self.work.with_name(self.work.name + "-start"))
+        self.trained = self._trainable()
+        for parameter in self.trained.values():
+            parameter.requires_grad_(True)
+        if settings.recompute and not self.model.is_classifier:
+            # transformers renamed it in 5.2x; the older one stays for the GPU machine's version.
+            name = "activation_checkpointing_enable"
+            getattr(self.student, name, self.student.gradient_checkpointing_enable)()
+            self.student.enable_input_require_grads()
+        self.optimizer = self._optimizer()
+        self.step, self.history = 0, []  # type: int, list[dict[str, Any]]
+        recipe_file = self.work / "recipe.json"
+        if recipe_file.is_file() and read_json(recipe_file) != self.recipe:
+            if not overwrite:
+                raise BadInput(
+                    f"{self.work}: an unfinished training with other settings; run that command again to finish it, or "
+                    "pass --overwrite to discard it"
+                )
+            shutil.rmtree(self.work)
+        self.work.mkdir(parents=True, exist_ok=True)
+        write_json(recipe_file, self.recipe)
+        if self._checkpoint.is_file():
+            self._load()
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        """What is trained: parameters of the compressed layers, and the vectors (norms) of the blocks they are in."""
+        layers = {name for name, _ in bit_linears(self.student)} | {name for name, _ in plane_linears(self.student)}
+        blocks = {_block(name) for name in layers}
+        found = {}
+        for name, parameter in self.student.named_parameters():
+            inside = name.rpartition(".")[0].removesuffix(".floats") in layers
+            beside = parameter.dim() == 1 and _block(name) in blocks and _block(name) != ""
+            if parameter.is_floating_point() and (inside or beside):
+                found[name] = parameter
+        return found
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        settings = self.settings
+        if settings.optimizer == "mugrokfast":
+            groups = parameter_groups(self.student)
+            return MuGrokfast(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        matrices = [p for p in self.trained.values() if p.dim() >= 2]
+        vectors = [p for p in self.trained.values() if p.dim() < 2]
+        groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95))
+
+    def train(self) -> list[dict[str, Any]]:
+        """Train to the end, or until nothing gets better; leaves the best state in the student."""
+        settings = self.settings
+        bar = tqdm(
+            total=settings.steps,
+            initial=self.step,
+            unit="step",
+            leave=False,
+            desc=f"recovery: {self.model.name}",
+            disable=None if self.progress else True,
+        )
+        began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0.0)
+        losses: list[float] = []
+        with bar:
+            if not self.history:
+                self._note(losses, began)
+            while self.step < settings.steps and not self._patience_is_over():
+                losses.append(self._one_step())
+                self.step += 1
+                bar.update()
+                if self.step % settings.evaluate == 0 or self.step == settings.steps:
+                    self._note(losses, began)
+                    losses = []
+                    bar.set_postfix(kl=f"{self.history[-1]['kl']:.4f}")
+        if self._best.is_file():
+            self._restore(self._best)
+        set_blend(self.student, 1.0)
+        return self.history
+
+    def _one_step(self) -> float:
+        """Forward, backward, and one step of the optimizer.  Returns the loss."""
+        settings = self.settings
+        self.student.train()
+        rise = min(1.0, (self.step + 1) / max(1.0, settings.warmup * settings.steps))
+        share = self.step / settings.steps
+        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share))
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.lr * rise * fall
+        set_blend(self.student, rise if settings.warmup > 0 else 1.0)
+        self.optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in self._batch(self.step).chunk(settings.passes):
+            with self._autocast():
+                loss = self._loss(part.to(self.device)) / settings.passes
+            loss.backward()
+            total += float(loss.detach())
+        if not math.isfinite(total):
+            raise BadInput(f"recovery: the loss is {total} at step {self.step}; use a lower lr, or a longer warmup")
+        nn.utils.clip_grad_norm_(list(self.trained.values()), settings.clip)
+        self.optimizer.step()
+        return total
+
+    def _loss(self, inputs: torch.Tensor) -> torch.Tensor:
+        hidden = self.settings.hidden > 0 and not self.model.is_classifier
+        with torch.no_grad():
+            theirs, their_states = _forward(self.teacher, inputs, hidden)
+        ours, our_states = _forward(self.student, inputs, hidden)
+        loss = nn.functional.kl_div(
+            ours.float().log_softmax(-1), theirs.float().log_softmax(-1), log_target=True, reduction="batchmean"
+        )
+        for mine, other in zip(our_states, their_states, strict=True):
+            error = (mine.float() - other.float()).square().mean() / other.float().square().mean().clamp(min=1e-12)
+            loss = loss + self.settings.hidden * error / len(our_states)
+        return loss
+
+    def _batch(self, step: int) -> torch.Tensor:
+        """The inputs of a step: all of them in an order of its own each time round, which the seed fixes."""
+        rows, count = len(self.inputs), self.settings.batch
+        picked: list[int] = []
+        while len(picked) < count:
+            place = step * count + len(picked)
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + place // rows)
+            order = torch.randperm(rows, generator=generator)
+            picked += order[place % rows : place % rows + count - len(picked)].tolist()
+        return self.inputs[picked]
+
+    def look(self) -> Look:
+        """KL and agreement on the held-out text."""
+        self.student.eval()
+        kl, same = [], []
+        with torch.no_grad():
+            for part in self.heldout.split(max(1, self.settings.batch // self.settings.passes)):
+                with self._autocast():
+                    theirs = _forward(self.teacher, part.to(self.device))[0].float().log_softmax(-1)
+                    ours = _forward(self.student, part.to(self.device))[0].float().log_softmax(-1)
+                kl.append((theirs.exp() * (theirs - ours)).sum(-1).double().cpu())
+                same.append((theirs.argmax(-1) == ours.argmax(-1)).double().cpu())
+        values = torch.cat(kl)
+        stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+        return Look(float(values.mean()), stderr, float(torch.cat(same).mean()), len(values))
+
+    def _note(self, losses: list[float], began: float) -> None:
+        """Look, add a row to the history, and write a checkpoint; the best state goes to a file of its own."""
+        set_blend(self.student, 1.0)
+        look = self.look()
+        best = all(look.kl < row["kl"] for row in self.history[1:])
+        self.history.append(
+            {
+                "step": self.step,
+                "tokens": self.step * self.settings.batch * (1 if self.model.is_classifier else self.settings.context),
+                "lr": self.optimizer.param_groups[0]["lr"] if self.step else 0.0,
+                "loss": sum(losses) / len(losses) if losses else None,
+                "losses": list(losses),
+                **look._asdict(),
+                "seconds": time.perf_counter() - began,
+            }
+        )
+        if self.step:
+            if best:
+                write_tensors(self._best, {name: p.detach().cpu() for name, p in self.trained.items()})
+            self._save()
+
+    def _patience_is_over(self) -> bool:
+        looks = [row["kl"] for row in self.history[1:]]
+        if not self.settings.patience or not looks:
+            return False
+        return len(looks) - 1 - looks.index(min(looks)) >= self.settings.patience
+
+    @property
+    def _checkpoint(self) -> Path:
+        return self.work / "checkpoint.safetensors"
+
+    @property
+    def _best(self) -> Path:
+        return self.work / "best.safetensors"
+
+    def _save(self) -> None:
+        """Parameters, the optimizer's state, the step and the history, in one file that is replaced in one step."""
+        tensors = {f"model.{name}": p.detach().cpu() for name, p in self.trained.items()}
+        plain: dict[str, dict[str, Any]] = {}
+        for index, state in self.optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                if isinstance(value, torch.Tensor):
+                    tensors[f"optimizer.{index}.{key}"] = value.cpu()
+                else:
+                    plain.setdefault(str(index), {})[key] = value
+        metadata = {"step": str(self.step), "history": json.dumps(self.history), "plain": json.dumps(plain)}
+        write_tensors(self._checkpoint, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+
+    def _load(self) -> None:
+        from safetensors import safe_open
+
+        with safe_open(self._checkpoint, framework="pt") as file:
+            metadata = file.metadata()
+        self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
+        self._restore(self._checkpoint, "model.")
+        state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in json.loads(metadata["plain"]).items()}
+        for key, entry in index_file(self._checkpoint).items():
+            kind, _, rest = key.partition(".")
+            if kind == "optimizer":
+                index, _, name = rest.partition(".")
+                state.setdefault(int(index), {})[name] = read_tensor(key, entry)
+        whole = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**whole, "state": state})
+
+    @torch.no_grad()
+    def _restore(self, file: Path, prefix: str = "") -> None:
+        entries = index_file(file)
+        for name, parameter in self.trained.items():
+            parameter.copy_(read_tensor(prefix + name, entries[prefix + name]))
+
+    def result(self) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
+        """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
+        packed: dict[str, Packed] = {f"{name}.weight": layer.packed() for name, layer in plane_linears(self.student)}
+        if isinstance(self.stage, Ternary):
+            packed |= {f"{name}.weight": layer.packed(self.stage) for name, layer in bit_linears(self.student)}
+        layers = {name.removesuffix(".weight") for name in packed}
+        kept = {
+            name: p.detach().cpu()
+            for name, p in self.trained.items()
+            if name in self.model.entries and name not in packed and (name.rpartition(".")[0] not in layers or p.dim() == 1)
+        }
+        return packed, kept
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        wanted = self.settings.dtype
+        if wanted == "auto":
+            wanted = "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        if wanted == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def _forward(module: Any, inputs: torch.Tensor, hidden: bool = False) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    """Logits, [rows, classes], and the hidden states where they are asked for."""
+    if inputs.is_floating_point():
+        return module(inputs), ()
+    output = module(input_ids=inputs, use_cache=False, output_hidden_states=hidden)
+    return output.logits.flatten(0, 1), tuple(output.hidden_states[1:]) if hidden else ()
+
+
+def _data(model: LanguageModel, calibration: Calibration, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs to train on, and held-out ones: int[windows, context], or float[pictures, 64]."""
+    if model.is_classifier:
+        pictures = digits.data()[0]
+        held = max(1, min(settings.heldout, len(pictures) // 10))
+        return pictures[:-held], pictures[-held:]
+    text = calibration.find()
+    inputs = _cut(_tokens(model, text.text, calibration.tokens), settings.context, text)
+    count = max(1, settings.heldout // settings.context)
+    if text.name in HELDOUT:
+        other = find_text(text.name, HELDOUT[text.name])
+        return inputs, _cut(_tokens(model, other.text, count * settings.context), settings.context, other)[:count]
+    count = min(count, max(1, len(inputs) // 20))
+    if len(inputs) <= count:
+        raise BadInput(f"text {text.name} has {len(inputs)} windows of {settings.context} tokens; too few to hold some out")
+    return inputs[:-count], inputs[-count:]
+
+
+def _tokens(model: LanguageModel, text: str, count: int) -> list[int]:
+    """At most `count` tokens from the text's beginning, tokenised no further than needed."""
+    ids: list[int] = []
+    characters = 5 * count + 1000
+    while len(ids) < count:
+        ids = model.tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
+        if characters >= len(text):
+            break
+        characters *= 2
+    return ids[:count]
+
+
+def _cut(ids: list[int], context: int, text: Text) -> torch.Tensor:
+    rows = len(ids) // context
+    if rows == 0:
+        raise BadInput(f"text {text.name}/{text.split} has {len(ids)} tokens; a window takes {context}")
+    return torch.tensor(ids[: rows * context]).reshape(rows, context)
+
+
+def _block(name: str) -> str:
+    """The decoder block that a parameter or layer is in: its name up to and with the first number, "" for none."""
+    parts = name.split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit():
+            return ".".join(parts[: i + 1])
+    return ""
