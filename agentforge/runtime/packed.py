@@ -35,18 +35,19 @@ def check(opened: LanguageModel, artifact: Artifact) -> None:
 
 
 def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
-    """The torch module of an artifact that `check` let through, on the CPU: TernaryLinear where a weight is encoded, all
-    other tensors in float32."""
+    """The torch module of an artifact that `check` let through, on the CPU: TernaryLinear where a weight is encoded,
+    embedding and head in the 16 bits in which they were kept, everything else in float32."""
     opened.check()
     if not opened.is_classifier:
+        from . import half, llama  # only here: it imports transformers
+
         opened._hf_config.dtype = torch.float32  # of the rest of the module
     with _EmptyOnMeta():
         module = opened.skeleton(device="cpu")
     kept: dict[str, torch.Tensor] = {}
     for row in artifact.rows:
         if row["stage"] is None:
-            tensor = artifact.decode(row)
-            kept[row["name"]] = tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+            kept[row["name"]] = artifact.decode(row)
     for row in artifact.rows:
         if row["stage"] is not None:
             path = row["name"].removesuffix(".weight")
@@ -61,7 +62,9 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
     module.load_state_dict(kept, strict=False, assign=True)
     if not opened.is_classifier:
         module.tie_weights()  # type: ignore[operator]
-    return module.requires_grad_(False).eval()
+        half.adopt(module)
+        llama.adopt(module)
+    return module.float().requires_grad_(False).eval()
 
 
 class _EmptyOnMeta(TorchFunctionMode):
