@@ -32,7 +32,7 @@ import torch
 
 from . import stages
 from .errors import BadArtifact, BadInput
-from .models import LanguageModel, Weight
+from .models import SOURCE_FILE, LanguageModel, Weight
 from .planes import FLOATS, Packed, Plane, bits_per_value, stored_bytes, tensor_bytes
 from .tensorfiles import (
     DTYPES,
@@ -286,6 +286,40 @@ def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
 
         packed.check(opened, opened.artifact)
     return opened
+
+
+def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:
+    """Write the model that an artifact decodes to as an ordinary Hugging Face folder, for tools that know no planes.
+
+    Every tensor is stored as `dtype`; `agentforge-source.json` says what the folder was made from, and the hash of each of
+    its files.  The folder appears whole or not at all.  Raises BadInput where `out` is in the way or a value does not fit.
+    """
+    artifact = artifact if isinstance(artifact, Artifact) else Artifact(artifact)
+    out = Path(out).expanduser()
+    if out.exists() and not _is_empty(out):
+        raise BadInput(f"{out}: is in the way; choose another folder")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    tensors = {}
+    for row in artifact.rows:
+        tensor = artifact.decode(row).to(dtype)
+        if not torch.isfinite(tensor).all():
+            raise BadInput(f"{artifact.path}: tensor {row['name']} does not fit into {str(dtype).removeprefix('torch.')}")
+        tensors[row["name"]] = tensor.contiguous()
+    write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
+    config = {k: v for k, v in read_json(artifact.path / "config.json").items() if k != "quantization_config"}
+    write_json(partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
+    for name in artifact.manifest["files"]:
+        if name != "config.json" and not name.endswith((".safetensors", WEIGHTS_INDEX)):
+            shutil.copyfile(plain_file(artifact.path, name), partial / name)
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(partial.iterdir())}
+    made_from = {"artifact_manifest_sha256": sha256_file(artifact.path / MANIFEST), "recipe": artifact.manifest["recipe"]}
+    write_json(partial / SOURCE_FILE, {**made_from, "files": files})
+    if out.exists():
+        out.rmdir()
+    os.replace(partial, out)
+    return out
 
 
 class Writer:

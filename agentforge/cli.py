@@ -236,13 +236,15 @@ def evaluate(
     context: Annotated[int, typer.Option(help="Window length in tokens.")] = 2048,
     stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
     bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
+    runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (ternary layers stay packed).")] = "dense",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model as it is loaded back from disk: perplexity, or accuracy for digits-mlp."""
     from . import evaluation
+    from .artifact import load
     from .models import open_model
 
-    opened = open_model(model)
+    opened = open_model(model) if runtime == "dense" else load(model, runtime)
     original = open_model(against) if against else None
     measured: dict[str, evaluation.Measurement] = {}
     if opened.is_classifier:
@@ -288,6 +290,63 @@ def evaluate(
             ),
         ),
     )
+
+
+@app.command()
+def recover(
+    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
+    out_dir: Annotated[
+        Path, typer.Option("--out", help="Folder for both outputs, the hand-off and the metrics; the same one goes on.")
+    ],
+    steps: Annotated[int, typer.Option(help="Steps of training, where it is needed.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
+    window: Annotated[int, typer.Option(help="Tokens a window to train on.")] = 512,
+    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    optimizer: Annotated[str, typer.Option(help="adamw or mugrokfast.")] = "adamw",
+    train_on: Annotated[str, typer.Option(help="Text to train on: selftext, wikitext2 or a text file.")] = "selftext",
+    always: Annotated[bool, typer.Option(help="Train even where perplexity rose by less than 5%.")] = False,
+    packing: Annotated[str, typer.Option(help="trits (1.6 bits a weight) or 2bit.")] = "trits",
+    text: TextName = None,
+    tokens: Annotated[int, typer.Option(help="How many tokens to measure quality on.")] = 2047,
+    overwrite: Annotated[bool, typer.Option(help="Discard what other settings have made.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a model ternary, train it back by distillation, and hand over two outputs (exit code 1 where a gate fails)."""
+    from .training.phase import phase
+    from .training.recover import Settings
+
+    settings = Settings(steps=steps, batch=batch, context=window, lr=lr, optimizer=optimizer)  # type: ignore[arg-type]
+    result = phase(
+        model,
+        out_dir,
+        settings,
+        stage=f"ternary:packing={packing}",
+        text=text,
+        training_text=train_on,
+        tokens=tokens,
+        always_train=always,
+        overwrite=overwrite,
+        progress=not as_json,
+    )
+    _show(
+        {
+            "path": str(result.path),
+            "trained": result.trained,
+            "metrics": result.metrics,
+            "gates": [gate.to_json() for gate in result.gates],
+            "passed": result.passed,
+        },
+        as_json,
+        lambda: _table(
+            "metric",
+            "value",
+            rows=[[k, f"{v:.5g}"] for k, v in result.metrics.items()],
+            right=(1,),
+            caption="\n".join(map(str, result.gates)),
+        ),
+    )
+    if not result.passed:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -32,13 +32,16 @@ class Divergence(NamedTuple):
     """What one pass over the text tells about a compressed model beside its original.
 
     kl: mean KL(original || compressed) in nats a token.  top1: share of tokens at which both have the same most likely
-    next token.  perplexity, original_perplexity: of the two, on the same tokens.
+    next token.  perplexity, original_perplexity: of the two, on the same tokens.  accuracy, original_accuracy: share of
+    tokens at which the most likely next token is the one that follows.
     """
 
     kl: Measurement
     top1: Measurement
     perplexity: Measurement
     original_perplexity: Measurement
+    accuracy: Measurement
+    original_accuracy: Measurement
 
 
 class _Window(NamedTuple):
@@ -121,6 +124,8 @@ def divergences(
                         (p.exp() * (p - q)).sum(-1).double(),
                         (p.argmax(-1) == q.argmax(-1)).double(),
                         -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
+                        (q.argmax(-1) == targets).double(),
+                        (p.argmax(-1) == targets).double(),
                     )
                 )
     base = _perplexity(torch.cat(losses), protocol, original)
@@ -130,10 +135,8 @@ def divergences(
 def _divergence(
     model: LanguageModel, base: Measurement, columns: list[tuple[torch.Tensor, ...]], protocol: dict[str, Any]
 ) -> Divergence:
-    kl, top1, losses = (torch.cat(column) for column in zip(*columns, strict=True))
+    kl, top1, losses, right, right_before = (torch.cat(column) for column in zip(*columns, strict=True))
     inputs = {"model": model.fingerprint, "original": base.inputs["model"]}
-    share = float(top1.mean())
-    spread = math.sqrt(share * (1 - share) / len(top1))
     return Divergence(
         kl=Measurement(
             float(kl.mean()),
@@ -143,12 +146,18 @@ def _divergence(
             {**protocol, "metric": "KL(original || model)"},
             inputs=inputs,
         ),
-        top1=Measurement(
-            share, "share of tokens", spread, len(top1), {**protocol, "metric": "top-1 agreement"}, inputs=inputs
-        ),
+        top1=_share(top1, {**protocol, "metric": "top-1 agreement"}, inputs),
         perplexity=_perplexity(losses, protocol, model),
         original_perplexity=base,
+        accuracy=_share(right, {**protocol, "metric": "next-token accuracy"}, {"model": model.fingerprint}),
+        original_accuracy=_share(right_before, {**protocol, "metric": "next-token accuracy"}, dict(base.inputs)),
     )
+
+
+def _share(hits: torch.Tensor, protocol: dict[str, Any], inputs: dict[str, str]) -> Measurement:
+    share = float(hits.mean())
+    spread = math.sqrt(share * (1 - share) / len(hits))
+    return Measurement(share, "share of tokens", spread, len(hits), protocol, inputs=inputs)
 
 
 def _plan(

@@ -7,6 +7,10 @@ by the float32 reciprocal, and halves go to even.
 rule="threshold", the documentation's: a scale a row, alpha = mean|row| (at least 1e-8), and zero where
 |w| < tau * alpha, else the sign.
 
+rule="calibrated", ours: codes as in "threshold", but a row's scale is the one of least output error, and tau the one of
+`GRID` that suits the layer best.  With H = E[x x^T] the output error of a row is (w - a c) H (w - a c)^T; for given codes c
+it is least at a = c H w / c H c, where it is w H w - (c H w)^2 / c H c.  Without statistics H is the identity.
+
 packing="trits" stores five codes a byte (1.6 bits a weight; the bound for three equally likely values is log2(3) =
 1.585), packing="2bit" four codes a byte.
 """
@@ -22,6 +26,9 @@ import torch
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
 from .base import Stage, register
+from .propagation import add_product
+
+GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # tau of the calibrated rule, in units of a row's mean |w|
 
 
 @register
@@ -29,15 +36,21 @@ from .base import Stage, register
 class Ternary(Stage):
     """Weights of -1, 0, +1 times a scale.
 
-    rule: "absmean" (BitNet b1.58) or "threshold" (the documentation).  tau: the zero band of "threshold", in units of a
-    row's mean |w|.  eps: the least mean |W| of "absmean".  packing: "trits" (1.6 bits) or "2bit".
+    rule: "absmean" (BitNet b1.58), "threshold" (the documentation) or "calibrated" (least output error).  tau: the zero band
+    of "threshold", in units of a row's mean |w|.  eps: the least mean |W| of "absmean".  packing: "trits" (1.6 bits) or
+    "2bit".
     """
 
     name: ClassVar[str] = "ternary"
-    rule: Literal["absmean", "threshold"] = "absmean"
+    rule: Literal["absmean", "threshold", "calibrated"] = "absmean"
     tau: float = 0.1
     eps: float = 1e-5
     packing: Literal["trits", "2bit"] = "trits"
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Only the calibrated rule looks at inputs."""
+        return self.rule == "calibrated"
 
     def _check(self) -> None:
         if self.tau < 0:
@@ -59,9 +72,11 @@ class Ternary(Stage):
             gamma = absmean(weight, self.eps)
             codes = (weight * (1.0 / gamma)).round_().clamp_(-1, 1)
             return Packed(shape, (Plane("codes", (codes + 1).to(torch.uint8), coding), Plane("scale", gamma, "float32")))
-        alpha = torch.from_numpy(np.abs(weight.numpy()).mean(axis=1, dtype=np.float64)).clamp_(min=1e-8)
-        codes = weight.sign()
-        codes[weight.abs() < (self.tau * alpha).to(torch.float32).unsqueeze(1)] = 0
+        if self.rule == "calibrated":
+            codes, alpha = _calibrated(weight.numpy(), None if stats is None else stats.hessian.numpy())
+        else:
+            alpha = _row_means(weight)
+            codes = _thresholded(weight, alpha, self.tau)
         exponent = power_of_two_exponent(alpha)
         scale = times_power_of_two(alpha, exponent).to(torch.float16)
         return Packed(
@@ -81,6 +96,49 @@ class Ternary(Stage):
             return codes.mul_(packed["scale"])
         exponent = int(packed["exponent"]) - 128
         return codes.mul_(times_power_of_two(packed["scale"], -exponent).unsqueeze(1))
+
+
+def _row_means(weight: torch.Tensor) -> torch.Tensor:
+    """mean|row| of each row, at least 1e-8: float64[out]."""
+    return torch.from_numpy(np.abs(weight.numpy()).mean(axis=1, dtype=np.float64)).clamp_(min=1e-8)
+
+
+def _thresholded(weight: torch.Tensor, alpha: torch.Tensor, tau: float) -> torch.Tensor:
+    """sign(w), or 0 where |w| < tau * alpha of its row: float32[out, in]."""
+    codes = weight.sign()
+    codes[weight.abs() < (tau * alpha).to(torch.float32).unsqueeze(1)] = 0
+    return codes
+
+
+def _calibrated(weight: np.ndarray, hessian: np.ndarray | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes float32[out, in] and scales float64[out] of least output error, over all tau of GRID."""
+    dense = torch.from_numpy(weight)
+    largest = float(dense.abs().max()) or 1.0
+    dense = dense / largest  # so that no square overflows
+    means, moved = _row_means(dense), _through(hessian, dense.numpy())
+    best: tuple[float, torch.Tensor, np.ndarray] | None = None
+    for tau in GRID:
+        codes = _thresholded(dense, means, tau)
+        c = codes.numpy().T
+        with_w = (c * moved).sum(0, dtype=np.float64)
+        with_c = (c * _through(hessian, codes.numpy())).sum(0, dtype=np.float64)
+        # A scale is never negative; a row of zeros, or one whose inputs are dead, gets none.
+        scale = np.where((with_c > 0) & (with_w > 0), with_w / np.where(with_c > 0, with_c, 1.0), 0.0)
+        gain = float((scale * with_w).sum())
+        if best is None or gain > best[0]:
+            best = (gain, codes, scale)
+    assert best is not None
+    return best[1], torch.from_numpy(best[2] * largest)
+
+
+def _through(hessian: np.ndarray | None, matrix: np.ndarray) -> np.ndarray:
+    """H matrix^T, float32[in, out], with sums in a fixed order whatever the number of threads."""
+    columns = np.ascontiguousarray(matrix.T)
+    if hessian is None:
+        return columns
+    out = np.zeros_like(columns)
+    add_product(out, np.ascontiguousarray(hessian), columns)
+    return out
 
 
 def absmean(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:

@@ -247,11 +247,11 @@ class _Run:
     def _trainable(self) -> dict[str, nn.Parameter]:
         """What is trained: parameters of the compressed layers, and the vectors (norms) of the blocks they are in."""
         layers = {name for name, _ in bit_linears(self.student)} | {name for name, _ in plane_linears(self.student)}
-        blocks = {_block(name) for name in layers}
+        blocks = {block_of(name) for name in layers}
         found = {}
         for name, parameter in self.student.named_parameters():
             inside = name.rpartition(".")[0].removesuffix(".floats") in layers
-            beside = parameter.dim() == 1 and _block(name) in blocks and _block(name) != ""
+            beside = parameter.dim() == 1 and block_of(name) in blocks and block_of(name) != ""
             if parameter.is_floating_point() and (inside or beside):
                 found[name] = parameter
         return found
@@ -366,6 +366,7 @@ class _Run:
             {
                 "step": self.step,
                 "tokens": self.step * self.settings.batch * (1 if self.model.is_classifier else self.settings.context),
+                "epochs": self.step * self.settings.batch / len(self.inputs),
                 "lr": self.optimizer.param_groups[0]["lr"] if self.step else 0.0,
                 "loss": sum(losses) / len(losses) if losses else None,
                 "losses": list(losses),
@@ -475,6 +476,14 @@ def _data(model: LanguageModel, calibration: Calibration, settings: Settings) ->
     return inputs[:-count], inputs[-count:]
 
 
+def windows(model: LanguageModel, text: str | Text, count: int, context: int) -> torch.Tensor:
+    """The first `count` windows of a text to train on, int[count, context]; pictures, float[n, 64], for digits-mlp."""
+    if model.is_classifier:
+        return digits.data()[0]
+    found = Calibration(text).find()
+    return _cut(_tokens(model, found.text, count * context), context, found)
+
+
 def _tokens(model: LanguageModel, text: str, count: int) -> list[int]:
     """At most `count` tokens from the text's beginning, tokenised no further than needed."""
     ids: list[int] = []
@@ -494,7 +503,7 @@ def _cut(ids: list[int], context: int, text: Text) -> torch.Tensor:
     return torch.tensor(ids[: rows * context]).reshape(rows, context)
 
 
-def _block(name: str) -> str:
+def block_of(name: str) -> str:
     """The decoder block that a parameter or layer is in: its name up to and with the first number, "" for none."""
     parts = name.split(".")
     for i, part in enumerate(parts):

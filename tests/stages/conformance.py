@@ -63,6 +63,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"U": 16, "K": 1, "centred": True, "l": 0.0, "select": False},
     ],
     "ternary": [
+        {"rule": "calibrated"},
         {},
         {"packing": "2bit"},
         {"eps": 1e-37},

@@ -11,6 +11,7 @@ from agentforge import stages
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.planes import Packed, Plane
 from agentforge.stages.ternary import absmean, zero_fraction
+from agentforge.statistics import InputStatistics
 
 MEAN = math.sqrt(2 / math.pi)  # E|w| of a unit Gaussian
 
@@ -203,3 +204,53 @@ def test_absmean_adds_up_in_double_precision(seed: int) -> None:
     exact = math.fsum(abs(x) for x in w.reshape(-1).tolist()) / w.numel()
     assert absmean(w).tolist() == [float(np.float32(exact))]
     assert absmean(w, eps=3.0).tolist() == [3.0]
+
+
+def output_error(weight: torch.Tensor, decoded: torch.Tensor, hessian: torch.Tensor) -> float:
+    gap = (weight - decoded).double()
+    return float(((gap @ hessian.double()) * gap).sum() / ((weight.double() @ hessian.double()) * weight.double()).sum())
+
+
+def moments(columns: int, n: int = 400) -> InputStatistics:
+    x = matrix(n, columns, seed=7) @ matrix(columns, columns, seed=8) + 0.5
+    return InputStatistics((x.T @ x) / n, n)
+
+
+def test_calibrated_scales_are_least_squares() -> None:
+    """Each row's scale against numpy's least squares on inputs whose second moments are H."""
+    weight, columns = matrix(6, 24), 24
+    stats = moments(columns)
+    stage = stages.get("ternary", rule="calibrated")
+    packed = stage.encode(weight, stats)
+    root = np.linalg.cholesky(stats.hessian.double().numpy() + 1e-9 * np.eye(columns))
+    codes = packed["codes"].double().numpy() - 1
+    decoded = stage.decode(packed).double().numpy()
+    for c, w, got in zip(codes, weight.double().numpy(), decoded, strict=True):
+        scale = np.linalg.lstsq((root.T @ c)[:, None], root.T @ w, rcond=None)[0][0]
+        assert np.abs(got).max() == pytest.approx(scale, rel=1e-3)
+
+
+def test_calibrated_rule_has_the_least_output_error_of_all_thresholds_and_scales() -> None:
+    weight = matrix(48, 64, scale=0.03)
+    stats = moments(64)
+    found = {}
+    for name, stage in {
+        "calibrated": stages.get("ternary", rule="calibrated"),
+        "absmean": stages.get("ternary"),
+        **{f"tau {tau}": stages.get("ternary", rule="threshold", tau=tau) for tau in (0.1, 0.3, 0.5, 0.7, 0.9)},
+    }.items():
+        found[name] = output_error(weight, stage.decode(stage.encode(weight, stats)), stats.hessian)
+    assert min(found, key=found.__getitem__) == "calibrated"
+    blind = stages.get("ternary", rule="calibrated")
+    assert found["calibrated"] < output_error(weight, blind.decode(blind.encode(weight)), stats.hessian)
+
+
+def test_calibrated_rule_without_statistics_is_least_squares_on_the_weights() -> None:
+    weight = matrix(200, 300)
+    stage = stages.get("ternary", rule="calibrated")
+    error = relative_error(stage.decode(stage.encode(weight)), weight)
+    # The best ternary quantiser of a Gaussian keeps 1 - .1902 of the energy (Max 1960, table I, three levels: cut .612).
+    assert error == pytest.approx(0.1902, abs=0.004)
+    assert stage.needs_statistics and not stages.get("ternary").needs_statistics
+    dead = InputStatistics(torch.zeros(300, 300), 5)
+    assert torch.equal(stage.decode(stage.encode(weight, dead)), torch.zeros(200, 300))

@@ -1,0 +1,97 @@
+"""Gates: what a compressed model has to pass before anybody is handed it.
+
+A gate is a measured value held against a limit that was fixed before.  The limits are those of the documentation of
+phase 4: gradients flow, accuracy falls by at most 10%, training is triggered from 5% of perplexity on, and the two
+outputs agree at 99.5% of the tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+MAX_ACCURACY_DROP = 0.10
+MAX_PERPLEXITY_RISE = 0.10
+TRIGGER = 0.05
+MIN_AGREEMENT = 0.995
+
+
+class Gate(NamedTuple):
+    """name: what was measured.  passed: value <= limit, or value >= limit, as `sense` says."""
+
+    name: str
+    value: float
+    sense: Literal["<=", ">="]
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the value keeps to the limit; NaN never does."""
+        return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields and whether it was passed."""
+        return {**self._asdict(), "passed": self.passed}
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.value:.4g} {self.sense} {self.limit:.4g}: {'passed' if self.passed else 'FAILED'}"
+
+
+class GradientFlow(NamedTuple):
+    """Names of trainable tensors whose gradient is missing, zero everywhere, or not finite, and the norm of each other."""
+
+    missing: list[str]
+    zero: list[str]
+    infinite: list[str]
+    norms: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every trainable tensor got a finite gradient that is not zero, and there is at least one."""
+        return bool(self.norms) and not (self.missing or self.zero or self.infinite)
+
+    def __str__(self) -> str:
+        if self.passed:
+            return f"gradients flow to all {len(self.norms)} trainable tensors"
+        bad = [
+            f"{len(names)} {what} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+            for what, names in (("missing", self.missing), ("zero", self.zero), ("not finite", self.infinite))
+            if names
+        ]
+        return "gradients do not flow: " + "; ".join(bad or ["nothing is trainable"])
+
+
+def gradient_flow(module: nn.Module, inputs: torch.Tensor) -> GradientFlow:
+    """Send one batch forward and its loss back, and look at the gradient of every trainable tensor.
+
+    inputs: int[windows, context] for a language model, whose loss is that of the next token; float[n, 64] for a
+    classifier, whose loss is that of its own most likely class.  Gradients that are there before are left alone.
+    """
+    trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    before = {name: p.grad for name, p in trainable.items()}
+    for p in trainable.values():
+        p.grad = None
+    try:
+        if inputs.is_floating_point():
+            logits = module(inputs)
+            loss = nn.functional.cross_entropy(logits, logits.detach().argmax(-1))
+        else:
+            loss = module(input_ids=inputs, labels=inputs, use_cache=False).loss
+        if trainable:
+            loss.backward()
+        found = GradientFlow([], [], [], {})
+        for name, p in trainable.items():
+            if p.grad is None:
+                found.missing.append(name)
+            elif not torch.isfinite(p.grad).all():
+                found.infinite.append(name)
+            elif not p.grad.any():
+                found.zero.append(name)
+            else:
+                found.norms[name] = float(p.grad.norm())
+        return found
+    finally:
+        for name, p in trainable.items():
+            p.grad = before[name]

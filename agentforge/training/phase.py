@@ -1,0 +1,251 @@
+"""Phase 4 whole: a model comes in, is made ternary, recovers where it has to, and goes out in two forms, with proof.
+
+    check the model -> measure -> convert -> measure -> gradient flow -> train where quality fell -> measure
+    -> quantized/ (packed planes) and dequantized/ (float16) -> gates -> hand-off
+
+Everything that is reported is measured here, on what was loaded back from disk.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from .. import evaluation, tracking
+from ..artifact import Artifact, dequantize, load
+from ..errors import BadInput
+from ..evaluation import Measurement, Text
+from ..handoff import check_model, write_handoff
+from ..models import LanguageModel, open_model
+from ..pipeline import compress
+from ..planes import Packed
+from ..stages import parse
+from ..stages.ternary import Ternary, zero_fraction
+from ..tensorfiles import write_json
+from . import gates
+from .bitlinear import convert
+from .gates import Gate
+from .recover import Settings, block_of, recover, windows
+
+
+class Size(NamedTuple):
+    """A row of the documentation's size-adaptive table: threshold and target ratio (against 32 bits a parameter)."""
+
+    name: str
+    below: float
+    tau: float
+    ratio: float
+
+
+SIZES = (
+    Size("tiny", 50e6, 0.05, 6.0),
+    Size("small", 500e6, 0.10, 8.0),
+    Size("medium", 2e9, 0.15, 10.0),
+    Size("large", math.inf, 0.20, 12.0),
+)
+
+
+def size_of(parameters: int) -> Size:
+    """The row of the size-adaptive table for a model with so many parameters."""
+    return next(size for size in SIZES if parameters < size.below)
+
+
+def adaptive(model: LanguageModel) -> Ternary:
+    """The stage that the size-adaptive table asks for: the documentation's rule with the threshold for this size."""
+    stage = parse(f"ternary:rule=threshold,tau={size_of(model.parameters).tau}")
+    assert isinstance(stage, Ternary)
+    return stage
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What a run of the phase gave.  path: the folder.  metrics: the 19 of the documentation, by name.  gates: what was
+    held against limits.  trained: whether training was triggered."""
+
+    path: Path
+    metrics: dict[str, float]
+    gates: list[Gate]
+    trained: bool
+
+    @property
+    def passed(self) -> bool:
+        """Whether every gate was passed."""
+        return all(gate.passed for gate in self.gates)
+
+
+def phase(
+    model: LanguageModel | str | Path,
+    out: str | Path,
+    settings: Settings | None = None,
+    *,
+    stage: Ternary | str = "ternary",
+    text: str | Text | None = None,
+    training_text: str | Text = "selftext",
+    tokens: int = 2047,
+    always_train: bool = False,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Phase:
+    """Run phase 4 on `model` and write the folder `out`.
+
+    settings: of training, which runs where perplexity (for a classifier, one less accuracy) rose by more than 5%, or
+    `always_train`.  text, tokens: what quality is measured on.  training_text: what is trained on.
+
+    out holds quantized/, dequantized/, handoff.json, phase.json and tracking/.  Run again after a kill, the parts that
+    are finished are not made again.  Raises BadInput where the model or the settings cannot be used, and never because a
+    gate failed: that is in the result.
+    """
+    model = open_model(model) if isinstance(model, str | Path) else model
+    parsed = parse(stage) if isinstance(stage, str) else stage
+    if not isinstance(parsed, Ternary):
+        raise BadInput(f"phase 4 makes weights ternary; expected the stage ternary, found {parsed}")
+    stage = parsed
+    settings = settings or Settings()
+    out = Path(out).expanduser()
+    check_model(model)
+    found = None if model.is_classifier else evaluation.find_text(text)
+    out.mkdir(parents=True, exist_ok=True)
+    plain = compress(model, stage, out / "untrained", overwrite=overwrite, progress=progress)
+    protocol: dict[str, Any] = {"tokens": tokens, "context": _context(model), "progress": progress}
+    before, converted, _ = _quality(model, load(plain.path), found, protocol)
+    flow = _gradient_flow(model, stage, settings)
+    rise = converted.value / before.value - 1
+    trained = always_train or not rise <= gates.TRIGGER
+    artifact, after, history = plain, converted, []
+    if trained:
+        done = recover(
+            model, out / "quantized", _trainable(stage), settings, text=training_text, overwrite=overwrite, progress=progress
+        )
+        artifact, history = done.artifact, done.history
+    elif not (out / "quantized").exists():
+        shutil.copytree(plain.path, out / "quantized")
+        artifact = Artifact(out / "quantized")
+    shutil.rmtree(out / "dequantized", ignore_errors=True)
+    dense = open_model(dequantize(artifact, out / "dequantized"))
+    _, after, accuracy = _quality(model, load(artifact.path), found, protocol)
+    agreement = _agreement(dense, load(artifact.path), found, protocol)
+    rise = after.value / before.value - 1
+    target = size_of(model.parameters)
+    ratio = 4 * model.parameters / artifact.weight_bytes
+    checks = [
+        Gate("tensors without a gradient", float(len(flow.missing + flow.zero + flow.infinite)), "<=", 0.0),
+        Gate("rise of " + _loss_name(model), rise, "<=", gates.MAX_PERPLEXITY_RISE),
+        Gate("drop of accuracy", 1 - accuracy, "<=", gates.MAX_ACCURACY_DROP),
+        Gate("agreement of the two outputs", agreement.value, ">=", gates.MIN_AGREEMENT),
+        Gate(f"ratio to 32 bits ({target.name} model)", ratio, ">=", target.ratio),
+    ]
+    metrics = {
+        **_size_metrics(model, artifact, ratio),
+        "compression/pre_perplexity": before.value,
+        "compression/pre_eval_loss": math.log(before.value),
+        "compression/post_perplexity": converted.value,
+        "compression/perplexity_degradation": converted.value / before.value - 1,
+        "compression/accuracy_preserved": accuracy,
+        "compression/dequantization_accuracy": agreement.value,
+        "compression/gradient_flow_test_passed": float(flow.passed),
+        "compression/post_finetune_perplexity": after.value,
+        "compression/perplexity_recovery": _recovered(before.value, converted.value, after.value),
+        "compression/fine_tune_epochs": history[-1]["epochs"] if history else 0.0,
+        "compression/fine_tune_time_hours": history[-1]["seconds"] / 3600 if history else 0.0,
+    }
+    config = {"model": model.name, "fingerprint": model.fingerprint, "stage": stage.to_json(), "trained": trained}
+    with tracking.Run(out / "tracking", f"phase4-{Path(model.name).name}", config) as run:
+        run.log({name: metrics[name] for name in tracking.METRICS})
+    facts = {"gates": [gate.to_json() for gate in checks], "ratio_to_32_bits": ratio, "gradient_flow": str(flow)}
+    again = evaluation.perplexity(dense, found, **protocol) if found else evaluation.accuracy(dense)
+    write_handoff(out, 4, {"quantized": _as_quality(model, after, artifact), "dequantized": again}, **facts)
+    write_json(out / "phase.json", {"metrics": metrics, **facts, "trained": trained, "history": history})
+    shutil.rmtree(out / "untrained", ignore_errors=True)
+    return Phase(out, metrics, checks, trained)
+
+
+def _trainable(stage: Ternary) -> Ternary:
+    """Training goes through the paper's rule, whichever rule the conversion was asked for."""
+    trainable = parse(f"ternary:packing={stage.packing}")
+    assert isinstance(trainable, Ternary)
+    return trainable
+
+
+def _quality(
+    model: LanguageModel, compressed: LanguageModel, text: Text | None, protocol: dict[str, Any]
+) -> tuple[Measurement, Measurement, float]:
+    """Perplexity before and after (for a classifier the inverse accuracies), and accuracy after over accuracy before."""
+    if text is None:
+        a, b = evaluation.accuracy(model), evaluation.accuracy(compressed)
+        return _inverse(a), _inverse(b), b.value / a.value
+    found = evaluation.divergence(compressed, model, text, **protocol)
+    right = found.original_accuracy.value  # a model that is never right has nothing to lose
+    return found.original_perplexity, found.perplexity, found.accuracy.value / right if right else 1.0
+
+
+def _context(model: LanguageModel) -> int:
+    """2048, or as much as the model takes."""
+    longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
+    return min(2048, longest) if isinstance(longest, int) else 2048
+
+
+def _inverse(accuracy: Measurement) -> Measurement:
+    """1 / accuracy: what stands for perplexity where there are labels, and as it the less the better."""
+    value = 1 / max(accuracy.value, 1e-9)
+    spread = value * value * (accuracy.stderr or 0.0)
+    return Measurement(value, "1 / accuracy", spread, accuracy.n, accuracy.protocol, inputs=accuracy.inputs)
+
+
+def _loss_name(model: LanguageModel) -> str:
+    return "1 / accuracy" if model.is_classifier else "perplexity"
+
+
+def _as_quality(model: LanguageModel, after: Measurement, artifact: Artifact) -> Measurement:
+    return evaluation.accuracy(load(artifact.path)) if model.is_classifier else after
+
+
+def _agreement(a: LanguageModel, b: LanguageModel, text: Text | None, protocol: dict[str, Any]) -> Measurement:
+    """Share of tokens (pictures) at which the two outputs say the same."""
+    if text is not None:
+        return evaluation.divergence(a, b, text, **protocol).top1
+    from .. import digits
+
+    pictures = digits.data()[2]
+    same = (a.model(pictures).argmax(-1) == b.model(pictures).argmax(-1)).double()
+    return Measurement(float(same.mean()), "share of pictures", None, len(same), {"metric": "agreement of two outputs"})
+
+
+def _gradient_flow(model: LanguageModel, stage: Ternary, settings: Settings) -> gates.GradientFlow:
+    """Gradients of a fresh student on one real batch."""
+    student = copy.deepcopy(model.model).requires_grad_(False)
+    names = convert(student, [weight.name for weight in model.weights()], settings.activations)
+    owners = dict(student.named_modules())
+    for name in names:
+        owners[name].requires_grad_(True)
+    return gates.gradient_flow(student, windows(model, "selftext", 1, min(settings.context, 128)))
+
+
+def _size_metrics(model: LanguageModel, artifact: Artifact, ratio: float) -> dict[str, float]:
+    rows = [row for row in artifact.rows if row["stage"]]
+    zeros = counted = 0.0
+    for row in rows:
+        packed = artifact.read(row)
+        assert isinstance(packed, Packed)
+        count = math.prod(packed.shape)
+        zeros, counted = zeros + zero_fraction(packed) * count, counted + count
+    blocks = {block_of(row["name"]) for row in rows}
+    return {
+        "compression/original_size_mb": model.bytes_on_disk / 1e6,
+        "compression/compressed_size_mb": artifact.weight_bytes / 1e6,
+        "compression/ratio": ratio,
+        "compression/layers_compressed": float(len(blocks)),
+        "compression/layers_quantized": float(len(rows)),
+        "compression/sparsity_ratio": zeros / counted,
+        "compression/quantized_params": counted,
+        "compression/total_params": float(model.parameters),
+    }
+
+
+def _recovered(before: float, converted: float, after: float) -> float:
+    """How much of the loss, in nats, training won back: 1 is all of it."""
+    lost = math.log(converted) - math.log(before)
+    return (math.log(converted) - math.log(after)) / lost if lost > 0 else 0.0
