@@ -46,7 +46,7 @@ ROWS, COLUMNS = 4, 64  # of a group and of a run
 RUN = 64  # bytes
 TOKENS = 64  # that are quantised at a time: their activations stay in the second cache
 LIMIT = 1 << 23  # columns; beyond that a sum of 2 * 127 each might not fit into 32 bits
-WORTH_THREADS = 1 << 20  # packed bytes times tokens; below that, one thread is done before another has begun
+WORTH_THREADS = 3 << 20  # packed bytes times tokens, some 80 us: less is done before another thread has begun
 SHARE = 16  # rows; a thread's are a multiple of them
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))

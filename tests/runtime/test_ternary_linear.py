@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import json
 import os
 import pickle
 import subprocess
@@ -381,6 +383,25 @@ def test_classifiers_too(digits: LanguageModel, tmp_path: Path) -> None:
     packed = af.load(path, runtime="packed")
     assert any(isinstance(m, TernaryLinear) for m in packed.model.modules())
     assert af.accuracy(packed).value == pytest.approx(af.accuracy(af.load(path)).value, abs=0.05)
+
+
+def test_the_command_line_evaluates_packed(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from agentforge import cli
+
+    (tmp_path / "text.txt").write_text("again and again " * 10)
+
+    def value(runtime: str) -> float:
+        command = ["agentforge", "evaluate", artifact, "--text", tmp_path / "text.txt", "--context", 64, "--json"]
+        monkeypatch.setattr("sys.argv", [*map(str, command), "--runtime", runtime])
+        capsys.readouterr()
+        with contextlib.suppress(SystemExit):
+            cli.main()
+        return float(json.loads(capsys.readouterr().out)["measurements"]["perplexity"]["value"])
+
+    packed, dense = value("packed"), value("dense")
+    assert packed != dense and packed == pytest.approx(dense, rel=0.2)
 
 
 def test_what_cannot_stay_packed_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
