@@ -1,6 +1,7 @@
 """Ternary layers that stay packed, beside torch: one product at a time, and generating text.
 
-    python benchmarks/ternary_speed.py [--only products|generation] [--seconds 1] [--tokens 64] [--rounds 5] [--out DIR]
+    python benchmarks/ternary_speed.py [--only products|generation] [--seconds 1] [--tokens 64] [--rounds 5]
+                                        [--threads 1 2] [--out DIR]
 
 Prints tables; with --out (reports/ternary_speed) it also writes DIR/ternary_speed.json and .md, and keeps what an earlier
 call wrote of the part that --only leaves out.
@@ -113,10 +114,10 @@ def read_bandwidth() -> float:
     return values.nbytes / min(times)
 
 
-def products(seconds: float) -> list[dict[str, Any]]:
+def products(seconds: float, numbers: list[int]) -> list[dict[str, Any]]:
     """A row for every shape, number of tokens, number of threads, and place of the weights."""
     found = []
-    for threads in THREADS:
+    for threads in numbers:
         torch.set_num_threads(threads)
         bandwidth = read_bandwidth()
         for rows, columns in SHAPES:
@@ -144,7 +145,7 @@ def products(seconds: float) -> list[dict[str, Any]]:
     return found
 
 
-def generation(tokens: int, rounds: int) -> dict[str, Any]:
+def generation(tokens: int, rounds: int, numbers: list[int]) -> dict[str, Any]:
     """Tokens a second and memory of the three models, for each number of threads."""
     with tempfile.TemporaryDirectory() as scratch:
         original = open_model("smollm2-135m")
@@ -172,7 +173,7 @@ def generation(tokens: int, rounds: int) -> dict[str, Any]:
         return model.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
     runs = []
-    for threads in THREADS:
+    for threads in numbers:
         torch.set_num_threads(threads)
         with torch.inference_mode():
             times = in_turn({name: lambda m=model: run(m) for name, model in models.items()}, 0, rounds)  # type: ignore[misc]
@@ -213,7 +214,9 @@ def table_of_products(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def table_of_generation(found: dict[str, Any]) -> list[list[str]]:
-    lines = [["threads", "weights", "tokens/s", "quartiles", "packed / this", "linear weights (MB)", "whole model (MB)"]]
+    lines = [
+        ["threads", "weights", "tokens/s", "quartiles", "packed is faster by", "linear weights (MB)", "whole model (MB)"]
+    ]
     for run in found["runs"]:
         ours = run["contestants"][OURS]["median_s"]
         for name, c in run["contestants"].items():
@@ -250,6 +253,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.0, help="for a row of products")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a generation")
     parser.add_argument("--rounds", type=int, default=5, help="generations of each model")
+    parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     record: dict[str, Any] = {}
@@ -258,7 +262,10 @@ def main() -> None:
     for part in ("products", "generation"):
         if args.only in (None, part):
             before = os.getloadavg()[0]
-            found = products(args.seconds) if part == "products" else generation(args.tokens, args.rounds)
+            if part == "products":
+                found: Any = products(args.seconds, args.threads)
+            else:
+                found = generation(args.tokens, args.rounds, args.threads)
             about = {"load_average": [before, os.getloadavg()[0]], "kernel": ternary_cpu.available()[0]}
             record[part] = {"found": found, **about, "version": agentforge.__version__, "environment": environment()}
     text = ["# Ternary layers that stay packed: speed", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2], ""]

@@ -64,7 +64,7 @@ class TernaryLinear(nn.Module):
 
     @classmethod
     def from_packed(cls, packed: Packed, bias: torch.Tensor | None = None) -> TernaryLinear:
-        """The layer of a weight that the stage "ternary" encoded, by either rule.
+        """The layer of a weight that the stage "ternary" encoded, by any rule.
 
         Raises BadInput for planes of another stage, BadArtifact for codes that are none.
         """
@@ -74,7 +74,8 @@ class TernaryLinear(nn.Module):
         codes = packed["codes"]
         if int(codes.max()) > 2:
             raise BadArtifact("plane codes: holds 3; a ternary code is 0, 1 or 2")
-        # The stage itself says what its scales stand for: the decoded column of a weight that is +1 in every row.
+        # The stage itself says what its scales stand for: the decoded column of a weight that is +1 in every row.  All rules
+        # but absmean have the planes of "threshold".
         stage = Ternary(rule="threshold" if len(names) == 3 else "absmean")
         column = Plane("codes", torch.full((packed.shape[0], 1), 2, dtype=torch.uint8), "uint2")
         scale = stage.decode(Packed((packed.shape[0], 1), (column, *packed.planes[1:]))).reshape(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import json
 import os
 import pickle
@@ -185,7 +186,14 @@ def test_from_conv1d() -> None:
 
 
 @pytest.mark.parametrize(
-    "stage", [Ternary(), Ternary(packing="2bit"), Ternary(rule="threshold"), Ternary(rule="threshold", tau=0.7)]
+    "stage",
+    [
+        Ternary(),
+        Ternary(packing="2bit"),
+        Ternary(rule="threshold"),
+        Ternary(rule="threshold", tau=0.7),
+        Ternary(rule="calibrated"),
+    ],
 )
 @pytest.mark.parametrize("size", [1e-20, 0.02, 1e20])
 def test_from_packed_is_what_the_stage_decodes(stage: Ternary, size: float) -> None:
@@ -447,3 +455,23 @@ def test_packing_is_undone() -> None:
     assert torch.equal(codes_of(TernaryLinear(codes, torch.ones(1))), codes)
     padded = linear.pack(codes)
     assert padded.shape == (3, 4, 64) and np.count_nonzero(padded[-1, -1].numpy()) > 0
+
+
+def test_the_benchmark_measures_and_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    file = Path(__file__).parents[2] / "benchmarks" / "ternary_speed.py"
+    spec = importlib.util.spec_from_file_location("benchmark_ternary_speed", file)
+    assert spec is not None and spec.loader is not None
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for name, value in {"SHAPES": [(8, 64)], "TOKENS": [1, 5], "OUT_OF_CACHE": 1000, "BLOCK": 1e-5}.items():
+        monkeypatch.setattr(benchmark, name, value)
+    monkeypatch.setattr(benchmark, "read_bandwidth", lambda: 1e10)
+    threads = torch.get_num_threads()
+    try:
+        rows = benchmark.products(0.0, [1])
+    finally:
+        torch.set_num_threads(threads)
+    assert [(row["tokens"], row["weights"]) for row in rows] == [(1, "memory"), (1, "cache"), (5, "cache")]
+    assert rows[0]["contestants"]["packed"]["bytes"] == 8 * 64 // 4 + 32
+    assert "| 8 x 64 | 1 | 1 | memory |" in benchmark.show("Products", benchmark.table_of_products(rows))
+    assert "quartiles" in capsys.readouterr().out
