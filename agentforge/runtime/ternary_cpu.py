@@ -47,7 +47,8 @@ RUN = 64  # bytes
 TOKENS = 64  # that are quantised at a time: their activations stay in the second cache
 LIMIT = 1 << 23  # columns; beyond that a sum of 2 * 127 each might not fit into 32 bits
 WORTH_THREADS = 3 << 20  # packed bytes times tokens, some 80 us: less is done before another thread has begun
-SHARE = 16  # rows; a thread's are a multiple of them
+SHARE = 16  # rows; a part's are a multiple of them
+PARTS = 2  # a thread
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32, f64 = ir.FloatType(), ir.DoubleType()
@@ -590,26 +591,37 @@ def product(
     tokens = x.numel() // columns
     per_row, with_bias = int(scales.numel() > ROWS), int(biases.numel() > ROWS)
     layer = packed.data_ptr(), scales.data_ptr(), per_row, biases.data_ptr(), with_bias
-    # Each thread rounds the activations for itself: that takes less than to wait for one that does it for all.
+    # Each part rounds the activations for itself: that takes less than to wait for one that does it for all.
     operands = (x.data_ptr(), columns, *layer, out.data_ptr(), tokens, rows)
     in_parts(KERNELS[path or _fastest()], operands, rows, tokens * packed.numel(), threads)
     return out
 
 
 def in_parts(kernel: Any, operands: tuple[Any, ...], rows: int, work: int, threads: int | None = None) -> None:
-    """kernel(*operands, first row, last row), shared among threads where `work`, in bytes, is worth it."""
+    """kernel(*operands, first row, last row), shared among threads where `work`, in bytes, is worth it.
+
+    Each thread takes the next part when it is done with one, the calling thread too: on a busy machine, where another
+    thread may come to its turn only after milliseconds, the calling one does most of it, or all.
+    """
     threads = threads or torch.get_num_threads()
     if work < WORTH_THREADS or threads < 2:
         kernel(*operands, 0, rows)
         return
-    share = SHARE * math.ceil(rows / SHARE / threads)
-    pool = _pool()
-    others = [pool.submit(kernel, *(*operands, row, min(row + share, rows))) for row in range(share, rows, share)]
+    size = SHARE * math.ceil(rows / SHARE / (PARTS * threads))
+    parts = iter(range(0, rows, size))
+
+    def take() -> None:
+        for first in parts:
+            kernel(*operands, first, min(first + size, rows))
+
+    others = [_pool().submit(take) for _ in range(threads - 1)]
     try:
-        kernel(*operands, 0, min(share, rows))
+        take()
     finally:
-        for other in others:  # even after an interrupt: they write into memory that the caller gives back
-            other.result()
+        # Even after an interrupt: a part that has begun writes into memory that the caller gives back.
+        for other in others:
+            if not other.cancel():
+                other.result()
 
 
 @cache
