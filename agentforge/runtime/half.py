@@ -161,11 +161,12 @@ def adopt(module: Any) -> None:
     """Put these in the place of a model's embedding and head, where they are plain and their weights have 16 bits."""
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     halves = torch.float16, torch.bfloat16
-    plain = type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.dtype in halves
-    if plain:
-        tied = head is not None and head.weight is embedding.weight
-        if tied and (type(head) is not nn.Linear or head.bias is not None):
-            return
+    tied = head is not None and head.weight is embedding.weight
+    plain_embedding = type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.dtype in halves
+    plain_head = type(head) is nn.Linear and head.bias is None and head.weight.dtype in halves
+    if tied and not (plain_embedding and plain_head):
+        return
+    if plain_embedding:
         module.set_input_embeddings(HalfEmbedding(embedding.weight))
-    if type(head) is nn.Linear and head.bias is None and head.weight.dtype in halves:
+    if plain_head:
         module.set_output_embeddings(HalfLinear(head.weight))

@@ -8,10 +8,12 @@ import importlib.util
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -384,6 +386,43 @@ def test_a_head_of_16_bits(dtype: torch.dtype, rows: int, columns: int, monkeypa
         assert module.weight.dtype == dtype and not list(module.parameters())
     assert embedding(torch.tensor([1])).dtype == torch.float64
     assert head(torch.randn(2, columns, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma", "llama with biases"])
+def test_other_architectures(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"vocab_size": 258, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}
+    decoder = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    if kind == "gpt2":
+        config = transformers.GPT2Config(**sizes, n_embd=64, n_layer=2, n_head=4, n_positions=128)
+    elif kind == "gemma":
+        config = transformers.GemmaConfig(**sizes, **decoder, num_key_value_heads=1, head_dim=16)
+    else:
+        biases = {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": False}
+        config = transformers.LlamaConfig(**sizes, **decoder, **biases, num_key_value_heads=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                nn.init.normal_(parameter, std=0.2)
+        model.save_pretrained(tmp_path / "model")
+    for file in tiny_llama.glob("token*"):
+        shutil.copy(file, tmp_path / "model")
+    path = af.compress(af.open_model(tmp_path / "model"), "ternary", out=tmp_path / "artifact").path
+    packed, dense = af.load(path, runtime="packed").model, af.load(path).model
+    names = [name for name, module in packed.named_modules() if isinstance(module, TernaryLinear)]
+    assert len(names) == (8 if kind == "gpt2" else 14)
+    for name in names:
+        dense.get_submodule(name).register_forward_pre_hook(lambda _, args: (rounded(args[0])[0] / rounded(args[0])[1],))
+    ids = torch.randint(2, 250, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        found, expected = packed(ids).logits, dense(ids).logits
+        assert ((found - expected).norm() / expected.norm()) < 2e-2
+        cache = packed(ids[:, :-1], use_cache=True).past_key_values
+        step = packed(ids[:, -1:], past_key_values=cache).logits[:, -1]
+        assert ((step - found[:, -1]).norm() / step.norm()) < 2e-2
 
 
 def test_classifiers_too(digits: LanguageModel, tmp_path: Path) -> None:
