@@ -109,6 +109,19 @@ def test_adam_filters_before_it_adds_the_weight_decay(grokking: ModuleType) -> N
         torch.testing.assert_close(p, r, rtol=1e-6, atol=1e-8)
 
 
+def test_a_third_of_the_weight_decay_is_what_a_factor_of_three_leaves(grokking: ModuleType) -> None:
+    """Adam on 3 g + 0.005 w goes where Adam on g + 0.005 / 3 w goes, but for its eps."""
+    weights = [torch.nn.Parameter(torch.linspace(-1, 1, 7)) for _ in "ab"]
+    decays = (0.005, grokking.WEAKER.weight_decay)
+    adams = [torch.optim.Adam([w], 1e-3, weight_decay=decay) for w, decay in zip(weights, decays, strict=True)]
+    for step in range(20):
+        gradient = 0.01 * torch.randn(7, generator=torch.Generator().manual_seed(step))
+        for weight, adam, factor in zip(weights, adams, (3, 1), strict=True):
+            weight.grad = factor * gradient
+            adam.step()
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("pair", range(4))
 def test_both_arms_of_a_pair_differ_in_the_filter_only(grokking: ModuleType, pair: int) -> None:
     plain_arm, filtered = grokking.PAIRS[pair]
@@ -204,12 +217,12 @@ def test_smoke_and_resume(grokking: ModuleType, tmp_path: Path, capsys: pytest.C
     assert rows[0]["environment"]["packages"]["torch"] == torch.__version__
     capsys.readouterr()
     assert grokking.main(arguments) == 0
-    assert capsys.readouterr().err.count(" steps, ") == 14  # of 8 arms with 2 seeds, 2 were there
+    assert capsys.readouterr().err.count(" steps, ") == 16  # of 9 arms with 2 seeds, 2 were there
     assert grokking.main(arguments) == 0
     assert capsys.readouterr().err == ""
     report = (tmp_path / "grokking.md").read_text(encoding="utf-8")
-    for pair in grokking.PAIRS:
-        for arm in pair:
+    for group in grokking.ORDER:
+        for arm in group:
             assert f"| {arm} | > 30 | " in report
     assert '"> 30": censored, not reached in 30 steps' in report
     assert report.count("| not known | ") == len(grokking.COMPARISONS)
