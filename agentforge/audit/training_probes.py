@@ -1,0 +1,308 @@
+"""Probes of training, hand-offs and speed.
+
+What a language model would take hours for is measured where it can be: on its last two blocks, or on digits-mlp, whose
+phase 4 takes seconds.  The measurement's protocol says which.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import nn
+
+from .. import evaluation, handoff, tracking
+from ..artifact import dequantize, load
+from ..errors import BadInput
+from ..evaluation import Measurement, texts
+from ..models import open_model
+from ..stages import parse
+from ..statistics import Calibration, collect
+from ..training import gates
+from ..training.bitlinear import bit_linears, convert
+from ..training.phase import Phase, adaptive, phase, size_of
+from ..training.recover import Recovered, Settings, block_of, recover, windows
+from .probes import Workshop, probe
+
+DIGITS = Settings(steps=150, batch=128, lr=5e-3, evaluate=50)
+
+
+def _student(workshop: Workshop) -> nn.Module:
+    """The model with every weight that a stage may touch made ternary, straight through."""
+    student: nn.Module = copy.deepcopy(workshop.model.model)
+    convert(student, [weight.name for weight in workshop.model.weights()])
+    return student
+
+
+@probe
+def gradients_that_flow(workshop: Workshop) -> Measurement:
+    """Share of the ternary model's trainable tensors that get a finite gradient, not zero everywhere, from one batch."""
+    flow = gates.gradient_flow(_student(workshop), windows(workshop.model, "selftext", 1, 64))
+    total = len(flow.norms) + len(flow.missing) + len(flow.zero) + len(flow.infinite)
+    return workshop.exact(len(flow.norms) / total, "share of tensors", total, "gradient flow", batch="64 tokens of selftext")
+
+
+@probe
+def export_agreement(workshop: Workshop) -> Measurement:
+    """Share of weights that are on disk, bit for bit, what the training's forward pass computes with."""
+    stored = load(workshop.artifact("ternary").path)
+    same = total = 0
+    for name, layer in bit_linears(_student(workshop)):
+        used = layer.quantized()
+        same += int((used == stored.tensor(f"{name}.weight")).sum())
+        total += used.numel()
+    return workshop.exact(same / total, "share of weights", total, "forward pass against disk")
+
+
+def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str) -> Recovered:
+    blocks = sorted({block_of(w.name) for w in workshop.model.weights()}, key=lambda name: int(name.rpartition(".")[2]))[-2:]
+    names = [w.name for w in workshop.model.weights() if block_of(w.name) in blocks]
+    settings = Settings(
+        steps=steps,
+        batch=2,
+        context=64,
+        lr=lr,
+        evaluate=steps,
+        heldout=512,
+        optimizer=optimizer,  # type: ignore[arg-type]
+    )
+    return recover(
+        workshop.model,
+        workshop.folder / f"recovered-{optimizer}-{lr:g}-{steps}",
+        settings=settings,
+        names=names,
+        overwrite=True,
+        progress=workshop.progress,
+    )
+
+
+@probe
+def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = "adamw") -> Measurement:
+    """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext."""
+    done = _recovered(workshop, steps, lr, optimizer)
+    left = done.after.kl / done.before.kl
+    spread = left * math.hypot(done.after.stderr / done.after.kl, done.before.stderr / done.before.kl)
+    protocol = {
+        "metric": "1 - KL after / KL before",
+        "weights": "the last two blocks",
+        "steps": steps,
+        "tokens": steps * 128,
+        "lr": lr,
+        "optimizer": optimizer,
+        "text": "selftext/heldout",
+        "KL before": done.before.kl,
+        "KL after": done.after.kl,
+    }
+    inputs = {"model": workshop.model.fingerprint}
+    return Measurement(1 - left, "share of KL", spread, done.after.n, protocol, seed=0, inputs=inputs)
+
+
+@probe
+def resume_difference(workshop: Workshop) -> Measurement:
+    """Largest difference between the losses of a run that was killed and went on, and one that was not (digits-mlp)."""
+    from ..training import recover as module
+
+    model, folder = open_model("digits-mlp"), workshop.folder / "resumed"
+    settings = Settings(steps=20, batch=64, lr=5e-3, evaluate=5)
+    whole = recover(model, folder / "whole", settings=settings, overwrite=True, progress=False)
+    step = module._Run._one_step
+
+    def killed(run: Any) -> float:
+        if run.step == 13:
+            raise KeyboardInterrupt
+        return step(run)
+
+    shutil.rmtree(folder / "parts", ignore_errors=True)
+    try:
+        with mock.patch.object(module._Run, "_one_step", killed):
+            recover(model, folder / "parts", settings=settings, overwrite=True, progress=False)
+    except KeyboardInterrupt:
+        pass
+    parts = recover(model, folder / "parts", settings=settings, progress=False)
+    losses = [[loss for row in run.history for loss in row["losses"]] for run in (whole, parts)]
+    worst = max(abs(a - b) for a, b in zip(*losses, strict=True))
+    return workshop.exact(worst, "nats", len(losses[0]), "killed at step 13 against not killed", model="digits-mlp")
+
+
+@probe
+def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
+    """Output error of the calibrated ternary rule over that of the paper's, summed over all layers, on H = E[x x^T]."""
+    seen = collect(workshop.model, Calibration(tokens=tokens, context=min(1024, tokens)), progress=workshop.progress)
+    rules = [parse("ternary:rule=calibrated"), parse("ternary")]
+    lost, count = [0.0, 0.0], 0
+    for weight in workshop.model.weights():
+        dense, stats = weight.load().float(), seen[weight.name]
+        count += dense.numel()
+        for i, rule in enumerate(rules):
+            gap = dense - rule.decode(rule.encode(dense, stats))
+            lost[i] += float(((gap @ stats.hessian) * gap).sum(dtype=torch.float64))
+    return workshop.exact(
+        lost[0] / lost[1], "share", count, "output error, calibrated over plain", tokens=tokens, text="selftext/calibration"
+    )
+
+
+@probe
+def dual_agreement(workshop: Workshop, tokens: int = 511) -> Measurement:
+    """Share of tokens at which the packed model and the dequantised float16 one have the same most likely next token."""
+    artifact = workshop.artifact("ternary")
+    folder = workshop.folder / "dequantized"
+    shutil.rmtree(folder, ignore_errors=True)
+    dense = open_model(dequantize(artifact, folder))
+    tokens = min(tokens, workshop.tokens, workshop.context - 1)
+    found = evaluation.divergence(
+        dense, load(artifact.path), workshop.text, context=tokens + 1, tokens=tokens, progress=workshop.progress
+    )
+    return found.top1
+
+
+def _digits_phase(workshop: Workshop) -> Phase:
+    """Phase 4 on digits-mlp, trained: once a workshop."""
+    return phase("digits-mlp", workshop.folder / "phase-digits", DIGITS, always_train=True, progress=False)
+
+
+@probe
+def metrics_with_values(workshop: Workshop) -> Measurement:
+    """How many of the 19 documented metrics a run of phase 4 logs with a measured value (digits-mlp), read back."""
+    found = tracking.read(_digits_phase(workshop).path / "tracking")
+    count = sum(name in found and math.isfinite(found[name]) for name in tracking.METRICS)
+    return workshop.exact(float(count), "metrics", len(tracking.METRICS), "metrics read back", model="digits-mlp")
+
+
+@probe
+def accuracy_drop(workshop: Workshop) -> Measurement:
+    """Share of its accuracy that digits-mlp loses in phase 4, training included, on 450 test pictures."""
+    result = _digits_phase(workshop)
+    drop = 1 - result.metrics["compression/accuracy_preserved"]
+    after = evaluation.accuracy(load(result.path / "quantized"))
+    protocol = {**after.protocol, "metric": "relative drop of accuracy", "model": "digits-mlp"}
+    return Measurement(drop, "share of accuracy", after.stderr, after.n, protocol, seed=0, inputs=after.inputs)
+
+
+@probe
+def triggers_that_are_right(workshop: Workshop) -> Measurement:
+    """Share of cases in which training is triggered exactly when quality fell by more than 5% (digits-mlp)."""
+    right = 0
+    cases = ["ternary", "ternary:rule=threshold,tau=0.1", "ternary:rule=threshold,tau=1.2"]
+    quick = Settings(steps=2, batch=64, evaluate=2)
+    for i, stage in enumerate(cases):
+        result = phase("digits-mlp", workshop.folder / f"trigger-{i}", quick, stage=stage, progress=False)
+        right += result.trained == (result.metrics["compression/perplexity_degradation"] > gates.TRIGGER)
+    return workshop.exact(right / len(cases), "share of cases", len(cases), "trigger at 5%", model="digits-mlp")
+
+
+@probe
+def handoff_faults_refused(workshop: Workshop) -> Measurement:
+    """Share of hand-offs judged rightly: a sound one accepted, and one refused for each of six injected faults."""
+    sound = _digits_phase(workshop).path
+    faults: list[Callable[[Path, Any], Any]] = [
+        lambda folder, data: data.update(phase=3),
+        lambda folder, data: data.update(models={}),
+        lambda folder, data: data["models"]["quantized"]["quality"].update(value=0.5),
+        lambda folder, data: data["models"]["dequantized"]["files"].update({"absent.json": "0"}),
+        lambda folder, data: (folder / "quantized/model.safetensors").write_bytes(b"0"),
+        lambda folder, data: data["models"].update({"../outside": data["models"].pop("quantized")}),
+    ]
+    right = int(bool(handoff.check_handoff(sound, 4, progress=False)))
+    for i, damage in enumerate(faults):
+        folder = workshop.folder / f"damaged-{i}"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(sound, folder)
+        data = json.loads((folder / handoff.HANDOFF).read_text(encoding="utf-8"))
+        damage(folder, data)
+        (folder / handoff.HANDOFF).write_text(json.dumps(data), encoding="utf-8")
+        try:
+            handoff.check_handoff(folder, 4, progress=False)
+        except BadInput:
+            right += 1
+    total = len(faults) + 1
+    return workshop.exact(right / total, "share of hand-offs", total, "hand-offs judged rightly", model="digits-mlp")
+
+
+@probe
+def fallback_chain(workshop: Workshop) -> Measurement:
+    """Share of faults after which a text is found all the same, and what was skipped is named."""
+    faults = {"missing": BadInput("wikitext2: not there"), "broken": BadInput("wikitext2: its sha256 is another")}
+    right = 0
+    for fault in faults.values():
+        with mock.patch.object(texts, "_wikitext2", side_effect=fault):
+            found = evaluation.find_text()
+        right += found.name == "selftext" and found.skipped == (str(fault),)
+    return workshop.exact(right / len(faults), "share of faults", len(faults), "fallback named and used")
+
+
+@probe
+def adaptive_ratio(workshop: Workshop) -> Measurement:
+    """Ratio on disk, against 32 bits, that the size-adaptive table reaches on this model, over the one it promises."""
+    stage, target = adaptive(workshop.model), size_of(workshop.model.parameters)
+    reached = 4 * workshop.model.parameters / workshop.artifact(str(stage)).weight_bytes
+    return workshop.exact(
+        reached / target.ratio,
+        "share of target",
+        1,
+        "size-adaptive ratio",
+        size=target.name,
+        target=target.ratio,
+        ratio=reached,
+    )
+
+
+@probe
+def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32") -> Measurement:
+    """How many times faster TernaryLinear multiplies one vector than torch does, medians of runs taken in turns."""
+    from ..runtime import TernaryLinear
+
+    dense = nn.Linear(size, size, bias=False)
+    packed = TernaryLinear.from_linear(dense)
+    dtype = getattr(torch, against)
+    x = torch.randn(1, size, generator=torch.Generator().manual_seed(0))
+    dense, y = dense.to(dtype), x.to(dtype)
+    return _faster(workshop, lambda: packed(x), lambda: dense(y), 40, against, f"{size} x {size}, one vector")
+
+
+@probe
+def generation_speed(workshop: Workshop, against: str = "float32", tokens: int = 16) -> Measurement:
+    """How many times faster the ternary model generates from its packed planes than the same model in torch."""
+    packed = load(workshop.artifact("ternary").path, runtime="packed").model
+    dense = copy.deepcopy(load(workshop.artifact("ternary").path).model).to(getattr(torch, against))
+    ids = torch.tensor([workshop.model.tokenizer("The capital of France is")["input_ids"]])
+    generate: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+
+    def run(module: Any) -> Callable[[], Any]:
+        return lambda: module.generate(ids, pad_token_id=0, **generate)
+
+    return _faster(workshop, run(packed), run(dense), 3, against, f"{tokens} tokens, batch 1, greedy")
+
+
+def _faster(
+    workshop: Workshop, ours: Callable[[], Any], theirs: Callable[[], Any], runs: int, against: str, what: str
+) -> Measurement:
+    """Median over pairs of runs of their time over ours, with half the interquartile range as its spread."""
+    times: list[tuple[float, float]] = []
+    with torch.inference_mode():
+        ours(), theirs()
+        for _ in range(runs):
+            taken = []
+            for run in (ours, theirs):
+                began = time.perf_counter()
+                run()
+                taken.append(time.perf_counter() - began)
+            times.append((taken[0], taken[1]))
+    ratios = sorted(b / a for a, b in times)
+    spread = (ratios[3 * runs // 4] - ratios[runs // 4]) / 2
+    protocol = {
+        "metric": f"speed against torch {against}",
+        "what": what,
+        "threads": torch.get_num_threads(),
+        "seconds ours": statistics.median(a for a, _ in times),
+        "seconds theirs": statistics.median(b for _, b in times),
+    }
+    return Measurement(statistics.median(ratios), "x", spread, runs, protocol, inputs={"model": workshop.model.fingerprint})
