@@ -271,10 +271,15 @@ def _functions() -> list[tuple[bool, ast.FunctionDef]]:
                 found.append((False, node))
             elif isinstance(node, ast.ClassDef):
                 for item in node.body:
-                    if isinstance(item, ast.FunctionDef):
-                        static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in item.decorator_list)
+                    # What @overload marks has no code of its own.
+                    if isinstance(item, ast.FunctionDef) and not any(_named(d, "overload") for d in item.decorator_list):
+                        static = any(_named(d, "staticmethod") for d in item.decorator_list)
                         found.append((not static, item))
     return found
+
+
+def _named(decorator: ast.expr, name: str) -> bool:
+    return isinstance(decorator, ast.Name) and decorator.id == name
 
 
 def workshop_for(

@@ -138,6 +138,7 @@ class _Half(nn.Module):
         return self
 
     def extra_repr(self) -> str:
+        """Shape and dtype, for `print(model)`."""
         return f"{list(self.weight.shape)}, {str(self.weight.dtype).removeprefix('torch.')}"
 
 

@@ -122,6 +122,7 @@ class TernaryLinear(nn.Module):
         return (*layer, self.out_features, self.in_features)
 
     def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
         scales = "one a row" if self.per_row else "one"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, scales={scales}"
 

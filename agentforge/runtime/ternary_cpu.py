@@ -52,6 +52,7 @@ PARTS = 2  # a thread
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32, f64 = ir.FloatType(), ir.DoubleType()
+Address = tuple[int, ...]  # a layer, as TernaryLinear.address gives it
 Value = Any  # an ir.Value
 
 
@@ -138,6 +139,7 @@ class _Machine:
 
 class _Dpbusd(_Machine):
     def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
+        """Sums of products of four neighbours, in one instruction."""
         tokens = sorted({token for _, token in sums})
         for field in range(4):
             codes = {part: b.bitcast(self.codes(b, packed[part], field), self.sums) for part in packed}
@@ -150,6 +152,7 @@ class _Dpbusd(_Machine):
 
 class _Maddubsw(_Machine):
     def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
+        """Products of pairs in 16 bits, then sums of four in 32."""
         tokens = sorted({token for _, token in sums})
         wide = _vector(i16, 8 * self.rows)
         for part in packed:
@@ -163,6 +166,7 @@ class _Maddubsw(_Machine):
 
 class _Portable(_Machine):
     def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
+        """Plain products and sums, which every compiler knows."""
         tokens = sorted({token for _, token in sums})
         wide = _vector(i16, 16)
         for part in packed:
@@ -518,7 +522,20 @@ def _apply(layer, x, out, tokens):  # type: ignore[no-untyped-def]  # pragma: no
 
 
 @njit(nogil=True, cache=True)
-def decode_projections(x, norm, eps, q, k, v, angles, q_out, k_out, v_out, tokens, size):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def decode_projections(  # pragma: no cover  (compiled)
+    x: int,
+    norm: int,
+    eps: float,
+    q: Address,
+    k: Address,
+    v: Address,
+    angles: Address,
+    q_out: int,
+    k_out: int,
+    v_out: int,
+    tokens: int,
+    size: int,
+) -> None:
     """Norm, query, key and value of one new token of each of `tokens` sequences, with rotary positions.
 
     x, norm, angles (cos, sin), q_out, k_out, v_out: addresses of float32.  q, k, v: layers.  size: of a head.
@@ -539,7 +556,23 @@ def decode_projections(x, norm, eps, q, k, v, angles, q_out, k_out, v_out, token
 
 
 @njit(nogil=True, cache=True)
-def decode_rest(x, q_at, keys, values, length, size, scaling, norm, eps, o, gate, up, down, out, tokens):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def decode_rest(  # pragma: no cover  (compiled)
+    x: int,
+    q_at: int,
+    keys: int,
+    values: int,
+    length: tuple[int, int],
+    size: int,
+    scaling: float,
+    norm: int,
+    eps: float,
+    o: Address,
+    gate: Address,
+    up: Address,
+    down: Address,
+    out: int,
+    tokens: int,
+) -> None:
     """Attention, its output layer, norm and feed-forward network, with both residual sums; see `decode_projections`.
 
     keys, values: addresses of float32[tokens, key heads, length, size], the new token's included; their heads: length[1].

@@ -110,11 +110,13 @@ def straight_through(value: torch.Tensor, quantised: torch.Tensor, blend: float 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, value: torch.Tensor, quantised: torch.Tensor, blend: float) -> torch.Tensor:
+        """Between value and quantised."""
         quantised = quantised.to(value.dtype)
         return quantised if blend == 1.0 else torch.lerp(value, quantised, blend)
 
     @staticmethod
     def backward(_: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """The identity for `value`; the quantised one is a function of it, and gets none."""
         return gradient, None, None
 
 
