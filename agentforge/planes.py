@@ -131,6 +131,11 @@ class Packed:
         return iter(self.planes)
 
     @property
+    def floats(self) -> dict[str, torch.Tensor]:
+        """The float planes as float32, by name."""
+        return {plane.name: plane.values.to(torch.float32) for plane in self.planes if plane.coding in FLOATS}
+
+    @property
     def bits(self) -> int:
         """Bits of all planes together."""
         return sum(plane.bits for plane in self.planes)

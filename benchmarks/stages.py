@@ -165,10 +165,9 @@ def verdict(row: Row, rows: list[Row]) -> str:
 
     Of all rounding rows those count that no other one beats in both bits and KL, and that are not lossless by accident (the
     default model's weights lie on a grid themselves).  Where fewer than 5% of the top tokens agree, on both sides, nobody
-    wins.  "wins": its KL is below that of the
-    next one with as many bits or more.  "loses": it is above that of the next one with as many bits or fewer.  Between
-    the two, and where it lies less than two standard errors from either, the line between them (log KL against bits)
-    decides, and the table says that it does.
+    wins.  "wins": its KL is below that of the next one with as many bits or more.  "loses": it is above that of the next
+    one with as many bits or fewer.  Between the two, and where it lies less than two standard errors from either, the
+    line between them (log KL against bits) decides, and the table says that it does.
     """
     if row["recipe"]["stage"]["stage"] == "rounding":
         return "is rounding"
@@ -178,19 +177,16 @@ def verdict(row: Row, rows: list[Row]) -> str:
     front = [a for a in others if not any(b["bits"] <= a["bits"] and _kl(b) < _kl(a) for b in others)]
     fewer = max((a for a in front if a["bits"] <= row["bits"]), key=lambda a: a["bits"], default=None)
     more = min((a for a in front if a["bits"] >= row["bits"]), key=lambda a: a["bits"], default=None)
-    if row["top1"]["value"] < USABLE and fewer and fewer["top1"]["value"] < USABLE:
-        return f"neither is usable: {_kl(row):.3g} against {_kl(fewer):.3g} at {fewer['bits']:.2f} bits"
-    if row["top1"]["value"] < USABLE and not fewer and more and more["top1"]["value"] < USABLE:
-        return f"neither is usable: {_kl(row):.3g} against {_kl(more):.3g} at {more['bits']:.2f} bits"
+    side = fewer or more
+    if side and max(row["top1"]["value"], side["top1"]["value"]) < USABLE:
+        return f"neither is usable: {_kl(row):.3g} against {_kl(side):.3g} at {side['bits']:.2f} bits"
     if more and _below(row, more):
         return f"**wins**: {_kl(row):.3g} against {_kl(more):.3g} at {more['bits']:.2f} bits"
     if fewer and _below(fewer, row):
         return f"**loses**: {_kl(row):.3g} against {_kl(fewer):.3g} at {fewer['bits']:.2f} bits"
-    if not fewer and not more:
+    if not side:
         return "no rounding row yet"
     if not fewer or not more or fewer is more:
-        side = fewer or more
-        assert side is not None
         return f"open: no rounding on both sides of {row['bits']:.2f} bits; {_kl(side):.3g} at {side['bits']:.2f} bits"
     share = (row["bits"] - fewer["bits"]) / (more["bits"] - fewer["bits"])
     line = math.exp((1 - share) * math.log(_kl(fewer)) + share * math.log(_kl(more)))

@@ -26,8 +26,14 @@ def benchmark() -> ModuleType:
     return module
 
 
-def row(stage: str, bits: float, kl: float, stderr: float = 0.01) -> dict[str, Any]:
-    return {"recipe": {"stage": stages.parse(stage).to_json()}, "bits": bits, "kl": {"value": kl, "stderr": stderr}}
+def row(stage: str, bits: float, kl: float, stderr: float = 0.01, top1: float = 0.5, error: float = 0.1) -> dict[str, Any]:
+    return {
+        "recipe": {"stage": stages.parse(stage).to_json()},
+        "bits": bits,
+        "kl": {"value": kl, "stderr": stderr},
+        "top1": {"value": top1},
+        "relative_error": error,
+    }
 
 
 ROUNDING = [
@@ -64,6 +70,18 @@ def test_verdicts(benchmark: ModuleType, bits: float, kl: float, says: str) -> N
 def test_rounding_is_not_held_against_itself(benchmark: ModuleType) -> None:
     assert benchmark.verdict(ROUNDING[0], ROUNDING) == "is rounding"
     assert benchmark.verdict(row("ternary", 3, 1), []) == "no rounding row yet"
+
+
+def test_a_grid_that_rounding_hit_by_accident_is_no_peer(benchmark: ModuleType) -> None:
+    exact = row("rounding:bits=3,group=16", 3.5, 1e-6, error=1e-6)
+    assert benchmark.verdict(row("ternary", 3.5, 1.9), [*ROUNDING, exact]) == "**wins**: 1.9 against 2 at 3.50 bits"
+
+
+def test_of_two_models_that_are_gone_neither_wins(benchmark: ModuleType) -> None:
+    gone = [row("rounding:bits=2", 2.5, 8.0, top1=0.01)]
+    for bits in (1.6, 3.0):  # rounding with more bits, and with fewer
+        assert benchmark.verdict(row("ternary", bits, 9.0, top1=0.02), gone) == "neither is usable: 9 against 8 at 2.50 bits"
+    assert benchmark.verdict(row("ternary", 1.6, 7.0), gone) == "**wins**: 7 against 8 at 2.50 bits"
 
 
 def test_a_row_of_the_table(benchmark: ModuleType, tiny_llama: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
@@ -97,6 +97,18 @@ class Stage:
     def decode(self, packed: Packed) -> torch.Tensor:
         """The weight that the planes stand for: float32[out, in]."""
         return self._decode(packed)
+
+    def dense(self, packed: Packed, floats: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """`decode` with other values in the float planes, float32 tensors by name, as a differentiable function of these.
+
+        Only stages whose float planes can be trained have it; `trains_floats` tells.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def trains_floats(cls) -> bool:
+        """Whether the stage has a `dense` of its own."""
+        return cls.dense is not Stage.dense
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What `encode` gives for a weight of this shape: name -> (coding, shape) of each plane, in order.

@@ -17,6 +17,7 @@ Scales and minima are half floats behind one power of two a tensor; codes are ch
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -91,14 +92,19 @@ class Rounding(Stage):
         zero = 2 ** (self.bits - 1) - 1
         if self.symmetric and int(packed["codes"].max()) > 2 * zero:
             raise BadArtifact(f"plane codes: holds {2 * zero + 1}; a symmetric code is at most {2 * zero}")
+        return self.dense(packed, packed.floats)
+
+    def dense(self, packed: Packed, floats: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """(codes - zero) * scale, or codes * scale + minimum, of each group."""
         rows, columns = packed.shape
         group = self._group(columns)
-        codes = torch.nn.functional.pad(packed["codes"].to(torch.float32), (0, -columns % group)).reshape(rows, -1, group)
-        scale = packed["scale"].to(torch.float32).unsqueeze(2)
+        scale = floats["scale"].unsqueeze(2)
+        codes = packed["codes"].to(scale.device, torch.float32)
+        codes = torch.nn.functional.pad(codes, (0, -columns % group)).reshape(rows, -1, group)
         if self.symmetric:
-            values = codes.sub_(zero).mul_(scale)
+            values = codes.sub_(2 ** (self.bits - 1) - 1).mul_(scale)
         else:
-            values = codes.mul_(scale).add_(packed["minimum"].to(torch.float32).unsqueeze(2))
+            values = codes.mul_(scale).add_(floats["minimum"].unsqueeze(2))
         return times_power_of_two(values.reshape(rows, -1)[:, :columns], 128 - int(packed["exponent"]))
 
 

@@ -36,7 +36,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -387,27 +387,37 @@ class Vptq(Stage):
         return Packed(shape, tuple(planes))
 
     def _decode(self, packed: Packed) -> torch.Tensor:
-        rows, columns = packed.shape
+        return self.dense(packed, {**packed.floats, **(packed.shared.floats if packed.shared else {})})
+
+    def dense(self, packed: Packed, floats: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Centroids in the place of their indices, then scale and mean of each column; `floats` with shared codebooks."""
+        rows = packed.shape[0]
         segments = self.segments(packed.shape)
-        out = np.empty((columns, rows), np.float32)
+        found, pieces = self.columns(packed, segments), []
         starts = {plane: 0 for plane, _ in _by_plane(segments)}
-        for s, mine in zip(segments, self.columns(packed, segments), strict=True):
-            chunks, width = math.ceil(rows / s.v), s.v // s.parts
-            values = np.zeros((len(mine), chunks, s.parts, width), np.float32)
-            for level, book in enumerate(_books(packed.shared or packed, s)):
-                name = f"{s.plane}{LEVELS[level]}indices"
-                indices = packed[name].numpy()[:, :, starts[s.plane] : starts[s.plane] + len(mine)]
-                if indices.max() >= book.shape[1]:
-                    raise BadArtifact(f"plane {name}: holds {indices.max()}; its codebook has {book.shape[1]} centroids")
-                for part in range(s.parts):
-                    values[:, :, part] += book[part][indices[part].T]
-            starts[s.plane] += len(mine)
-            out[mine] = values.reshape(len(mine), -1)[:, :rows]
+        for s, mine in zip(segments, found, strict=True):
+            first, last = starts[s.plane], starts[s.plane] + len(mine)
+            starts[s.plane] = last
+            values: torch.Tensor | None = None
+            for name in LEVELS[: len(s.sizes)]:
+                book = floats[f"{s.plane}{name}codebook"][s.group]
+                indices = packed[f"{s.plane}{name}indices"][:, :, first:last]
+                if (last_index := int(indices.max())) >= book.shape[1]:
+                    raise BadArtifact(
+                        f"plane {s.plane}{name}indices: holds {last_index}; its codebook has {book.shape[1]} centroids"
+                    )
+                indices = indices.to(book.device, torch.int64)
+                parts = torch.stack([book[part][indices[part].T] for part in range(s.parts)], 2)
+                values = parts if values is None else values.add_(parts)
+            assert values is not None  # [columns, chunks, parts, v / parts]
+            pieces.append(values.reshape(len(mine), -1)[:, :rows])
+        order = torch.from_numpy(np.argsort(np.concatenate(found), kind="stable")).to(pieces[0].device)
+        out = torch.cat(pieces)[order]
         if self.norm == "std" or self.shared:
-            out *= packed["scale"].numpy().astype(np.float32)[:, None]
+            out.mul_(floats["scale"].unsqueeze(1))
         if self.norm == "std":
-            out += packed["mean"].numpy().astype(np.float32)[:, None]
-        return times_power_of_two(torch.from_numpy(np.ascontiguousarray(out.T)), 128 - int(packed["exponent"]))
+            out.add_(floats["mean"].unsqueeze(1))
+        return times_power_of_two(out.T.contiguous(), 128 - int(packed["exponent"]))
 
     def columns(self, packed: Packed, segments: list[Segment]) -> list[np.ndarray]:
         """The columns of each segment, in rising order."""

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -20,12 +19,8 @@ from ..artifact import Artifact
 from ..errors import BadInput
 from ..models import LanguageModel
 from ..pipeline import compress
-from ..planes import FLOATS, Packed, Plane
-from ..stages.rounding import Rounding
-from ..stages.vptq import LEVELS, Vptq
+from ..planes import Packed, Plane
 from .bitlinear import straight_through
-
-Floats = Mapping[str, torch.Tensor]
 
 
 class PlaneLinear(nn.Module):
@@ -37,14 +32,12 @@ class PlaneLinear(nn.Module):
 
     def __init__(self, layer: nn.Module, stage: stages.Stage, packed: Packed) -> None:
         super().__init__()
-        if type(stage) not in _DECODERS:
-            raise BadInput(f"recovery: {stage.name} has no float planes that can be trained; there are {_trainable()}")
         if packed.shared is not None:
             raise BadInput(f"recovery: {stage} shares its codebooks between layers; train with shared=false")
         self.stage, self.codes = stage, packed
         self.transposed = type(layer).__name__ == "Conv1D"
         self.bias: nn.Parameter | None = getattr(layer, "bias", None)
-        planes = {plane.name: plane.values.float() for plane in packed if plane.coding in FLOATS}
+        planes = packed.floats
         # A power of two, so that what is not trained comes back to the last bit.
         self.unit = {name: 2.0 ** round(math.log2(max(float(v.square().mean()), 1e-30)) / 2) for name, v in planes.items()}
         self.floats = nn.ParameterDict({name: nn.Parameter(v / self.unit[name]) for name, v in planes.items()})
@@ -59,7 +52,7 @@ class PlaneLinear(nn.Module):
         for name, unit in self.unit.items():
             value = self.floats[name] * unit
             floats[name] = straight_through(value, value.detach().to(self.codes[name].dtype).float())
-        return _DECODERS[type(self.stage)](self.stage, self.codes, floats)
+        return self.stage.dense(self.codes, floats)
 
     def packed(self) -> Packed:
         """The planes with the floats as they are now."""
@@ -95,8 +88,11 @@ def to_planes(
 
     start: an artifact of `model` with this stage; without one it is made in `folder`, which is removed again.
     """
-    if type(stage) not in _DECODERS:
-        raise BadInput(f"recovery: {stage.name} has no float planes that can be trained; there are {_trainable()}")
+    if not stage.trains_floats():
+        able = [name for name in stages.names() if type(stages.get(name)).trains_floats()]
+        raise BadInput(
+            f"recovery: {stage.name} has no float planes that can be trained; there are {', '.join(['ternary', *able])}"
+        )
     if start is None:
         artifact = compress(model, stage, folder, overwrite=True)
     else:
@@ -113,54 +109,3 @@ def to_planes(
         setattr(layers[parent], leaf, PlaneLinear(layers[owner], stage, packed))
     if start is None:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _trainable() -> str:
-    return "ternary, " + ", ".join(sorted(cls.name for cls in _DECODERS))
-
-
-def _rounding(stage: Rounding, packed: Packed, floats: Floats) -> torch.Tensor:
-    rows, columns = packed.shape
-    scale = floats["scale"]
-    group = math.ceil(columns / scale.shape[1])
-    codes = packed["codes"].to(scale.device, torch.float32)
-    codes = nn.functional.pad(codes, (0, group * scale.shape[1] - columns)).reshape(rows, -1, group)
-    if stage.symmetric:
-        values = (codes - (2 ** (stage.bits - 1) - 1)) * scale.unsqueeze(2)
-    else:
-        values = codes * scale.unsqueeze(2) + floats["minimum"].unsqueeze(2)
-    weight: torch.Tensor = values.reshape(rows, -1)[:, :columns] * _power(packed)
-    return weight
-
-
-def _vptq(stage: Vptq, packed: Packed, floats: Floats) -> torch.Tensor:
-    rows = packed.shape[0]
-    segments = stage.segments(packed.shape)
-    found, pieces = stage.columns(packed, segments), []
-    starts: dict[str, int] = {}
-    for s, mine in zip(segments, found, strict=True):
-        first = starts.get(s.plane, 0)
-        starts[s.plane] = first + len(mine)
-        values: torch.Tensor | float = 0.0
-        for level in range(len(s.sizes)):
-            book = floats[f"{s.plane}{LEVELS[level]}codebook"][s.group]
-            indices = packed[f"{s.plane}{LEVELS[level]}indices"][:, :, first : first + len(mine)].to(
-                book.device, torch.int64
-            )
-            parts = [book[part][indices[part].T] for part in range(s.parts)]  # [columns, chunks, v / parts] each
-            values = values + torch.stack(parts, 2)
-        assert isinstance(values, torch.Tensor)
-        pieces.append(values.reshape(len(mine), -1)[:, :rows])
-    order = torch.from_numpy(np.argsort(np.concatenate(found), kind="stable"))
-    out = torch.cat(pieces)[order.to(pieces[0].device)]
-    if stage.norm == "std":
-        out = out * floats["scale"].unsqueeze(1) + floats["mean"].unsqueeze(1)
-    weight: torch.Tensor = out.T * _power(packed)
-    return weight
-
-
-def _power(packed: Packed) -> float:
-    return 2.0 ** (128 - int(packed["exponent"]))
-
-
-_DECODERS: dict[type[stages.Stage], Callable[..., torch.Tensor]] = {Rounding: _rounding, Vptq: _vptq}
