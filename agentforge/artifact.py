@@ -31,7 +31,7 @@ from typing import Any
 import torch
 
 from . import stages
-from .errors import BadArtifact, BadInput
+from .errors import AgentForgeError, BadArtifact, BadInput
 from .models import SOURCE_FILE, LanguageModel, Weight
 from .planes import FLOATS, Packed, Plane, bits_per_value, stored_bytes, tensor_bytes
 from .tensorfiles import (
@@ -122,7 +122,11 @@ class Artifact:
     @property
     def ratio(self) -> float:
         """Whole model: 16 bits for every parameter, against the weight files on disk."""
-        return self.ratios[0].ratio
+        return self.ratio_to(16)
+
+    def ratio_to(self, bits: int) -> float:
+        """Whole model: `bits` (16 or 32) for every parameter, against the weight files on disk."""
+        return next(r.ratio for r in self.ratios if r.what == "whole model" and r.denominator.endswith(f"at {bits} bits"))
 
     def verify(self) -> list[str]:
         """Check every hash, shape and plane, and decode every tensor.  Returns what was checked.
@@ -348,9 +352,9 @@ class Writer:
                 )
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.partial / "lock", "w")  # noqa: SIM115  (held until the writer is closed)
         except OSError as error:
             raise BadInput(f"{self.partial}: cannot be made ({error.strerror}); choose another --out") from None
-        self._lock = open(self.partial / "lock", "w")  # noqa: SIM115  (held until the writer is closed)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -362,9 +366,9 @@ class Writer:
         if not self.finished:
             try:
                 self._go_on(overwrite)
-            except BaseException:
+            except BaseException as error:
                 self._lock.close()
-                raise
+                raise self._not_written(error) if isinstance(error, OSError) else error from None
 
     def _go_on(self, overwrite: bool) -> None:
         """Take up an unfinished run of the same recipe, or begin."""
@@ -382,10 +386,18 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self.finished:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if self.finished or not any(self.tensors.iterdir()):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
+        if isinstance(error, OSError):
+            raise self._not_written(error) from None
+
+    def _not_written(self, error: OSError) -> AgentForgeError:
+        return AgentForgeError(
+            f"{self.out}: could not be written ({error.strerror}); make room, then the same command goes on from what is "
+            "finished"
+        )
 
     def has(self, index: int) -> bool:
         """Whether tensor number `index` is finished."""

@@ -98,6 +98,12 @@ class LanguageModel:
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
 
     @property
+    def context(self) -> int | None:
+        """The most tokens the model takes at once, where its configuration says so."""
+        longest = self.config.get("max_position_embeddings") or self.config.get("n_positions")
+        return longest if isinstance(longest, int) else None
+
+    @property
     def side_files(self) -> list[Path]:
         """Configuration, tokenizer and licence: all files beside the weights that belong to the model."""
         found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()}

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, stages
 from .artifact import FORMAT, Artifact, Writer, relative_error
-from .errors import AgentForgeError, BadInput
+from .errors import BadInput
 from .models import LanguageModel, Weight, open_model
 from .planes import Packed
 from .statistics import Calibration, InputStatistics, collect
@@ -61,33 +61,26 @@ def compress(
     if stage.needs_statistics:
         calibration = calibration or Calibration()
         recipe["calibration"] = calibration.to_json()
-    try:
-        with Writer(out, recipe, overwrite) as writer:
-            if writer.finished:
-                return Artifact(out)
-            job = _Job(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
-            job.run(calibration, statistics)
-            return writer.finish(model, len(model.entries))
-    except OSError as error:
-        raise AgentForgeError(
-            f"{out}: could not be written ({error.strerror}); make room, then the same command goes on from what is finished"
-        ) from None
+    with Writer(out, recipe, overwrite) as writer:
+        if writer.finished:
+            return Artifact(out)
+        job = _Job(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
+        job.run(calibration, statistics)
+        return writer.finish(model, len(model.entries))
 
 
 def store(
     model: LanguageModel,
     stage: stages.Stage,
     packed: Mapping[str, Packed],
-    out: str | Path,
+    writer: Writer,
     *,
-    recipe: dict[str, Any],
     kept: Mapping[str, torch.Tensor] | None = None,
-    overwrite: bool = False,
     progress: bool = True,
 ) -> Artifact:
     """Write an artifact from planes that were made elsewhere (by training), one Packed for each weight that `stage` encoded.
 
-    kept: tensors that take the place of the model's own.  recipe: what the bytes depend on, as `compress` writes it.
+    writer: of the artifact, open, and not finished yet.  kept: tensors that take the place of the model's own.
     Raises BadInput where a name is not the model's, or planes and weight have other shapes.
     """
     kept = dict(kept or {})
@@ -103,19 +96,16 @@ def store(
             raise BadInput(f"{name}: is {list(model.entries[name].shape)}, the tensor to keep is {list(tensor.shape)}")
     reasons = {**dict.fromkeys(model.entries, "not encoded"), **model.kept(), **dict.fromkeys(kept, "trained")}
     names = sorted(model.entries)
-    with Writer(Path(out).expanduser(), recipe, overwrite) as writer:
-        if writer.finished:
-            return Artifact(out)
-        bar = tqdm(names, unit="tensor", leave=False, desc=f"writing {model.name}", disable=None if progress else True)
-        for index, name in enumerate(bar):
-            if writer.has(index):
-                continue
-            if name in touched:
-                error = relative_error(touched[name].load(), stage.decode(packed[name]))
-                writer.put_encoded(index, touched[name], stage, packed[name], error)
-            else:
-                writer.put_kept(index, name, kept.get(name, model.tensor(name)), reasons[name])
-        return writer.finish(model, len(names))
+    bar = tqdm(names, unit="tensor", leave=False, desc=f"writing {model.name}", disable=None if progress else True)
+    for index, name in enumerate(bar):
+        if writer.has(index):
+            continue
+        if name in touched:
+            error = relative_error(touched[name].load(), stage.decode(packed[name]))
+            writer.put_encoded(index, touched[name], stage, packed[name], error)
+        else:
+            writer.put_kept(index, name, kept.get(name, model.tensor(name)), reasons[name])
+    return writer.finish(model, len(names))
 
 
 @dataclass

@@ -148,17 +148,25 @@ def _windows(model: LanguageModel, calibration: Calibration) -> list[torch.Tenso
     if calibration.tokens < 1 or calibration.context < 1:
         raise BadInput(f"calibration: tokens={calibration.tokens}, context={calibration.context}; expected 1 or more")
     text = calibration.find()
-    # Tokenising megabytes for a few thousand tokens takes longer than it should: ten characters a token are plenty.
-    ids = model.tokenizer(text.text[: 10 * calibration.tokens + 10000], verbose=False)["input_ids"]
-    if len(ids) < calibration.tokens:
-        ids = model.tokenizer(text.text, verbose=False)["input_ids"]
+    ids = first_tokens(model, text.text, calibration.tokens, special=True)
     if len(ids) < calibration.tokens:
         raise BadInput(f"text {text.name}/{text.split} has {len(ids)} tokens; {calibration.tokens} were asked for")
-    return [torch.tensor([window]) for window in _cut(ids[: calibration.tokens], calibration.context)]
+    return [torch.tensor([ids[i : i + calibration.context]]) for i in range(0, len(ids), calibration.context)]
 
 
-def _cut(ids: list[int], context: int) -> list[list[int]]:
-    return [ids[i : i + context] for i in range(0, len(ids), context)]
+def first_tokens(model: LanguageModel, text: str, count: int, special: bool = False) -> list[int]:
+    """At most `count` token ids from the text's beginning; special: with those that the tokenizer puts around a text.
+
+    Tokenising megabytes for a few thousand tokens takes longer than it should: no more is read than needed.
+    """
+    ids: list[int] = []
+    characters = 10 * count + 1000
+    while len(ids) < count:
+        ids = model.tokenizer(text[:characters], add_special_tokens=special, verbose=False)["input_ids"]
+        if characters >= len(text):
+            break
+        characters *= 2
+    return ids[:count]
 
 
 def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict[str, str]:

@@ -35,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agentforge.evaluation.measurement import environment
 from agentforge.evaluation.texts import selftexts
 from agentforge.training.bitlinear import convert, without_double_norms
+from agentforge.training.recover import schedule
 
 ARMS = ("full precision", "BitNet b1.58")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
@@ -96,10 +97,8 @@ def train(arm: str, seed: int, rate: float, steps: int, options: argparse.Namesp
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     curve, began = [], time.perf_counter()
     for step in range(steps):
-        share = step / steps
-        factor = min(1.0, (step + 1) / max(1.0, 0.1 * steps)) * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
-            group["lr"] = rate * factor
+            group["lr"] = rate * math.prod(schedule(step, steps, warmup=0.1))
         rows = order[torch.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
         batch = windows[rows]
         optimizer.zero_grad()

@@ -243,7 +243,7 @@ def fallback_chain(workshop: Workshop) -> Measurement:
 def adaptive_ratio(workshop: Workshop) -> Measurement:
     """Ratio on disk, against 32 bits, that the size-adaptive table reaches on this model, over the one it promises."""
     stage, target = adaptive(workshop.model), size_of(workshop.model.parameters)
-    reached = 4 * workshop.model.parameters / workshop.artifact(str(stage)).weight_bytes
+    reached = workshop.artifact(str(stage)).ratio_to(32)
     return workshop.exact(
         reached / target.ratio,
         "share of target",

@@ -114,18 +114,19 @@ def divergences(
     losses = []
     names = ", ".join(model.name for model in models)
     for window in _bar(windows, f"{names} against {original.name}", progress):
-        theirs = [(logits.log_softmax(-1), targets) for logits, targets in _rows(original, window)]
-        losses += [-p.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double() for p, targets in theirs]
+        theirs = [(p := logits.log_softmax(-1), p.argmax(-1), targets) for logits, targets in _rows(original, window)]
+        losses += [-p.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double() for p, _, targets in theirs]
         for model, columns in zip(models, parts, strict=True):
-            for (p, targets), (logits, _) in zip(theirs, _rows(model, window), strict=True):
+            for (p, top, targets), (logits, _) in zip(theirs, _rows(model, window), strict=True):
                 q = logits.log_softmax(-1)
+                mine = q.argmax(-1)
                 columns.append(
                     (
                         (p.exp() * (p - q)).sum(-1).double(),
-                        (p.argmax(-1) == q.argmax(-1)).double(),
+                        (top == mine).double(),
                         -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
-                        (q.argmax(-1) == targets).double(),
-                        (p.argmax(-1) == targets).double(),
+                        (mine == targets).double(),
+                        (top == targets).double(),
                     )
                 )
     base = _perplexity(torch.cat(losses), protocol, original)
@@ -141,7 +142,7 @@ def _divergence(
         kl=Measurement(
             float(kl.mean()),
             "nats/token",
-            _stderr(kl),
+            standard_error(kl),
             len(kl),
             {**protocol, "metric": "KL(original || model)"},
             inputs=inputs,
@@ -170,9 +171,8 @@ def _plan(
         raise BadInput(
             f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}"
         )
-    longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
-    if isinstance(longest, int) and context > longest:
-        raise BadInput(f"context={context}: {model.name} takes at most {longest} tokens")
+    if model.context and context > model.context:
+        raise BadInput(f"context={context}: {model.name} takes at most {model.context} tokens")
     if tokens is not None and tokens < 2:
         raise BadInput(f"tokens={tokens}; expected 2 or more, for a standard error")
     if bos not in ("none", "text", "window"):
@@ -247,11 +247,12 @@ def _perplexity(losses: torch.Tensor, protocol: dict[str, Any], model: LanguageM
     value = math.exp(min(float(losses.mean()), 700.0))
     # The standard error of exp(mean) to first order.
     return Measurement(
-        value, "perplexity", value * _stderr(losses), len(losses), protocol, inputs={"model": model.fingerprint}
+        value, "perplexity", value * standard_error(losses), len(losses), protocol, inputs={"model": model.fingerprint}
     )
 
 
-def _stderr(values: torch.Tensor) -> float:
+def standard_error(values: torch.Tensor) -> float:
+    """Of the mean of independent values, float64[n]; NaN for fewer than two."""
     return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
 

@@ -110,27 +110,26 @@ def phase(
     found = None if model.is_classifier else evaluation.find_text(text)
     out.mkdir(parents=True, exist_ok=True)
     plain = compress(model, stage, out / "untrained", overwrite=overwrite, progress=progress)
-    protocol: dict[str, Any] = {"tokens": tokens, "context": _context(model), "progress": progress}
-    before, converted, _ = _quality(model, load(plain.path), found, protocol)
+    protocol: dict[str, Any] = {"tokens": tokens, "context": min(2048, model.context or 2048), "progress": progress}
+    before, converted, accuracy = _quality(model, load(plain.path), found, protocol)
     flow = _gradient_flow(model, stage, settings)
     rise = converted.value / before.value - 1
     trained = always_train or not rise <= gates.TRIGGER
-    artifact, after, history = plain, converted, []
+    after, history = converted, []  # type: Measurement, list[dict[str, Any]]
     if trained:
         done = recover(
             model, out / "quantized", _trainable(stage), settings, text=training_text, overwrite=overwrite, progress=progress
         )
         artifact, history = done.artifact, done.history
-    elif not (out / "quantized").exists():
-        shutil.copytree(plain.path, out / "quantized")
-        artifact = Artifact(out / "quantized")
+        _, after, accuracy = _quality(model, load(artifact.path), found, protocol)
+    else:
+        artifact = compress(model, stage, out / "quantized", overwrite=overwrite, progress=progress)
     shutil.rmtree(out / "dequantized", ignore_errors=True)
     dense = open_model(dequantize(artifact, out / "dequantized"))
-    _, after, accuracy = _quality(model, load(artifact.path), found, protocol)
     agreement = _agreement(dense, load(artifact.path), found, protocol)
     rise = after.value / before.value - 1
     target = size_of(model.parameters)
-    ratio = 4 * model.parameters / artifact.weight_bytes
+    ratio = artifact.ratio_to(32)
     checks = [
         Gate("tensors without a gradient", float(len(flow.missing + flow.zero + flow.infinite)), "<=", 0.0),
         Gate("rise of " + _loss_name(model), rise, "<=", gates.MAX_PERPLEXITY_RISE),
@@ -180,12 +179,6 @@ def _quality(
     found = evaluation.divergence(compressed, model, text, **protocol)
     right = found.original_accuracy.value  # a model that is never right has nothing to lose
     return found.original_perplexity, found.perplexity, found.accuracy.value / right if right else 1.0
-
-
-def _context(model: LanguageModel) -> int:
-    """2048, or as much as the model takes."""
-    longest = model.config.get("max_position_embeddings") or model.config.get("n_positions")
-    return min(2048, longest) if isinstance(longest, int) else 2048
 
 
 def _inverse(accuracy: Measurement) -> Measurement:

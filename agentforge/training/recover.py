@@ -27,15 +27,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__, digits, stages
-from ..artifact import FORMAT, Artifact
+from ..artifact import FORMAT, MANIFEST, Artifact, Writer
 from ..errors import BadInput
+from ..evaluation.likelihood import standard_error
 from ..evaluation.texts import Text, find_text
 from ..models import LanguageModel, open_model
 from ..pipeline import store
 from ..planes import Packed
 from ..stages.ternary import Ternary
-from ..statistics import Calibration
-from ..tensorfiles import index_file, read_json, read_tensor, write_json, write_tensors
+from ..statistics import Calibration, first_tokens
+from ..tensorfiles import index_file, read_json, read_tensor, sha256_file, write_json, write_tensors
 from .bitlinear import bit_linears, convert, set_blend
 from .mugrokfast import MuGrokfast, parameter_groups
 from .planelinear import plane_linears, to_planes
@@ -148,6 +149,7 @@ def recover(
     chosen = sorted(weights) if names is None else sorted(set(names))
     if odd := [name for name in chosen if name not in weights]:
         raise BadInput(f"{odd[0]}: is no weight of {model.name} that a stage may touch; `agentforge models` lists them")
+    begin = _start(stage, start)
     recipe = {
         "format": FORMAT,
         "agentforge": __version__,
@@ -159,33 +161,44 @@ def recover(
             **asdict(settings),
             "text": None if model.is_classifier else calibration.find().sha256,
             "weights": hashlib.sha256("\n".join(chosen).encode()).hexdigest(),
+            "start": begin and sha256_file(begin.path / MANIFEST),
         },
     }
-    if out.exists() and (done := _finished(out, recipe)):
-        return done
     work = out.with_name(out.name + ".training")
-    run = _Run(model, stage, settings, calibration, chosen, work, recipe, device, progress)
-    run.prepare(start, overwrite)
-    history = run.train()
-    packed, kept = run.result()
-    artifact = store(model, stage, packed, out, recipe=recipe, kept=kept, overwrite=overwrite, progress=progress)
-    write_json(out / "history.json", {"history": history})
-    shutil.rmtree(work, ignore_errors=True)
-    return _recovered(artifact, history)
+    with Writer(out, recipe, overwrite) as writer:  # held while training: what cannot be written is refused before it
+        history_file = out / "history.json"
+        if writer.finished and history_file.is_file():
+            history: Any = read_json(history_file)["history"]
+            return _recovered(Artifact(out), history)
+        run = _Run(model, stage, settings, calibration, chosen, work, recipe, device, progress)
+        run.prepare(begin, overwrite)
+        history = run.train()
+        packed, kept = run.result()
+        if not writer.finished:
+            store(model, stage, packed, writer, kept=kept, progress=progress)
+        write_json(history_file, {"history": history})
+        shutil.rmtree(work, ignore_errors=True)
+    return _recovered(Artifact(out), history)
 
 
-def _finished(out: Path, recipe: dict[str, Any]) -> Recovered | None:
-    try:
-        artifact = Artifact(out)
-        history = read_json(out / "history.json")["history"]
-    except BadInput:
+def _start(stage: stages.Stage, start: Artifact | str | Path | None) -> Artifact | None:
+    if start is None:
         return None
-    return _recovered(artifact, history) if artifact.manifest["recipe"] == recipe else None  # type: ignore[arg-type]
+    if isinstance(stage, Ternary):
+        raise BadInput(f"recovery: {stage} is trained from the model itself and takes no artifact to start with")
+    return start if isinstance(start, Artifact) else Artifact(start)
 
 
 def _recovered(artifact: Artifact, history: list[dict[str, Any]]) -> Recovered:
     looks = [Look(row["kl"], row["stderr"], row["top1"], row["n"]) for row in history]
     return Recovered(artifact, history, looks[0], min(looks[1:] or looks, key=lambda look: look.kl))
+
+
+def schedule(step: int, steps: int, warmup: float) -> tuple[float, float]:
+    """What the learning rate is multiplied by at a step (from 0): the rise, up to 1 over `warmup` (a share of the steps),
+    and the fall, from 1 along a cosine to a tenth."""
+    rise = min(1.0, (step + 1) / max(1.0, warmup * steps))
+    return rise, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class _Run:
@@ -208,12 +221,12 @@ class _Run:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.inputs, self.heldout = _data(model, calibration, settings)
 
-    def prepare(self, start: Artifact | str | Path | None, overwrite: bool) -> None:
+    def prepare(self, start: Artifact | None, overwrite: bool) -> None:
         """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
         settings, stage = self.settings, self.stage
-        self.teacher = self.model.model.to(self.device)
+        # The model is the caller's: it stays where it is, and as it is.
+        self.teacher = self.model.model if self.device.type == "cpu" else copy.deepcopy(self.model.model).to(self.device)
         self.student = copy.deepcopy(self.teacher)
-        self.teacher.requires_grad_(False)
         self.student.requires_grad_(False)
         if isinstance(stage, Ternary):
             if stage.rule != "absmean":
@@ -299,9 +312,7 @@ class _Run:
         """Forward, backward, and one step of the optimizer.  Returns the loss."""
         settings = self.settings
         self.student.train()
-        rise = min(1.0, (self.step + 1) / max(1.0, settings.warmup * settings.steps))
-        share = self.step / settings.steps
-        fall = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * share))
+        rise, fall = schedule(self.step, settings.steps, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * rise * fall
         set_blend(self.student, rise if settings.warmup > 0 else 1.0)
@@ -354,8 +365,7 @@ class _Run:
                 kl.append((theirs.exp() * (theirs - ours)).sum(-1).double().cpu())
                 same.append((theirs.argmax(-1) == ours.argmax(-1)).double().cpu())
         values = torch.cat(kl)
-        stderr = float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-        return Look(float(values.mean()), stderr, float(torch.cat(same).mean()), len(values))
+        return Look(float(values.mean()), standard_error(values), float(torch.cat(same).mean()), len(values))
 
     def _note(self, losses: list[float], began: float) -> None:
         """Look, add a row to the history, and write a checkpoint; the best state goes to a file of its own."""
@@ -465,11 +475,11 @@ def _data(model: LanguageModel, calibration: Calibration, settings: Settings) ->
         held = max(1, min(settings.heldout, len(pictures) // 10))
         return pictures[:-held], pictures[-held:]
     text = calibration.find()
-    inputs = _cut(_tokens(model, text.text, calibration.tokens), settings.context, text)
+    inputs = _cut(first_tokens(model, text.text, calibration.tokens), settings.context, text)
     count = max(1, settings.heldout // settings.context)
     if text.name in HELDOUT:
         other = find_text(text.name, HELDOUT[text.name])
-        return inputs, _cut(_tokens(model, other.text, count * settings.context), settings.context, other)[:count]
+        return inputs, _cut(first_tokens(model, other.text, count * settings.context), settings.context, other)[:count]
     count = min(count, max(1, len(inputs) // 20))
     if len(inputs) <= count:
         raise BadInput(f"text {text.name} has {len(inputs)} windows of {settings.context} tokens; too few to hold some out")
@@ -481,19 +491,7 @@ def windows(model: LanguageModel, text: str | Text, count: int, context: int) ->
     if model.is_classifier:
         return digits.data()[0]
     found = Calibration(text).find()
-    return _cut(_tokens(model, found.text, count * context), context, found)
-
-
-def _tokens(model: LanguageModel, text: str, count: int) -> list[int]:
-    """At most `count` tokens from the text's beginning, tokenised no further than needed."""
-    ids: list[int] = []
-    characters = 5 * count + 1000
-    while len(ids) < count:
-        ids = model.tokenizer(text[:characters], add_special_tokens=False, verbose=False)["input_ids"]
-        if characters >= len(text):
-            break
-        characters *= 2
-    return ids[:count]
+    return _cut(first_tokens(model, found.text, count * context), context, found)
 
 
 def _cut(ids: list[int], context: int, text: Text) -> torch.Tensor:

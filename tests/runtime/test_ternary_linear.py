@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.util
 import json
 import os
 import pickle
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -496,12 +497,10 @@ def test_packing_is_undone() -> None:
     assert padded.shape == (3, 4, 64) and np.count_nonzero(padded[-1, -1].numpy()) > 0
 
 
-def test_the_benchmark_measures_and_tells(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    file = Path(__file__).parents[2] / "benchmarks" / "ternary_speed.py"
-    spec = importlib.util.spec_from_file_location("benchmark_ternary_speed", file)
-    assert spec is not None and spec.loader is not None
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
+def test_the_benchmark_measures_and_tells(
+    load_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    benchmark = load_benchmark("ternary_speed")
     for name, value in {"SHAPES": [(8, 64)], "TOKENS": [1, 5], "OUT_OF_CACHE": 1000, "BLOCK": 1e-5}.items():
         monkeypatch.setattr(benchmark, name, value)
     monkeypatch.setattr(benchmark, "read_bandwidth", lambda: 1e10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from torch import nn
 
 import agentforge as af
 from agentforge import handoff, tracking
+from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
 from agentforge.models import LanguageModel
@@ -85,7 +87,11 @@ def test_nineteen_metrics_are_there_and_can_be_read_back(tmp_path: Path, monkeyp
     assert tracking.read(tmp_path) == values
     pytest.importorskip("wandb")
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    found = {key: value for row in history(file) for key, value in row.items() if not key.startswith("_")}
+    found: dict[str, float] = {}
+    until = time.monotonic() + 30  # W&B's own process writes the last block a moment later, on a busy machine some seconds
+    while not found and time.monotonic() < until:
+        found = {key: value for row in history(file) for key, value in row.items() if not key.startswith("_")}
+        time.sleep(0.1)
     assert found == values
 
 
@@ -236,6 +242,21 @@ def test_the_phase_of_a_classifier(digits: LanguageModel, tmp_path: Path) -> Non
     assert result.metrics["compression/accuracy_preserved"] > 0.9
     assert [gate.passed for gate in result.gates if gate.name == "drop of accuracy"] == [True]
     assert handoff.check_handoff(tmp_path / "out", 4, progress=False)
+
+
+def test_a_model_that_keeps_its_quality_is_not_trained_and_nothing_stale_is_handed_over(
+    digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gates, "TRIGGER", 1e9)
+    first = phase(digits, tmp_path / "out", progress=False)
+    assert not first.trained
+    assert first.metrics["compression/post_finetune_perplexity"] == first.metrics["compression/post_perplexity"]
+    with pytest.raises(BadInput, match="pass --overwrite"):
+        phase(digits, tmp_path / "out", stage="ternary:rule=threshold,tau=0.1", progress=False)
+    other = phase(digits, tmp_path / "out", stage="ternary:rule=threshold,tau=0.1", overwrite=True, progress=False)
+    assert other.metrics["compression/sparsity_ratio"] != first.metrics["compression/sparsity_ratio"]
+    stages = {row["stage"]["rule"] for row in Artifact(tmp_path / "out/quantized").rows if row["stage"]}
+    assert stages == {"threshold"}
 
 
 def test_another_stage_is_refused(digits: LanguageModel, tmp_path: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,14 +15,8 @@ from torch.nn import functional as F
 
 
 @pytest.fixture(scope="module")
-def grokking() -> ModuleType:
-    file = Path(__file__).parents[2] / "benchmarks" / "grokking.py"
-    spec = importlib.util.spec_from_file_location("benchmark_grokking", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def grokking(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("grokking")
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,70 @@ def test_another_recipe_does_not_take_up_a_checkpoint(
     assert json.loads((tmp_path / "out/agentforge.json").read_text())["recipe"]["training"]["lr"] == 1e-3
 
 
+def never(*_: object) -> object:
+    raise AssertionError("nothing should have been trained")
+
+
+def test_what_is_in_the_way_is_found_before_training(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = af.open_model(tiny_llama)
+    af.compress(model, "ternary", tmp_path / "out", progress=False)
+    before = (tmp_path / "out/agentforge.json").read_bytes()
+    with monkeypatch.context() as context:
+        context.setattr(module._Run, "_one_step", never)
+        with pytest.raises(BadInput, match="pass --overwrite"):
+            recover(model, tmp_path / "out", settings=QUICK, text=TEXT, progress=False)
+    assert (tmp_path / "out/agentforge.json").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert recover(model, tmp_path / "out", settings=QUICK, text=TEXT, overwrite=True, progress=False).artifact.verify()
+
+
+def test_a_run_killed_before_its_history_goes_on(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, write = af.open_model(tiny_llama), module.write_json
+
+    def killed(path: Path, data: object) -> None:
+        if path.name == "history.json":
+            raise KeyboardInterrupt
+        write(path, data)
+
+    with monkeypatch.context() as context:
+        context.setattr(module, "write_json", killed)
+        with pytest.raises(KeyboardInterrupt):
+            recover(model, tmp_path / "out", settings=QUICK, text=TEXT, progress=False)
+    weights = (tmp_path / "out/model.safetensors").read_bytes()
+    monkeypatch.setattr(module._Run, "_one_step", never)
+    done = recover(model, tmp_path / "out", settings=QUICK, text=TEXT, progress=False)
+    assert [row["step"] for row in done.history] == [0, 4, 8, 12]
+    assert (tmp_path / "out/model.safetensors").read_bytes() == weights
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_training_starts_from_is_in_the_recipe(tiny_llama: Path, tmp_path: Path) -> None:
+    """Two starts give two runs: the second does not pass for the first."""
+    model, spec = af.open_model(tiny_llama), "rounding:bits=3,group=16"
+    plain = af.compress(model, spec, tmp_path / "plain", progress=False)
+    other = dataclasses.replace(QUICK, lr=1e-2)
+    trained = recover(model, tmp_path / "trained", spec, other, text=TEXT, start=plain, progress=False).artifact
+    first = recover(model, tmp_path / "out", spec, QUICK, text=TEXT, start=plain, progress=False)
+    with pytest.raises(BadInput, match="pass --overwrite"):
+        recover(model, tmp_path / "out", spec, QUICK, text=TEXT, start=trained, progress=False)
+    second = recover(model, tmp_path / "out", spec, QUICK, text=TEXT, start=trained, overwrite=True, progress=False)
+    assert second.before.kl < first.before.kl
+    with pytest.raises(BadInput, match="takes no artifact to start with"):
+        recover(model, tmp_path / "no", settings=QUICK, text=TEXT, start=plain)
+
+
+def test_the_model_stays_as_it_was(tiny_llama: Path, tmp_path: Path) -> None:
+    model = af.open_model(tiny_llama)
+    before = {name: (p.requires_grad, p.clone()) for name, p in model.model.named_parameters()}
+    recover(model, tmp_path / "out", settings=QUICK, text=TEXT, progress=False)
+    for name, parameter in model.model.named_parameters():
+        assert parameter.requires_grad == before[name][0]
+        assert torch.equal(parameter, before[name][1])
+    assert not model.model.training
+
+
 def test_it_stops_when_nothing_gets_better(tiny_llama: Path, tmp_path: Path) -> None:
     """At a rate of 5 every step does damage: two looks later it is over, and the best state is what is kept."""
     settings = dataclasses.replace(QUICK, steps=100, lr=5.0, warmup=0.0, evaluate=2, patience=2)
