@@ -118,6 +118,7 @@ def compress(
     workers: Annotated[
         int | None, typer.Option(help="Threads (default: one a core); the bytes do not depend on it.")
     ] = None,
+    device: Annotated[str, typer.Option(help="cuda searches on a GPU where the stage can; same bytes.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
     calibration: Annotated[
         str, typer.Option(help="Text for stages that need input statistics: selftext, wikitext2 or a text file.")
@@ -141,6 +142,7 @@ def compress(
         embeddings=embeddings,
         seed=seed,
         workers=workers,
+        device=device,
         overwrite=overwrite,
         progress=not as_json,
         calibration=Calibration(calibration, calibration_tokens),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ def compress(
     embeddings: bool = False,
     seed: int = 0,
     workers: int | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,
     calibration: Calibration | None = None,
@@ -37,7 +39,8 @@ def compress(
 
     model: an opened model, or what `open_model` takes.  stage: a stage, or text such as "rounding:bits=4,group=64".
     embeddings: encode the token embedding (and an output head of its own), too.  workers: threads, each with one tensor
-    in hand (default: one a core); the bytes do not depend on it.  overwrite: replace an artifact of another recipe.
+    in hand (default: one a core).  device: "cuda" searches on a GPU in the stages that can.  The bytes depend on neither.
+    overwrite: replace an artifact of another recipe.
     calibration: text for stages that need statistics.  statistics: what `statistics.collect` gave for this model and
     calibration, where it is at hand already.
 
@@ -49,6 +52,7 @@ def compress(
     stage.check()
     if workers is not None and workers < 1:
         raise BadInput(f"workers={workers}; expected 1 or more")
+    place = _device(device)
     out = Path(out).expanduser()
     recipe: dict[str, Any] = {
         "format": FORMAT,
@@ -64,9 +68,18 @@ def compress(
     with Writer(out, recipe, overwrite) as writer:
         if writer.finished:
             return Artifact(out)
-        job = _Job(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, progress)
+        job = _Job(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, place, progress)
         job.run(calibration, statistics)
         return writer.finish(model, len(model.entries))
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device {name!r}: torch has no such device here; use cpu") from None
+    return device
 
 
 def store(
@@ -118,6 +131,7 @@ class _Job:
     embeddings: bool
     seed: int
     workers: int
+    device: torch.device
     progress: bool
 
     def run(self, calibration: Calibration | None, statistics: Mapping[str, InputStatistics] | None) -> None:
@@ -156,13 +170,16 @@ class _Job:
         """The planes that the weights share, from an earlier run or fitted now; None for stages that share none."""
         layout = self.stage.shared_layout()
         if layout and not self.writer.has_shared():
-            layers = [stages.Layer(weight.name, weight.load, statistics.get(weight.name)) for weight in touched]
+            layers = [stages.Layer(w.name, partial(self._load, w), statistics.get(w.name)) for w in touched]
             self.writer.put_shared(self.stage, self.stage.fit_shared(layers, self.seed))
         return self.writer.shared(self.stage) if layout else None
 
+    def _load(self, weight: Weight) -> torch.Tensor:
+        return weight.load().to(self.device)
+
     def _encode(self, index: int, weight: Weight, stats: InputStatistics | None, shared: Packed | None) -> None:
         dense = weight.load()
-        packed = self.stage.encode(dense, stats, self.seed, name=weight.name, shared=shared)
+        packed = self.stage.encode(dense.to(self.device), stats, self.seed, name=weight.name, shared=shared)
         decoded = self.stage.decode(packed)
         if not torch.isfinite(decoded).all():
             raise BadInput(f"{weight.name}: {self.stage} decodes to values that are not finite; leave it out or scale it")

@@ -258,6 +258,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run: Run, small: Path, tmp_pa
     assert_refused(run("compress", "digits-mlp", "--stage", "rounding:magic=1", *out), 2, "'magic'", "group")
     assert_refused(run("compress", "digits-mlp", "--stage", "rounding:bits", *out), 2, "setting=value")
     assert_refused(run("compress", "digits-mlp", "--stage", "ternary", *out, "--workers", 0), 2, "workers=0")
+    assert_refused(run("compress", "digits-mlp", "--stage", "ternary", *out, "--device", "nowhere"), 2, "device 'nowhere'")
     assert_refused(run("compress", "digits-mlp", "--stage", "ternary", "--out", tmp_path), 2, str(tmp_path))
     assert_refused(run("inspect", tmp_path / "missing"), 2, "missing")
     assert_refused(run("inspect", tmp_path), 2, "agentforge.json is missing")

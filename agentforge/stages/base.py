@@ -35,11 +35,23 @@ class Layer(NamedTuple):
     stats: InputStatistics | None
 
 
+def kernels_for(device: torch.device) -> Any:
+    """The module of Triton kernels for a CUDA device, None for the CPU.  Raises BadInput where Triton is missing."""
+    if device.type != "cuda":
+        return None
+    try:
+        from . import triton_kernels
+    except ImportError:
+        raise BadInput(f"device {device}: Triton is not installed; install it, or encode on the CPU") from None
+    return triton_kernels
+
+
 @dataclass(frozen=True)
 class Stage:
     """One way to encode a weight.  Subclasses add settings as fields and a class variable `name`."""
 
     name: ClassVar[str]
+    uses_gpu: ClassVar[bool] = False  # whether `_encode` has kernels for a weight on a GPU, with the CPU's results
 
     @property
     def needs_statistics(self) -> bool:
@@ -61,6 +73,8 @@ class Stage:
         random numbers.  name: the tensor's name, for messages.  shared: what `fit_shared` gave, for stages that share
         planes between weights.  Same arguments, same planes, bit for bit, whatever the number of threads.
 
+        A weight on a GPU is searched there by the stages that can (SeedLM's seeds, VPTQ's k-means); the planes are the same.
+
         Raises BadInput for settings out of range, for a weight that is not a finite, non-empty float matrix, and for
         statistics of another size.
         """
@@ -70,7 +84,7 @@ class Stage:
             raise BadInput(f"{name}: expected a non-empty matrix [out, in], found {shape}")
         if weight.dtype not in FLOAT_DTYPES:
             raise BadInput(f"{name}: expected a float dtype, found {weight.dtype}")
-        values = weight.detach().to("cpu", torch.float32).contiguous()
+        values = weight.detach().to(weight.device if self.uses_gpu else "cpu", torch.float32).contiguous()
         low, high = torch.aminmax(values)  # either is NaN where any value is; faster than asking each
         if not math.isfinite(float(low)) or not math.isfinite(float(high)):
             nan, inf = int(values.isnan().sum()), int(values.isinf().sum())

@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numba import njit, types
 from numba.extending import intrinsic
 
+from .base import kernels_for
+
+CPU = torch.device("cpu")
 LANES = 128  # centroids a block
 SPREAD = 8192  # most centroids that k-means++ places
 CHUNK = 4096  # vectors a task; with the chunk's scores it stays in the cache
@@ -53,12 +57,15 @@ class Codebook:
         return cls(blocks, halves.reshape(count, LANES))
 
 
-def nearest(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1) -> np.ndarray:
+def nearest(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1, device: torch.device = CPU) -> np.ndarray:
     """Index of the nearest centroid of every vector: int32[n].
 
-    vectors: float32[n, v], C-contiguous.  centroids: float32[k, v].  threads: share the vectors among so many; the
-    result does not depend on it.
+    vectors: float32[n, v], C-contiguous.  centroids: float32[k, v].  threads: share the vectors among so many.  device:
+    where to compute.  The result does not depend on either.
     """
+    if kernels := kernels_for(device):
+        on_device = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (vectors, centroids))
+        return np.asarray(kernels.nearest(*on_device).cpu())
     book = Codebook.of(centroids)
     found = np.empty(len(vectors), np.int32)
     like = (0,) * vectors.shape[1]
@@ -91,6 +98,7 @@ def kmeans(
     iterations: int = 100,
     tolerance: float = 1e-4,
     threads: int = 1,
+    device: torch.device = CPU,
 ) -> Clusters:
     """Lloyd's algorithm: nearest centroids and weighted means by turns.
 
@@ -103,7 +111,7 @@ def kmeans(
     centroids = spread_start(vectors, k, mass, seed) if start is None else np.array(start, np.float32)
     last = np.inf
     for done in range(iterations + 1):
-        labels = nearest(vectors, centroids, threads)
+        labels = nearest(vectors, centroids, threads, device)
         moments = _moments(vectors, mass, centroids, labels)
         inertia = float((mass * moments[2]).sum())
         if done == iterations or inertia == 0 or (done and last - inertia <= tolerance * last):

@@ -28,6 +28,7 @@ The search is exact, and seldom looks at a seed twice: see `_Tables` and `_searc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
@@ -38,7 +39,7 @@ from numba import njit
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, exponent_plane, times_power_of_two
-from .base import Stage, register
+from .base import Stage, kernels_for, register
 
 if TYPE_CHECKING:
     from ..statistics import InputStatistics
@@ -87,6 +88,7 @@ class SeedLM(Stage):
     """
 
     name: ClassVar[str] = "seedlm"
+    uses_gpu: ClassVar[bool] = True
     bits: int = 0
     K: int = 16
     C: int = 0
@@ -131,17 +133,16 @@ class SeedLM(Stage):
         if self.weighted and stats is None:
             raise BadInput("seedlm: weighted=True needs the layer's input statistics; compress a model, or pass stats")
         C, P = self.geometry
+        device, weight = weight.device, weight.cpu()
         power = _power_of_two(weight.numpy())
         blocks = _blocks(times_power_of_two(weight, power).numpy(), C)
-        tables = _tables(self.K, C, P)
-        seeds = np.empty(len(blocks), np.uint32)
-        codes = np.empty((len(blocks), P + 1), np.int8)
         rule = (LEAST_EXPONENT, LARGEST_EXPONENT, 0 if self.exponent == "printed" else -2, 1 if self.refine else 0)
+        search = _searcher(self.K, C, P, rule, device)
         if self.weighted:
             assert stats is not None
-            _search_weighted(blocks, weight.shape[1], stats.diagonal.numpy(), tables, rule, seeds, codes)
+            seeds, codes = _search_weighted(blocks, P, weight.shape[1], stats.diagonal.numpy(), search)
         else:
-            _search(blocks, np.ones(C), tables.groups, tables.seeds, tables.values, tables.states, rule, seeds, codes)
+            seeds, codes = search(blocks, None)
         shape = (weight.shape[0], weight.shape[1])
         numbers = torch.from_numpy(codes.astype(np.int16) & 15)  # four bits, two's complement
         return Packed(
@@ -266,29 +267,45 @@ def _tables(K: int, C: int, P: int) -> _Tables:
     return _Tables(groups.reshape(chunks, C, -1), seeds.reshape(chunks * CHUNK, g, D - r, C), values, states)
 
 
+Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarray]]
+
+
+def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: torch.device) -> Search:
+    """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
+    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None where all are 1."""
+    if kernels := kernels_for(device):
+        return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
+    tables = _tables(K, C, P)
+    room: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
+
+    def search(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+        groups, others = tables.groups, tables.seeds
+        if h is not None:
+            room[:] = room or [np.empty_like(groups), np.empty_like(others)]
+            _reweigh(tables.groups, tables.seeds, P, h, *room)
+            groups, others = room
+        seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
+        importance = np.ones(C) if h is None else h
+        _search(blocks, importance, groups, others, tables.values, tables.states, rule, seeds, codes)
+        return seeds, codes
+
+    return search
+
+
 def _search_weighted(
-    blocks: np.ndarray,
-    columns: int,
-    moments: np.ndarray,
-    tables: _Tables,
-    rule: tuple[int, int, int, int],
-    seeds: np.ndarray,
-    codes: np.ndarray,
-) -> None:
-    """`_search` with the error of each weight times its input's second moment: blocks that lie at the same columns share
-    their importance, and tables made for it."""
+    blocks: np.ndarray, P: int, columns: int, moments: np.ndarray, search: Search
+) -> tuple[np.ndarray, np.ndarray]:
+    """`search` with the error of each weight times its input's second moment: blocks that lie at the same columns share
+    their importance."""
     importance = moments.astype(np.float64) / max(float(moments.mean(dtype=np.float64)), 1e-300)
     importance = np.maximum(importance, FLOOR)
     C = blocks.shape[1]
     step = columns // math.gcd(columns, C)  # after so many blocks the columns come round again
-    groups, others = np.empty_like(tables.groups), np.empty_like(tables.seeds)
+    seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
     for start in range(min(step, len(blocks))):
         h = importance[(start * C + np.arange(C)) % columns]
-        _reweigh(tables.groups, tables.seeds, codes.shape[1] - 1, h, groups, others)
-        mine = np.ascontiguousarray(blocks[start::step])
-        my_seeds, my_codes = np.empty(len(mine), np.uint32), np.empty((len(mine), codes.shape[1]), np.int8)
-        _search(mine, h, groups, others, tables.values, tables.states, rule, my_seeds, my_codes)
-        seeds[start::step], codes[start::step] = my_seeds, my_codes
+        seeds[start::step], codes[start::step] = search(np.ascontiguousarray(blocks[start::step]), h)
+    return seeds, codes
 
 
 # The compiler may fuse products and sums and assume that there are no NaNs; it may not reorder sums.

@@ -48,7 +48,7 @@ import torch
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
 from .base import Layer, Stage, register
-from .kmeans import Codebook, kmeans
+from .kmeans import CPU, Codebook, kmeans
 from .propagation import add_product, gather, scatter, sweep_block, unit_factor
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class Vptq(Stage):
     """
 
     name: ClassVar[str] = "vptq"
+    uses_gpu: ClassVar[bool] = True
     bits: int = 0
     v: int = 0
     k: int = 0
@@ -235,16 +236,16 @@ class Vptq(Stage):
         return len(segments) > 1 and (self.permute or bool(segments[0].plane))
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
-        shape = (weight.shape[0], weight.shape[1])
+        shape, device = (weight.shape[0], weight.shape[1]), weight.device
         problem, segments = self._prepare(weight, stats), self.segments(shape)
         factor = _factor(problem)
-        books = [[self._train([_vectors(problem, s, problem.weight)], s, 0, seed)] for s in segments]
+        books = [[self._train([_vectors(problem, s, problem.weight)], s, 0, seed, device)] for s in segments]
         codes = _sweep(problem, segments, books, factor)
         if len(segments[-1].sizes) > 1:
             left = codes.target - (problem.weight - codes.error)
             for s, book in zip(segments, books, strict=True):
                 if len(s.sizes) > 1:
-                    book.append(self._train([_vectors(problem, s, left)], s, 1, seed))
+                    book.append(self._train([_vectors(problem, s, left)], s, 1, seed, device))
             codes = _sweep(problem, segments, books, factor)
         return self._pack(shape, segments, *self._refine(problem, segments, books, codes))
 
@@ -257,11 +258,11 @@ class Vptq(Stage):
 
     def fit_shared(self, layers: Sequence[Layer], seed: int = 0) -> Packed:
         """The codebooks: k-means on as many vectors of each layer, the residual's on their errors in a first pass."""
-        segments = self.segments((1, 4096))
+        segments, device = self.segments((1, 4096)), layers[0].load().device
         books: Books = [[] for _ in segments]
 
         def sample(layer: Layer, level: int) -> dict[tuple[str, int], tuple[np.ndarray, np.ndarray]]:
-            problem = self._prepare(layer.load().to("cpu", torch.float32).contiguous(), layer.stats)
+            problem = self._prepare(layer.load().contiguous(), layer.stats)
             mine = self.segments((problem.rows, len(problem.weight)))
             source = problem.weight
             if level:
@@ -278,11 +279,12 @@ class Vptq(Stage):
             for s, book in zip(segments, books, strict=True):
                 sets = [vectors[s.plane, s.group] for vectors in found if (s.plane, s.group) in vectors]
                 if level < len(s.sizes):
-                    book.append(self._train(sets or [_no_vectors(s)], s, level, seed))
+                    book.append(self._train(sets or [_no_vectors(s)], s, level, seed, device))
         return Packed((1, 1), tuple(_book_planes(segments, books)))
 
     def _prepare(self, weight: torch.Tensor, stats: InputStatistics | None) -> Problem:
         """The layer in the order of processing, with its damped Hessian in units of its mean diagonal."""
+        weight = weight.to("cpu", torch.float32)
         exponent = power_of_two_exponent(weight)
         columns = np.ascontiguousarray(times_power_of_two(weight, exponent).numpy().T)
         n, rows = columns.shape
@@ -317,7 +319,9 @@ class Vptq(Stage):
             exponent,
         )
 
-    def _train(self, sets: list[tuple[np.ndarray, np.ndarray]], segment: Segment, level: int, seed: int) -> np.ndarray:
+    def _train(
+        self, sets: list[tuple[np.ndarray, np.ndarray]], segment: Segment, level: int, seed: int, device: torch.device = CPU
+    ) -> np.ndarray:
         """A codebook by k-means on all these vectors: float32[parts, k, v / parts], of half floats.
 
         sets: vectors float32[parts, n, v / parts] and their weights, of one layer each.
@@ -330,7 +334,7 @@ class Vptq(Stage):
             mass = weights if self.weighted else None
             threads = (os.cpu_count() or 1) if self.shared else 1
             book[part] = kmeans(
-                vectors[part], k, mass, seed=seed, iterations=ITERATIONS, tolerance=1e-3, threads=threads
+                vectors[part], k, mass, seed=seed, iterations=ITERATIONS, tolerance=1e-3, threads=threads, device=device
             ).centroids
         return _half(book)
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from agentforge import stages
+from agentforge.errors import BadInput
 from agentforge.planes import times_power_of_two
-from agentforge.stages import kmeans, seedlm
+from agentforge.stages import base, kmeans, seedlm
+from agentforge.statistics import InputStatistics
 
 pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86-64")
 from agentforge.stages import triton_kernels as kernels
@@ -198,6 +203,46 @@ def test_planes_are_those_of_the_stage(settings: dict[str, Any]) -> None:
     assert (seeds == packed["seeds"].numpy()).all()
     assert (codes[:, 0] & 15 == packed["exponents"].numpy()).all()
     assert (codes[:, 1:] & 15 == packed["coefficients"].numpy()).all()
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["seedlm:K=9,C=8,P=3", "seedlm:K=8,C=8,P=3,weighted=true", "vptq:v=2,k=16,residual=4", "vptq:v=2,k=16,shared=true"],
+)
+def test_a_stage_encodes_to_the_same_planes_by_these_kernels(
+    spec: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU by its device alone; without one, the interpreter's kernels take the place of the CPU's."""
+    stage, device = stages.parse(spec), torch.device(DEVICE)
+    weight = torch.from_numpy(gaussian(24, 16, 5))
+    seen = InputStatistics(torch.from_numpy((x := gaussian(64, 16, 6)).T @ x / 64), 64)
+    layers = [stages.Layer("a", weight.clone, seen), stages.Layer("b", lambda: 2 * weight.flip(0), seen)]
+    shared = stage.fit_shared(layers) if stage.shared_layout() else None
+    expected = stage.encode(weight, seen, shared=shared)
+    calls = []
+
+    def kernels_for(asked: torch.device) -> object:
+        assert asked.type == DEVICE
+        calls.append(asked)
+        return kernels
+
+    for module in (seedlm, kmeans):
+        monkeypatch.setattr(module, "kernels_for", kernels_for)
+    moved = [layer._replace(load=lambda layer=layer: layer.load().to(device)) for layer in layers]
+    if shared is not None:
+        again = stage.fit_shared(moved)
+        assert again.sha256 == shared.sha256
+    assert stage.encode(weight.to(device), seen, shared=shared).sha256 == expected.sha256
+    assert calls
+
+
+def test_a_weight_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert base.kernels_for(torch.device("cpu")) is None
+    assert base.kernels_for(torch.device("cuda")) is kernels
+    monkeypatch.setitem(sys.modules, "agentforge.stages.triton_kernels", None)
+    monkeypatch.delattr(stages, "triton_kernels")
+    with pytest.raises(BadInput, match="device cuda: Triton is not installed"):
+        base.kernels_for(torch.device("cuda"))
 
 
 def test_blocks_may_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
