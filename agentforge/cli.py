@@ -352,6 +352,56 @@ def recover(
 
 
 @app.command()
+def pipeline(
+    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
+    chain: Annotated[Path, typer.Argument(help="A YAML file of steps, settings to try, and gates.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the artifact and the journal; the same one goes on.")],
+    workers: Annotated[int | None, typer.Option(help="Threads (default: one a core).")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Discard what another chain has made there.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Take a model through a chain of stages with gates; a step that fails them is rolled back (exit code 1)."""
+    from .chain import run_chain
+
+    result = run_chain(model, chain, out_dir, workers=workers, overwrite=overwrite, progress=not as_json)
+    path = str(result.artifact.path) if result.artifact else None
+    _show(
+        {"path": path, "finished": result.finished, "attempts": result.attempts},
+        as_json,
+        lambda: _table(
+            "step",
+            "setting",
+            "ratio",
+            "of this step",
+            "error",
+            "retention",
+            "in total",
+            "decision",
+            rows=[_attempt_cells(row) for row in result.attempts],
+            right=(2, 3, 4, 5, 6),
+            caption="\n".join(
+                [
+                    *(f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]),
+                    f"accepted: {path or 'nothing; the original stands'}",
+                ]
+            ),
+        ),
+    )
+    if not result.finished:
+        raise typer.Exit(1)
+
+
+def _attempt_cells(row: dict[str, Any]) -> list[str]:
+    found = row.get("measured", {})
+    cells = []
+    for name in ("ratio", "step_ratio", "error", "retention", "total_retention"):
+        measured = found.get(name, {"value": float("nan"), "stderr": None})
+        spread = "" if measured["stderr"] is None else f" ± {measured['stderr']:.3f}"
+        cells.append(f"{measured['value']:.3f}{spread}")
+    return [row["name"], row["setting"]["stage"], *cells, row["decision"]]
+
+
+@app.command()
 def audit(
     report: Annotated[str, typer.Argument(help="Which report.")] = "phase4_bitnet",
     model: Annotated[str | None, typer.Option(help="Measure on this model (default: the report's own).")] = None,

@@ -33,7 +33,8 @@ class Divergence(NamedTuple):
 
     kl: mean KL(original || compressed) in nats a token.  top1: share of tokens at which both have the same most likely
     next token.  perplexity, original_perplexity: of the two, on the same tokens.  accuracy, original_accuracy: share of
-    tokens at which the most likely next token is the one that follows.
+    tokens at which the most likely next token is the one that follows.  retention: accuracy over original accuracy;
+    perplexity_retention: original perplexity over perplexity; the standard errors of both are of pairs, token by token.
     """
 
     kl: Measurement
@@ -42,6 +43,8 @@ class Divergence(NamedTuple):
     original_perplexity: Measurement
     accuracy: Measurement
     original_accuracy: Measurement
+    retention: Measurement
+    perplexity_retention: Measurement
 
 
 class _Window(NamedTuple):
@@ -129,15 +132,21 @@ def divergences(
                         (top == targets).double(),
                     )
                 )
-    base = _perplexity(torch.cat(losses), protocol, original)
-    return [_divergence(model, base, columns, protocol) for model, columns in zip(models, parts, strict=True)]
+    base = torch.cat(losses)
+    return [_divergence(model, original, base, columns, protocol) for model, columns in zip(models, parts, strict=True)]
 
 
 def _divergence(
-    model: LanguageModel, base: Measurement, columns: list[tuple[torch.Tensor, ...]], protocol: dict[str, Any]
+    model: LanguageModel,
+    original: LanguageModel,
+    base: torch.Tensor,
+    columns: list[tuple[torch.Tensor, ...]],
+    protocol: dict[str, Any],
 ) -> Divergence:
     kl, top1, losses, right, right_before = (torch.cat(column) for column in zip(*columns, strict=True))
-    inputs = {"model": model.fingerprint, "original": base.inputs["model"]}
+    inputs = {"model": model.fingerprint, "original": original.fingerprint}
+    named = {**protocol, "metric": "next-token accuracy"}
+    saved = math.exp(max(min(float((base - losses).mean()), 700.0), -700.0))
     return Divergence(
         kl=Measurement(
             float(kl.mean()),
@@ -149,10 +158,30 @@ def _divergence(
         ),
         top1=_share(top1, {**protocol, "metric": "top-1 agreement"}, inputs),
         perplexity=_perplexity(losses, protocol, model),
-        original_perplexity=base,
-        accuracy=_share(right, {**protocol, "metric": "next-token accuracy"}, {"model": model.fingerprint}),
-        original_accuracy=_share(right_before, {**protocol, "metric": "next-token accuracy"}, dict(base.inputs)),
+        original_perplexity=_perplexity(base, protocol, original),
+        accuracy=_share(right, named, {"model": model.fingerprint}),
+        original_accuracy=_share(right_before, named, {"model": original.fingerprint}),
+        retention=retention(right, right_before, {**protocol, "metric": "accuracy / original accuracy"}, inputs),
+        perplexity_retention=Measurement(
+            saved,
+            "share",
+            saved * standard_error(base - losses),
+            len(losses),
+            {**protocol, "metric": "original perplexity / perplexity"},
+            inputs=inputs,
+        ),
     )
+
+
+def retention(
+    hits: torch.Tensor, hits_before: torch.Tensor, protocol: dict[str, Any], inputs: dict[str, str]
+) -> Measurement:
+    """mean(hits) / mean(hits_before), float64[n] each, of the same questions, with the delta method's standard error for
+    pairs; NaN where nothing was right before."""
+    before, n = float(hits_before.mean()), len(hits)
+    value = float(hits.mean()) / before if before else math.nan
+    spread = float((hits - value * hits_before).square().mean().sqrt()) / (before * math.sqrt(n)) if before else math.nan
+    return Measurement(value, "share", spread, n, protocol, inputs=inputs)
 
 
 def _share(hits: torch.Tensor, protocol: dict[str, Any], inputs: dict[str, str]) -> Measurement:

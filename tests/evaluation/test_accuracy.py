@@ -9,6 +9,7 @@ import torch
 import agentforge
 from agentforge.digits import data
 from agentforge.errors import BadInput
+from agentforge.evaluation import accuracy_retention
 from agentforge.models import LanguageModel
 
 
@@ -23,6 +24,14 @@ def test_accuracy_counts_the_right_answers(digits: LanguageModel) -> None:
     assert found.stderr == pytest.approx(math.sqrt(right * (450 - right) / 450**3))
     assert found.value > 0.95
     assert found.inputs == {"model": digits.fingerprint}
+
+
+def test_retention_of_accuracy(digits: LanguageModel, tmp_path: Path) -> None:
+    coarse = agentforge.load(agentforge.compress(digits, "ternary", tmp_path / "out", progress=False).path)
+    found = accuracy_retention(coarse, digits)
+    assert found.value == pytest.approx(agentforge.accuracy(coarse).value / agentforge.accuracy(digits).value)
+    assert found.n == 450 and found.stderr is not None and found.stderr > 0
+    assert accuracy_retention(digits, digits).value == 1.0
 
 
 def test_a_measured_model_can_still_be_trained(digits: LanguageModel) -> None:

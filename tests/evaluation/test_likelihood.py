@@ -197,6 +197,29 @@ def test_divergence_by_brute_force(
     assert found.kl.inputs == {"model": other.fingerprint, "original": tiny.fingerprint}
 
 
+def test_retention_is_a_ratio_of_pairs(tiny: LanguageModel, other: LanguageModel) -> None:
+    """Values from the two models measured alone; standard errors by the jackknife, which knows no formula."""
+    settings: dict[str, Any] = {"context": 32, "stride": 32, "tokens": 90}
+    found = agentforge.divergence(other, tiny, text_of(120), **settings)
+    if found.original_accuracy.value:
+        assert found.retention.value == pytest.approx(found.accuracy.value / found.original_accuracy.value)
+    assert found.perplexity_retention.value == pytest.approx(found.original_perplexity.value / found.perplexity.value)
+    generator = np.random.default_rng(0)
+    before = (generator.random(400) < 0.6).astype(float)
+    now = np.where(generator.random(400) < 0.9, before, 1 - before)
+    measured = likelihood.retention(torch.from_numpy(now), torch.from_numpy(before), {}, {})
+    left_out = [np.delete(now, i).mean() / np.delete(before, i).mean() for i in range(400)]
+    jackknife = math.sqrt(399 / 400 * ((left_out - np.mean(left_out)) ** 2).sum())
+    assert measured.value == pytest.approx(now.mean() / before.mean())
+    assert measured.stderr == pytest.approx(jackknife, rel=0.01)
+    alone = measured.value * math.hypot(*(math.sqrt((1 - x.mean()) / x.mean() / 400) for x in (now, before)))
+    assert measured.stderr < 0.7 * alone  # pairs tell more than two samples
+    nothing = likelihood.retention(torch.ones(5).double(), torch.zeros(5).double(), {}, {})
+    assert math.isnan(nothing.value)
+    itself = agentforge.divergence(tiny, tiny, text_of(120), **settings)
+    assert itself.perplexity_retention.value == 1.0 and itself.perplexity_retention.stderr == 0.0
+
+
 def test_divergences_perplexities_are_perplexities(tiny: LanguageModel, other: LanguageModel) -> None:
     settings: dict[str, Any] = {"context": 24, "stride": 10, "tokens": 77, "bos": "text"}
     found = agentforge.divergence(other, tiny, text_of(120), **settings)

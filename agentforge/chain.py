@@ -1,0 +1,423 @@
+"""Chains: stages one after the other, each behind gates, with retries and rollback.
+
+Each step *re-encodes*: it decodes what the last accepted step stored, and encodes that anew.  Only the last artifact's bytes
+count, so the ratios of such steps do not multiply; the history says what each one brought.
+
+    model -> try 1 -> measured from disk -> gates -> accepted -> next step
+                                             |
+                                             +-> try 2, 3, ... -> none left: back to the last accepted artifact
+
+A gate is a condition on a measurement ("retention >= 0.98") that its standard error takes part in: within two of them the
+gate is undecided, and more text is measured; what is still undecided then is not accepted.  What is handed over is always
+the last accepted artifact, never one that failed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from . import __version__, evaluation, stages
+from .artifact import Artifact, load
+from .errors import AgentForgeError, BadInput
+from .evaluation import Measurement, Text
+from .models import LanguageModel, open_model
+from .pipeline import compress
+from .statistics import Calibration
+from .tensorfiles import read_json, write_json
+
+Decision = Literal["passed", "failed", "undecided"]
+# What a gate may ask of an artifact.  "step" is against the last accepted artifact, "total" against the original.
+QUANTITIES = {
+    "bytes": "size of the weight files",
+    "ratio": "total ratio, whole model, against `bits` a parameter",
+    "step_ratio": "bytes of the last accepted artifact (at first `bits` a parameter) over these",
+    "error": "relative error of all weights that stages may touch, against the original's",
+    "kl": "KL(original || this), nats a token",
+    "top1": "share of tokens with the original's most likely next token",
+    "perplexity": "of a language model",
+    "accuracy": "share of right next tokens, or of right digits",
+    "retention": "step: accuracy over accuracy",
+    "total_retention": "total: accuracy over accuracy",
+    "perplexity_retention": "step: perplexity before over perplexity after",
+    "total_perplexity_retention": "total: perplexity before over perplexity after",
+}
+_CONDITION = re.compile(r"\s*([a-z_0-9]+)\s*(<=|>=)\s*([-+.0-9eE]+)\s*")
+
+
+class Condition(NamedTuple):
+    """`quantity` held against a limit."""
+
+    quantity: str
+    sense: str
+    limit: float
+
+    @classmethod
+    def parse(cls, text: str) -> Condition:
+        """From text such as "retention >= 0.98".  Raises ValueError where it is none."""
+        match = _CONDITION.fullmatch(text)
+        try:
+            if match and match[1] in QUANTITIES and math.isfinite(limit := float(match[3])):
+                return cls(match[1], match[2], limit)
+        except ValueError:
+            pass
+        raise ValueError(f"gate {text!r}; expected a condition like 'retention >= 0.98' on one of {', '.join(QUANTITIES)}")
+
+    def decide(self, measured: Measurement) -> Decision:
+        """Whether the value keeps to the limit by two standard errors, misses it by two, or neither; NaN fails."""
+        room = self.limit - measured.value if self.sense == "<=" else measured.value - self.limit
+        margin = 2 * (measured.stderr or 0.0)
+        if not math.isfinite(measured.value) or room < -margin:
+            return "failed"
+        return "passed" if room >= margin else "undecided"
+
+    def __str__(self) -> str:
+        return f"{self.quantity} {self.sense} {self.limit:g}"
+
+
+class Setting(BaseModel):
+    """One try.  calibration_tokens: of selftext, for stages that need input statistics."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    stage: str
+    calibration_tokens: int = Field(8192, ge=1)
+
+    @field_validator("stage")
+    @classmethod
+    def _known(cls, text: str) -> str:
+        try:
+            stages.parse(text)
+        except BadInput as error:
+            raise ValueError(str(error)) from None
+        return text
+
+
+class Step(BaseModel):
+    """Settings that are tried in turn until one passes the gates."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    name: str
+    settings: tuple[Setting, ...] = Field(alias="try", min_length=1)
+    gates: tuple[str, ...] = ()
+
+    @field_validator("settings", mode="before")
+    @classmethod
+    def _from_text(cls, given: Any) -> Any:
+        """A setting may be just the stage's text."""
+        return [{"stage": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
+
+    @field_validator("gates")
+    @classmethod
+    def _conditions(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(str(Condition.parse(gate)) for gate in gates)
+
+
+class Chain(BaseModel):
+    """steps: in order.  gates: of every step, beside its own.  on_failure: "stop" at a step of which no setting passed, or
+    "go_on" with the next one.  text, tokens: what quality is measured on (default: WikiText-2 where it is there);
+    most_tokens: where gates are undecided.  bits: a parameter's, in the ratios."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    name: str
+    steps: tuple[Step, ...] = Field(min_length=1)
+    gates: tuple[str, ...] = ()
+    on_failure: Literal["stop", "go_on"] = "stop"
+    text: str | None = None
+    tokens: int = Field(2047, ge=2)
+    most_tokens: int = Field(8188, ge=2)
+    bits: Literal[16, 32] = 16
+
+    _conditions = field_validator("gates")(Step._conditions.__func__)  # type: ignore[attr-defined]
+
+
+def read_chain(path: str | Path) -> Chain:
+    """A chain from a YAML file.  Raises BadInput, naming the place, for a file that is missing, no YAML, or no chain."""
+    path = Path(path).expanduser()
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read ({error.strerror}); expected a chain as a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: no valid YAML ({' '.join(str(error).split())[:200]})") from None
+    try:
+        return Chain.model_validate(data)
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ", ".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"]) or "top level"
+        raise BadInput(f"{path}: {place}: {first['msg']}") from None
+
+
+class Result(NamedTuple):
+    """artifact: the last accepted one, None where no step was.  attempts: a row a try, as in the journal.  finished: whether
+    every step was accepted."""
+
+    artifact: Artifact | None
+    attempts: list[dict[str, Any]]
+    finished: bool
+
+
+def run_chain(
+    model: LanguageModel | str | Path,
+    chain: Chain | str | Path,
+    out: str | Path,
+    *,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Result:
+    """Run a chain on `model` into the folder `out`: journal.json, a folder for each accepted step, and `artifact`, a copy of
+    the last of them.
+
+    Run again after a kill, it goes on with what is unfinished and gives the same bytes.  Raises BadInput where model, chain
+    or `out` cannot be used; a gate that fails is no error, it is in the result.
+    """
+    model = open_model(model) if isinstance(model, str | Path) else model
+    chain = chain if isinstance(chain, Chain) else read_chain(chain)
+    model.check()
+    _check_quantities(model, chain)
+    out = Path(out).expanduser()
+    text = None if model.is_classifier else evaluation.find_text(chain.text)
+    recipe = {
+        "agentforge": __version__,
+        "model": model.fingerprint,
+        "chain": chain.model_dump(mode="json", by_alias=True),
+        "text": text and text.sha256,
+    }
+    with _Journal(out, recipe, overwrite) as journal:
+        run = _Run(model, chain, text, out, journal, workers, progress)
+        finished = run.steps()
+        return Result(run.hand_over(), journal.attempts, finished)
+
+
+def _check_quantities(model: LanguageModel, chain: Chain) -> None:
+    """Raise BadInput for a gate on something that this model does not have."""
+    for gate in [*chain.gates, *(gate for step in chain.steps for gate in step.gates)]:
+        name = Condition.parse(gate).quantity
+        if model.is_classifier and (name in ("kl", "top1") or "perplexity" in name):
+            raise BadInput(f"chain {chain.name}: gate {gate!r}: {model.name} is a classifier; expected one on its accuracy")
+
+
+class _Journal:
+    """out/journal.json: the recipe, and a row for each finished attempt.  It is replaced in one step after each of them."""
+
+    def __init__(self, out: Path, recipe: dict[str, Any], overwrite: bool) -> None:
+        self.path, self.recipe = out / "journal.json", recipe
+        if out.exists() and any(out.iterdir()) and not self.path.is_file():
+            raise BadInput(f"{out}: is in the way and no chain of agentforge; choose another --out")
+        out.mkdir(parents=True, exist_ok=True)
+        self._lock = os.open(out, os.O_RDONLY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
+        found: Any = read_json(self.path) if self.path.is_file() else {}
+        if found and found.get("recipe") != recipe:
+            if not overwrite:
+                os.close(self._lock)
+                differs = ", ".join(key for key in recipe if found.get("recipe", {}).get(key) != recipe[key])
+                raise BadInput(f"{out}: holds a run with another {differs}; choose another --out or pass --overwrite")
+            for child in out.iterdir():
+                shutil.rmtree(child) if child.is_dir() else child.unlink()
+            found = {}
+        self.attempts: list[dict[str, Any]] = found.get("attempts", [])
+        self._write()
+
+    def __enter__(self) -> _Journal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+
+    def find(self, step: int, attempt: int) -> dict[str, Any] | None:
+        """The row of an attempt that was finished before."""
+        return next((row for row in self.attempts if (row["step"], row["attempt"]) == (step, attempt)), None)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Add or replace an attempt's row."""
+        kept = [other for other in self.attempts if (other["step"], other["attempt"]) != (row["step"], row["attempt"])]
+        self.attempts = sorted([*kept, row], key=lambda r: (r["step"], r["attempt"]))
+        self._write()
+
+    def _write(self) -> None:
+        write_json(self.path, {"recipe": self.recipe, "attempts": self.attempts})
+
+
+class _Run:
+    """One run of a chain: where it stands."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        chain: Chain,
+        text: Text | None,
+        out: Path,
+        journal: _Journal,
+        workers: int | None,
+        progress: bool,
+    ) -> None:
+        self.original, self.chain, self.text, self.out, self.journal = model, chain, text, out, journal
+        self.workers, self.progress = workers, progress
+        self.accepted: Path | None = None
+
+    def steps(self) -> bool:
+        """Take all steps; returns whether each was accepted."""
+        finished = True
+        for index, step in enumerate(self.chain.steps):
+            if any(self._accepted(index, attempt, step) for attempt in range(len(step.settings))):
+                continue
+            finished = False
+            if self.chain.on_failure == "stop":
+                break
+        return finished
+
+    def hand_over(self) -> Artifact | None:
+        """Copy the last accepted artifact to out/artifact, and check every byte of it."""
+        final = self.out / "artifact"
+        if self.accepted is None:
+            return None
+        if not final.exists() or _manifest_hash(final) != _manifest_hash(self.accepted):
+            partial = self.out / "artifact.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(self.accepted, partial)
+            shutil.rmtree(final, ignore_errors=True)
+            os.replace(partial, final)
+        artifact = Artifact(final)
+        artifact.verify()
+        return artifact
+
+    def _accepted(self, index: int, attempt: int, step: Step) -> bool:
+        """Make the attempt, unless the journal has it; whether it was accepted."""
+        folder = self.out / f"step-{index + 1}"
+        row = self.journal.find(index + 1, attempt + 1)
+        if row is None or (row["decision"] == "accepted" and _manifest_hash(folder) != row["artifact"]):
+            row = self._attempt(index, attempt, step, folder)
+            if row["decision"] != "accepted":  # before the journal says so: a row that is there is done
+                for path in (folder, folder.with_name(folder.name + ".partial")):
+                    shutil.rmtree(path, ignore_errors=True)
+            self.journal.add(row)
+        if row["decision"] != "accepted":
+            return False
+        self.accepted = folder
+        return True
+
+    def _last(self) -> LanguageModel | None:
+        """The model in the last accepted artifact, by a name that holds no path: it goes into the next manifest."""
+        if self.accepted is None:
+            return None
+        model = load(self.accepted)
+        model.name, model.source = f"{self.original.name}, {self.accepted.name}", self.original.source
+        return model
+
+    def _attempt(self, index: int, attempt: int, step: Step, folder: Path) -> dict[str, Any]:
+        """Encode, load back, measure, decide."""
+        setting = step.settings[attempt]
+        row = {"step": index + 1, "name": step.name, "attempt": attempt + 1, "setting": setting.model_dump()}
+        conditions = [Condition.parse(gate) for gate in (*step.gates, *self.chain.gates)]
+        start = time.perf_counter()
+        before = self._last()
+        if _manifest_hash(folder) is None:  # what is left of a damaged one
+            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            artifact = compress(
+                before or self.original,
+                setting.stage,
+                folder,
+                workers=self.workers,
+                overwrite=True,
+                progress=self.progress,
+                calibration=Calibration(tokens=setting.calibration_tokens, context=min(2048, setting.calibration_tokens)),
+            )
+        except BadInput as error:  # a weight that the stage cannot encode; a full disk is no BadInput
+            return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
+        encoded = time.perf_counter()
+        tokens = self.chain.tokens
+        while True:
+            measured = self._measure(artifact, before, tokens)
+            gates = {str(c): c.decide(measured[c.quantity]) for c in conditions}
+            if "undecided" not in gates.values() or "failed" in gates.values():
+                break
+            if self.text is None or 2 * tokens > self.chain.most_tokens:
+                break
+            tokens *= 2
+        missed = [f"{c}: {gates[str(c)]} ({measured[c.quantity]})" for c in conditions if gates[str(c)] != "passed"]
+        return {
+            **row,
+            "decision": "rejected" if missed else "accepted",
+            "reason": "; ".join(missed),
+            "gates": gates,
+            "measured": {name: m.to_json() for name, m in measured.items()},
+            "artifact": _manifest_hash(folder),
+            "encode_seconds": encoded - start,
+            "seconds": time.perf_counter() - start,
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024),
+        }
+
+    def _measure(self, artifact: Artifact, before: LanguageModel | None, tokens: int) -> dict[str, Measurement]:
+        """Every quantity that this model has, of the artifact as it is loaded from disk."""
+        candidate = load(artifact.path)
+        bits = self.chain.bits
+        first = artifact.weight_bytes * artifact.ratio_to(bits)
+        last = before.bytes_on_disk if before else first
+        exact: dict[str, tuple[float, str]] = {
+            "bytes": (artifact.weight_bytes, "bytes"),
+            "ratio": (artifact.ratio_to(bits), "x"),
+            "step_ratio": (last / artifact.weight_bytes, "x"),
+            "error": (_error(self.original, candidate), "share"),
+        }
+        inputs = {"model": candidate.fingerprint, "original": self.original.fingerprint}
+        found = {
+            name: Measurement(value, unit, None, 1, {"metric": QUANTITIES[name], "bits": bits}, inputs=inputs)
+            for name, (value, unit) in exact.items()
+        }
+        if self.text is None:
+            found["accuracy"] = evaluation.accuracy(candidate)
+            found["total_retention"] = evaluation.accuracy_retention(candidate, self.original)
+            found["retention"] = evaluation.accuracy_retention(candidate, before) if before else found["total_retention"]
+            return found
+        protocol: dict[str, Any] = {"tokens": tokens, "context": min(2048, self.original.context or 2048)}
+        total = evaluation.divergence(candidate, self.original, self.text, **protocol, progress=self.progress)
+        step = total
+        if before:  # a pass of its own, whose standard errors are of pairs
+            step = evaluation.divergence(candidate, before, self.text, **protocol, progress=self.progress)
+        return found | {
+            "kl": total.kl,
+            "top1": total.top1,
+            "perplexity": total.perplexity,
+            "accuracy": total.accuracy,
+            "retention": step.retention,
+            "total_retention": total.retention,
+            "perplexity_retention": step.perplexity_retention,
+            "total_perplexity_retention": total.perplexity_retention,
+        }
+
+
+def _error(original: LanguageModel, candidate: LanguageModel) -> float:
+    """|W - decoded| / |W| over all weights that a stage may touch, together."""
+    lost = power = 0.0
+    for weight in original.weights():
+        w, other = (m.tensor(weight.name).double() for m in (original, candidate))
+        lost += float((w - other).square().sum())
+        power += float(w.square().sum())
+    return math.sqrt(lost / power)
+
+
+def _manifest_hash(folder: Path) -> str | None:
+    """The hash of an artifact's manifest, which holds those of its files; None where there is no artifact."""
+    try:
+        return load(folder).fingerprint
+    except AgentForgeError:
+        return None
