@@ -289,3 +289,43 @@ def test_a_seed_of_zero_is_refused() -> None:
 def test_settings_out_of_range(settings: dict[str, int], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         stages.get("seedlm", **settings)
+
+
+@pytest.mark.parametrize(("K", "C", "P"), [(9, 4, 3), (10, 4, 3), (10, 8, 3), (9, 12, 4), (8, 6, 2), (7, 3, 1), (6, 5, 4)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 300.0])
+@pytest.mark.parametrize("shift", [-2, 0], ids=["corrected", "printed"])
+def test_seeds_that_are_passed_over_in_float32_would_not_have_won(K: int, C: int, P: int, scale: float, shift: int) -> None:
+    """The search with and without its rough look before a fit: same seeds, same codes; at scales where exponents saturate,
+    with blocks of few values, and with registers so short that columns of U depend on each other."""
+    generator = np.random.default_rng(K)
+    blocks = (scale * generator.standard_normal((200, C))).astype(np.float32)
+    blocks[::5, 1:] = 0
+    blocks[1::5] = np.round(blocks[1::5] / scale) * scale
+    tables = seedlm._tables(K, C, P)
+    rule = (seedlm.LEAST_EXPONENT, seedlm.LARGEST_EXPONENT, shift, 0)
+    found = []
+    for inverses in (tables.inverses, np.empty((0, P * C + 1), np.float32)):
+        seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
+        rest = (inverses, tables.values, tables.states, rule, seeds, codes)
+        seedlm._search(blocks, np.ones(C), tables.groups, tables.seeds, *rest)
+        found.append((seeds, codes))
+    assert (found[0][0] == found[1][0]).all()
+    assert (found[0][1] == found[1][1]).all()
+
+
+def test_the_rough_look_passes_over_most_seeds() -> None:
+    """Of seeds drawn at random it lets few through to the fit, and of the best ones all."""
+    K, C, P = 10, 4, 3
+    tables = seedlm._tables(K, C, P)
+    near, t, fit = tables.values.astype(np.float32), np.empty(P, np.float32), np.empty(P + 1, np.int64)
+    rule = (seedlm.LEAST_EXPONENT, seedlm.LARGEST_EXPONENT, -2, 0)
+    passed = 0
+    for w in np.random.default_rng(0).standard_normal((20, C)).astype(np.float32):
+        square = float((w.astype(np.float64) ** 2).sum())
+        errors = [seedlm._fit(w, np.ones(C), tables.values, i + 1, P, rule, fit) / square for i in range(len(tables.states))]
+        least = min(errors)
+        for position, error in enumerate(errors):
+            worse = seedlm._worse(w, square, tables.inverses, near, position, t, rule, least)
+            assert not (worse and error <= least)
+            passed += not worse
+    assert passed < 0.02 * 20 * len(tables.states)

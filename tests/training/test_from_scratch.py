@@ -43,7 +43,7 @@ def test_both_arms_learn_and_nothing_is_measured_twice(benchmark: ModuleType, tm
     assert len(rows) == 4 + 4
     for row in rows:
         assert row["loss"] < math.log(300)
-        assert row["tokens"] == row["steps"] * 16 * 256
+        assert row["tokens"] == row["steps"] * 8 * 256
     full, ternary = ([row for row in rows if row["arm"] == arm and row["steps"] == 8] for arm in benchmark.ARMS)
     assert [row["seed"] for row in full] == [row["seed"] for row in ternary] == [0, 1]
     before = (tmp_path / "from_scratch.json").read_bytes()
