@@ -594,7 +594,7 @@ def _worse(  # pragma: no cover  (compiled)
         for c in range(C):
             along += inverses[position, c] * w[c]
         beyond = abs(along) + inverses[position, P * C] - np.float32(1e-6) * size
-        return beyond > 0.0 and beyond * beyond > error * square
+        return bool(beyond > 0.0 and beyond * beyond > error * square)
     biggest = np.float32(0.0)
     for i in range(P):
         total = np.float32(0.0)
@@ -605,8 +605,8 @@ def _worse(  # pragma: no cover  (compiled)
     low, high = biggest - off, biggest + off
     if not low > 1e-30:
         return False
-    e = (np.float32(low).view(np.int32) >> 23) - 127  # floor(log2)
-    if e != (np.float32(high).view(np.int32) >> 23) - 127:
+    e = int(np.float32(low).view(np.int32) >> 23) - 127  # floor(log2)
+    if e != int(np.float32(high).view(np.int32) >> 23) - 127:
         return False
     e = min(max(e + rule[2], rule[0]), rule[1])
     scale, over = np.int32((127 + e) << 23).view(np.float32), np.int32((127 - e) << 23).view(np.float32)
@@ -623,7 +623,7 @@ def _worse(  # pragma: no cover  (compiled)
         for i in range(P):
             d -= near[position + 1 + c * P + i] * t[i]
         lost += d * d
-    return lost > (error * 1.001 + 1e-5) * square
+    return bool(lost > (error * 1.001 + 1e-5) * square)
 
 
 @njit(nogil=True, cache=True)
