@@ -214,26 +214,33 @@ class _Journal:
 
     def __init__(self, out: Path, recipe: dict[str, Any], overwrite: bool) -> None:
         self.path, self.recipe = out / "journal.json", recipe
-        if out.exists() and any(out.iterdir()) and not self.path.is_file():
+        if out.exists() and not self.path.is_file() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"{out}: is in the way and no chain of agentforge; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(out, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self.attempts: list[dict[str, Any]] = self._go_on(out, overwrite)
+            self._write()
+        except BlockingIOError:
             os.close(self._lock)
             raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
+        except BaseException:
+            os.close(self._lock)
+            raise
+
+    def _go_on(self, out: Path, overwrite: bool) -> list[dict[str, Any]]:
+        """The attempts of a run of the same recipe; what another one has made is refused, or discarded."""
         found: Any = read_json(self.path) if self.path.is_file() else {}
-        if found and found.get("recipe") != recipe:
-            if not overwrite:
-                os.close(self._lock)
-                differs = ", ".join(key for key in recipe if found.get("recipe", {}).get(key) != recipe[key])
-                raise BadInput(f"{out}: holds a run with another {differs}; choose another --out or pass --overwrite")
-            for child in out.iterdir():
-                shutil.rmtree(child) if child.is_dir() else child.unlink()
-            found = {}
-        self.attempts: list[dict[str, Any]] = found.get("attempts", [])
-        self._write()
+        if not found or found.get("recipe") == self.recipe:
+            return list(found.get("attempts", []))
+        if not overwrite:
+            before = found.get("recipe")
+            differs = [key for key in self.recipe if not isinstance(before, dict) or before.get(key) != self.recipe[key]]
+            raise BadInput(f"{out}: holds a run with another {', '.join(differs)}; choose another --out or pass --overwrite")
+        for child in out.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+        return []
 
     def __enter__(self) -> _Journal:
         return self

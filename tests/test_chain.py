@@ -288,6 +288,18 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
         with pytest.raises(BadInput, match="is in the way and no chain"):
             run_chain(digits, chain(step(FINE)), tmp_path / "mine", overwrite=overwrite, progress=False)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
+    with pytest.raises(BadInput, match="is in the way and no chain"):
+        run_chain(digits, chain(step(FINE)), tmp_path / "mine/letter.txt", overwrite=True, progress=False)
+
+
+def test_one_run_at_a_time(digits: LanguageModel, tmp_path: Path) -> None:
+    writing = "another agentforge is writing it"
+    with module._Journal(tmp_path / "out", {"chain": 1}, overwrite=False), pytest.raises(BadInput, match=writing):
+        module._Journal(tmp_path / "out", {"chain": 1}, overwrite=False)
+    (tmp_path / "out/journal.json").write_text("{")
+    for _ in range(2):  # a refusal holds no lock
+        with pytest.raises(BadInput, match=r"journal\.json"):
+            run_chain(digits, chain(step(FINE)), tmp_path / "out", progress=False)
 
 
 @pytest.mark.parametrize(
