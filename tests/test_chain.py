@@ -6,6 +6,13 @@ import errno
 import hashlib
 import json
 import math
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -373,3 +380,46 @@ def test_texts_are_in_the_recipe(tiny_llama: Path, tmp_path: Path) -> None:
     file.write_text("the lazy dog jumps over the quick brown fox. " * 30)
     with pytest.raises(BadInput, match="another text"):
         run_chain(tiny_llama, spec, tmp_path / "out", progress=False)
+
+
+@pytest.mark.slow
+def test_sigkill_at_random_moments_changes_no_byte(tmp_path: Path) -> None:
+    """AGENTFORGE_KILLS (default 5) kills between the moment the journal is there and the end of the run."""
+    settings = ["ternary:rule=threshold,tau=2.5", "seedlm:K=11,C=8,P=3", "vptq:v=4,k=64", "rounding:bits=4,group=32"]
+    file = tmp_path / "chain.yaml"
+    steps = [{"name": s, "try": [s], "gates": ["total_retention >= 0.5"]} for s in settings]
+    file.write_text(json.dumps({"name": "kills", "steps": steps, "on_failure": "go_on"}))
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "agentforge", "pipeline", "digits-mlp", str(file), "--out", str(out), "--json"]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        while process.poll() is None and not (out / "journal.json").is_file():
+            time.sleep(0.001)
+        return process
+
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
+    process = start(whole)
+    began = time.monotonic()
+    said = process.communicate(timeout=300)[0]
+    seconds = time.monotonic() - began
+    assert process.returncode == 1 and [d for *_, d in decisions(json.loads(said)["attempts"])] == ["rejected"] + 3 * [
+        "accepted"
+    ]
+    expected, kills, finished = hashes(whole / "artifact"), 0, []
+    while kills < int(os.environ.get("AGENTFORGE_KILLS", "5")):
+        process = start(killed)
+        time.sleep(rng.uniform(0, seconds if kills % 2 else seconds / 2))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            kills += 1
+            journal = killed / "journal.json"
+            finished.append(len(json.loads(journal.read_text())["attempts"]) if journal.is_file() else 0)
+        if process.returncode == 1:  # it was through before the kill: again from the beginning
+            assert hashes(killed / "artifact") == expected
+            shutil.rmtree(killed)
+    process = start(killed)
+    assert process.communicate(timeout=300)[0] and process.returncode == 1
+    print(f"attempts finished at each kill: {finished}")
+    assert hashes(killed / "artifact") == expected
+    assert sorted(p.name for p in killed.iterdir()) == sorted(p.name for p in whole.iterdir())
