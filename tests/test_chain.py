@@ -408,7 +408,7 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path: Path) -> None:
     expected, kills, finished = hashes(whole / "artifact"), 0, []
     while kills < int(os.environ.get("AGENTFORGE_KILLS", "5")):
         process = start(killed)
-        time.sleep(rng.uniform(0, seconds if kills % 2 else seconds / 2))
+        time.sleep(rng.uniform(seconds / 2, seconds) if kills % 2 else rng.uniform(0, seconds / 2))
         process.send_signal(signal.SIGKILL)
         process.communicate()
         if process.returncode == -signal.SIGKILL:
