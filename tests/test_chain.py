@@ -392,9 +392,11 @@ def test_sigkill_at_random_moments_changes_no_byte(tmp_path: Path) -> None:
 
     def start(out: Path) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "agentforge", "pipeline", "digits-mlp", str(file), "--out", str(out), "--json"]
+        journal = out / "journal.json"
+        before = journal.stat().st_mtime_ns if journal.is_file() else None
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        while process.poll() is None and not (out / "journal.json").is_file():
-            time.sleep(0.001)
+        while process.poll() is None and not (journal.is_file() and journal.stat().st_mtime_ns != before):
+            time.sleep(0.001)  # a run writes its journal when it begins
         return process
 
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
