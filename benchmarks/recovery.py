@@ -96,7 +96,7 @@ def report(rows: list[Row]) -> str:
         training = row["recipe"]["training"]
         cells = [
             row["name"],
-            machine["gpu"] or f"{machine['cpu']}, {machine['threads']} threads",
+            machine["gpu"] or f"{machine['cpu']}, {machine['threads']} thread{'s' * (machine['threads'] > 1)}",
             f"{last['tokens']:,}",
             f"{last['seconds']:,.0f}",
             f"{start['kl']:.2f}",
@@ -138,7 +138,12 @@ def picture(rows: list[Row]) -> Figure:
     axes.set(
         xscale="log", yscale="log", xlabel="tokens seen", ylabel="KL from the original, nats a token (held-out selftext)"
     )
-    axes.set_title("Ternary SmolLM2 learns to say what its original says", loc="left")
+    longest = max(rows, key=lambda row: row["history"][-1]["tokens"])
+    start, kept, last = longest["history"][0], best(longest), longest["history"][-1]
+    axes.set_title(
+        f"{last['tokens']:,} tokens take ternary {longest['model']} from a KL of {start['kl']:.1f} to {kept['kl']:.2f}",
+        loc="left",
+    )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure

@@ -45,7 +45,7 @@ def figures() -> str:
         value = f"{measured['value']:.4g} {measured['unit']}"
         lines.append(f"| {row['title']} | {row['audit']} | {value} | {MARKS[row['verdict']]} {row['verdict']} |")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in record["summary"].items() if n)
-    lines += ["", f"Of {len(record['claims'])} rows: {counts}. What is grey is not built yet, and not guessed."]
+    lines += ["", f"Of {len(record['claims'])} rows: {counts}. What is grey says in the report what it would take."]
     return "\n".join(lines)
 
 
