@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 import agentforge
 from agentforge import stages
@@ -158,3 +159,25 @@ def test_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
     )
     assert "ternary ..." in done.stderr
     assert "| ternary | 1." in (tmp_path / "stages.md").read_text(encoding="utf-8")
+
+
+def test_calibration_text_is_judged_on_text_that_was_not_seen(
+    load_benchmark: Callable[[str], ModuleType], tiny_llama: Path, tmp_path: Path
+) -> None:
+    calibration = load_benchmark("calibration")
+    small = ["--tokens", "64", "512", "--context", "32", "--judged-tokens", "256"]
+    assert calibration.main(["--model", str(tiny_llama), *small, "--out", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "calibration.json").read_text(encoding="utf-8"))
+    rows = result["rows"]["ternary:rule=calibrated"]
+    assert list(rows) == ["0", "64", "512"] and all(len(values) == 14 for values in rows.values())
+    # One layer from its definition: the outputs themselves, on the text that judges.
+    model = agentforge.open_model(tiny_llama)
+    judged_by, _ = calibration.judge_by(model, 256, 32)
+    weight = next(iter(model.weights()))
+    dense = weight.load().double()
+    stage = stages.get("ternary")
+    gap = dense - stage.decode(stage.encode(dense.float())).double()
+    root = torch.linalg.cholesky(judged_by[weight.name].hessian.double() + 1e-12 * torch.eye(dense.shape[1]).double())
+    expected = float((gap @ root).square().sum() / (dense @ root).square().sum())
+    assert rows["0"][0] == pytest.approx(expected, rel=1e-3)
+    assert "| 512 | 16 |" in (tmp_path / "calibration.md").read_text(encoding="utf-8")
