@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import environment
 from agentforge.models import LanguageModel, open_model
 from agentforge.statistics import Calibration, InputStatistics, collect
+from agentforge.tensorfiles import write_atomic
 
 PLAIN = {"ternary:rule=calibrated": "ternary"}
 Statistics = dict[str, InputStatistics]
@@ -110,9 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
     }
     options.out.mkdir(parents=True, exist_ok=True)
     for file, text in (("calibration.json", json.dumps(result) + "\n"), ("calibration.md", table(result))):
-        partial = options.out / f"{file}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, options.out / file)
+        write_atomic(options.out / file, [text.encode()])
     return 0
 
 

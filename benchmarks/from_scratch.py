@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -34,6 +33,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from agentforge.evaluation.measurement import environment
 from agentforge.evaluation.texts import selftexts
+from agentforge.tensorfiles import write_atomic
 from agentforge.training.bitlinear import convert, without_double_norms
 from agentforge.training.recover import schedule
 
@@ -213,9 +213,7 @@ def write(rows: list[Row], options: argparse.Namespace) -> None:
     """Both files, each replaced in one step."""
     options.out.mkdir(parents=True, exist_ok=True)
     for name, text in (("from_scratch.json", json.dumps(rows) + "\n"), ("from_scratch.md", report(rows, options))):
-        partial = options.out / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, options.out / name)
+        write_atomic(options.out / name, [text.encode()])
 
 
 def main(arguments: list[str] | None = None) -> int:

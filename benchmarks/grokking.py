@@ -30,7 +30,6 @@ import inspect
 import itertools
 import json
 import math
-import os
 import statistics
 import sys
 import time
@@ -45,6 +44,7 @@ from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from agentforge.evaluation.measurement import environment
+from agentforge.tensorfiles import write_atomic
 from agentforge.training import mugrokfast
 from agentforge.training.mugrokfast import MuGrokfast, amplify_slow, parameter_groups
 
@@ -394,9 +394,7 @@ def write(folder: Path, rows: list[Row], options: argparse.Namespace) -> None:
     shown = [row for row in rows if wanted.items() <= row["recipe"].items()]
     data = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
     for name, text in (("grokking.json", data), ("grokking.md", table(shown, options))):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_atomic(folder / name, [text.encode()])
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -29,6 +28,7 @@ import agentforge
 from agentforge.artifact import load
 from agentforge.evaluation.measurement import environment
 from agentforge.models import open_model
+from agentforge.tensorfiles import write_atomic
 from agentforge.training.recover import Settings, recover
 
 Row = dict[str, Any]
@@ -152,9 +152,7 @@ def picture(rows: list[Row]) -> Figure:
 def write(rows: list[Row], out: Path) -> None:
     """Table and picture, each replaced in one step."""
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "recovery.md.partial"
-    partial.write_text(report(rows), encoding="utf-8")
-    os.replace(partial, out / "recovery.md")
+    write_atomic(out / "recovery.md", [report(rows).encode()])
     if rows:
         picture(rows).savefig(out / "recovery.png", dpi=110, metadata={"Software": None})
 
@@ -181,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.work.mkdir(parents=True, exist_ok=True)
         options.out.mkdir(parents=True, exist_ok=True)
         row = measure(options)
-        (options.out / f"{options.name}.json").write_text(json.dumps(row) + "\n", encoding="utf-8")
+        write_atomic(options.out / f"{options.name}.json", [(json.dumps(row) + "\n").encode()])
     files = sorted(options.out.glob("*.json"))
     write([json.loads(file.read_text(encoding="utf-8")) for file in files], options.out)
     return 0

@@ -45,6 +45,7 @@ from agentforge.models import LanguageModel, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
 from agentforge.stages import entropy
+from agentforge.tensorfiles import write_atomic
 
 ROWS = [
     *(f"rounding:bits={bits},group=64" for bits in (2, 3, 4)),
@@ -273,9 +274,7 @@ def write(folder: Path, rows: list[Row], options: argparse.Namespace) -> None:
     """Both files, each replaced in one step."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("stages.json", json.dumps(rows, indent=1) + "\n"), ("stages.md", table(rows, options))):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, folder / name)
+        write_atomic(folder / name, [text.encode()])
 
 
 def _in_a_process(stage: stages.Stage, arguments: list[str]) -> Row:
