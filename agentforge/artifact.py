@@ -89,6 +89,11 @@ class Artifact:
         return rows
 
     @property
+    def sha256(self) -> str:
+        """The hash of the manifest, which holds the hashes of all files."""
+        return sha256_file(self.path / MANIFEST)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes on disk of all weight files, headers included."""
         shards = [plain_file(self.path, name) for name in self.manifest["files"] if name.endswith(".safetensors")]
@@ -268,7 +273,7 @@ class _ArtifactModel(LanguageModel):
     @cached_property
     def fingerprint(self) -> str:
         """The hash of the manifest, which holds the hashes of all files."""
-        return sha256_file(self.path / MANIFEST)
+        return self.artifact.sha256
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by name: decoded where it was encoded."""
@@ -318,7 +323,7 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
         if name != "config.json" and not name.endswith((".safetensors", WEIGHTS_INDEX)):
             shutil.copyfile(plain_file(artifact.path, name), partial / name)
     files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(partial.iterdir())}
-    made_from = {"artifact_manifest_sha256": sha256_file(artifact.path / MANIFEST), "recipe": artifact.manifest["recipe"]}
+    made_from = {"artifact_manifest_sha256": artifact.sha256, "recipe": artifact.manifest["recipe"]}
     write_json(partial / SOURCE_FILE, {**made_from, "files": files})
     if out.exists():
         out.rmdir()
@@ -366,9 +371,12 @@ class Writer:
         if not self.finished:
             try:
                 self._go_on(overwrite)
-            except BaseException as error:
+            except OSError as error:
                 self._lock.close()
-                raise self._not_written(error) if isinstance(error, OSError) else error from None
+                raise self._not_written(error) from None
+            except BaseException:
+                self._lock.close()
+                raise
 
     def _go_on(self, overwrite: bool) -> None:
         """Take up an unfinished run of the same recipe, or begin."""
@@ -387,7 +395,7 @@ class Writer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if self.finished or not any(self.tensors.iterdir()):
+        if self.finished or not any(self.tensors.glob("*")):
             shutil.rmtree(self.partial, ignore_errors=True)
         self._lock.close()
         if isinstance(error, OSError):

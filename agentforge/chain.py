@@ -18,9 +18,7 @@ import fcntl
 import math
 import os
 import re
-import resource
 import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,6 +31,7 @@ from . import __version__, evaluation, stages
 from .artifact import Artifact, load
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
+from .evaluation.measurement import peak_memory
 from .models import LanguageModel, open_model
 from .pipeline import compress
 from .statistics import Calibration
@@ -345,7 +344,7 @@ class _Run:
                 workers=self.workers,
                 overwrite=True,
                 progress=self.progress,
-                calibration=Calibration(tokens=setting.calibration_tokens, context=min(2048, setting.calibration_tokens)),
+                calibration=Calibration(tokens=setting.calibration_tokens),
             )
         except BadInput as error:  # a weight that the stage cannot encode; a full disk is no BadInput
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
@@ -369,8 +368,7 @@ class _Run:
             "artifact": _manifest_hash(folder),
             "encode_seconds": encoded - start,
             "seconds": time.perf_counter() - start,
-            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            * (1 if sys.platform == "darwin" else 1024),
+            "peak_memory_bytes": peak_memory(),
         }
 
     def _measure(self, artifact: Artifact, before: LanguageModel | None, tokens: int) -> dict[str, Measurement]:
@@ -395,7 +393,7 @@ class _Run:
             found["total_retention"] = evaluation.accuracy_retention(candidate, self.original)
             found["retention"] = evaluation.accuracy_retention(candidate, before) if before else found["total_retention"]
             return found
-        protocol: dict[str, Any] = {"tokens": tokens, "context": min(2048, self.original.context or 2048)}
+        protocol: dict[str, Any] = {"tokens": tokens, "context": self.original.usual_context}
         total = evaluation.divergence(candidate, self.original, self.text, **protocol, progress=self.progress)
         step = total
         if before:  # a pass of its own, whose standard errors are of pairs
@@ -425,6 +423,6 @@ def _error(original: LanguageModel, candidate: LanguageModel) -> float:
 def _manifest_hash(folder: Path) -> str | None:
     """The hash of an artifact's manifest, which holds those of its files; None where there is no artifact."""
     try:
-        return load(folder).fingerprint
+        return Artifact(folder).sha256
     except AgentForgeError:
         return None

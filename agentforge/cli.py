@@ -127,6 +127,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Encode a model's weights and write the artifact; run again after a kill, it goes on where it was."""
+    from .evaluation.measurement import peak_memory
     from .models import open_model
     from .pipeline import compress as run
     from .stages import parse
@@ -147,7 +148,7 @@ def compress(
         progress=not as_json,
         calibration=Calibration(calibration, calibration_tokens),
     )
-    seconds, peak = time.perf_counter() - start, _peak_memory()
+    seconds, peak = time.perf_counter() - start, peak_memory()
     touched = [row for row in artifact.rows if row["stage"]]
     _show(
         {
@@ -457,14 +458,6 @@ def _ratios(artifact: Any, caption: str) -> None:
         right=(1, 3, 4),
         caption=caption,
     )
-
-
-def _peak_memory() -> int:
-    """The most memory this process has held, in bytes."""
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _complain(message: str, code: int) -> NoReturn:

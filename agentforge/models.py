@@ -104,6 +104,11 @@ class LanguageModel:
         return longest if isinstance(longest, int) else None
 
     @property
+    def usual_context(self) -> int:
+        """Tokens a window to measure with: 2048, or as many as the model takes."""
+        return min(2048, self.context or 2048)
+
+    @property
     def side_files(self) -> list[Path]:
         """Configuration, tokenizer and licence: all files beside the weights that belong to the model."""
         found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()}

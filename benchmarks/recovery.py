@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> Row:
     )
     model = open_model(options.model)
     done = recover(model, options.work / f"{options.name}-recovered", settings=settings)
-    protocol: dict[str, Any] = {"tokens": options.tokens, "context": min(2048, model.context or 2048, options.tokens + 1)}
+    protocol: dict[str, Any] = {"tokens": options.tokens, "context": min(model.usual_context, options.tokens + 1)}
     path = done.artifact.path
     forms = {"int8": load(path, runtime="packed"), "floats": load(path)}
     found = {form: agentforge.divergence(student, model, **protocol)._asdict() for form, student in forms.items()}

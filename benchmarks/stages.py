@@ -26,7 +26,6 @@ import inspect
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -41,6 +40,7 @@ import agentforge
 from agentforge import evaluation, stages, statistics
 from agentforge.artifact import Artifact, load
 from agentforge.errors import BadInput
+from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import LanguageModel, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
@@ -106,7 +106,7 @@ def measure(stage: stages.Stage, options: argparse.Namespace) -> Row:
     calibrated = time.perf_counter()
     artifact = compress(model, stage, Path(options.work) / "artifact", statistics=seen, progress=False)
     encoded = time.perf_counter()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_memory()
     row = {
         "encode_seconds": encoded - start,
         "of_which_calibration": calibrated - start,

@@ -477,6 +477,22 @@ def test_an_unfinished_run_is_not_continued_by_another_recipe(
     assert hashes(tmp_path / "a") == hashes(tmp_path / "fresh")
 
 
+def test_an_unfinished_run_that_somebody_removes_ends_in_a_sentence(
+    digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = Writer.put_kept
+
+    def removed(writer: Writer, *rest: Any) -> None:
+        shutil.rmtree(writer.partial, ignore_errors=True)
+        put(writer, *rest)
+
+    with monkeypatch.context() as context:
+        context.setattr(Writer, "put_kept", removed)
+        with pytest.raises(AgentForgeError, match="could not be written"):
+            agentforge.compress(digits, "ternary", tmp_path / "a", workers=1, progress=False)
+    assert agentforge.compress(digits, "ternary", tmp_path / "a", progress=False).verify()
+
+
 def test_two_writers_at_once(digits: LanguageModel, tmp_path: Path) -> None:
     partial = partial_of(tmp_path / "a")
     partial.mkdir()

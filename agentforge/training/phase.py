@@ -110,7 +110,7 @@ def phase(
     found = None if model.is_classifier else evaluation.find_text(text)
     out.mkdir(parents=True, exist_ok=True)
     plain = compress(model, stage, out / "untrained", overwrite=overwrite, progress=progress)
-    protocol: dict[str, Any] = {"tokens": tokens, "context": min(2048, model.context or 2048), "progress": progress}
+    protocol: dict[str, Any] = {"tokens": tokens, "context": model.usual_context, "progress": progress}
     before, converted, accuracy = _quality(model, load(plain.path), found, protocol)
     flow = _gradient_flow(model, stage, settings)
     rise = converted.value / before.value - 1
@@ -174,11 +174,11 @@ def _quality(
 ) -> tuple[Measurement, Measurement, float]:
     """Perplexity before and after (for a classifier the inverse accuracies), and accuracy after over accuracy before."""
     if text is None:
-        a, b = evaluation.accuracy(model), evaluation.accuracy(compressed)
-        return _inverse(a), _inverse(b), b.value / a.value
+        before, after = evaluation.accuracy(model), evaluation.accuracy(compressed)
+        return _inverse(before), _inverse(after), evaluation.accuracy_retention(compressed, model).value
     found = evaluation.divergence(compressed, model, text, **protocol)
-    right = found.original_accuracy.value  # a model that is never right has nothing to lose
-    return found.original_perplexity, found.perplexity, found.accuracy.value / right if right else 1.0
+    kept = found.retention.value
+    return found.original_perplexity, found.perplexity, 1.0 if math.isnan(kept) else kept  # never right: nothing to lose
 
 
 def _inverse(accuracy: Measurement) -> Measurement:

@@ -27,7 +27,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .. import __version__, digits, stages
-from ..artifact import FORMAT, MANIFEST, Artifact, Writer
+from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation.likelihood import standard_error
 from ..evaluation.texts import Text, find_text
@@ -36,7 +36,7 @@ from ..pipeline import store
 from ..planes import Packed
 from ..stages.ternary import Ternary
 from ..statistics import Calibration, first_tokens
-from ..tensorfiles import index_file, read_json, read_tensor, sha256_file, write_json, write_tensors
+from ..tensorfiles import index_file, read_json, read_tensor, write_json, write_tensors
 from .bitlinear import bit_linears, convert, set_blend
 from .mugrokfast import MuGrokfast, parameter_groups
 from .planelinear import plane_linears, to_planes
@@ -161,7 +161,7 @@ def recover(
             **asdict(settings),
             "text": None if model.is_classifier else calibration.find().sha256,
             "weights": hashlib.sha256("\n".join(chosen).encode()).hexdigest(),
-            "start": begin and sha256_file(begin.path / MANIFEST),
+            "start": begin and begin.sha256,
         },
     }
     work = out.with_name(out.name + ".training")
