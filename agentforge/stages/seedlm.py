@@ -234,13 +234,14 @@ SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of un
 class _Tables(NamedTuple):
     """groups: float32[chunks, C, r * CHUNK], the common normals.  seeds: float32[chunks * CHUNK, g, D - r, C], the others.
     values: the cyclic sequence of U's entries, float64[N + ...], the i-th from the i-th state.  states: uint32[N], from
-    seed 1.  inverses: see `_inverses`."""
+    seed 1.  inverses: see `_inverses`.  near: values in float32."""
 
     groups: np.ndarray
     seeds: np.ndarray
     values: np.ndarray
     states: np.ndarray
     inverses: np.ndarray
+    near: np.ndarray
 
 
 @lru_cache(maxsize=4)
@@ -265,8 +266,8 @@ def _tables(K: int, C: int, P: int) -> _Tables:
             own = np.concatenate([values[(first + j)[:, None, None] + rows + np.arange(P)], common], axis=2)
             others = np.linalg.qr(own, mode="complete")[0][:, :, P + r :]
             seeds[chunk, :, j] = others.transpose(0, 2, 1)
-    inverses = _inverses(values, count, C, P)
-    return _Tables(groups.reshape(chunks, C, -1), seeds.reshape(chunks * CHUNK, g, D - r, C), values, states, inverses)
+    inverses, near = _inverses(values, count, C, P), values.astype(np.float32)
+    return _Tables(groups.reshape(chunks, C, -1), seeds.reshape(chunks * CHUNK, g, D - r, C), values, states, inverses, near)
 
 
 def _inverses(values: np.ndarray, count: int, C: int, P: int) -> np.ndarray:
@@ -313,7 +314,8 @@ def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: t
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
         importance = np.ones(C) if h is None else h
         inverses = nothing if rule[3] or h is not None else tables.inverses  # they know no refinement and no weights
-        _search(blocks, importance, groups, others, inverses, tables.values, tables.states, rule, seeds, codes)
+        rest = (inverses, tables.near, tables.values, tables.states, rule, seeds, codes)
+        _search(blocks, importance, groups, others, *rest)
         return seeds, codes
 
     return search
@@ -412,6 +414,7 @@ def _search(  # pragma: no cover  (compiled)
     groups: np.ndarray,
     seed_normals: np.ndarray,
     inverses: np.ndarray,
+    near: np.ndarray,
     values: np.ndarray,
     states: np.ndarray,
     rule: tuple[int, int, int, int],
@@ -431,7 +434,9 @@ def _search(  # pragma: no cover  (compiled)
         limit = guess
         while left:
             some = again[:left]
-            _search_tile(blocks, some, limit, h, groups, seed_normals, inverses, values, states, rule, seeds, codes, errors)
+            _search_tile(
+                blocks, some, limit, h, groups, seed_normals, inverses, near, values, states, rule, seeds, codes, errors
+            )
             # Where nothing below the limit was found, the limit was too low.
             missed = 0
             for i in range(left):
@@ -455,6 +460,7 @@ def _search_tile(  # pragma: no cover  (compiled)
     groups: np.ndarray,
     seed_normals: np.ndarray,
     inverses: np.ndarray,
+    near: np.ndarray,
     values: np.ndarray,
     states: np.ndarray,
     rule: tuple[int, int, int, int],
@@ -487,7 +493,7 @@ def _search_tile(  # pragma: no cover  (compiled)
     bound = np.empty(CHUNK, np.float32)
     least = np.empty(CHUNK // 2, np.float32)  # of every set, in its first SETS entries
     fit = np.empty(P + 1, np.int64)
-    near, near_t = values.astype(np.float32), np.empty(P, np.float32)
+    rough = np.empty(P, np.float32)
     for chunk in range(len(groups)):
         for b in range(n):
             if square[b] == 0.0:
@@ -508,7 +514,7 @@ def _search_tile(  # pragma: no cover  (compiled)
                             continue
                         position = group * g + j
                         if len(inverses) and _worse(
-                            blocks[which[b]], square[b], inverses, near, position, near_t, rule, errors[b]
+                            blocks[which[b]], square[b], inverses, near, position, rough, rule, errors[b]
                         ):
                             continue
                         error = _fit(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
@@ -584,7 +590,7 @@ def _worse(  # pragma: no cover  (compiled)
     """Whether the fit of this seed, quantised, is certain to have a larger relative error than `error`.
 
     In float32, in a fraction of the time of `_fit`; not certain where a number is about to be rounded the other way.
-    near: `_Tables.values` in float32.  t: room for the coefficients.
+    near: see `_Tables`.  t: room for the coefficients.
     """
     C, P = len(w), len(t)
     size = np.float32(math.sqrt(square))

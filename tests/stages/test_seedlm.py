@@ -306,7 +306,7 @@ def test_seeds_that_are_passed_over_in_float32_would_not_have_won(K: int, C: int
     found = []
     for inverses in (tables.inverses, np.empty((0, P * C + 1), np.float32)):
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
-        rest = (inverses, tables.values, tables.states, rule, seeds, codes)
+        rest = (inverses, tables.near, tables.values, tables.states, rule, seeds, codes)
         seedlm._search(blocks, np.ones(C), tables.groups, tables.seeds, *rest)
         found.append((seeds, codes))
     assert (found[0][0] == found[1][0]).all()
@@ -317,7 +317,7 @@ def test_the_rough_look_passes_over_most_seeds() -> None:
     """Of seeds drawn at random it lets few through to the fit, and of the best ones all."""
     K, C, P = 10, 4, 3
     tables = seedlm._tables(K, C, P)
-    near, t, fit = tables.values.astype(np.float32), np.empty(P, np.float32), np.empty(P + 1, np.int64)
+    t, fit = np.empty(P, np.float32), np.empty(P + 1, np.int64)
     rule = (seedlm.LEAST_EXPONENT, seedlm.LARGEST_EXPONENT, -2, 0)
     passed = 0
     for w in np.random.default_rng(0).standard_normal((20, C)).astype(np.float32):
@@ -325,7 +325,7 @@ def test_the_rough_look_passes_over_most_seeds() -> None:
         errors = [seedlm._fit(w, np.ones(C), tables.values, i + 1, P, rule, fit) / square for i in range(len(tables.states))]
         least = min(errors)
         for position, error in enumerate(errors):
-            worse = seedlm._worse(w, square, tables.inverses, near, position, t, rule, least)
+            worse = seedlm._worse(w, square, tables.inverses, tables.near, position, t, rule, least)
             assert not (worse and error <= least)
             passed += not worse
     assert passed < 0.02 * 20 * len(tables.states)
