@@ -26,14 +26,15 @@ import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from . import stages
 from .errors import AgentForgeError, BadArtifact, BadInput
 from .models import SOURCE_FILE, LanguageModel, Weight
-from .planes import FLOATS, Packed, Plane, bits_per_value, stored_bytes, tensor_bytes
+from .planes import FLOATS, Packed, Plane, bits_per_value, is_coded, stored_bytes, tensor_bytes
+from .stages.entropy import VALUES_A_BYTE
 from .tensorfiles import (
     DTYPES,
     WEIGHTS_INDEX,
@@ -190,23 +191,28 @@ class Artifact:
                 )
             return tensor
         stage = _stage_of(row)
-        planes = self._planes(name, stage.layout(_oriented(row)))
+        planes = self._planes(name, stage.layout(_oriented(row)), row["bytes"])
         return Packed(_oriented(row), planes, self._shared if stage.shared_layout() else None)
 
     @cached_property
     def _shared(self) -> Packed:
         """The planes that all encoded tensors share."""
-        return Packed((0, 0), self._planes(SHARED, _stage_of(self.manifest["shared"]).shared_layout()))
+        about = self.manifest["shared"]
+        return Packed((0, 0), self._planes(SHARED, _stage_of(about).shared_layout(), about["bytes"]))
 
-    def _planes(self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[Plane, ...]:
+    def _planes(self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int) -> tuple[Plane, ...]:
+        """The planes of a tensor, `size` bytes together."""
         planes = []
+        if (found := sum(self._entry(f"{name}.{plane}").bytes for plane in layout)) != size:
+            raise BadArtifact(f"{self.path}: the planes of {name} have {found} bytes, the manifest says {size}")
         for plane, (coding, shape) in layout.items():
             entry = self._entry(f"{name}.{plane}")
             # The header's size was checked by the safetensors library; here it is held against the settings.
-            expected = stored_bytes(coding, math.prod(shape))
-            if entry.bytes != expected:
+            least, most = _stored_range(coding, math.prod(shape))
+            if not least <= entry.bytes <= most:
                 raise BadArtifact(
-                    f"{self.path}: plane {name}.{plane} has {entry.bytes} bytes; {coding}{list(shape)} takes {expected}"
+                    f"{self.path}: plane {name}.{plane} has {entry.bytes} bytes; {coding}{list(shape)} takes "
+                    + (f"{least}" if least == most else f"{least} to {most}")
                 )
             try:
                 planes.append(Plane.from_stored(plane, coding, shape, read_tensor(f"{name}.{plane}", entry)))
@@ -664,7 +670,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             sizes = _sizes(_stage_of(shared).shared_layout())
         except BadInput as error:
             raise refuse(f"shared: {error}") from None
-        if (shared.get("bytes"), shared.get("bits")) != sizes or not sizes[0]:
+        if not _fits(shared.get("bytes"), shared.get("bits"), sizes) or not sizes.bytes:
             raise refuse(f"shared: {shared.get('bytes')} bytes, {shared.get('bits')} bits; its settings give {sizes}")
     seen = {SHARED}
     for row in manifest["tensors"]:
@@ -697,17 +703,46 @@ def _read_manifest(path: Path) -> dict[str, Any]:
                 raise refuse(f"tensor {name}: the planes that its stage shares are missing")
         else:
             expected = math.prod(shape) * getattr(torch, row["dtype"]).itemsize
-            sizes = (expected, 8 * expected)
-        if (row["bytes"], row["bits"]) != sizes:
-            raise refuse(
-                f"tensor {name}: {row['bytes']} bytes, {row['bits']} bits; settings and shape give {sizes[0]}, {sizes[1]}"
-            )
+            sizes = _Sizes(expected, 8 * expected, 0, 0)
+        if not _fits(row["bytes"], row["bits"], sizes):
+            raise refuse(f"tensor {name}: {row['bytes']} bytes, {row['bits']} bits; settings and shape give {sizes}")
     return manifest
 
 
-def _sizes(layout: dict[str, tuple[str, tuple[int, ...]]]) -> tuple[int, int]:
-    """Bytes on disk and bits of planes of this layout."""
-    return (
-        sum(stored_bytes(coding, math.prod(size)) for coding, size in layout.values()),
-        sum(math.ceil(bits_per_value(coding) * math.prod(size)) for coding, size in layout.values()),
+class _Sizes(NamedTuple):
+    """What planes take: bytes on disk and bits of those whose size is known, and the range of the coded ones' bytes."""
+
+    bytes: int
+    bits: int
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.bytes}, {self.bits}" + (f" and {self.least} to {self.most} bytes of codes" if self.most else "")
+
+
+def _sizes(layout: dict[str, tuple[str, tuple[int, ...]]]) -> _Sizes:
+    """The sizes of planes of this layout."""
+    known = {n: (coding, math.prod(size)) for n, (coding, size) in layout.items() if not is_coded(coding)}
+    coded = [_stored_range(coding, math.prod(size)) for n, (coding, size) in layout.items() if n not in known]
+    return _Sizes(
+        sum(stored_bytes(coding, count) for coding, count in known.values()),
+        sum(math.ceil(bits_per_value(coding) * count) for coding, count in known.values()),
+        sum(least for least, _ in coded),
+        sum(most for _, most in coded),
     )
+
+
+def _stored_range(coding: str, count: int) -> tuple[int, int]:
+    """The fewest and the most bytes that `count` values of this coding can take on disk."""
+    if is_coded(coding):
+        return -(-count // VALUES_A_BYTE), stored_bytes(coding[1:], count) + 1
+    return (stored_bytes(coding, count),) * 2
+
+
+def _fits(bytes_: Any, bits: Any, sizes: _Sizes) -> bool:
+    """Whether a row's bytes and bits are what its planes take; coded planes fill their bytes."""
+    if type(bytes_) is not int or type(bits) is not int:
+        return False
+    coded = bytes_ - sizes.bytes
+    return sizes.least <= coded <= sizes.most and bits == sizes.bits + 8 * coded

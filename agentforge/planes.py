@@ -11,6 +11,7 @@ coding       values                                          bits a value
 ``float16``  IEEE half                                       16
 ``bfloat16`` bfloat16                                        16
 ``float32``  IEEE single                                     32
+``~X``       values of coding X, entropy-coded               as many as it takes
 ===========  ==============================================  =========================
 
 ``Packed.bits`` counts all that must be stored to decode; on disk each integer plane is rounded up to a whole byte, so
@@ -25,6 +26,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 import torch
 
@@ -38,7 +40,7 @@ TRITS_PER_BYTE = 5
 def bits_per_value(coding: str) -> Fraction:
     """Bits that one value of this coding costs, exactly.
 
-    Raises BadInput for a coding that does not exist.
+    Raises BadInput for a coding that does not exist, or that is entropy-coded: there the values decide.
     """
     if coding in FLOATS:
         return Fraction(FLOATS[coding].itemsize * 8)
@@ -47,6 +49,11 @@ def bits_per_value(coding: str) -> Fraction:
     if re.fullmatch(r"uint([1-9]|[12][0-9]|3[0-2])", coding):
         return Fraction(int(coding[4:]))
     raise BadInput(f"coding {coding!r} does not exist; expected uint1 to uint32, trit, {', '.join(FLOATS)}")
+
+
+def is_coded(coding: str) -> bool:
+    """Whether planes of this coding are entropy-coded, so that their size is known only from their values."""
+    return coding.startswith("~")
 
 
 def stored_bytes(coding: str, count: int) -> int:
@@ -69,24 +76,40 @@ class Plane:
     @property
     def bits(self) -> int:
         """Bits that the values occupy, before the last byte is filled up."""
+        if is_coded(self.coding):
+            return 8 * self._coded.numel()
         return math.ceil(bits_per_value(self.coding) * self.values.numel())
 
     def stored(self) -> torch.Tensor:
-        """The tensor that goes to disk: uint8[bytes] for integers, the floats themselves otherwise."""
+        """The tensor that goes to disk: uint8[bytes] for integers and what is coded, the floats themselves otherwise."""
+        if is_coded(self.coding):
+            return self._coded
         if self.coding in FLOATS:
             return self.values.contiguous()
         if self.coding == "trit":
             return pack_trits(self.values)
         return pack_uint(self.values, int(self.coding[4:]))
 
+    @cached_property
+    def _coded(self) -> torch.Tensor:
+        from .stages import entropy  # which builds on planes, too
+
+        return torch.frombuffer(bytearray(entropy.encode(Plane(self.name, self.values, self.coding[1:]))), dtype=torch.uint8)
+
     @classmethod
     def from_stored(cls, name: str, coding: str, shape: tuple[int, ...], stored: torch.Tensor) -> Plane:
-        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for.
+        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for, if they tell it.
 
         Raises BadArtifact where it has not, or where it holds what no packer writes: a byte above 242 among trits,
-        padding that is not zero, a float that is not finite.
+        padding that is not zero, a float that is not finite, a code that does not come out even.
         """
         count = math.prod(shape)
+        if is_coded(coding):
+            from .stages import entropy
+
+            if stored.dtype != torch.uint8 or stored.dim() != 1:
+                raise BadArtifact(f"plane {name}: {coding} takes uint8[bytes], found {stored.dtype}{list(stored.shape)}")
+            return cls(name, entropy.decode(bytes(tensor_bytes(stored)), name, coding[1:], shape).values, coding)
         if coding in FLOATS:
             if stored.dtype != FLOATS[coding] or tuple(stored.shape) != shape:
                 raise BadArtifact(
@@ -133,7 +156,7 @@ class Packed:
     @property
     def floats(self) -> dict[str, torch.Tensor]:
         """The float planes as float32, by name."""
-        return {plane.name: plane.values.to(torch.float32) for plane in self.planes if plane.coding in FLOATS}
+        return {plane.name: plane.values.to(torch.float32) for plane in self.planes if plane.coding.strip("~") in FLOATS}
 
     @property
     def bits(self) -> int:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition, local
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tqdm.auto import tqdm
@@ -23,38 +23,54 @@ from .errors import BadInput
 from .evaluation.texts import Text, find_text
 from .models import LanguageModel
 
+if TYPE_CHECKING:
+    from .stages import Stage
+
 TOKENS = 8192
 CONTEXT = 1024
+SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
 
 @dataclass(frozen=True, eq=False)
 class InputStatistics:
-    """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens that were averaged over."""
+    """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens that were averaged over.
+
+    sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window, of
+    tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of KL(model || changed
+    model) in these outputs.  None where it was not asked for.
+    """
 
     hessian: torch.Tensor
     n: int
+    sensitivity: torch.Tensor | None = None
 
     @property
     def diagonal(self) -> torch.Tensor:
         """E[x_j^2] of each input: float32[in]."""
         return self.hessian.diagonal()
 
-    def check(self, columns: int, name: str) -> None:
-        """Raise BadInput where this is not what a weight with `columns` inputs needs."""
+    def check(self, shape: tuple[int, int], name: str) -> None:
+        """Raise BadInput where this is not what a weight of this shape, [out, in], needs."""
+        rows, columns = shape
         if tuple(self.hessian.shape) != (columns, columns):
             raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
-        if not torch.isfinite(self.hessian).all():
+        if self.sensitivity is not None and tuple(self.sensitivity.shape) != (rows,):
+            raise BadInput(f"{name}: has {rows} outputs, its sensitivity is {list(self.sensitivity.shape)}")
+        found = [self.hessian] if self.sensitivity is None else [self.hessian, self.sensitivity]
+        if not all(torch.isfinite(moments).all() for moments in found):
             raise BadInput(f"{name}: its statistics hold values that are not finite; is the model sound on this text?")
 
 
 @dataclass(frozen=True)
 class Calibration:
     """Which text to calibrate on.  text: a name, a path or a Text (default: selftext's calibration split, as everybody
-    has it).  tokens: how many of its tokens.  context: tokens a window."""
+    has it).  tokens: how many of its tokens.  context: tokens a window.  sensitivity_tokens: on how many of them backward
+    passes are made, too, for `InputStatistics.sensitivity`."""
 
     text: str | Text = "selftext"
     tokens: int = TOKENS
     context: int = CONTEXT
+    sensitivity_tokens: int = 0
 
     def find(self) -> Text:
         """The text; of a named one the split that is not for measuring on."""
@@ -65,12 +81,19 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """What the statistics depend on, for a recipe."""
         found = self.find()
-        return {
+        about = {
             "text": f"{found.name}/{found.split}",
             "sha256": found.sha256,
             "tokens": self.tokens,
             "context": self.context,
         }
+        return about | ({"sensitivity_tokens": self.sensitivity_tokens} if self.sensitivity_tokens else {})
+
+    def for_stage(self, stage: Stage) -> Calibration:
+        """The same, with the backward passes that `stage` needs, at least."""
+        if stage.needs_sensitivity and not self.sensitivity_tokens:
+            return replace(self, sensitivity_tokens=min(SENSITIVITY_TOKENS, self.tokens))
+        return self
 
 
 def collect(
@@ -137,8 +160,65 @@ def collect(
         torch.set_num_threads(threads)
         for hook in hooks:
             hook.remove()
-    means = {key: InputStatistics(_mean(total, seen[key]), seen[key]) for key, total in sums.items()}
-    return {name: means[key] for name, key in same.items() if key in means}
+    means = {key: _mean(total, seen[key]) for key, total in sums.items()}
+    found = {name: InputStatistics(means[key], seen[key]) for name, key in same.items() if key in means}
+    if not calibration.sensitivity_tokens:
+        return found
+    curvatures = _sensitivities(model, calibration, {name: owners[name] for name in found}, windows, progress)
+    return {name: replace(about, sensitivity=curvatures[name]) for name, about in found.items()}
+
+
+def _sensitivities(
+    model: LanguageModel, calibration: Calibration, owners: dict[str, Any], windows: list[torch.Tensor], progress: bool
+) -> dict[str, torch.Tensor]:
+    """`InputStatistics.sensitivity` of each weight: float32[out].
+
+    Of a window, log p(y) is differentiated for one token y a position, drawn from the model's own prediction: the scores of
+    different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
+    their squares.
+    """
+    module = model.model
+    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    sums = {name: torch.zeros(owner.weight.shape[0], dtype=torch.float64) for name, owner in owners.items()}
+    seen = 0
+
+    def note(name: str) -> Callable[..., torch.Tensor]:
+        def add(gradient: torch.Tensor) -> None:
+            sums[name] += gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+
+        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+            output = output if output.requires_grad else output.detach().requires_grad_()
+            output.register_hook(add)
+            return output
+
+        return hook
+
+    hooks = [owner.register_forward_hook(note(name)) for name, owner in owners.items()]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    bar = tqdm(desc=f"sensitivity: {model.name}", unit="window", leave=False, disable=None if progress else True)
+    try:
+        for parameter in wanted:
+            parameter.requires_grad_(False)  # gradients of activations are all that is asked for
+        generator = torch.Generator().manual_seed(0)
+        for window in windows:
+            if seen >= calibration.sensitivity_tokens and not model.is_classifier:
+                break
+            output = module(window)
+            logits = getattr(output, "logits", output)
+            scores = logits.reshape(-1, logits.shape[-1]).to(torch.float32).log_softmax(-1)
+            drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+            scores.gather(1, drawn).sum().backward()
+            seen += len(scores)
+            bar.update()
+    finally:
+        bar.close()
+        torch.set_num_threads(threads)
+        for parameter in wanted:
+            parameter.requires_grad_(True)
+        for handle in hooks:
+            handle.remove()
+    return {name: (total / seen).to(torch.float32) for name, total in sums.items()}
 
 
 def _windows(model: LanguageModel, calibration: Calibration) -> list[torch.Tensor]:

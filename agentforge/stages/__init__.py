@@ -1,12 +1,13 @@
 """The stages, one file each, and the registry that knows them by name."""
 
-from . import curves, rounding, seedlm, ternary, trajectory, vptq
+from . import curves, ecsq, rounding, seedlm, ternary, trajectory, vptq
 from .base import Layer, Stage, from_json, get, names, parse, register
 
 __all__ = [
     "Layer",
     "Stage",
     "curves",
+    "ecsq",
     "from_json",
     "get",
     "names",

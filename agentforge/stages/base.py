@@ -58,6 +58,11 @@ class Stage:
         """Whether these settings make use of `stats`, so that a model has to be calibrated first."""
         return False
 
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Whether they make use of `stats.sensitivity`, too, which takes backward passes."""
+        return False
+
     def encode(
         self,
         weight: torch.Tensor,
@@ -93,7 +98,7 @@ class Stage:
                 "(float32); mend the weight or leave it out"
             )
         if stats is not None:
-            stats.check(weight.shape[1], name)
+            stats.check((weight.shape[0], weight.shape[1]), name)
         if not self.shared_layout():
             return self._encode(values, stats, seed)
         if shared is None:

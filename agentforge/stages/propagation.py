@@ -15,8 +15,10 @@ TILE = 576  # weights of a column that are worked on together: twelve such rows 
 FACTOR = 64  # rows of a factor that are found together
 
 
-def unit_factor(hessian: np.ndarray) -> np.ndarray | None:
-    """M of H = M D M^T, strictly upper triangular part only: float32[n, n]; None where H is not positive definite.
+def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """M, strictly upper triangular part only, float32[n, n], and D, float64[n], of H = M D M^T.
+
+    None where H is not positive definite.
 
     hessian: float[n, n], symmetric.  By Cholesky's method in double precision on H read from its end: with J the
     reversal of order, J H J = U^T U gives H = (J U^T J)(J U^T J)^T, whose first factor is upper triangular.
@@ -29,7 +31,8 @@ def unit_factor(hessian: np.ndarray) -> np.ndarray | None:
         if not _eliminate(upper, first, last):
             return None
     factor = np.triu(upper).T[::-1, ::-1]
-    return np.ascontiguousarray(np.triu(factor / np.diag(factor), 1), np.float32)
+    roots = np.diag(factor)
+    return np.ascontiguousarray(np.triu(factor / roots, 1), np.float32), roots * roots
 
 
 @njit(nogil=True, cache=True)

@@ -500,7 +500,7 @@ def _factor(problem: Problem) -> np.ndarray:
     factor = unit_factor(problem.hessian)
     if factor is None:
         raise BadInput("vptq: the statistics are no second moments (not positive definite); collect them anew")
-    return factor
+    return factor[0]
 
 
 def _vectors(problem: Problem, segment: Segment, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,194 @@
+"""Entropy-coded scalar quantisation: whole multiples of a step, in as many bits as their entropy.
+
+At high rates the entropy of a uniformly quantised value is within log2(2 pi e / 12) / 2 = 0.254 bits of what any code of any
+length could reach at the same squared error (Gish & Pierce 1968), whatever the distribution.  So there is nothing to
+search for but the steps and the errors' direction:
+
+* The damage to a layer's outputs is tr(G E H E^T): E the error of the weight, H = E[x x^T] of its inputs, G the curvature
+  of the loss in its outputs, of which the diagonal is taken ("sensitivity").  With H = M D M^T, M unit triangular, columns
+  that are rounded one after the other, each with M's share of the errors before it in its target, leave
+  sum_ij g_i D_j e_ij^2 (LDLQ: Chee et al. 2023, sections 3 and 4; GPTQ does the same), e_ij the rounding of one value.
+* Under a budget of bits every value should then be damaged alike (reverse water-filling: Cover & Thomas, theorem 10.3.3), so
+  that its step goes with 1 / sqrt(g_i D_j).  Rows get only half of that in the exponent, (g_i)^-1/4: their curvatures are
+  the noisier estimate, and the other half did not pay when it was measured.
+* Rounding towards zero a little costs few errors and saves more bits (a dead zone: Sullivan 1996): 0.44 is added before
+  the fraction is cut off, instead of one half.
+
+Steps are stored as a base, and an exponent in eighths of octaves for each row and column.  Codes are zigzag integers
+(0, -1, 1, -2, ...), entropy-coded on disk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numba import njit
+
+from ..errors import BadInput
+from ..planes import FLOAT32_MAX, Packed, Plane
+from .base import Stage, register
+from .propagation import add_product, unit_factor
+
+OCTAVE = 8  # exponents of steps in one
+LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
+BLOCK = 64  # columns that pass on their errors together
+
+
+@register
+@dataclass(frozen=True)
+class ECSQ(Stage):
+    """Entropy-coded scalar quantisation.
+
+    step: the geometric mean of all steps, in units of the weight's root mean square; the entropy of Gaussian weights is
+    about 2.05 - log2(step) bits.  rounding: what is added before the fraction is cut off, 0.5 to the nearest.  damping:
+    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.
+    """
+
+    name: ClassVar[str] = "ecsq"
+    step: float = 0.6
+    rounding: float = 0.44
+    damping: float = 0.1
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Always: without them it is rounding with a good code."""
+        return True
+
+    @property
+    def needs_sensitivity(self) -> bool:
+        """Always: which rows may be coarse."""
+        return True
+
+    def _check(self) -> None:
+        if not 2**-12 <= self.step <= 2**6:
+            raise BadInput(f"ecsq: step={self.step}; expected 0.000244 to 64")
+        if not 0.0 < self.rounding <= 0.5:
+            raise BadInput(f"ecsq: rounding={self.rounding}; expected more than 0, at most 0.5")
+        if not 0.0 < self.damping <= 1e6:
+            raise BadInput(f"ecsq: damping={self.damping}; expected more than 0, at most 1e6")
+
+    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Coding and shape of each plane."""
+        rows, columns = shape
+        return {
+            "codes": ("~uint16", (rows, columns)),
+            "rows": ("~uint8", (rows,)),
+            "columns": ("~uint8", (columns,)),
+            "step": ("float32", (1,)),
+        }
+
+    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+        shape = (weight.shape[0], weight.shape[1])
+        values = weight.numpy()
+        factor, exponents = _of_columns(shape[1], stats, self.damping)
+        of_rows = _exponents(_of_rows(shape[0], stats))
+        of_columns = _exponents(exponents)
+        rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
+        step = np.float32(min(self.step * rms, FLOAT32_MAX))
+        row_steps, column_steps = _steps(of_rows, of_columns, step)
+        codes = _quantise(np.ascontiguousarray(values.T), factor, row_steps, column_steps, self.rounding)
+        zigzag = np.where(codes >= 0, 2 * codes, -2 * codes - 1).T
+        return self._packed(shape, np.ascontiguousarray(zigzag), of_rows, of_columns, torch.tensor([step]))
+
+    def _packed(
+        self, shape: tuple[int, int], codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, step: torch.Tensor
+    ) -> Packed:
+        values = {"codes": torch.from_numpy(codes), "rows": torch.from_numpy(rows), "columns": torch.from_numpy(columns)}
+        layout = self.layout(shape)
+        return Packed(shape, tuple(Plane(n, {**values, "step": step}[n], layout[n][0]) for n in layout))
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+
+    def dense(self, packed: Packed, floats: Any) -> torch.Tensor:
+        """The weight as a function of the step."""
+        rows, columns = _steps(packed["rows"].numpy(), packed["columns"].numpy(), np.float32(1))
+        zigzag = packed["codes"].to(torch.int32)
+        codes = torch.where(zigzag % 2 == 0, zigzag // 2, -(zigzag + 1) // 2).to(torch.float32)
+        dense: torch.Tensor = codes * torch.from_numpy(rows)[:, None] * (torch.from_numpy(columns) * floats["step"])
+        return dense
+
+
+def _of_columns(columns: int, stats: Any, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    """M of the damped H, strictly upper triangular, float32[in, in], and log2 of D_j**-1/2, float64[in]."""
+    if stats is None:
+        return np.zeros((columns, columns), np.float32), np.zeros(columns)
+    hessian = stats.hessian.double().numpy()
+    mean = float(np.diag(hessian).mean())
+    if mean == 0:
+        return np.zeros((columns, columns), np.float32), np.zeros(columns)
+    found = unit_factor(hessian + damping * mean * np.eye(columns))
+    if found is None:
+        raise BadInput("ecsq: the statistics are no second moments (not positive definite); collect them anew")
+    return found[0], np.asarray(-np.log2(found[1]) / 2)
+
+
+def _of_rows(rows: int, stats: Any) -> np.ndarray:
+    """log2 of g_i**-1/4: float64[out]."""
+    logarithms = np.zeros(rows)
+    if stats is not None and stats.sensitivity is not None:
+        sensitivity = stats.sensitivity.double().numpy()
+        if sensitivity.any():
+            logarithms -= np.log2(sensitivity + 1e-3 * sensitivity.mean()) / 4
+    return logarithms
+
+
+def _exponents(logarithms: np.ndarray) -> np.ndarray:
+    """Eighths of octaves around the mean, 128 for none: uint8[n]."""
+    return np.clip(np.rint(OCTAVE * (logarithms - logarithms.mean())) + 128, 0, 255).astype(np.uint8)
+
+
+def _steps(rows: np.ndarray, columns: np.ndarray, step: np.float32) -> tuple[np.ndarray, np.ndarray]:
+    """The rows' factors, and the columns' times `step`: float32 each."""
+    powers = np.array([2.0 ** ((e - 128) / OCTAVE) for e in range(256)], np.float32)
+    return powers[rows], powers[columns] * step
+
+
+def _quantise(weight: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, rounding: float) -> np.ndarray:
+    """Codes, int32[in, out], of the weight, float32[in, out].  factor: M, strictly upper triangular.  rows, columns: factors
+    of the steps."""
+    codes = np.zeros(weight.shape, np.int32)
+    target, error = weight.copy(), np.zeros_like(weight)
+    feedback = bool(factor.any())
+    for first in range(0, len(weight), BLOCK):
+        last = min(first + BLOCK, len(weight))
+        if feedback and first:
+            add_product(target[first:last], np.ascontiguousarray(factor[:first, first:last]), error[:first])
+        _round_block(first, last, weight, factor, rows, columns, np.float32(rounding), codes, target, error)
+    return codes
+
+
+@njit(nogil=True, cache=True)
+def _round_block(  # pragma: no cover  (compiled)
+    first: int,
+    last: int,
+    weight: np.ndarray,
+    factor: np.ndarray,
+    rows: np.ndarray,
+    columns: np.ndarray,
+    rounding: np.float32,
+    codes: np.ndarray,
+    target: np.ndarray,
+    error: np.ndarray,
+) -> None:
+    """Round columns first .. last - 1 one after the other, and pass each error on to those of them that follow."""
+    out = weight.shape[1]
+    for n in range(first, last):
+        for r in range(out):
+            step = rows[r] * columns[n]
+            x = target[n, r]
+            q = np.float32(0)
+            if step > 0:
+                q = min(np.floor(abs(x) / step + rounding), np.float32(LARGEST))
+            q = -q if x < 0 else q
+            codes[n, r] = np.int32(q)
+            error[n, r] = weight[n, r] - q * step
+        for m in range(n + 1, last):
+            share = factor[n, m]
+            if share != 0:
+                for r in range(out):
+                    target[m, r] += share * error[n, r]
