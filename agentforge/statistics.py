@@ -35,9 +35,9 @@ SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forw
 class InputStatistics:
     """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens that were averaged over.
 
-    sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window, of
-    tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of KL(model || changed
-    model) in these outputs.  None where it was not asked for.
+    sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window,
+    of tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of
+    KL(model || changed model) in these outputs.  None where it was not asked for.
     """
 
     hessian: torch.Tensor

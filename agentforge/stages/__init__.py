@@ -1,6 +1,6 @@
 """The stages, one file each, and the registry that knows them by name."""
 
-from . import curves, ecsq, rounding, seedlm, ternary, trajectory, vptq
+from . import curves, ecsq, refined, rounding, seedlm, ternary, trajectory, vptq
 from .base import Layer, Stage, from_json, get, names, parse, register
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "get",
     "names",
     "parse",
+    "refined",
     "register",
     "rounding",
     "seedlm",

@@ -208,14 +208,24 @@ def from_json(data: Any) -> Stage:
     """The inverse of `Stage.to_json`.  Raises BadInput for anything else."""
     if not isinstance(data, dict) or not isinstance(data.get("stage"), str):
         raise BadInput(f"expected a stage as {{'stage': name, settings}}, found {data!r:.100}")
+    if data["stage"] == "refined":
+        from .refined import refined_from_json
+
+        return refined_from_json(data)
     return get(data["stage"], **{k: v for k, v in data.items() if k != "stage"})
 
 
 def parse(text: str) -> Stage:
-    """A stage from the command line's form, `name` or `name:setting=value,setting=value`.
+    """A stage from the command line's form, `name` or `name:setting=value,setting=value`, and ` | ` before each refinement.
 
     Raises BadInput where a part is not of that form or `get` refuses it.
     """
+    text, refinement, rest = text.partition("|")
+    if refinement:
+        from .refined import with_refinements
+
+        return with_refinements(parse(text), rest)
+    text = text.strip()
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
     hints = _hints(_REGISTRY[name]) if name in _REGISTRY else {}

@@ -20,9 +20,10 @@ Steps are stored as a base, and an exponent in eighths of octaves for each row a
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +33,9 @@ from ..errors import BadInput
 from ..planes import FLOAT32_MAX, Packed, Plane
 from .base import Stage, register
 from .propagation import add_product, unit_factor
+
+if TYPE_CHECKING:
+    from ..statistics import InputStatistics
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
@@ -81,7 +85,7 @@ class ECSQ(Stage):
             "step": ("float32", (1,)),
         }
 
-    def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
+    def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         values = weight.numpy()
         factor, exponents = _of_columns(shape[1], stats, self.damping)
@@ -113,28 +117,31 @@ class ECSQ(Stage):
         return dense
 
 
-def _of_columns(columns: int, stats: Any, damping: float) -> tuple[np.ndarray, np.ndarray]:
+def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> tuple[np.ndarray, np.ndarray]:
     """M of the damped H, strictly upper triangular, float32[in, in], and log2 of D_j**-1/2, float64[in]."""
-    if stats is None:
+    if stats is None or not stats.diagonal.any():
         return np.zeros((columns, columns), np.float32), np.zeros(columns)
-    hessian = stats.hessian.double().numpy()
-    mean = float(np.diag(hessian).mean())
-    if mean == 0:
-        return np.zeros((columns, columns), np.float32), np.zeros(columns)
-    found = unit_factor(hessian + damping * mean * np.eye(columns))
+    factor, moments = _factor(stats.hessian, damping)
+    return factor, -np.log2(moments) / 2
+
+
+@functools.lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
+def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
+    damped = hessian.double().numpy()
+    damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean()
+    found = unit_factor(damped)
     if found is None:
         raise BadInput("ecsq: the statistics are no second moments (not positive definite); collect them anew")
-    return found[0], np.asarray(-np.log2(found[1]) / 2)
+    return found
 
 
-def _of_rows(rows: int, stats: Any) -> np.ndarray:
+def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:
     """log2 of g_i**-1/4: float64[out]."""
-    logarithms = np.zeros(rows)
-    if stats is not None and stats.sensitivity is not None:
-        sensitivity = stats.sensitivity.double().numpy()
-        if sensitivity.any():
-            logarithms -= np.log2(sensitivity + 1e-3 * sensitivity.mean()) / 4
-    return logarithms
+    if stats is None or stats.sensitivity is None or not stats.sensitivity.any():
+        return np.zeros(rows)
+    sensitivity = stats.sensitivity.double()
+    logarithms: np.ndarray = (sensitivity + 1e-3 * sensitivity.mean()).log2().numpy()
+    return np.asarray(logarithms / -4)
 
 
 def _exponents(logarithms: np.ndarray) -> np.ndarray:

@@ -129,13 +129,30 @@ def _sealed(kind: int, body: bytes) -> bytes:
 
 
 def _encode_digit(lines: Array, width: int) -> bytes:
-    """The shortest section for a digit, int32[rows, columns] below 2**width."""
-    sections = [bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))]
-    sections.append(_modelled(ONE, lines, np.zeros(len(lines), np.int64)))
+    """The shortest section for a digit, int32[rows, columns] below 2**width, as far as the histograms tell beforehand."""
+    ways = [(ONE, lines, np.zeros(len(lines), np.int64))]
     for kind, these in ((ROWS, lines), (COLUMNS, lines.T)):
         if min(these.shape) >= CLASSES and lines.max() < these.shape[1]:  # more values than frequencies in a line
-            sections.append(_modelled(kind, these, _classes(these)))
-    return min(sections, key=len)
+            ways.append((kind, these, _classes(these)))
+    counts = [_counts(these, classes) for _, these, classes in ways]
+    sizes = [_coded_size(found, len(these)) for found, (_, these, _) in zip(counts, ways, strict=True)]
+    best = sizes.index(min(sizes))
+    packed = bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))
+    return min(packed, _modelled(*ways[best], counts[best]), key=len)
+
+
+def _counts(lines: Array, classes: Array) -> Array:
+    """How often each value is in each class of lines: int[classes, values]."""
+    size = max(int(lines.max()) + 1, 2)
+    return np.stack([np.bincount(lines[classes == k].reshape(-1), minlength=size) for k in range(int(classes.max()) + 1)])
+
+
+def _coded_size(counts: Array, lines: int) -> int:
+    """About the size of a section, in 2**-16 bits; the logarithms are rounded, so that it is the same on every machine."""
+    frequencies = np.stack([_frequencies(row) for row in counts])
+    bits = np.rint(65536 * np.log2(frequencies.sum(1, keepdims=True) / np.maximum(frequencies, 1))).astype(np.int64)
+    header = counts.size * FREQUENCY_BITS + (lines * CLASS_BITS if len(counts) > 1 else 0)
+    return int((counts * bits).sum()) + (header << 16)
 
 
 def _classes(lines: Array) -> Array:
@@ -148,21 +165,20 @@ def _classes(lines: Array) -> Array:
     return classes
 
 
-def _modelled(kind: int, lines: Array, classes: Array) -> bytes:
-    """A section with a histogram for each class of lines."""
-    size = max(int(lines.max()) + 1, 2)
+def _modelled(kind: int, lines: Array, classes: Array, counts: Array) -> bytes:
+    """A section with a histogram for each class of lines, from its counts."""
+    size = counts.shape[1]
     coder: Any = _library().stream.queue.RangeEncoder()
     histograms = []
-    for k in range(int(classes.max()) + 1):
-        symbols = lines[classes == k].reshape(-1)
-        histograms.append(_frequencies(np.bincount(symbols, minlength=size)))
-        coder.encode(symbols, _model(histograms[-1]))
+    for k, found in enumerate(counts):
+        histograms.append(_frequencies(found))
+        coder.encode(lines[classes == k].reshape(-1), _model(histograms[-1]))
     header = bytes([kind]) + (size - 1).to_bytes(2, "little")
     header += bytes(tensor_bytes(pack_uint(torch.from_numpy(np.stack(histograms)), FREQUENCY_BITS)))
     if kind != ONE:
         header += bytes(tensor_bytes(pack_uint(torch.from_numpy(classes), CLASS_BITS)))
     words: Array = coder.get_compressed()
-    return header + words.astype("<u4").tobytes()
+    return bytes(header + words.astype("<u4").tobytes())
 
 
 def _frequencies(counts: Array) -> Array:
