@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -148,10 +148,14 @@ class Packed:
     @property
     def sha256(self) -> str:
         """A hash over names, codings, shapes and stored bytes of all planes."""
+        return self.hash_of(plane.stored() for plane in self.planes)
+
+    def hash_of(self, stored: Iterable[torch.Tensor]) -> str:
+        """`sha256`, from what `Plane.stored` gave for each plane in turn: packing takes longer than hashing."""
         digest = hashlib.sha256(repr(self.shape).encode())
-        for plane in self.planes:
+        for plane, tensor in zip(self.planes, stored, strict=True):
             digest.update(f"{plane.name} {plane.coding} {tuple(plane.values.shape)}".encode())
-            digest.update(tensor_bytes(plane.stored()))
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
 
@@ -180,7 +184,8 @@ def exponent_plane(exponent: int) -> Plane:
 def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     """tensor * 2**exponent in float32, in two steps because one factor alone could overflow; it saturates."""
     half = exponent // 2
-    scaled = tensor.to(torch.float32) * 2.0**half * 2.0 ** (exponent - half)
+    scaled = tensor.to(torch.float32) * 2.0**half
+    scaled *= 2.0 ** (exponent - half)  # in place: a tensor of its size is what memory is bounded by
     # A scale rounded up to a half float may carry the largest float32 weights just beyond what float32 holds.
     return scaled.clamp_(-FLOAT32_MAX, FLOAT32_MAX) if exponent > 100 else scaled
 

@@ -100,7 +100,9 @@ class Rounding(Stage):
         group = self._group(columns)
         scale = floats["scale"].unsqueeze(2)
         codes = packed["codes"].to(scale.device, torch.float32)
-        codes = torch.nn.functional.pad(codes, (0, -columns % group)).reshape(rows, -1, group)
+        if columns % group:  # padding copies even where there is nothing to pad
+            codes = torch.nn.functional.pad(codes, (0, -columns % group))
+        codes = codes.reshape(rows, -1, group)
         if self.symmetric:
             values = codes.sub_(2 ** (self.bits - 1) - 1).mul_(scale)
         else:
