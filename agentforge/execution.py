@@ -7,6 +7,7 @@ back does not depend on who that was.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -94,6 +95,7 @@ def encode_tensor(task: Task) -> Encoded | Unencoded:
         )
     place = device_named(task.device)
     reasons: list[str] = []
+    give_back_freed_memory()
     for stage in (task.stage, FALLBACK) if task.fallback else (task.stage,):
         shared = read_shared(task.shared, stage) if task.shared and stage.shared_layout() else None
         # Here and below no more is held than the step at hand needs: this is what memory is bounded by.  Reading is not
@@ -114,6 +116,16 @@ def encode_tensor(task: Task) -> Encoded | Unencoded:
         del decoded
         return Encoded.of(stage, packed, error_, reasons[0] if reasons else None)
     return Unencoded("; ".join(reasons))
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library return what is free to the system.
+
+    glibc serves blocks of up to 32 MB from heaps of each thread, and planes of that size leave holes in them: without this,
+    memory grows for as long as there are tensors.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)
 
 
 def is_finite(values: torch.Tensor) -> bool:

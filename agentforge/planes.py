@@ -33,6 +33,7 @@ from .errors import BadArtifact, BadInput
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 TRITS_PER_BYTE = 5
+PACK_BLOCK = 1 << 18  # values that are packed or unpacked at a time; whole bytes at any width
 
 
 def bits_per_value(coding: str) -> Fraction:
@@ -205,9 +206,15 @@ def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
     flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << width):
         raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} do not fit into {width} bits")
-    count = flat.numel()
     if width == 8:
         return flat.to(torch.uint8)
+    # By blocks that fill whole bytes: what the shifts take would otherwise be several times what they give.
+    blocks = [_pack_block(block, width) for block in flat.split(PACK_BLOCK)]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
+    count = flat.numel()
     if 8 % width == 0:
         columns = torch.nn.functional.pad(flat.to(torch.uint8), (0, -count % (8 // width))).reshape(-1, 8 // width)
         packed = columns[:, 0].clone()
@@ -242,6 +249,14 @@ def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
         raise BadInput("the padding of its last byte is not zero")
     if width == 8:
         return stored
+    blocks = [
+        _unpack_block(part, width, min(PACK_BLOCK, count - i * PACK_BLOCK))
+        for i, part in enumerate(stored.split(PACK_BLOCK * width // 8))
+    ]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def _unpack_block(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     mask = (1 << width) - 1
     if 8 % width == 0:
         parts = [(stored >> (j * width)) & mask for j in range(8 // width)]
