@@ -100,10 +100,9 @@ def encode_tensor(task: Task) -> Encoded | Unencoded:
         shared = read_shared(task.shared, stage) if task.shared and stage.shared_layout() else None
         # Here and below no more is held than the step at hand needs: this is what memory is bounded by.  Reading is not
         # among what the fallback is for: an unreadable file is no weight that is hard to encode.
-        values = task.load().to(place, torch.float32)
+        values = [task.load().to(place, torch.float32)]
         try:
-            packed = stage.encode(values, task.stats, task.seed, name=task.name, shared=shared)
-            del values
+            packed = stage.encode(values.pop(), task.stats, task.seed, name=task.name, shared=shared)
             decoded = stage.decode(packed)
             if not is_finite(decoded):
                 raise BadInput(f"{task.name}: {stage} decodes to values that are not finite; leave it out or scale it")

@@ -73,6 +73,7 @@ class Rounding(Stage):
         shape = (weight.shape[0], weight.shape[1])
         exponent = power_of_two_exponent(weight)
         scaled = times_power_of_two(weight, exponent).numpy()
+        del weight  # as large as what is scaled
         group = self._group(shape[1])
         scale, minimum = _fit(scaled, group, self.bits, self.symmetric, self.clip == "mse")
         # What is stored are half floats: the codes are chosen for those.
