@@ -92,6 +92,11 @@ class Artifact:
         return rows
 
     @property
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """The rows of weights that the stage could not encode: another one did, or they were kept; `reason` says why."""
+        return [row for row in self.rows if row.get("fallback")]
+
+    @property
     def sha256(self) -> str:
         """The hash of the manifest, which holds the hashes of all files."""
         return sha256_file(self.path / MANIFEST)
@@ -156,10 +161,13 @@ class Artifact:
             expected |= {f"{SHARED}.{plane.name}" for plane in self._shared}
             if self._shared.sha256 != self.manifest["shared"]["sha256"]:
                 raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
+        odd_values = []
         for row in self.rows:
             packed = self.read(row)
             if isinstance(packed, torch.Tensor):
                 expected.add(row["name"])
+                if packed.is_floating_point() and not torch.isfinite(packed).all():
+                    odd_values.append(row["name"])
                 if hashlib.sha256(tensor_bytes(packed)).hexdigest() != row["sha256"]:
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: its values are not those that were kept")
             else:
@@ -177,6 +185,7 @@ class Artifact:
             f"{len(self.manifest['files'])} files: size and sha256",
             f"{touched} encoded tensors: planes, hashes, decoded to finite values",
             f"{len(self.rows) - touched} kept tensors: shape, dtype, hash",
+            *(f"{name}: kept with values that are not finite, as the original has them" for name in odd_values),
         ]
 
     def read(self, row: dict[str, Any]) -> Packed | torch.Tensor:
@@ -432,6 +441,11 @@ class Writer:
         """Whether tensor number `index` is finished."""
         return self._piece(index).is_file()
 
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """The rows of finished weights that the stage could not encode."""
+        rows = [_row_of(piece) for piece in sorted(self.tensors.glob("[0-9]*.safetensors"))]
+        return [row for row in rows if row.get("fallback")]
+
     def put_encoded(self, index: int, weight: Weight, encoded: Encoded) -> None:
         """Write an encoded weight."""
         row = {
@@ -530,6 +544,7 @@ class Writer:
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
         rows = [_row_of(path) for path in files_of_tensors]
         shared = _row_of(self.shared_piece) if first else None
+        fallbacks = sum(row.get("fallback", False) for row in rows)
         original = {
             "name": model.name,
             "fingerprint": model.fingerprint,
@@ -545,6 +560,7 @@ class Writer:
                 "original": original,
                 "files": files,
                 "shared": shared,
+                **({"fallbacks": fallbacks} if fallbacks else {}),
                 "tensors": rows,
             },
         )

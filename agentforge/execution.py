@@ -153,12 +153,15 @@ def from_worker(error: BaseException) -> AgentForgeError:
 
 
 @contextlib.contextmanager
-def scheduler(address: str) -> Iterator[tuple[Executor, int]]:
-    """The workers of a Dask cluster as an executor, and how many threads they have together.
+def connected(address: str | None) -> Iterator[Executor | None]:
+    """The workers of a Dask cluster as an executor for `compress`; None where there is no address.
 
     address: of the scheduler, such as tcp://host:8786.  The workers need the same agentforge and see the model's files
     under the same path.  Raises BadInput where distributed is not installed, no scheduler answers, or it has no workers.
     """
+    if address is None:
+        yield None
+        return
     try:
         from distributed import Client
     except ImportError:
@@ -176,4 +179,6 @@ def scheduler(address: str) -> Iterator[tuple[Executor, int]]:
         if not threads:
             raise BadInput(f"scheduler {address!r}: has no workers; start some with dask worker {address}")
         # pure: a task is not to be recognised by a hash over its statistics, which takes longer than sending it.
-        yield client.get_executor(pure=False), threads
+        executor = client.get_executor(pure=False)
+        executor._max_workers = threads  # under the name that the executors of the standard library have it
+        yield executor

@@ -78,12 +78,16 @@ def compress(
         "embeddings": embeddings,
         "seed": seed,
     }
-    if fallback:
-        recipe["fallback"] = True
     if stage.needs_statistics:
         calibration = calibration or Calibration()
         recipe["calibration"] = calibration.to_json()
     with Writer(out, recipe, overwrite) as writer:
+        replaced = Artifact(out).fallbacks if writer.finished else writer.fallbacks()
+        if replaced and not fallback:
+            raise BadInput(
+                f"{out}: {stage.name} could not encode {replaced[0]['name']}, a fallback took its place; pass --fallback, "
+                "too, or choose another --out"
+            )
         if writer.finished:
             return Artifact(out)
         job = _Job(writer, model, stage, embeddings, seed, workers, device, progress, executor, fallback)
@@ -249,15 +253,21 @@ class _Job:
             return None
         if not self.writer.has_shared():
             layers = [stages.Layer(w.name, partial(self._load, w), statistics.get(w.name)) for w in touched]
-            if self.fallback:
-                layers = [layer for layer in layers if is_finite(layer.load())]
-            if not layers:
-                raise BadInput(f"{self.model.name}: has no weight without NaN and infinite values; fetch it again")
-            self.writer.put_shared(self.stage, self.stage.fit_shared(layers, self.seed))
+            sound = [layer for layer in layers if _sound(layer)]
+            if len(sound) < (1 if self.fallback else len(layers)):
+                # Behind a weight that is not finite, the statistics are not either: name the weight, where there is one.
+                culprit = min((layer for layer in layers if not _sound(layer)), key=lambda layer: is_finite(layer.load()))
+                what = "its statistics hold" if is_finite(culprit.load()) else "holds"
+                raise BadInput(f"{culprit.name}: {what} NaN or infinite values; mend the weight or leave it out")
+            self.writer.put_shared(self.stage, self.stage.fit_shared(sound, self.seed))
         return self.writer.shared_piece.absolute()
 
     def _load(self, weight: Weight) -> torch.Tensor:
         return weight.load().to(device_named(self.device))
+
+
+def _sound(layer: stages.Layer) -> bool:
+    return is_finite(layer.load()) and (layer.stats is None or is_finite(layer.stats.hessian))
 
 
 def _drive(
