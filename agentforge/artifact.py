@@ -23,11 +23,13 @@ import json
 import math
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from . import stages
@@ -54,6 +56,7 @@ MANIFEST = "agentforge.json"
 FORMAT = 1
 SHARED = "agentforge.shared"  # the name of the planes that all encoded tensors share
 SHARD_BYTES = 2 << 30
+ERROR_BLOCK = 1 << 20  # values that `relative_error` takes at a time
 LARGEST_SIDE = 1 << 24  # rows or columns of a weight; beyond that a manifest lies
 
 
@@ -88,6 +91,11 @@ class Artifact:
         """A row a tensor, as in the manifest."""
         rows: list[dict[str, Any]] = self.manifest["tensors"]
         return rows
+
+    @property
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """The rows of weights that the stage could not encode: another one did, or they were kept; `reason` says why."""
+        return [row for row in self.rows if row.get("fallback")]
 
     @property
     def sha256(self) -> str:
@@ -154,10 +162,13 @@ class Artifact:
             expected |= {f"{SHARED}.{plane.name}" for plane in self._shared}
             if self._shared.sha256 != self.manifest["shared"]["sha256"]:
                 raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
+        odd_values = []
         for row in self.rows:
             packed = self.read(row)
             if isinstance(packed, torch.Tensor):
                 expected.add(row["name"])
+                if packed.is_floating_point() and not torch.isfinite(packed).all():
+                    odd_values.append(row["name"])
                 if hashlib.sha256(tensor_bytes(packed)).hexdigest() != row["sha256"]:
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: its values are not those that were kept")
             else:
@@ -175,6 +186,7 @@ class Artifact:
             f"{len(self.manifest['files'])} files: size and sha256",
             f"{touched} encoded tensors: planes, hashes, decoded to finite values",
             f"{len(self.rows) - touched} kept tensors: shape, dtype, hash",
+            *(f"{name}: kept with values that are not finite, as the original has them" for name in odd_values),
         ]
 
     def read(self, row: dict[str, Any]) -> Packed | torch.Tensor:
@@ -284,6 +296,24 @@ class _ArtifactModel(LanguageModel):
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by name: decoded where it was encoded."""
         return self.artifact.decode(self._rows[name])
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        """`tensor(name)` as a function that can be sent to another process, which then opens the artifact by itself."""
+        return partial(_decoded, self.path.absolute(), self.fingerprint, name)
+
+
+def _decoded(path: Path, sha256: str, name: str) -> torch.Tensor:
+    """A tensor of the artifact at `path`, whose manifest has this hash."""
+    artifact, rows = _opened(path, sha256)
+    return artifact.decode(rows[name])
+
+
+@lru_cache(maxsize=1)
+def _opened(path: Path, sha256: str) -> tuple[Artifact, dict[str, dict[str, Any]]]:
+    artifact = Artifact(path)
+    if artifact.sha256 != sha256:
+        raise BadArtifact(f"{path}: is no longer the artifact that was opened; run again")
+    return artifact, {row["name"]: row for row in artifact.rows}
 
 
 def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
@@ -417,26 +447,35 @@ class Writer:
         """Whether tensor number `index` is finished."""
         return self._piece(index).is_file()
 
-    def put_encoded(self, index: int, weight: Weight, stage: stages.Stage, packed: Packed, error: float) -> None:
-        """Write an encoded weight.  error: |W - decoded|, relative to |W| (Frobenius)."""
-        stored = {f"{weight.name}.{plane.name}": plane.stored() for plane in packed}
-        shape = packed.shape[::-1] if weight.transposed else packed.shape
+    def fallbacks(self) -> list[dict[str, Any]]:
+        """The rows of finished weights that the stage could not encode."""
+        rows = [_row_of(piece) for piece in sorted(self.tensors.glob("[0-9]*.safetensors"))]
+        return [row for row in rows if row.get("fallback")]
+
+    def put_encoded(self, index: int, weight: Weight, encoded: Encoded) -> None:
+        """Write an encoded weight."""
         row = {
             "name": weight.name,
-            "stage": stage.to_json(),
-            "shape": list(shape),
+            "stage": encoded.stage.to_json(),
+            "shape": list(encoded.shape[::-1] if weight.transposed else encoded.shape),
             "transposed": weight.transposed,
             "dtype": str(weight.dtype).removeprefix("torch."),
-            "bits": packed.bits,
-            "bytes": sum(t.nbytes for t in stored.values()),
-            "relative_error": error,
-            "sha256": packed.sha256,
+            "bits": encoded.bits,
+            "bytes": sum(plane.data.nbytes for plane in encoded.planes),
+            "relative_error": encoded.error,
+            "sha256": encoded.sha256,
+            **({"fallback": True, "reason": encoded.reason} if encoded.reason else {}),
         }
-        write_tensors(self._piece(index), stored, {"row": json.dumps(row)})
+        write_safetensors(
+            self._piece(index),
+            [(f"{weight.name}.{plane.name}", plane.dtype, plane.shape) for plane in encoded.planes],
+            (plane.data.data for plane in encoded.planes),
+            {"row": json.dumps(row)},
+        )
 
     def has_shared(self) -> bool:
         """Whether the planes that the weights share are finished."""
-        return self._shared_piece.is_file()
+        return self.shared_piece.is_file()
 
     def put_shared(self, stage: stages.Stage, shared: Packed) -> None:
         """Write the planes that the weights share."""
@@ -444,22 +483,11 @@ class Writer:
         stored = {f"{SHARED}.{plane.name}": plane.stored() for plane in shared}
         bytes_ = sum(t.nbytes for t in stored.values())
         row = {"stage": stage.to_json(), "bits": shared.bits, "bytes": bytes_, "sha256": shared.sha256}
-        write_tensors(self._shared_piece, stored, {"row": json.dumps(row)})
+        write_tensors(self.shared_piece, stored, {"row": json.dumps(row)})
 
-    def shared(self, stage: stages.Stage) -> Packed:
-        """The planes that the weights share, read back from disk."""
-        entries = index_file(self._shared_piece)
-        return Packed(
-            (0, 0),
-            tuple(
-                Plane.from_stored(name, coding, shape, read_tensor(f"{SHARED}.{name}", entries[f"{SHARED}.{name}"]))
-                for name, (coding, shape) in stage.shared_layout().items()
-            ),
-        )
-
-    def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str) -> None:
+    def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str, fallback: bool = False) -> None:
         """Write a tensor that no stage touches: a matrix in float32 as float16 where that keeps it (relative error below
-        1e-3), anything else as it is."""
+        1e-3), anything else as it is.  fallback: a stage was to encode it, and could not."""
         kept, error = original, 0.0
         if original.dtype in (torch.float32, torch.float64) and original.dim() >= 2:
             half = original.to(torch.float16)
@@ -476,6 +504,7 @@ class Writer:
             "bytes": kept.nbytes,
             "relative_error": error,
             "sha256": hashlib.sha256(tensor_bytes(kept)).hexdigest(),
+            **({"fallback": True} if fallback else {}),
         }
         write_tensors(self._piece(index), {name: kept.contiguous()}, {"row": json.dumps(row)})
 
@@ -485,7 +514,7 @@ class Writer:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         files_of_tensors = [self._piece(i) for i in range(count)]
-        first = [self._shared_piece] if self.has_shared() else []
+        first = [self.shared_piece] if self.has_shared() else []
         pieces = [(path, index_file(path)) for path in first + files_of_tensors]
         shards: list[list[int]] = [[]]
         size = 0
@@ -520,7 +549,8 @@ class Writer:
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
         rows = [_row_of(path) for path in files_of_tensors]
-        shared = _row_of(self._shared_piece) if first else None
+        shared = _row_of(self.shared_piece) if first else None
+        fallbacks = sum(row.get("fallback", False) for row in rows)
         original = {
             "name": model.name,
             "fingerprint": model.fingerprint,
@@ -536,6 +566,7 @@ class Writer:
                 "original": original,
                 "files": files,
                 "shared": shared,
+                **({"fallbacks": fallbacks} if fallbacks else {}),
                 "tensors": rows,
             },
         )
@@ -554,20 +585,71 @@ class Writer:
         _sync(self.out.parent)
 
     @property
-    def _shared_piece(self) -> Path:
+    def shared_piece(self) -> Path:
+        """The file of the planes that the weights share."""
         return self.tensors / "shared.safetensors"
 
     def _piece(self, index: int) -> Path:
         return self.tensors / f"{index:05}.safetensors"
 
 
+class StoredPlane(NamedTuple):
+    """A plane as it goes to disk, in a form that any process can send to another: its bytes, uint8[n]."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    data: np.ndarray
+
+
+class Encoded(NamedTuple):
+    """All that an artifact says of an encoded weight.  shape: (out, in).  error: |W - decoded| / |W| (Frobenius).  reason:
+    why it was the fallback that encoded it, None where it was not."""
+
+    stage: stages.Stage
+    shape: tuple[int, int]
+    bits: int
+    sha256: str
+    error: float
+    planes: tuple[StoredPlane, ...]
+    reason: str | None = None
+
+    @classmethod
+    def of(cls, stage: stages.Stage, packed: Packed, error: float, reason: str | None = None) -> Encoded:
+        """The planes, packed once for the hash and for the disk."""
+        stored = [plane.stored() for plane in packed]
+        planes = tuple(
+            StoredPlane(plane.name, tensor.dtype, tuple(tensor.shape), np.asarray(tensor_bytes(tensor)))
+            for plane, tensor in zip(packed, stored, strict=True)
+        )
+        return cls(stage, packed.shape, packed.bits, packed.hash_of(stored), error, planes, reason)
+
+
+def read_shared(piece: Path, stage: stages.Stage) -> Packed:
+    """The planes that the weights share, from the writer's file of them."""
+    entries = index_file(piece)
+    return Packed(
+        (0, 0),
+        tuple(
+            Plane.from_stored(name, coding, shape, read_tensor(f"{SHARED}.{name}", entries[f"{SHARED}.{name}"]))
+            for name, (coding, shape) in stage.shared_layout().items()
+        ),
+    )
+
+
 def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
-    """|original - decoded| / |original| in the Frobenius norm; 0 where both are zero."""
-    a = original.to(torch.float32).numpy().astype("float64")
-    b = decoded.to(torch.float32).numpy().astype("float64")
-    norm = math.sqrt(float((a * a).sum()))
-    b -= a
-    return math.sqrt(float((b * b).sum())) / norm if norm else float((b != 0).any())
+    """|original - decoded| / |original| in the Frobenius norm; 0 where both are zero.
+
+    By blocks of a fixed size: in float64 a whole tensor would take more room than encoding it does.
+    """
+    power = lost = 0.0
+    for part, other in zip(original.reshape(-1).split(ERROR_BLOCK), decoded.reshape(-1).split(ERROR_BLOCK), strict=True):
+        a = part.to(torch.float32).numpy().astype("float64")
+        b = other.to(torch.float32).numpy().astype("float64")
+        power += float((a * a).sum())
+        b -= a
+        lost += float((b * b).sum())
+    return math.sqrt(lost) / math.sqrt(power) if power else float(lost > 0)
 
 
 def _is_empty(path: Path) -> bool:

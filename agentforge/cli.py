@@ -116,10 +116,16 @@ def compress(
     embeddings: Annotated[bool, typer.Option(help="Encode the token embedding and output head, too.")] = False,
     seed: Annotated[int, typer.Option(help="For stages that draw random numbers.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(help="Threads (default: one a core); the bytes do not depend on it.")
+        int | None, typer.Option(help="Tensors at a time (default: one a core, as memory allows); same bytes.")
     ] = None,
     device: Annotated[str, typer.Option(help="cuda searches on a GPU where the stage can; same bytes.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
+    fallback: Annotated[
+        bool, typer.Option(help="Encode a weight that the stage cannot with rounding:bits=8, or keep it; off: refuse it.")
+    ] = False,
+    scheduler: Annotated[
+        str | None, typer.Option(help="A Dask cluster's, as tcp://host:8786: its workers encode; same bytes.")
+    ] = None,
     calibration: Annotated[
         str, typer.Option(help="Text for stages that need input statistics: selftext, wikitext2 or a text file.")
     ] = "selftext",
@@ -127,6 +133,7 @@ def compress(
     as_json: AsJson = False,
 ) -> None:
     """Encode a model's weights and write the artifact; run again after a kill, it goes on where it was."""
+    from . import execution
     from .evaluation.measurement import peak_memory
     from .models import open_model
     from .pipeline import compress as run
@@ -136,25 +143,30 @@ def compress(
     parsed = parse(stage)
     opened = open_model(model)
     start = time.perf_counter()
-    artifact = run(
-        opened,
-        parsed,
-        out_dir,
-        embeddings=embeddings,
-        seed=seed,
-        workers=workers,
-        device=device,
-        overwrite=overwrite,
-        progress=not as_json,
-        calibration=Calibration(calibration, calibration_tokens),
-    )
+    with execution.connected(scheduler) as executor:
+        artifact = run(
+            opened,
+            parsed,
+            out_dir,
+            embeddings=embeddings,
+            seed=seed,
+            workers=workers,
+            device=device,
+            overwrite=overwrite,
+            progress=not as_json,
+            calibration=Calibration(calibration, calibration_tokens),
+            executor=executor,
+            fallback=fallback,
+        )
     seconds, peak = time.perf_counter() - start, peak_memory()
     touched = [row for row in artifact.rows if row["stage"]]
+    fallbacks = {row["name"]: f"{_stage_name(row)}: {row.get('reason')}" for row in artifact.fallbacks}
     _show(
         {
             "path": str(artifact.path),
             "stage": parsed.to_json(),
             "ratios": [r.to_json() for r in artifact.ratios],
+            "fallbacks": fallbacks,
             "seconds": seconds,
             "peak_memory_bytes": peak,
         },
@@ -162,7 +174,8 @@ def compress(
         lambda: _ratios(
             artifact,
             f"{parsed}: {len(touched)} of {len(artifact.rows)} tensors encoded in {seconds:.1f} s, "
-            f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}",
+            f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}"
+            + "".join(f"\nnot as asked, {name}: {why}" for name, why in fallbacks.items()),
         ),
     )
 
@@ -180,7 +193,7 @@ def inspect(
         [
             row["name"],
             " x ".join(map(str, row["shape"])),
-            row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})",
+            _stage_name(row),
             f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
             f"{row['relative_error']:.5f}",
             f"{row['bytes']:,}",
@@ -443,6 +456,10 @@ def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), ca
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)
+
+
+def _stage_name(row: dict[str, Any]) -> str:
+    return row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})"
 
 
 def _ratios(artifact: Any, caption: str) -> None:

@@ -19,7 +19,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +125,11 @@ class LanguageModel:
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor by its name in the model, as stored."""
         return read_tensor(name, self.entries[name])
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        """`tensor(name)` as a function that can be sent to another process, which then reads the files by itself."""
+        entry = self.entries[name]
+        return partial(read_tensor, name, entry._replace(file=entry.file.absolute()))
 
     def state_dict(self) -> dict[str, torch.Tensor]:
         """All tensors, by name."""
@@ -342,6 +347,10 @@ class BuiltModel(LanguageModel):
         tensor = self.model.state_dict()[name]
         assert isinstance(tensor, torch.Tensor)
         return tensor
+
+    def reader(self, name: str) -> Callable[[], torch.Tensor]:
+        """A function that holds the tensor itself: another process would have to build the model first."""
+        return partial(torch.tensor, self.tensor(name).numpy())
 
 
 def open_model(name_or_path: str | Path) -> LanguageModel:

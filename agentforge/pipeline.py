@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
 
 from . import __version__, stages
-from .artifact import FORMAT, Artifact, Writer, relative_error
-from .errors import BadInput
+from .artifact import FORMAT, Artifact, Encoded, Writer, relative_error
+from .errors import AgentForgeError, BadInput
+from .execution import Task, Unencoded, device_named, encode_tensor, from_worker, is_finite
 from .models import LanguageModel, Weight, open_model
 from .planes import Packed
 from .statistics import Calibration, InputStatistics, collect
+
+_T = TypeVar("_T")
+_R = TypeVar("_R")
 
 
 def compress(
@@ -34,25 +40,35 @@ def compress(
     progress: bool = True,
     calibration: Calibration | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
+    executor: Executor | None = None,
+    fallback: bool = False,
 ) -> Artifact:
     """Encode the model's weights with `stage` and write the artifact `out`.
 
     model: an opened model, or what `open_model` takes.  stage: a stage, or text such as "rounding:bits=4,group=64".
-    embeddings: encode the token embedding (and an output head of its own), too.  workers: threads, each with one tensor
-    in hand (default: one a core).  device: "cuda" searches on a GPU in the stages that can.  The bytes depend on neither.
+    embeddings: encode the token embedding (and an output head of its own), too.
+    workers: threads, each with one tensor in hand (default: one a core, but together never more than the model's largest
+    tensor has, so that three times that in float32, and 500 MB, are enough memory for a stage without statistics).
+    executor: encodes in the place of these threads, `workers` tensors at a time (default: two for each of its workers):
+    processes on this machine or on others that see the model's files under the same path.  This process writes.
+    device: "cuda" searches on a GPU in the stages that can.  The bytes depend on none of these three.
     overwrite: replace an artifact of another recipe.
+    fallback: a weight that the stage cannot encode (it holds NaN, say) is encoded with rounding:bits=8, or kept as it is
+    where that cannot either; its row says why, and `Artifact.fallbacks` lists it.  Otherwise such a weight ends the run.
     calibration: text for stages that need statistics.  statistics: what `statistics.collect` gave for this model and
     calibration, where it is at hand already.
 
     Run again after a kill, the same call goes on from the tensors that are finished and gives the same bytes; for an
-    artifact that is complete it only returns it.  Raises BadInput where model, stage or `out` cannot be used.
+    artifact that is complete it only returns it.  Raises BadInput where model, stage or `out` cannot be used, and
+    AgentForgeError where the disk is full or the executor broke down; the same call goes on from there, too.
     """
     model = open_model(model) if isinstance(model, str | Path) else model
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     stage.check()
     if workers is not None and workers < 1:
         raise BadInput(f"workers={workers}; expected 1 or more")
-    place = _device(device)
+    if executor is None:
+        device_named(device)
     out = Path(out).expanduser()
     recipe: dict[str, Any] = {
         "format": FORMAT,
@@ -66,20 +82,17 @@ def compress(
         calibration = calibration or Calibration()
         recipe["calibration"] = calibration.to_json()
     with Writer(out, recipe, overwrite) as writer:
+        replaced = Artifact(out).fallbacks if writer.finished else writer.fallbacks()
+        if replaced and not fallback:
+            raise BadInput(
+                f"{out}: {stage.name} could not encode {replaced[0]['name']}, a fallback took its place; pass --fallback, "
+                "too, or choose another --out"
+            )
         if writer.finished:
             return Artifact(out)
-        job = _Job(writer, model, stage, embeddings, seed, workers or os.cpu_count() or 1, place, progress)
+        job = _Job(writer, model, stage, embeddings, seed, workers, device, progress, executor, fallback)
         job.run(calibration, statistics)
         return writer.finish(model, len(model.entries))
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"device {name!r}: torch has no such device here; use cpu") from None
-    return device
 
 
 def store(
@@ -115,7 +128,7 @@ def store(
             continue
         if name in touched:
             error = relative_error(touched[name].load(), stage.decode(packed[name]))
-            writer.put_encoded(index, touched[name], stage, packed[name], error)
+            writer.put_encoded(index, touched[name], Encoded.of(stage, packed[name], error))
         else:
             writer.put_kept(index, name, kept.get(name, model.tensor(name)), reasons[name])
     return writer.finish(model, len(names))
@@ -130,9 +143,11 @@ class _Job:
     stage: stages.Stage
     embeddings: bool
     seed: int
-    workers: int
-    device: torch.device
+    workers: int | None
+    device: str
     progress: bool
+    executor: Executor | None
+    fallback: bool
 
     def run(self, calibration: Calibration | None, statistics: Mapping[str, InputStatistics] | None) -> None:
         """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
@@ -149,9 +164,23 @@ class _Job:
         statistics = statistics or {}
         shared = self._shared([touched[name] for name in names if name in touched], statistics)
 
-        def finish_tensor(index: int, name: str) -> None:
-            if name in touched:
-                self._encode(index, touched[name], statistics.get(name), shared)
+        def task(name: str) -> Task:
+            return Task.of(
+                touched[name],
+                model.reader(name),
+                self.stage,
+                statistics.get(name),
+                shared,
+                seed=self.seed,
+                device=self.device,
+                fallback=self.fallback,
+            )
+
+        def put(index: int, name: str, found: Encoded | Unencoded | None) -> None:
+            if isinstance(found, Encoded):
+                writer.put_encoded(index, touched[name], found)
+            elif found:
+                writer.put_kept(index, name, model.tensor(name), found.reason, fallback=True)
             else:
                 writer.put_kept(index, name, model.tensor(name), reasons[name])
 
@@ -164,43 +193,106 @@ class _Job:
             disable=None if self.progress else True,
         )
         with bar:
-            _run(finish_tensor, todo, self.workers, bar.update)
+            if self.executor:
+                self._distribute(self.executor, todo, lambda name: task(name) if name in touched else None, put, bar.update)
+            else:
+                self._thread(
+                    todo, lambda i, name: put(i, name, encode_tensor(task(name)) if name in touched else None), bar.update
+                )
 
-    def _shared(self, touched: list[Weight], statistics: Mapping[str, InputStatistics]) -> Packed | None:
-        """The planes that the weights share, from an earlier run or fitted now; None for stages that share none."""
-        layout = self.stage.shared_layout()
-        if layout and not self.writer.has_shared():
+    def _thread(self, todo: list[tuple[int, str]], work: Callable[[int, str], None], done: Callable[[], object]) -> None:
+        """Run `work` on each tensor in threads of this process."""
+        sizes = {name: math.prod(entry.shape) for name, entry in self.model.entries.items()}
+        room = max(sizes.values()) if self.workers is None else None  # a number that was asked for is kept
+        threads = self.workers or os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as pool:
+
+            def finish(_: tuple[int, str], future: Future[None]) -> None:
+                future.result()
+                done()
+
+            _drive(todo, lambda item: pool.submit(work, *item), finish, threads, lambda item: sizes[item[1]], room)
+
+    def _distribute(
+        self,
+        executor: Executor,
+        todo: list[tuple[int, str]],
+        task: Callable[[str], Task | None],
+        put: Callable[[int, str, Encoded | Unencoded | None], None],
+        done: Callable[[], object],
+    ) -> None:
+        """Have the executor encode the tensors for which there is a task; everything is written here."""
+
+        def submit(item: tuple[int, str]) -> Future[Encoded | Unencoded | None]:
+            if (asked := task(item[1])) is not None:
+                try:
+                    return executor.submit(encode_tensor, asked)
+                except Exception as error:  # of whatever kind: executors have errors of their own
+                    raise from_worker(error) from error
+            kept: Future[Encoded | Unencoded | None] = Future()
+            kept.set_result(None)
+            return kept
+
+        def finish(item: tuple[int, str], future: Future[Encoded | Unencoded | None]) -> None:
+            try:
+                found = future.result()
+            except AgentForgeError:
+                raise
+            except Exception as error:
+                raise from_worker(error) from error
+            put(*item, found)
+            done()
+
+        # Two each: a worker that has finished begins the next one while its planes are on the way.
+        most = self.workers or 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
+        _drive(todo, submit, finish, most)
+
+    def _shared(self, touched: list[Weight], statistics: Mapping[str, InputStatistics]) -> Path | None:
+        """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
+        if not self.stage.shared_layout():
+            return None
+        if not self.writer.has_shared():
             layers = [stages.Layer(w.name, partial(self._load, w), statistics.get(w.name)) for w in touched]
-            self.writer.put_shared(self.stage, self.stage.fit_shared(layers, self.seed))
-        return self.writer.shared(self.stage) if layout else None
+            sound = [layer for layer in layers if _sound(layer)]
+            if len(sound) < (1 if self.fallback else len(layers)):
+                # Behind a weight that is not finite, the statistics are not either: name the weight, where there is one.
+                culprit = min((layer for layer in layers if not _sound(layer)), key=lambda layer: is_finite(layer.load()))
+                what = "its statistics hold" if is_finite(culprit.load()) else "holds"
+                raise BadInput(f"{culprit.name}: {what} NaN or infinite values; mend the weight or leave it out")
+            self.writer.put_shared(self.stage, self.stage.fit_shared(sound, self.seed))
+        return self.writer.shared_piece.absolute()
 
     def _load(self, weight: Weight) -> torch.Tensor:
-        return weight.load().to(self.device)
-
-    def _encode(self, index: int, weight: Weight, stats: InputStatistics | None, shared: Packed | None) -> None:
-        dense = weight.load()
-        packed = self.stage.encode(dense.to(self.device), stats, self.seed, name=weight.name, shared=shared)
-        decoded = self.stage.decode(packed)
-        if not torch.isfinite(decoded).all():
-            raise BadInput(f"{weight.name}: {self.stage} decodes to values that are not finite; leave it out or scale it")
-        self.writer.put_encoded(index, weight, self.stage, packed, relative_error(dense, decoded))
+        return weight.load().to(device_named(self.device))
 
 
-def _run(work: Callable[[int, str], None], todo: list[tuple[int, str]], workers: int, done: Callable[[int], object]) -> None:
-    """Run `work` on each item with `workers` threads, no more than that many in hand; the first error stops it all."""
-    with ThreadPoolExecutor(workers) as pool:
-        running: set[Future[None]] = set()
-        items = iter(todo)
-        try:
-            while True:
-                while len(running) < workers and (item := next(items, None)) is not None:
-                    running.add(pool.submit(work, *item))
-                if not running:
-                    return
-                finished, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                    done(1)
-        finally:
-            for future in running:
-                future.cancel()
+def _sound(layer: stages.Layer) -> bool:
+    return is_finite(layer.load()) and (layer.stats is None or is_finite(layer.stats.hessian))
+
+
+def _drive(
+    todo: Iterable[_T],
+    submit: Callable[[_T], Future[_R]],
+    finish: Callable[[_T, Future[_R]], None],
+    most: int,
+    size: Callable[[_T], int] = lambda _: 0,
+    room: int | None = None,
+) -> None:
+    """Submit the items in turn, and hand each one's future to `finish` when it is done; the first error stops it all.
+
+    No more than `most` are in hand at any time, and their sizes together are at most `room`, where no single one is larger.
+    """
+    waiting, running, held = deque(todo), dict[Future[_R], _T](), 0
+    try:
+        while waiting or running:
+            while waiting and len(running) < most and (not running or room is None or held + size(waiting[0]) <= room):
+                item = waiting.popleft()
+                running[submit(item)] = item
+                held += size(item)
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                item = running.pop(future)
+                finish(item, future)
+                held -= size(item)
+    finally:
+        for future in running:
+            future.cancel()

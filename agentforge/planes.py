@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -35,6 +35,7 @@ from .errors import BadArtifact, BadInput
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 FLOAT32_MAX = torch.finfo(torch.float32).max
 TRITS_PER_BYTE = 5
+PACK_BLOCK = 1 << 18  # values that are packed or unpacked at a time; whole bytes at any width
 
 
 def bits_per_value(coding: str) -> Fraction:
@@ -171,10 +172,14 @@ class Packed:
     @property
     def sha256(self) -> str:
         """A hash over names, codings, shapes and stored bytes of all planes."""
+        return self.hash_of(plane.stored() for plane in self.planes)
+
+    def hash_of(self, stored: Iterable[torch.Tensor]) -> str:
+        """`sha256`, from what `Plane.stored` gave for each plane in turn: packing takes longer than hashing."""
         digest = hashlib.sha256(repr(self.shape).encode())
-        for plane in self.planes:
+        for plane, tensor in zip(self.planes, stored, strict=True):
             digest.update(f"{plane.name} {plane.coding} {tuple(plane.values.shape)}".encode())
-            digest.update(tensor_bytes(plane.stored()))
+            digest.update(tensor_bytes(tensor))
         return digest.hexdigest()
 
 
@@ -203,7 +208,8 @@ def exponent_plane(exponent: int) -> Plane:
 def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
     """tensor * 2**exponent in float32, in two steps because one factor alone could overflow; it saturates."""
     half = exponent // 2
-    scaled = tensor.to(torch.float32) * 2.0**half * 2.0 ** (exponent - half)
+    scaled = tensor.to(torch.float32) * 2.0**half
+    scaled *= 2.0 ** (exponent - half)  # in place: a tensor of its size is what memory is bounded by
     # A scale rounded up to a half float may carry the largest float32 weights just beyond what float32 holds.
     return scaled.clamp_(-FLOAT32_MAX, FLOAT32_MAX) if exponent > 100 else scaled
 
@@ -223,9 +229,15 @@ def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
     flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << width):
         raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} do not fit into {width} bits")
-    count = flat.numel()
     if width == 8:
         return flat.to(torch.uint8)
+    # By blocks that fill whole bytes: what the shifts take would otherwise be several times what they give.
+    blocks = [_pack_block(block, width) for block in flat.split(PACK_BLOCK)]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
+    count = flat.numel()
     if 8 % width == 0:
         columns = torch.nn.functional.pad(flat.to(torch.uint8), (0, -count % (8 // width))).reshape(-1, 8 // width)
         packed = columns[:, 0].clone()
@@ -260,6 +272,14 @@ def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
         raise BadInput("the padding of its last byte is not zero")
     if width == 8:
         return stored
+    blocks = [
+        _unpack_block(part, width, min(PACK_BLOCK, count - i * PACK_BLOCK))
+        for i, part in enumerate(stored.split(PACK_BLOCK * width // 8))
+    ]
+    return torch.cat(blocks) if len(blocks) > 1 else blocks[0]
+
+
+def _unpack_block(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     mask = (1 << width) - 1
     if 8 % width == 0:
         parts = [(stored >> (j * width)) & mask for j in range(8 // width)]

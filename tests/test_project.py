@@ -25,7 +25,9 @@ def locked() -> dict[str, str]:
 def direct() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = [re.match(r"[\w.-]+", line) for line in [*project["dependencies"], *extras["lab"], *extras["dev"]]]
+    names = [
+        re.match(r"[\w.-]+", line) for line in [*project["dependencies"], *extras["lab"], *extras["dask"], *extras["dev"]]
+    ]
     return [re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name]
 
 

@@ -100,7 +100,10 @@ class Stage:
         if stats is not None:
             stats.check((weight.shape[0], weight.shape[1]), name)
         if not self.shared_layout():
-            return self._encode(values, stats, seed)
+            # Handed over, not lent: where the caller keeps no reference either, `_encode` may drop the only one.
+            handed = [values]
+            del weight, values
+            return self._encode(handed.pop(), stats, seed)
         if shared is None:
             raise BadInput(f"{name}: {self.name} shares planes between weights; compress a model, or pass fit_shared's")
         packed = self._encode_shared(values, stats, seed, shared)

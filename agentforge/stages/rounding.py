@@ -73,6 +73,7 @@ class Rounding(Stage):
         shape = (weight.shape[0], weight.shape[1])
         exponent = power_of_two_exponent(weight)
         scaled = times_power_of_two(weight, exponent).numpy()
+        del weight  # as large as what is scaled
         group = self._group(shape[1])
         scale, minimum = _fit(scaled, group, self.bits, self.symmetric, self.clip == "mse")
         # What is stored are half floats: the codes are chosen for those.
@@ -100,7 +101,9 @@ class Rounding(Stage):
         group = self._group(columns)
         scale = floats["scale"].unsqueeze(2)
         codes = packed["codes"].to(scale.device, torch.float32)
-        codes = torch.nn.functional.pad(codes, (0, -columns % group)).reshape(rows, -1, group)
+        if columns % group:  # padding copies even where there is nothing to pad
+            codes = torch.nn.functional.pad(codes, (0, -columns % group))
+        codes = codes.reshape(rows, -1, group)
         if self.symmetric:
             values = codes.sub_(2 ** (self.bits - 1) - 1).mul_(scale)
         else:

@@ -113,6 +113,7 @@ class Trajectory(Stage):
         if spare:
             flat = np.concatenate([flat, np.full(spare, flat.mean(dtype=np.float64), np.float32)])
         points = np.ascontiguousarray(flat.reshape(-1, self.K).T)
+        del weight, flat  # as large as the points
         centroid, widest, radius = _extent(points)
         radius = float(np.float32(min(radius, FLOAT32_MAX)))  # as it is stored
         for number, U in enumerate([self.U_first, self.U] if self.U_first else [self.U]):

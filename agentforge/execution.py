@@ -1,0 +1,184 @@
+"""Who encodes: one tensor's work as a function that any process can run, and the executors that run it.
+
+A task says where its tensor lies; whoever runs it reads the tensor from there, so that only planes travel.  What comes
+back does not depend on who that was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from . import __version__, stages
+from .artifact import Encoded, read_shared, relative_error
+from .errors import AgentForgeError, BadInput
+from .models import Weight
+from .statistics import InputStatistics
+
+FALLBACK = stages.get("rounding", bits=8)
+PATIENCE = 5  # seconds until a scheduler that does not answer is given up
+
+
+class Task(NamedTuple):
+    """What it takes to encode a weight, in any process that sees the same files.
+
+    read: gives the tensor as stored.  hessian, tokens: its statistics, where the stage asks for them.  shared: the file of
+    the planes that the weights share, where the stage has any.  fallback: `FALLBACK` where the stage cannot encode it.
+    version: of the package that made the task.
+    """
+
+    name: str
+    read: Callable[[], torch.Tensor]
+    transposed: bool
+    stage: stages.Stage
+    seed: int
+    device: str
+    fallback: bool
+    hessian: np.ndarray | None
+    tokens: int
+    shared: Path | None
+    version: str = __version__
+
+    @classmethod
+    def of(
+        cls,
+        weight: Weight,
+        read: Callable[[], torch.Tensor],
+        stage: stages.Stage,
+        stats: InputStatistics | None,
+        shared: Path | None,
+        *,
+        seed: int,
+        device: str,
+        fallback: bool,
+    ) -> Task:
+        """The task of encoding `weight` with `stage`."""
+        hessian, tokens = (None, 0) if stats is None else (stats.hessian.numpy(), stats.n)
+        return cls(weight.name, read, weight.transposed, stage, seed, device, fallback, hessian, tokens, shared)
+
+    @property
+    def stats(self) -> InputStatistics | None:
+        """The statistics; an array that came from another process may be read-only, which torch does not know."""
+        if self.hessian is None:
+            return None
+        return InputStatistics(torch.from_numpy(np.require(self.hessian, requirements="W")), self.tokens)
+
+    def load(self) -> torch.Tensor:
+        """The weight as [out, in], in its own dtype."""
+        tensor = self.read()
+        return tensor.T.contiguous() if self.transposed else tensor
+
+
+class Unencoded(NamedTuple):
+    """A weight that neither its stage nor the fallback can encode, and why."""
+
+    reason: str
+
+
+def encode_tensor(task: Task) -> Encoded | Unencoded:
+    """Read a weight, encode it, and pack the planes for the disk.
+
+    Raises BadInput where the weight cannot be read, where the stage cannot encode it and there is to be no fallback, and
+    where this process runs another agentforge than the one that asked.
+    """
+    if task.version != __version__:
+        raise BadInput(
+            f"{task.name}: a worker runs agentforge {__version__}, the command {task.version}; install the same on both"
+        )
+    place = device_named(task.device)
+    reasons: list[str] = []
+    give_back_freed_memory()
+    for stage in (task.stage, FALLBACK) if task.fallback else (task.stage,):
+        shared = read_shared(task.shared, stage) if task.shared and stage.shared_layout() else None
+        # Here and below no more is held than the step at hand needs: this is what memory is bounded by.  Reading is not
+        # among what the fallback is for: an unreadable file is no weight that is hard to encode.
+        values = [task.load().to(place, torch.float32)]
+        try:
+            packed = stage.encode(values.pop(), task.stats, task.seed, name=task.name, shared=shared)
+            decoded = stage.decode(packed)
+            if not is_finite(decoded):
+                raise BadInput(f"{task.name}: {stage} decodes to values that are not finite; leave it out or scale it")
+        except BadInput as error:
+            if not task.fallback:
+                raise
+            reasons.append(f"{stage.name}: {error}")
+            continue
+        error_ = relative_error(task.load(), decoded)
+        del decoded
+        return Encoded.of(stage, packed, error_, reasons[0] if reasons else None)
+    return Unencoded("; ".join(reasons))
+
+
+def give_back_freed_memory() -> None:
+    """Have the C library return what is free to the system.
+
+    glibc serves blocks of up to 32 MB from heaps of each thread, and planes of that size leave holes in them: without this,
+    memory grows for as long as there are tensors.
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
+        trim(0)
+
+
+def is_finite(values: torch.Tensor) -> bool:
+    """Whether no value is NaN or infinite, without a tensor of the same size for the answer."""
+    low, high = torch.aminmax(values)  # either is NaN where any value is
+    return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def device_named(name: str) -> torch.device:
+    """The device of this name.  Raises BadInput where there is none."""
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device {name!r}: torch has no such device here; use cpu") from None
+    return found
+
+
+def from_worker(error: BaseException) -> AgentForgeError:
+    """What befell an executor, as a sentence."""
+    text = " ".join(str(error).split())[:200]
+    return AgentForgeError(
+        f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command goes on "
+        "from what is finished"
+    )
+
+
+@contextlib.contextmanager
+def connected(address: str | None) -> Iterator[Executor | None]:
+    """The workers of a Dask cluster as an executor for `compress`; None where there is no address.
+
+    address: of the scheduler, such as tcp://host:8786.  The workers need the same agentforge and see the model's files
+    under the same path.  Raises BadInput where distributed is not installed, no scheduler answers, or it has no workers.
+    """
+    if address is None:
+        yield None
+        return
+    try:
+        from distributed import Client
+    except ImportError:
+        raise BadInput("a scheduler needs the package distributed; install agentforge[dask]") from None
+    try:
+        client = Client(address, timeout=PATIENCE, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        text = " ".join(str(error).split())[:120]
+        raise BadInput(
+            f"scheduler {address!r}: no Dask scheduler answers there ({type(error).__name__}: {text}); expected an address "
+            "such as tcp://host:8786"
+        ) from None
+    with client:
+        threads = sum(client.nthreads().values())
+        if not threads:
+            raise BadInput(f"scheduler {address!r}: has no workers; start some with dask worker {address}")
+        # pure: a task is not to be recognised by a hash over its statistics, which takes longer than sending it.
+        executor = client.get_executor(pure=False)
+        executor._max_workers = threads  # under the name that the executors of the standard library have it
+        yield executor

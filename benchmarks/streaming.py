@@ -1,0 +1,251 @@
+"""What memory and time it takes to compress a model that is much larger than any of its tensors.
+
+    python benchmarks/streaming.py [--size 8] [--only PREFIX] [--out reports/streaming] [--folder DIR]
+
+Makes a Llama of random half floats, `--size` GB in shards of at most 1 GB, in a temporary folder, and compresses it with
+each of `STAGES` by the command line, in a process of its own.  Writes OUT/streaming.json and OUT/streaming.md.  The folder
+takes about twice `--size`, and is removed.
+
+What a row says, and how it was taken:
+
+* peak: most resident memory of that process, as the kernel counts it: the interpreter, torch and mapped files included.
+* bound: three times the model's largest tensor in float32, and 500 MB.
+* seconds: the whole command from the start of its process, with no page of the model in memory; CPU: user and system.
+* disk: bytes that the process read from and wrote to the disk, as the kernel counts them, and the seconds that these take
+  at the disk's own rates: the model read once in order, and a file of 1 GB written and brought to disk, both just before.
+* load: processes that were ready to run when the row began; above zero, seconds are upper bounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+# Nothing large is imported and no child forks from here with much in memory: a child's peak is counted from its parent's.
+
+STAGES = ("rounding:bits=4,group=64", "trajectory:select=False")
+HIDDEN, FFN, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 8, 8192
+SHARD_BYTES = 10**9
+SLACK = 500 * 10**6
+PROBE_BYTES = 10**9  # written to learn the disk's rate
+COLUMNS = (
+    "stage",
+    "peak (MB)",
+    "bound (MB)",
+    "seconds",
+    "CPU (s)",
+    "MB/s of the model",
+    "read (GB)",
+    "written (GB)",
+    "disk alone (s)",
+    "load",
+)
+Row = dict[str, Any]
+
+
+def shapes(layers: int, hidden: int = HIDDEN, ffn: int = FFN) -> dict[str, tuple[int, ...]]:
+    """The tensors of a Llama with this many layers, and their shapes."""
+    kv = hidden * KV_HEADS // HEADS
+    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
+    for i in range(layers):
+        inner = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (kv, hidden),
+            "self_attn.v_proj": (kv, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+            "input_layernorm": (hidden,),
+            "post_attention_layernorm": (hidden,),
+        }
+        found.update({f"model.layers.{i}.{name}.weight": shape for name, shape in inner.items()})
+    return {**found, "model.norm.weight": (hidden,)}
+
+
+def make(folder: Path, gigabytes: float, hidden: int = HIDDEN, ffn: int = FFN) -> Path:
+    """A checkpoint of random half floats of about this size (a layer at least); one tensor at a time is in memory."""
+    import torch
+
+    from agentforge.planes import tensor_bytes
+    from agentforge.tensorfiles import WEIGHTS_INDEX, write_json, write_safetensors
+
+    def bytes_of(names: dict[str, tuple[int, ...]]) -> int:
+        return 2 * sum(math.prod(shape) for shape in names.values())
+
+    rest, layer = bytes_of(shapes(0, hidden, ffn)), bytes_of(shapes(1, hidden, ffn)) - bytes_of(shapes(0, hidden, ffn))
+    layers = max(1, round((gigabytes * 1e9 - rest) / layer))
+    generator = torch.Generator().manual_seed(0)
+
+    def data(members: dict[str, tuple[int, ...]]) -> Iterator[memoryview]:
+        for shape in members.values():
+            values = torch.randn(shape, generator=generator) * 0.02 if len(shape) > 1 else torch.ones(shape)
+            yield tensor_bytes(values.to(torch.float16))
+
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for name, shape in shapes(layers, hidden, ffn).items():
+        if shards[-1] and bytes_of({**shards[-1], name: shape}) > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = shape
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for k, members in enumerate(shards):
+        file = f"model-{k + 1:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, [(name, torch.float16, shape) for name, shape in members.items()], data(members))
+        weight_map.update(dict.fromkeys(members, file))
+    write_json(folder / WEIGHTS_INDEX, {"metadata": {}, "weight_map": weight_map})
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": VOCABULARY,
+        "tie_word_embeddings": True,
+        "dtype": "float16",
+    }
+    write_json(folder / "config.json", config)
+    return folder
+
+
+def bound(model: Path) -> int:
+    """Three times the largest tensor in float32, and 500 MB; from config.json alone."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    sizes = shapes(1, config["hidden_size"], config["intermediate_size"]).values()
+    return 3 * 4 * max(math.prod(shape) for shape in sizes) + SLACK
+
+
+def compress(model: Path, stage: str, out: Path, *options: str) -> Row:
+    """Compress by the command line with nothing of the model in memory: peak, seconds, bytes read and written."""
+    forget(model)
+    row: Row = {"stage": stage, "load": os.getloadavg()[0]}
+    command = [sys.executable, "-m", "agentforge", "compress", str(model), "--stage", stage, "--out", str(out), "--json"]
+    start = time.perf_counter()
+    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{stage}: failed with exit code {process.returncode}")
+    return {
+        **row,
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": used.ru_utime + used.ru_stime,
+        "peak_bytes": used.ru_maxrss * 1024,
+        "bound_bytes": bound(model),
+        "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
+        "read_bytes": used.ru_inblock * 512,
+        "written_bytes": used.ru_oublock * 512,
+        "artifact_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
+    }
+
+
+def forget(model: Path) -> None:
+    """Have the kernel drop what it holds of the model's files."""
+    for file in model.glob("*.safetensors"):
+        with open(file, "rb") as opened:
+            os.fsync(opened.fileno())
+            os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def rates(model: Path) -> dict[str, float]:
+    """Bytes a second: the model read in order from the disk, and a file written and brought to it."""
+    forget(model)
+    start, count = time.perf_counter(), 0
+    for file in sorted(model.glob("*.safetensors")):
+        with open(file, "rb", buffering=0) as opened:
+            while part := opened.read(1 << 24):
+                count += len(part)
+    read = count / (time.perf_counter() - start)
+    block, start = bytes(1 << 24), time.perf_counter()
+    with open(model.with_name("probe"), "wb", buffering=0) as probe:
+        for _ in range(PROBE_BYTES >> 24):
+            probe.write(block)
+        os.fsync(probe.fileno())
+    written = (PROBE_BYTES >> 24 << 24) / (time.perf_counter() - start)
+    model.with_name("probe").unlink()
+    return {"read_rate": read, "write_rate": written}
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as Markdown, with what is needed to read them."""
+    first = rows[0]
+    text = [
+        "# Streaming",
+        "",
+        f"A Llama of random half floats, {first['model_bytes'] / 1e9:.1f} GB, whose largest tensor has "
+        f"{(first['bound_bytes'] - SLACK) / 3e6:.0f} MB in float32, compressed by `agentforge compress` with its default "
+        "number of workers. Bound: three times that tensor and 500 MB. Disk alone: the seconds that the bytes read and "
+        "written take at the rates that the disk had just before "
+        f"({first['read_rate'] / 1e6:.0f} MB/s read, {first['write_rate'] / 1e6:.0f} MB/s written before the first row). "
+        f"{first['machine']}.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
+    ]
+    for row in rows:
+        disk = row["read_bytes"] / row["read_rate"] + row["written_bytes"] / row["write_rate"]
+        cells = [
+            f"{row['peak_bytes'] / 1e6:,.0f}",
+            f"{row['bound_bytes'] / 1e6:,.0f}",
+            f"{row['seconds']:.0f}",
+            f"{row['cpu_seconds']:.0f}",
+            f"{row['model_bytes'] / row['seconds'] / 1e6:.0f}",
+            f"{row['read_bytes'] / 1e9:.1f}",
+            f"{row['written_bytes'] / 1e9:.1f}",
+            f"{disk:.0f}",
+            f"{row['load']:.1f}",
+        ]
+        text.append(f"| {row['stage']} | " + " | ".join(cells) + " |")
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Memory and time of compressing a model that is much larger than memory.")
+    parser.add_argument("--size", type=float, default=8, help="GB of half floats")
+    parser.add_argument("--out", type=Path, default=Path("reports/streaming"))
+    parser.add_argument("--folder", type=Path, help="where to make the model (default: the system's temporary folder)")
+    parser.add_argument("--only", default="", help="stages that begin like this; writes no report")
+    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.make:
+        make(options.make, options.size)
+        return 0
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory(prefix="agentforge-streaming-", dir=options.folder) as work:
+        model = Path(work) / "model"
+        print("making the model ...", file=sys.stderr, flush=True)
+        subprocess.run([sys.executable, __file__, "--make", str(model), "--size", str(options.size)], check=True)
+        for stage in STAGES:
+            if stage.startswith(options.only):
+                print(f"{stage} ...", file=sys.stderr, flush=True)
+                measured = rates(model)
+                rows.append({**compress(model, stage, Path(work) / "out"), **measured})
+                subprocess.run(["rm", "-r", str(Path(work) / "out")], check=True)
+    from agentforge.evaluation.measurement import environment
+    from agentforge.tensorfiles import write_atomic
+
+    about = environment()
+    machine = f"{about['cpu']}, {os.cpu_count()} cores, torch {about['packages']['torch']}"
+    rows = [{**row, "machine": machine, "agentforge": about["packages"].get("agentforge")} for row in rows]
+    if options.only:
+        print(table(rows))
+        return 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, text in (("streaming.json", json.dumps(rows, indent=1) + "\n"), ("streaming.md", table(rows))):
+        write_atomic(options.out / name, [text.encode()])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
