@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -10,21 +11,43 @@ __version__ = "0.1.0"
 # torch and transformers load when a name is first used, so that `import agentforge` takes milliseconds.
 _HOMES = {
     "open_model": "models",
-    "compress": "pipeline",
     "load": "artifact",
     "perplexity": "evaluation",
     "divergence": "evaluation",
     "accuracy": "evaluation",
 }
-_MODULES = ("artifact", "audit", "evaluation", "models", "pipeline", "planes", "runtime", "stages", "statistics")
+_MODULES = ("artifact", "audit", "chain", "evaluation", "models", "pipeline", "planes", "runtime", "stages", "statistics")
 __all__ = ["accuracy", "audit", "compress", "divergence", "load", "open_model", "perplexity", "stages"]
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from . import audit, stages
-    from .artifact import load
+    from .artifact import Artifact, load
+    from .chain import Chain
     from .evaluation import accuracy, divergence, perplexity
-    from .models import open_model
-    from .pipeline import compress
+    from .models import LanguageModel, open_model
+    from .stages import Stage
+
+
+def compress(
+    model: LanguageModel | str | Path, stage: Stage | Chain | str | Path, out: str | Path, **options: Any
+) -> Artifact:
+    """Compress `model` with one stage, or with a chain of stages behind gates, into the folder `out`.
+
+    stage: a stage or its text, such as "rounding:bits=4,group=64"; or a Chain, or the path of one (.yaml, .yml).
+    options: of `pipeline.compress` for a stage, of `chain.run_chain` for a chain.
+
+    A chain gives the last artifact that passed its gates, and raises AgentForgeError where none did.  Raises BadInput where
+    model, stage, chain or `out` cannot be used.
+    """
+    from . import chain, pipeline
+
+    if isinstance(stage, os.PathLike) or (isinstance(stage, str) and stage.endswith((".yaml", ".yml"))):
+        stage = chain.read_chain(stage)
+    if isinstance(stage, chain.Chain):
+        return chain.compress_with(model, stage, out, **options)
+    return pipeline.compress(model, stage, out, **options)
 
 
 def __getattr__(name: str) -> Any:

@@ -27,8 +27,8 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from . import __version__, evaluation, stages
-from .artifact import Artifact, load
+from . import __version__, evaluation, stages, tracking
+from .artifact import Artifact, Ratio, load
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
@@ -43,6 +43,8 @@ QUANTITIES = {
     "bytes": "size of the weight files",
     "ratio": "total ratio, whole model, against `bits` a parameter",
     "step_ratio": "bytes of the last accepted artifact (at first `bits` a parameter) over these",
+    "touched_ratio": "total ratio, encoded tensors alone, against `bits` a weight",
+    "touched_step_ratio": "encoded tensors alone: bytes of the last accepted artifact (at first `bits` a weight) over these",
     "error": "relative error of all weights that stages may touch, against the original's",
     "kl": "KL(original || this), nats a token",
     "top1": "share of tokens with the original's most likely next token",
@@ -175,9 +177,10 @@ def run_chain(
     workers: int | None = None,
     overwrite: bool = False,
     progress: bool = True,
+    track: str | Path | None = None,
 ) -> Result:
     """Run a chain on `model` into the folder `out`: journal.json, a folder for each accepted step, and `artifact`, a copy of
-    the last of them.
+    the last of them.  track: a folder for the metrics of all attempts, and W&B's files (see `tracking.track_chain`).
 
     Run again after a kill, it goes on with what is unfinished and gives the same bytes.  Raises BadInput where model, chain
     or `out` cannot be used; a gate that fails is no error, it is in the result.
@@ -197,7 +200,24 @@ def run_chain(
     with _Journal(out, recipe, overwrite) as journal:
         run = _Run(model, chain, text, out, journal, workers, progress)
         finished = run.steps()
-        return Result(run.hand_over(), journal.attempts, finished)
+        result = Result(run.hand_over(), journal.attempts, finished)
+    if track is not None:
+        tracking.track_chain(Path(track).expanduser(), model, recipe, result.attempts, finished)
+    return result
+
+
+def compress_with(model: LanguageModel | str | Path, chain: Chain | str | Path, out: str | Path, **options: Any) -> Artifact:
+    """The last artifact that a chain accepted, in `out`/artifact.  options: of `run_chain`.
+
+    Raises AgentForgeError where no step was accepted: what failed its gates is handed to nobody.
+    """
+    result = run_chain(model, chain, out, **options)
+    if result.artifact is None:
+        last = result.attempts[-1]
+        raise AgentForgeError(
+            f"{out}: no step of the chain was accepted; {last['name']}, the last one tried: {last['reason']}"
+        )
+    return result.artifact
 
 
 def _check_quantities(model: LanguageModel, chain: Chain) -> None:
@@ -292,7 +312,8 @@ class _Run:
     def hand_over(self) -> Artifact | None:
         """Copy the last accepted artifact to out/artifact, and check every byte of it."""
         final = self.out / "artifact"
-        if self.accepted is None:
+        if self.accepted is None:  # what an earlier run handed over may have been lost since, and failed when made again
+            shutil.rmtree(final, ignore_errors=True)
             return None
         if not final.exists() or _manifest_hash(final) != _manifest_hash(self.accepted):
             partial = self.out / "artifact.partial"
@@ -349,6 +370,7 @@ class _Run:
         except BadInput as error:  # a weight that the stage cannot encode; a full disk is no BadInput
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
         encoded = time.perf_counter()
+        decode_seconds = _decode_seconds(artifact)
         tokens = self.chain.tokens
         while True:
             measured = self._measure(artifact, before, tokens)
@@ -367,6 +389,7 @@ class _Run:
             "measured": {name: m.to_json() for name, m in measured.items()},
             "artifact": _manifest_hash(folder),
             "encode_seconds": encoded - start,
+            "decode_seconds": decode_seconds,
             "seconds": time.perf_counter() - start,
             "peak_memory_bytes": peak_memory(),
         }
@@ -377,10 +400,14 @@ class _Run:
         bits = self.chain.bits
         first = artifact.weight_bytes * artifact.ratio_to(bits)
         last = before.bytes_on_disk if before else first
+        touched = _touched(artifact, bits)
+        touched_last = _touched(Artifact(self.accepted), bits).bytes if self.accepted else touched.denominator_bytes
         exact: dict[str, tuple[float, str]] = {
             "bytes": (artifact.weight_bytes, "bytes"),
             "ratio": (artifact.ratio_to(bits), "x"),
             "step_ratio": (last / artifact.weight_bytes, "x"),
+            "touched_ratio": (touched.ratio, "x"),
+            "touched_step_ratio": (touched_last / touched.bytes, "x"),
             "error": (_error(self.original, candidate), "share"),
         }
         inputs = {"model": candidate.fingerprint, "original": self.original.fingerprint}
@@ -418,6 +445,20 @@ def _error(original: LanguageModel, candidate: LanguageModel) -> float:
         lost += float((w - other).square().sum())
         power += float(w.square().sum())
     return math.sqrt(lost / power)
+
+
+def _touched(artifact: Artifact, bits: int) -> Ratio:
+    """The ratio of the encoded tensors alone, shared planes included, against `bits` a weight."""
+    return next(r for r in artifact.ratios if r.what == "touched tensors" and r.denominator.endswith(f"at {bits} bits"))
+
+
+def _decode_seconds(artifact: Artifact) -> float:
+    """Seconds to read and decode every encoded tensor, one after the other."""
+    start = time.perf_counter()
+    for row in artifact.rows:
+        if row["stage"] is not None:
+            artifact.decode(row)
+    return time.perf_counter() - start
 
 
 def _manifest_hash(folder: Path) -> str | None:

@@ -372,12 +372,15 @@ def pipeline(
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the artifact and the journal; the same one goes on.")],
     workers: Annotated[int | None, typer.Option(help="Threads (default: one a core).")] = None,
     overwrite: Annotated[bool, typer.Option(help="Discard what another chain has made there.")] = False,
+    track: Annotated[
+        Path | None, typer.Option(help="Folder for the metrics of every attempt, and a Weights & Biases run (offline).")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Take a model through a chain of stages with gates; a step that fails them is rolled back (exit code 1)."""
     from .chain import run_chain
 
-    result = run_chain(model, chain, out_dir, workers=workers, overwrite=overwrite, progress=not as_json)
+    result = run_chain(model, chain, out_dir, workers=workers, overwrite=overwrite, progress=not as_json, track=track)
     path = str(result.artifact.path) if result.artifact else None
     _show(
         {"path": path, "finished": result.finished, "attempts": result.attempts},
@@ -387,12 +390,14 @@ def pipeline(
             "setting",
             "ratio",
             "of this step",
+            "touched tensors",
+            "of this step",
             "error",
             "retention",
             "in total",
             "decision",
             rows=[_attempt_cells(row) for row in result.attempts],
-            right=(2, 3, 4, 5, 6),
+            right=(2, 3, 4, 5, 6, 7, 8),
             caption="\n".join(
                 [
                     *(f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]),
@@ -408,7 +413,7 @@ def pipeline(
 def _attempt_cells(row: dict[str, Any]) -> list[str]:
     found = row.get("measured", {})
     cells = []
-    for name in ("ratio", "step_ratio", "error", "retention", "total_retention"):
+    for name in ("ratio", "step_ratio", "touched_ratio", "touched_step_ratio", "error", "retention", "total_retention"):
         measured = found.get(name, {"value": float("nan"), "stderr": None})
         spread = "" if measured["stderr"] is None else f" ± {measured['stderr']:.3f}"
         cells.append(f"{measured['value']:.3f}{spread}")

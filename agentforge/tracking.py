@@ -1,18 +1,24 @@
 """Runs in Weights & Biases, offline unless WANDB_MODE says otherwise; every number also goes to a plain file.
 
-The 19 metrics are those that the documentation of phase 4 lists and its code left at zero.
+METRICS are the 19 that the documentation of phase 4 lists and its code left at zero.  Of phase 8's lists (33, 35, 95 names,
+none of them logged by its code), PHASE8_METRICS and PHASE8_STAGE_METRICS are those that a chain really measures.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import BadInput
+
+if TYPE_CHECKING:
+    from .models import LanguageModel
 
 METRICS = (
     # before
@@ -81,6 +87,22 @@ class Run:
         if self._run is not None:
             self._run.log(dict(metrics))
 
+    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Log a table, which also goes to NAME.csv; None becomes an empty cell."""
+        with open(self.folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
+            csv.writer(file).writerows([columns, *rows])
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+
+    def image(self, name: str, path: str | Path) -> None:
+        """Log a picture file."""
+        if self._run is not None:
+            import wandb
+
+            self._run.log({name: wandb.Image(str(path))})
+
 
 def read(folder: str | Path) -> dict[str, float]:
     """The last value of every metric of a run, from its metrics.jsonl."""
@@ -88,3 +110,181 @@ def read(folder: str | Path) -> dict[str, float]:
     for line in (Path(folder) / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         found.update(json.loads(line))
     return found
+
+
+# What the documentation of phase 8 names and a chain measures.  {} is a stage: seedlm, vptq, hypercompression, or the
+# stage's own name.  Ratios are whole model, against the chain's `bits` a parameter; {}_ratio is of that step.
+# Not here, because a chain measures nothing of the kind: seven benchmarks, edge of chaos, eudaimonia, Grokfast's scores,
+# mean absolute errors, and speed of inference.
+PHASE8_STAGE_METRICS = (
+    "{}/compression_ratio",
+    "{}/original_size_mb",
+    "{}/compressed_size_mb",
+    "{}/overall_passed",
+    "{}/num_failed_benchmarks",  # gates that were not passed
+    "validation/{}/avg_relative_error",
+    "compression/{}_ratio",
+)
+PHASE8_METRICS = (
+    "compression/original_size_mb",
+    "compression/num_weight_tensors",
+    "compression/final_model_size_mb",
+    "compression/total_ratio",
+    "quality/final_accuracy",
+    "quality/final_perplexity",
+    "quality/accuracy_vs_phase1",  # over that of the model that came in
+    "size/original_mb",
+    "size/final_mb",
+    "size/total_compression_ratio",
+    "performance/decompression_time_ms",
+    "phase/stages_completed",
+    "phase/duration_seconds",
+    "phase/original_size_mb",
+    "phase/compressed_size_mb",
+    "phase/total_compression_ratio",
+    "phase/validation_passed",
+    "phase/success",
+)
+# Ours, of every attempt: each quantity that was measured as {}/QUANTITY, with {}/QUANTITY_stderr, and these.
+TIMES = ("encode_seconds", "decode_seconds", "seconds", "peak_memory_bytes")
+_HYPER = ("trajectory", "curves")
+
+
+def track_chain(
+    folder: Path, model: LanguageModel, recipe: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]], finished: bool
+) -> None:
+    """Log a chain's attempts, in their order, and what came out, as a run in `folder`.
+
+    recipe, attempts: as in the chain's journal.  Beside the metrics there are attempts.csv, and frontier.png where
+    matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured is not logged: after a
+    stage that failed to encode there is none of its sizes.
+    """
+    with Run(folder, f"chain-{recipe['chain']['name']}", recipe) as run:
+        before, failures, passed = model.bytes_on_disk / 1e6, 0, None
+        for row in attempts:
+            stage, accepted = stage_label(row["setting"]["stage"]), row["decision"] == "accepted"
+            failures += not accepted
+            run.log(_of_attempt(stage, row, before) | {f"{stage}/overall_passed": int(accepted), "phase/failures": failures})
+            if accepted:
+                before, passed = row["measured"]["bytes"]["value"] / 1e6, row
+        run.log(_of_chain(model, attempts, passed, finished))
+        columns, rows = attempts_table(attempts)
+        run.table("attempts", columns, rows)
+        if frontier(attempts, folder / "frontier.png"):
+            run.image("frontier", folder / "frontier.png")
+
+
+def stage_label(text: str) -> str:
+    """What the documentation calls the stage of such a text; for the others their own name."""
+    match = re.match(r"[a-z0-9_]+", text)
+    name = match[0] if match else text
+    return "hypercompression" if name in _HYPER else name
+
+
+def _of_attempt(stage: str, row: Mapping[str, Any], before: float) -> dict[str, float]:
+    found = {f"{stage}/{name}": float(row[name]) for name in TIMES if name in row}
+    if "measured" not in row:  # it could not be encoded
+        return found
+    measured = row["measured"]
+    for name, m in measured.items():
+        found[f"{stage}/{name}"] = m["value"]
+        if m["stderr"] is not None:
+            found[f"{stage}/{name}_stderr"] = m["stderr"]
+    size, ratio = measured["bytes"]["value"] / 1e6, measured["step_ratio"]["value"]
+    short = "hyper" if stage == "hypercompression" else stage
+    found |= {
+        f"{stage}/compression_ratio": ratio,
+        f"compression/{short}_ratio": ratio,
+        f"{stage}/original_size_mb": before,
+        f"{stage}/compressed_size_mb": size,
+        f"{stage}/num_failed_benchmarks": sum(decision != "passed" for decision in row["gates"].values()),
+        f"validation/{stage}/avg_relative_error": measured["error"]["value"],
+    }
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def _of_chain(
+    model: LanguageModel, attempts: Sequence[Mapping[str, Any]], passed: Mapping[str, Any] | None, finished: bool
+) -> dict[str, float]:
+    original = model.bytes_on_disk / 1e6
+    found: dict[str, float] = {
+        "compression/original_size_mb": original,
+        "compression/num_weight_tensors": len(list(model.weights())),
+        "size/original_mb": original,
+        "phase/original_size_mb": original,
+        "phase/stages_completed": sum(row["decision"] == "accepted" for row in attempts),
+        "phase/duration_seconds": sum(row["seconds"] for row in attempts),
+        "phase/validation_passed": int(finished),
+        "phase/success": int(finished),
+    }
+    if passed is None:
+        return found
+    measured = {name: m["value"] for name, m in passed["measured"].items()}
+    size, ratio = measured["bytes"] / 1e6, measured["ratio"]
+    found |= dict.fromkeys(("compression/final_model_size_mb", "size/final_mb", "phase/compressed_size_mb"), size)
+    found |= dict.fromkeys(
+        ("compression/total_ratio", "size/total_compression_ratio", "phase/total_compression_ratio"), ratio
+    )
+    found["performance/decompression_time_ms"] = 1e3 * passed["decode_seconds"]
+    for name, quantity in (
+        ("final_accuracy", "accuracy"),
+        ("final_perplexity", "perplexity"),
+        ("accuracy_vs_phase1", "total_retention"),
+    ):
+        if quantity in measured:
+            found[f"quality/{name}"] = measured[quantity]
+    return {name: value for name, value in found.items() if math.isfinite(value)}
+
+
+def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
+    """Columns and a row an attempt: step, try, setting, decision, why not, every measured quantity with its standard error
+    and n, seconds and bytes of memory; None where there is none."""
+    names = list(dict.fromkeys(name for row in attempts for name in row.get("measured", {})))
+    columns = ["step", "name", "try", "setting", "decision", "reason"]
+    columns += [part for name in names for part in (name, f"{name}_stderr", f"{name}_n")] + list(TIMES)
+    rows = []
+    for row in attempts:
+        cells = [row["step"], row["name"], row["attempt"], row["setting"]["stage"], row["decision"], row["reason"]]
+        for name in names:
+            m = row.get("measured", {}).get(name, {})
+            cells += [m.get("value"), m.get("stderr"), m.get("n")]
+        rows.append([*cells, *(row.get(name) for name in TIMES)])
+    return columns, rows
+
+
+def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draw total retention against the total ratio of the encoded tensors, a point an attempt with two standard errors, into
+    the PNG file `path`.  Returns whether it did: not where matplotlib is missing, or nothing was measured."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    drawn = [row for row in attempts if "measured" in row and math.isfinite(row["measured"]["total_retention"]["value"])]
+    if not drawn:
+        return False
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for decision, colour in (("accepted", "tab:green"), ("rejected", "tab:red")):
+        points = [row["measured"] for row in drawn if row["decision"] == decision]
+        if points:
+            axes.errorbar(
+                [m["touched_ratio"]["value"] for m in points],
+                [m["total_retention"]["value"] for m in points],
+                yerr=[2 * m["total_retention"]["stderr"] for m in points],
+                fmt="o",
+                capsize=3,
+                color=colour,
+                label=decision,
+            )
+    for row in drawn:
+        m = row["measured"]
+        label = f"{row['step']}.{row['attempt']} {stage_label(row['setting']['stage'])}"
+        at = (m["touched_ratio"]["value"], m["total_retention"]["value"])
+        axes.annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+    bits = drawn[0]["measured"]["touched_ratio"]["protocol"]["bits"]
+    axes.set_xscale("log")
+    axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits a weight (x)")
+    axes.set_ylabel("accuracy over the original's (2 standard errors)")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True

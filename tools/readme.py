@@ -22,7 +22,7 @@ SHOWN = (
 
 
 def figures() -> str:
-    """The README's block of figures, from the record of the phase 4 report."""
+    """The README's block of figures, from the records of the phase 4 report and of the ratios."""
     record = json.loads((ROOT / "reports/phase4_bitnet/phase4_bitnet.json").read_text(encoding="utf-8"))
     rows = {row["id"]: row for row in record["claims"]}
     text = record["text"]
@@ -46,6 +46,9 @@ def figures() -> str:
         lines.append(f"| {row['title']} | {row['audit']} | {value} | {MARKS[row['verdict']]} {row['verdict']} |")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in record["summary"].items() if n)
     lines += ["", f"Of {len(record['claims'])} rows: {counts}. What is grey says in the report what it would take."]
+    ratios = json.loads((ROOT / "reports/ratios/ratios.json").read_text(encoding="utf-8"))
+    lines += ["", "How small the encoded tensors can get ([all settings](reports/ratios/ratios.md)):", ""]
+    lines += [f"* {sentence}" for sentence in ratios["says"]]
     return "\n".join(lines)
 
 
