@@ -545,7 +545,8 @@ class Writer:
         for file in model.side_files:
             if file.name not in ("config.json", MANIFEST):
                 shutil.copyfile(file, folder / file.name)
-        quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": self.recipe["stage"]}
+        stage = {key: value for key, value in self.recipe["stage"].items() if key != "weights"}  # the manifest has them
+        quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": stage}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
         rows = [_row_of(path) for path in files_of_tensors]

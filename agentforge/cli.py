@@ -181,6 +181,65 @@ def compress(
 
 
 @app.command()
+def fit(
+    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
+    out_dir: Annotated[Path, typer.Option("--out", help="The artifact's folder.")],
+    target: Annotated[str | None, typer.Option(help="Of the whole model against 16 bits a parameter, as 4x.")] = None,
+    bits: Annotated[float | None, typer.Option(help="A weight of the linear layers, on disk.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--bytes", help="Of all weight files, as 60MB (1 MB = 1,000,000 bytes).")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="KL(original || compressed) in nats a token, at most.")] = None,
+    embeddings: Annotated[
+        str | None, typer.Option(help="A stage for embedding and output head, such as rounding:bits=8; else they are kept.")
+    ] = None,
+    text: TextName = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to score.")] = 4094,
+    workers: Annotated[int | None, typer.Option(help="Threads (default: one a core); same bytes.")] = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Find a setting for every weight that keeps to a budget with the least damage, and measure what came of it."""
+    from .allocation import Budget, budget_bytes
+    from .allocation import fit as run
+    from .models import open_model
+
+    opened = open_model(model)
+    most = budget_bytes(size, target, opened.parameters)
+    start = time.perf_counter()
+    found = run(
+        opened,
+        out_dir,
+        Budget(most, bits, max_kl),
+        embeddings=embeddings,
+        text=text,
+        tokens=tokens,
+        workers=workers,
+        overwrite=overwrite,
+        progress=not as_json,
+    )
+    seconds = time.perf_counter() - start
+    measured = {name: getattr(found.measured, name) for name in found.measured._fields}
+    _show(
+        {
+            "path": str(found.artifact.path),
+            "bits_per_weight": found.bits,
+            "predicted_kl": found.predicted,
+            "measured": {name: value.to_json() for name, value in measured.items()},
+            "ratios": [r.to_json() for r in found.artifact.ratios],
+            "seconds": seconds,
+        },
+        as_json,
+        lambda: _ratios(
+            found.artifact,
+            f"{found.bits:.3f} bits a weight of the linear layers; KL {found.measured.kl}, predicted {found.predicted:.3g}; "
+            f"perplexity {found.measured.perplexity} (original {found.measured.original_perplexity.value:.2f}); "
+            f"{seconds:.0f} s; written to {found.artifact.path}",
+        ),
+    )
+
+
+@app.command()
 def inspect(
     artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
     as_json: AsJson = False,

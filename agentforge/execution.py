@@ -30,8 +30,8 @@ PATIENCE = 5  # seconds until a scheduler that does not answer is given up
 class Task(NamedTuple):
     """What it takes to encode a weight, in any process that sees the same files.
 
-    read: gives the tensor as stored.  hessian, tokens: its statistics, where the stage asks for them.  shared: the file of
-    the planes that the weights share, where the stage has any.  fallback: `FALLBACK` where the stage cannot encode it.
+    read: gives the tensor as stored.  hessian, tokens, sensitivity: its statistics, where the stage asks for them.
+    shared: the file of the planes that the weights share, where the stage has any.  fallback: `FALLBACK` where the stage cannot encode it.
     version: of the package that made the task.
     """
 
@@ -44,6 +44,7 @@ class Task(NamedTuple):
     fallback: bool
     hessian: np.ndarray | None
     tokens: int
+    sensitivity: np.ndarray | None
     shared: Path | None
     version: str = __version__
 
@@ -62,19 +63,25 @@ class Task(NamedTuple):
     ) -> Task:
         """The task of encoding `weight` with `stage`."""
         hessian, tokens = (None, 0) if stats is None else (stats.hessian.numpy(), stats.n)
-        return cls(weight.name, read, weight.transposed, stage, seed, device, fallback, hessian, tokens, shared)
+        sensitivity = None if stats is None or stats.sensitivity is None else stats.sensitivity.numpy()
+        return cls(weight.name, read, weight.transposed, stage, seed, device, fallback, hessian, tokens, sensitivity, shared)
 
     @property
     def stats(self) -> InputStatistics | None:
         """The statistics; an array that came from another process may be read-only, which torch does not know."""
         if self.hessian is None:
             return None
-        return InputStatistics(torch.from_numpy(np.require(self.hessian, requirements="W")), self.tokens)
+        sensitivity = None if self.sensitivity is None else _writable(self.sensitivity)
+        return InputStatistics(_writable(self.hessian), self.tokens, sensitivity)
 
     def load(self) -> torch.Tensor:
         """The weight as [out, in], in its own dtype."""
         tensor = self.read()
         return tensor.T.contiguous() if self.transposed else tensor
+
+
+def _writable(array: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.require(array, requirements="W"))
 
 
 class Unencoded(NamedTuple):

@@ -29,7 +29,7 @@ _R = TypeVar("_R")
 
 def compress(
     model: LanguageModel | str | Path,
-    stage: stages.Stage | str,
+    stage: stages.Stage | str | Mapping[str, stages.Stage],
     out: str | Path,
     *,
     embeddings: bool = False,
@@ -45,7 +45,8 @@ def compress(
 ) -> Artifact:
     """Encode the model's weights with `stage` and write the artifact `out`.
 
-    model: an opened model, or what `open_model` takes.  stage: a stage, or text such as "rounding:bits=4,group=64".
+    model: an opened model, or what `open_model` takes.  stage: a stage, or text such as
+    "rounding:bits=4,group=64 | entropy", or a stage for each weight by its name; weights without one are kept.
     embeddings: encode the token embedding (and an output head of its own), too.
     workers: threads, each with one tensor in hand (default: one a core, but together never more than the model's largest
     tensor has, so that three times that in float32, and 500 MB, are enough memory for a stage without statistics).
@@ -63,8 +64,7 @@ def compress(
     AgentForgeError where the disk is full or the executor broke down; the same call goes on from there, too.
     """
     model = open_model(model) if isinstance(model, str | Path) else model
-    stage = stages.parse(stage) if isinstance(stage, str) else stage
-    stage.check()
+    plan = _plan(model, stages.parse(stage) if isinstance(stage, str) else stage, embeddings)
     if workers is not None and workers < 1:
         raise BadInput(f"workers={workers}; expected 1 or more")
     if executor is None:
@@ -74,25 +74,59 @@ def compress(
         "format": FORMAT,
         "agentforge": __version__,
         "model": model.fingerprint,
-        "stage": stage.to_json(),
+        "stage": _plan_to_json(stage, plan),
         "embeddings": embeddings,
         "seed": seed,
     }
-    if stage.needs_statistics:
+    if any(one.needs_statistics for one in plan.values()):
         calibration = calibration or Calibration()
+        for one in plan.values():
+            calibration = calibration.for_stage(one)
         recipe["calibration"] = calibration.to_json()
     with Writer(out, recipe, overwrite) as writer:
         replaced = Artifact(out).fallbacks if writer.finished else writer.fallbacks()
         if replaced and not fallback:
             raise BadInput(
-                f"{out}: {stage.name} could not encode {replaced[0]['name']}, a fallback took its place; pass --fallback, "
+                f"{out}: {_names(plan)} could not encode {replaced[0]['name']}, a fallback took its place; pass --fallback, "
                 "too, or choose another --out"
             )
         if writer.finished:
             return Artifact(out)
-        job = _Job(writer, model, stage, embeddings, seed, workers, device, progress, executor, fallback)
+        job = _Job(writer, model, plan, embeddings, seed, workers, device, progress, executor, fallback)
         job.run(calibration, statistics)
         return writer.finish(model, len(model.entries))
+
+
+def _plan(
+    model: LanguageModel, stage: stages.Stage | Mapping[str, stages.Stage], embeddings: bool
+) -> dict[str, stages.Stage]:
+    """The stage of each weight, by name.  Raises BadInput where there is no weight, or a stage that does not fit."""
+    names = [weight.name for weight in model.weights(embeddings)]
+    if not names:
+        raise BadInput(f"{model.name}: has no weights that a stage may touch")
+    if isinstance(stage, stages.Stage):
+        stage.check()
+        return dict.fromkeys(names, stage)
+    for name, one in stage.items():
+        if name not in names:
+            raise BadInput(f"{name}: is no weight of {model.name} that a stage may touch")
+        one.check()
+        if one.shared_layout():
+            raise BadInput(f"{name}: {one} shares planes between weights, which takes one stage for all of them")
+    if not stage:
+        raise BadInput(f"{model.name}: no weight has a stage; name at least one")
+    return {name: stage[name] for name in names if name in stage}
+
+
+def _plan_to_json(stage: object, plan: Mapping[str, stages.Stage]) -> dict[str, Any]:
+    """What a recipe says of the plan: the one stage, or that of each weight."""
+    if isinstance(stage, Mapping):
+        return {"stage": "several", "weights": {name: one.to_json() for name, one in sorted(plan.items())}}
+    return next(iter(plan.values())).to_json()
+
+
+def _names(plan: Mapping[str, stages.Stage]) -> str:
+    return ", ".join(sorted({stage.name for stage in plan.values()}))
 
 
 def store(
@@ -140,7 +174,7 @@ class _Job:
 
     writer: Writer
     model: LanguageModel
-    stage: stages.Stage
+    plan: Mapping[str, stages.Stage]
     embeddings: bool
     seed: int
     workers: int | None
@@ -153,13 +187,12 @@ class _Job:
         """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
         model, writer = self.model, self.writer
         model.check()
-        touched = {weight.name: weight for weight in model.weights(self.embeddings)}
-        reasons = model.kept(self.embeddings)
-        if not touched:
-            raise BadInput(f"{model.name}: has no weights that a stage may touch")
+        touched = {weight.name: weight for weight in model.weights(self.embeddings) if weight.name in self.plan}
+        reasons = {**dict.fromkeys(model.entries, "no stage was chosen for it"), **model.kept(self.embeddings)}
         names = sorted(model.entries)
         todo = [(i, name) for i, name in enumerate(names) if not writer.has(i)]
-        if any(name in touched for _, name in todo) and calibration and self.stage.needs_statistics and statistics is None:
+        needing = {name for name, stage in self.plan.items() if stage.needs_statistics}
+        if any(name in needing for _, name in todo) and calibration and statistics is None:
             statistics = collect(model, calibration, self.workers, self.progress)
         statistics = statistics or {}
         shared = self._shared([touched[name] for name in names if name in touched], statistics)
@@ -168,7 +201,7 @@ class _Job:
             return Task.of(
                 touched[name],
                 model.reader(name),
-                self.stage,
+                self.plan[name],
                 statistics.get(name),
                 shared,
                 seed=self.seed,
@@ -189,7 +222,7 @@ class _Job:
             initial=len(names) - len(todo),
             unit="tensor",
             leave=False,
-            desc=f"{self.stage.name}: {model.name}",
+            desc=f"{_names(self.plan)}: {model.name}",
             disable=None if self.progress else True,
         )
         with bar:
@@ -249,7 +282,8 @@ class _Job:
 
     def _shared(self, touched: list[Weight], statistics: Mapping[str, InputStatistics]) -> Path | None:
         """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
-        if not self.stage.shared_layout():
+        stage = next(iter(self.plan.values()))  # what is shared is shared by all
+        if not stage.shared_layout():
             return None
         if not self.writer.has_shared():
             layers = [stages.Layer(w.name, partial(self._load, w), statistics.get(w.name)) for w in touched]
@@ -259,7 +293,7 @@ class _Job:
                 culprit = min((layer for layer in layers if not _sound(layer)), key=lambda layer: is_finite(layer.load()))
                 what = "its statistics hold" if is_finite(culprit.load()) else "holds"
                 raise BadInput(f"{culprit.name}: {what} NaN or infinite values; mend the weight or leave it out")
-            self.writer.put_shared(self.stage, self.stage.fit_shared(sound, self.seed))
+            self.writer.put_shared(stage, stage.fit_shared(sound, self.seed))
         return self.writer.shared_piece.absolute()
 
     def _load(self, weight: Weight) -> torch.Tensor:

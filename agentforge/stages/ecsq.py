@@ -146,7 +146,7 @@ def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:
 
 def _exponents(logarithms: np.ndarray) -> np.ndarray:
     """Eighths of octaves around the mean, 128 for none: uint8[n]."""
-    return np.clip(np.rint(OCTAVE * (logarithms - logarithms.mean())) + 128, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.rint(OCTAVE * (logarithms - logarithms.mean())) + 128, 0, 255), np.uint8)
 
 
 def _steps(rows: np.ndarray, columns: np.ndarray, step: np.float32) -> tuple[np.ndarray, np.ndarray]:

@@ -1,0 +1,402 @@
+"""Allocation: a stage and its setting for every weight, for the least damage that a budget of bytes allows.
+
+What a candidate costs is counted, by encoding the weight with it.  What it damages is predicted, to second order:
+
+    KL(original || compressed) ~ 1/2 sum over weights of tr(G E H E^T), nats a token,
+
+E the error of the weight, H = E[x x^T] of its inputs, G the curvature of the KL divergence in its outputs (Fisher's
+information, of which the diagonal is taken).  Layers are taken to err independently of each other.  The prediction's size is
+off where errors are not small; what the search needs is only which weights deserve the bytes, and what came of it is measured.
+
+The search is Lagrange's: of each weight, the candidates on the lower convex hull of bytes and damage; in the order of damage
+avoided a byte, whatever still fits the budget.  No allocation is better by more than the damage that one step on one hull
+avoids (Shoham & Gersho 1988).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import cpu_count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from . import evaluation, stages
+from .artifact import Artifact, load
+from .errors import BadInput
+from .evaluation import Divergence, Text
+from .models import LanguageModel, Weight, cache_dir, open_model
+from .pipeline import compress
+from .statistics import Calibration, InputStatistics, collect
+
+# Steps from 0.05 to 1.7 root mean squares, half an octave apart: from about 6.3 bits a weight to 1.2.
+LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-7, 4))
+PASSES = 6  # artifacts that are made at most on the way to a limit
+
+
+class Candidate(NamedTuple):
+    """A stage for a weight.  bytes: of its planes on disk.  damage: predicted, nats a token."""
+
+    stage: stages.Stage
+    bytes: int
+    damage: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What has to be kept to; one of these.
+
+    bytes: of all weight files, tensors that are kept and headers included.  bits: a weight, planes of the encoded linear
+    layers alone.  max_kl: KL(original || compressed), nats a token, with two standard errors on top.
+    """
+
+    bytes: int | None = None
+    bits: float | None = None
+    max_kl: float | None = None
+
+    def check(self) -> None:
+        """Raise BadInput unless exactly one limit is set, and is positive."""
+        limits = [limit for limit in (self.bytes, self.bits, self.max_kl) if limit is not None]
+        if len(limits) != 1 or not 0 < limits[0] < math.inf:
+            raise BadInput(f"budget {limits}; expected one positive limit: bytes, bits a weight, or KL in nats a token")
+
+
+def budget_bytes(size: str | None, target: str | None, parameters: int) -> int | None:
+    """Bytes from text such as "60MB" or "61440", or from a ratio such as "4x" against 16 bits for each of `parameters`.
+
+    Raises BadInput for text of neither form, and where both are given.
+    """
+    if size is not None and target is not None:
+        raise BadInput("a budget in bytes and a ratio were asked for; expected one of the two")
+    if target is not None:
+        ratio = re.fullmatch(r"([0-9.]+)x?", target)
+        value = _number(ratio[1] if ratio else "")
+        if not 0 < value < math.inf:
+            raise BadInput(f"target {target!r}; expected a ratio such as 4x")
+        return int(2 * parameters / value)
+    if size is None:
+        return None
+    parts = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", size)
+    value = _number(parts[1] if parts else "") * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[parts[2] if parts else ""]
+    if not 1 <= value < 1e15:
+        raise BadInput(f"bytes {size!r}; expected a size such as 60MB, 1.5GB or 61440000")
+    return int(value)
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+class Fit(NamedTuple):
+    """artifact: keeps to the budget.  predicted: damage of its linear layers, nats a token.  measured: as loaded back from
+    disk.  bits: a weight of the linear layers, planes on disk."""
+
+    artifact: Artifact
+    predicted: float
+    measured: Divergence
+    bits: float
+
+
+def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) -> float:
+    """1/2 tr(G E H E^T) of E = decoded - weight, float[out, in]: predicted KL divergence, nats a token.
+
+    Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.
+    """
+    error = decoded.double() - weight.double()
+    lost = ((error @ stats.hessian.double()) * error).sum(1)
+    if stats.sensitivity is not None:
+        lost = lost * stats.sensitivity.double()
+    return float(lost.sum()) / 2
+
+
+def candidates(
+    model: LanguageModel,
+    statistics: Mapping[str, InputStatistics],
+    calibration: Calibration,
+    ladder: Sequence[stages.Stage] = LADDER,
+    *,
+    workers: int | None = None,
+    progress: bool = True,
+) -> dict[str, list[Candidate]]:
+    """Bytes and damage of each stage of `ladder` on each weight that has statistics, by the weight's name.
+
+    What was found is kept in the cache folder, under a hash of all that it depends on, a line a weight: a second budget, or a
+    run after a kill, does not encode again.  Raises BadInput where a stage cannot encode a weight, or shares planes.
+    """
+    for stage in ladder:
+        stage.check()
+        if stage.shared_layout():
+            raise BadInput(f"{stage}: shares planes between weights, which takes one stage for all of them")
+    journal = _journal(model, calibration, ladder)
+    found: dict[str, list[tuple[int, float]]] = {}
+    if journal.is_file():
+        for line in journal.read_text(encoding="utf-8").splitlines():
+            try:
+                found.update(json.loads(line))
+            except ValueError:  # the end of a line that a kill cut off
+                continue
+    weights = [weight for weight in model.weights() if weight.name in statistics]
+    todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
+
+    def measure(weight: Weight) -> tuple[str, list[tuple[int, float]]]:
+        dense, stats = weight.load().to(torch.float32), statistics[weight.name]
+        rows = []
+        for stage in ladder:
+            packed = stage.encode(dense, stats, name=weight.name)
+            size = sum(plane.stored().nbytes for plane in packed)
+            rows.append((size, damage(dense, stage.decode(packed), stats)))
+        return weight.name, rows
+
+    bar = tqdm(total=len(weights), initial=len(weights) - len(todo), unit="weight", leave=False, desc="candidates")
+    bar.disable = bar.disable or not progress
+    journal.parent.mkdir(parents=True, exist_ok=True)
+    with bar, open(journal, "a", encoding="utf-8") as lines, ThreadPoolExecutor(workers or cpu_count() or 1) as pool:
+        try:
+            for name, rows in pool.map(measure, todo):
+                found[name] = rows
+                lines.write(json.dumps({name: rows}) + "\n")
+                lines.flush()
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
+
+
+def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
+    """The file of a model's candidates; its name is a hash of all that they depend on, our own source among it."""
+    here = Path(__file__).parent
+    sources = [*sorted((here / "stages").glob("*.py")), here / "statistics.py", here / "planes.py", here / "allocation.py"]
+    depends = {
+        "model": model.fingerprint,
+        "calibration": calibration.to_json(),
+        "ladder": [stage.to_json() for stage in ladder],
+        "source": hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest(),
+    }
+    key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
+    return cache_dir() / "candidates" / f"{key}.jsonl"
+
+
+def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
+    """One candidate for each weight, of at most `budget` bytes together.
+
+    Raises BadInput where the smallest ones do not fit.
+    """
+    hulls = {name: _hull(found) for name, found in options.items()}
+    chosen = {name: 0 for name in hulls}
+    spent = sum(hull[0].bytes for hull in hulls.values())
+    if spent > budget:
+        raise BadInput(f"budget of {budget:,} bytes; the smallest candidates of {len(hulls)} weights take {spent:,}")
+    steps = []
+    for name, hull in hulls.items():
+        for i, (less, more) in enumerate(zip(hull, hull[1:], strict=False)):
+            steps.append(((more.damage - less.damage) / (more.bytes - less.bytes), name, i + 1))
+    for _, name, i in sorted(steps):  # along a hull the slopes rise, so that its steps come in their order
+        cost = hulls[name][i].bytes - hulls[name][chosen[name]].bytes
+        if chosen[name] == i - 1 and spent + cost <= budget:
+            chosen[name], spent = i, spent + cost
+    return {name: hulls[name][i] for name, i in chosen.items()}
+
+
+def _hull(options: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates on the lower convex hull of (bytes, damage), from the smallest to the least damaging."""
+    hull: list[Candidate] = []
+    for one in sorted(options, key=lambda c: (c.bytes, c.damage)):
+        if hull and one.damage >= hull[-1].damage:
+            continue
+        while len(hull) > 1 and _slope(hull[-2], one) <= _slope(hull[-2], hull[-1]):
+            hull.pop()
+        hull.append(one)
+    return hull
+
+
+def _slope(a: Candidate, b: Candidate) -> float:
+    return (b.damage - a.damage) / (b.bytes - a.bytes)
+
+
+def smallest_and_largest(options: Mapping[str, Sequence[Candidate]]) -> tuple[int, int]:
+    """Bytes of the smallest candidates of all weights together, and of the largest."""
+    sizes = [[candidate.bytes for candidate in found] for found in options.values()]
+    return sum(map(min, sizes)), sum(map(max, sizes))
+
+
+def fit(
+    model: LanguageModel | str | Path,
+    out: str | Path,
+    budget: Budget,
+    *,
+    ladder: Sequence[stages.Stage] = LADDER,
+    embeddings: stages.Stage | str | None = None,
+    calibration: Calibration | None = None,
+    text: str | Text | None = None,
+    tokens: int = 4094,
+    workers: int | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Fit:
+    """The artifact of least predicted damage in `budget`, measured as it is loaded back from `out`.
+
+    ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output head
+    of its own), which are kept otherwise.  text, tokens: what the divergence is measured on; max_kl is held against it.
+
+    Raises BadInput where the budget cannot be kept to, and as `compress` does.
+    """
+    budget.check()
+    model = open_model(model) if isinstance(model, str | Path) else model
+    model.check()
+    if model.is_classifier:
+        raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
+    out = Path(out).expanduser()
+    found_text = evaluation.find_text(text)
+    stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
+    calibration = calibration or Calibration()
+    for stage in ladder:
+        calibration = calibration.for_stage(stage)
+    statistics = collect(model, calibration, workers, progress)
+    options = candidates(model, statistics, calibration, ladder, workers=workers, progress=progress)
+    weights = {weight.name: weight.shape[0] * weight.shape[1] for weight in model.weights() if weight.name in options}
+    rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}
+
+    def make(plane_bytes: int, folder: Path, replace: bool) -> tuple[Artifact, float]:
+        chosen = allocate(options, plane_bytes)
+        artifact = compress(
+            model,
+            {name: one.stage for name, one in chosen.items()} | rest,
+            folder,
+            embeddings=bool(rest),
+            calibration=calibration,
+            statistics=statistics,
+            workers=workers,
+            overwrite=replace,
+            progress=progress,
+        )
+        return artifact, sum(one.damage for one in chosen.values())
+
+    def measure(artifact: Artifact) -> Divergence:
+        context = model.usual_context
+        return evaluation.divergence(
+            load(artifact.path), model, found_text, context=context, tokens=tokens, progress=progress
+        )
+
+    def finished(artifact: Artifact, predicted: float, measured: Divergence | None = None) -> Fit:
+        planes = sum(row["bytes"] for row in artifact.rows if row["name"] in options)
+        return Fit(artifact, predicted, measured or measure(artifact), 8 * planes / sum(weights.values()))
+
+    if budget.bits is not None:
+        return finished(*make(int(budget.bits * sum(weights.values()) / 8), out, overwrite))
+    if budget.bytes is not None:
+        return finished(*_within_bytes(budget.bytes, model, options, rest, make, out, overwrite))
+    return _within_kl(budget.max_kl or 0.0, options, make, measure, finished, out, overwrite)
+
+
+def _within_bytes(
+    most: int,
+    model: LanguageModel,
+    options: Mapping[str, Sequence[Candidate]],
+    rest: Mapping[str, Any],
+    make: Any,
+    out: Path,
+    overwrite: bool,
+) -> tuple[Artifact, float]:
+    """The artifact whose weight files have at most `most` bytes.
+
+    What tensors take that are kept, and headers, is known exactly only from an artifact: the second one is right.
+    """
+    entries = {name: entry for name, entry in model.entries.items() if name not in options and name not in rest}
+    beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in entries.values())
+    trial = out.with_name(out.name + ".trial")
+    try:
+        for _ in range(PASSES):
+            artifact, predicted = make(most - beside, trial, True)
+            planes = sum(row["bytes"] for row in artifact.rows if row["name"] in options)
+            over = artifact.weight_bytes - most
+            if over <= 0:
+                _take(trial, out, overwrite)
+                return Artifact(out), predicted
+            beside = artifact.weight_bytes - planes + 64  # digits of offsets in headers
+    finally:
+        shutil.rmtree(trial, ignore_errors=True)
+    raise BadInput(f"budget of {most:,} bytes could not be kept to; allow a little more")
+
+
+def _within_kl(
+    most: float,
+    options: Mapping[str, Sequence[Candidate]],
+    make: Any,
+    measure: Any,
+    finished: Any,
+    out: Path,
+    overwrite: bool,
+) -> Fit:
+    """The smallest artifact found whose divergence, and two standard errors, are at most `most`.
+
+    The first one has that damage by prediction.  By how much the prediction was off tells the size of the next one, which
+    has to lie between what failed and what passed.
+    """
+    low, high = smallest_and_largest(options)
+    largest = high
+    at, ratio = _bytes_for(options, most / 2), 1.0
+    trial, best = out.with_name(out.name + ".trial"), out.with_name(out.name + ".best")
+    passed: tuple[float, Divergence] | None = None
+    try:
+        for _ in range(PASSES):
+            artifact, predicted = make(at, trial, True)
+            measured = measure(artifact)
+            bound = measured.kl.value + 2 * (measured.kl.stderr or 0.0)
+            if bound <= most:
+                high, passed = at, (predicted, measured)
+                shutil.rmtree(best, ignore_errors=True)
+                trial.rename(best)
+            else:
+                low = at
+            if low == largest or (passed and high - low < high / 200):
+                break
+            ratio = bound / predicted if math.isfinite(bound) and predicted > 0 else 2 * ratio
+            at = min(max(_bytes_for(options, 0.99 * most / ratio), low + (high - low) // 8), high - (high - low) // 8)
+            if passed is None and at > high - (high - low) // 4:
+                at = high
+        if passed is None:
+            raise BadInput(
+                f"KL of {most:g}: {bound:.3g} was the least that the candidates gave; allow more, or a finer ladder"
+            )
+        _take(best, out, overwrite)
+    finally:
+        for folder in (trial, best):
+            shutil.rmtree(folder, ignore_errors=True)
+    return finished(Artifact(out), *passed)  # type: ignore[no-any-return]
+
+
+def _bytes_for(options: Mapping[str, Sequence[Candidate]], damage: float) -> int:
+    """About the smallest budget of which the predicted damage is at most `damage`."""
+    low, high = smallest_and_largest(options)
+    while high - low > high // 1000 + 1:
+        middle = (low + high) // 2
+        if sum(one.damage for one in allocate(options, middle).values()) <= damage:
+            high = middle
+        else:
+            low = middle
+    return high
+
+
+def _take(made: Path, out: Path, overwrite: bool) -> None:
+    """Rename an artifact to `out`."""
+    if out.exists() and any(out.iterdir()):
+        if not overwrite:
+            raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
+        Artifact(out)  # raises for anything that is none of ours
+        shutil.rmtree(out)
+    elif out.exists():
+        out.rmdir()
+    made.rename(out)
