@@ -5,8 +5,8 @@ What a candidate costs is counted, by encoding the weight with it.  What it dama
     KL(original || compressed) ~ 1/2 sum over weights of tr(G E H E^T), nats a token,
 
 E the error of the weight, H = E[x x^T] of its inputs, G the curvature of the KL divergence in its outputs (Fisher's
-information, of which the diagonal is taken).  Layers are taken to err independently of each other.  The prediction's size is
-off where errors are not small; what the search needs is only which weights deserve the bytes, and what came of it is measured.
+information, of which the diagonal is taken).  Layers are taken to err independently of each other.  The prediction's size
+is off where errors are not small; the search only needs to know which weights deserve the bytes, and the result is measured.
 
 The search is Lagrange's: of each weight, the candidates on the lower convex hull of bytes and damage; in the order of damage
 avoided a byte, whatever still fits the budget.  No allocation is better by more than the damage that one step on one hull
@@ -132,8 +132,8 @@ def candidates(
 ) -> dict[str, list[Candidate]]:
     """Bytes and damage of each stage of `ladder` on each weight that has statistics, by the weight's name.
 
-    What was found is kept in the cache folder, under a hash of all that it depends on, a line a weight: a second budget, or a
-    run after a kill, does not encode again.  Raises BadInput where a stage cannot encode a weight, or shares planes.
+    What was found is kept in the cache folder, under a hash of all that it depends on, a line a weight: a second budget,
+    or a run after a kill, does not encode again.  Raises BadInput where a stage cannot encode a weight, or shares planes.
     """
     for stage in ladder:
         stage.check()
@@ -195,7 +195,7 @@ def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[st
     Raises BadInput where the smallest ones do not fit.
     """
     hulls = {name: _hull(found) for name, found in options.items()}
-    chosen = {name: 0 for name in hulls}
+    chosen = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].bytes for hull in hulls.values())
     if spent > budget:
         raise BadInput(f"budget of {budget:,} bytes; the smallest candidates of {len(hulls)} weights take {spent:,}")
@@ -248,8 +248,8 @@ def fit(
 ) -> Fit:
     """The artifact of least predicted damage in `budget`, measured as it is loaded back from `out`.
 
-    ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output head
-    of its own), which are kept otherwise.  text, tokens: what the divergence is measured on; max_kl is held against it.
+    ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output
+    head of its own), which are kept otherwise.  text, tokens: what the divergence is measured on; max_kl is held against it.
 
     Raises BadInput where the budget cannot be kept to, and as `compress` does.
     """

@@ -31,8 +31,8 @@ class Task(NamedTuple):
     """What it takes to encode a weight, in any process that sees the same files.
 
     read: gives the tensor as stored.  hessian, tokens, sensitivity: its statistics, where the stage asks for them.
-    shared: the file of the planes that the weights share, where the stage has any.  fallback: `FALLBACK` where the stage cannot encode it.
-    version: of the package that made the task.
+    shared: the file of the planes that the weights share, where the stage has any.  fallback: `FALLBACK` where the stage
+    cannot encode it.  version: of the package that made the task.
     """
 
     name: str
