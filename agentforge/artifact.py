@@ -159,8 +159,8 @@ class Artifact:
                 raise BadArtifact(f"{path}: its sha256 is not the one in the manifest; it was changed")
         expected = set()
         if self.manifest["shared"]:
-            expected |= {f"{SHARED}.{plane.name}" for plane in self._shared}
-            if self._shared.sha256 != self.manifest["shared"]["sha256"]:
+            expected |= {f"{SHARED}.{plane.name}" for plane in self.shared}
+            if self.shared.sha256 != self.manifest["shared"]["sha256"]:
                 raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
         odd_values = []
         for row in self.rows:
@@ -204,10 +204,10 @@ class Artifact:
             return tensor
         stage = _stage_of(row)
         planes = self._planes(name, stage.layout(_oriented(row)), row["bytes"])
-        return Packed(_oriented(row), planes, self._shared if stage.shared_layout() else None)
+        return Packed(_oriented(row), planes, self.shared if stage.shared_layout() else None)
 
     @cached_property
-    def _shared(self) -> Packed:
+    def shared(self) -> Packed:
         """The planes that all encoded tensors share."""
         about = self.manifest["shared"]
         return Packed((0, 0), self._planes(SHARED, _stage_of(about).shared_layout(), about["bytes"]))

@@ -1,7 +1,8 @@
 """Chains: stages one after the other, each behind gates, with retries and rollback.
 
-Each step *re-encodes*: it decodes what the last accepted step stored, and encodes that anew.  Only the last artifact's bytes
-count, so the ratios of such steps do not multiply; the history says what each one brought.
+A step either *re-encodes*: it decodes what the last accepted step stored, and encodes that anew ("vptq:bits=2").  Only the
+last artifact's bytes count, so the ratios of such steps do not multiply.  Or it *refines* the planes of that step
+("| entropy", "| codebook=curves:degree=3"), and its ratio does multiply.  The history says what each step brought.
 
     model -> try 1 -> measured from disk -> gates -> accepted -> next step
                                              |
@@ -33,7 +34,7 @@ from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
 from .models import LanguageModel, open_model
-from .pipeline import compress
+from .pipeline import compress, refine
 from .statistics import Calibration
 from .tensorfiles import read_json, write_json
 
@@ -89,7 +90,8 @@ class Condition(NamedTuple):
 
 
 class Setting(BaseModel):
-    """One try.  calibration_tokens: of selftext, for stages that need input statistics."""
+    """One try.  stage: as for `compress`, or refinements of what the last accepted step stored, each after a bar, such as
+    "| entropy".  calibration_tokens: of selftext, for stages that need input statistics."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     stage: str
@@ -99,7 +101,7 @@ class Setting(BaseModel):
     @classmethod
     def _known(cls, text: str) -> str:
         try:
-            stages.parse(text)
+            stages.parse(f"rounding {text}" if text.startswith("|") else text)
         except BadInput as error:
             raise ValueError(str(error)) from None
         return text
@@ -357,16 +359,17 @@ class _Run:
         before = self._last()
         if _manifest_hash(folder) is None:  # what is left of a damaged one
             shutil.rmtree(folder, ignore_errors=True)
+        options: dict[str, Any] = {"overwrite": True, "progress": self.progress}
         try:
-            artifact = compress(
-                before or self.original,
-                setting.stage,
-                folder,
-                workers=self.workers,
-                overwrite=True,
-                progress=self.progress,
-                calibration=Calibration(tokens=setting.calibration_tokens),
-            )
+            if setting.stage.startswith("|"):
+                if self.accepted is None:
+                    raise BadInput(f"{setting.stage}: there is no accepted step whose planes could be refined")
+                how = setting.stage.removeprefix("|").strip()
+                artifact = refine(Artifact(self.accepted), how, folder, original=self.original, **options)
+            else:
+                calibration = Calibration(tokens=setting.calibration_tokens)
+                source = before or self.original
+                artifact = compress(source, setting.stage, folder, workers=self.workers, calibration=calibration, **options)
         except BadInput as error:  # a weight that the stage cannot encode; a full disk is no BadInput
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
         encoded = time.perf_counter()

@@ -16,11 +16,12 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__, stages
-from .artifact import FORMAT, Artifact, Encoded, Writer, relative_error
+from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
 from .execution import Task, Unencoded, device_named, encode_tensor, from_worker, is_finite
 from .models import LanguageModel, Weight, open_model
 from .planes import Packed
+from .stages.refined import with_refinements
 from .statistics import Calibration, InputStatistics, collect
 
 _T = TypeVar("_T")
@@ -127,6 +128,63 @@ def _plan_to_json(stage: object, plan: Mapping[str, stages.Stage]) -> dict[str, 
 
 def _names(plan: Mapping[str, stages.Stage]) -> str:
     return ", ".join(sorted({stage.name for stage in plan.values()}))
+
+
+def refine(
+    artifact: Artifact,
+    how: str,
+    out: str | Path,
+    *,
+    original: LanguageModel,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> Artifact:
+    """Refine the planes of an artifact, and write the artifact `out` of what comes of it; nothing is encoded anew.
+
+    how: the refinements, such as "entropy" or "codebook=curves:degree=3 | entropy" (see `stages.refined`).  original: the
+    model that the artifact stands for; the errors are those against its weights.
+
+    Goes on after a kill as `compress` does.  Raises BadInput where a refinement does not fit the artifact's planes.
+    """
+    refined = {row["name"]: with_refinements(_stage_of(row), how) for row in artifact.rows if row["stage"]}
+    if not refined:
+        raise BadInput(f"{artifact.path}: holds no encoded tensors, so that there is nothing to refine")
+    stage = next(iter(refined.values()))
+    recipe: dict[str, Any] = {
+        "format": FORMAT,
+        "agentforge": __version__,
+        "model": original.fingerprint,
+        "artifact": artifact.sha256,
+        "stage": {"stage": "refinement", "by": how},
+    }
+    with Writer(Path(out).expanduser(), recipe, overwrite) as writer:
+        if writer.finished:
+            return Artifact(out)
+        if stage.shared_layout() and not writer.has_shared():
+            writer.put_shared(stage, stage.refine(artifact.shared))
+        shared = read_shared(writer.shared_piece, stage) if stage.shared_layout() else None
+        weights = {weight.name: weight for weight in original.weights(embeddings=True)}
+        bar = tqdm(artifact.rows, unit="tensor", leave=False, desc=f"refining: {original.name}")
+        bar.disable = bar.disable or not progress
+        for index, row in enumerate(bar):
+            if writer.has(index):
+                continue
+            found = artifact.read(row)
+            if isinstance(found, torch.Tensor):
+                writer.put_kept(index, row["name"], found, row["reason"])
+                continue
+            by = refined[row["name"]]
+            packed = by.refine(found)
+            decoded = by.decode(Packed(packed.shape, packed.planes, shared))
+            if not is_finite(decoded):
+                raise BadInput(f"{row['name']}: {by} decodes to values that are not finite")
+            weight = weights[row["name"]]
+            writer.put_encoded(index, weight, Encoded.of(by, packed, relative_error(weight.load(), decoded)))
+        return writer.finish(original, len(artifact.rows))
+
+
+def _stage_of(row: dict[str, Any]) -> stages.Stage:
+    return stages.from_json(row["stage"])
 
 
 def store(
