@@ -205,11 +205,14 @@ def exponent_plane(exponent: int) -> Plane:
     return Plane("exponent", torch.tensor([exponent + 128], dtype=torch.uint8), "uint8")
 
 
-def times_power_of_two(tensor: torch.Tensor, exponent: int) -> torch.Tensor:
-    """tensor * 2**exponent in float32, in two steps because one factor alone could overflow; it saturates."""
+def times_power_of_two(tensor: torch.Tensor, exponent: int, in_place: bool = False) -> torch.Tensor:
+    """tensor * 2**exponent in float32, in two steps because one factor alone could overflow; it saturates.
+
+    in_place: into `tensor` itself, which is float32.
+    """
     half = exponent // 2
-    scaled = tensor.to(torch.float32) * 2.0**half
-    scaled *= 2.0 ** (exponent - half)  # in place: a tensor of its size is what memory is bounded by
+    scaled = tensor.mul_(2.0**half) if in_place else tensor.to(torch.float32) * 2.0**half
+    scaled *= 2.0 ** (exponent - half)
     # A scale rounded up to a half float may carry the largest float32 weights just beyond what float32 holds.
     return scaled.clamp_(-FLOAT32_MAX, FLOAT32_MAX) if exponent > 100 else scaled
 

@@ -108,7 +108,7 @@ class Rounding(Stage):
             values = codes.sub_(2 ** (self.bits - 1) - 1).mul_(scale)
         else:
             values = codes.mul_(scale).add_(floats["minimum"].unsqueeze(2))
-        return times_power_of_two(values.reshape(rows, -1)[:, :columns], 128 - int(packed["exponent"]))
+        return times_power_of_two(values.reshape(rows, -1)[:, :columns], 128 - int(packed["exponent"]), in_place=True)
 
 
 # The kernels run without fast-math: the order of every sum is fixed, and so are the bytes, on any machine.
