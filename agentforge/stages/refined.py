@@ -106,6 +106,8 @@ class Refined(Stage):
     def refine(self, packed: Packed) -> Packed:
         """The planes of the first stage, refined; those that weights share have to be refined on their own.
 
+        Planes that have been refined already, by the first of `planes`, stay as they are.
+
         Raises BadInput where a stage cannot encode a plane.
         """
         by = dict(self.planes)
@@ -158,7 +160,7 @@ class Refined(Stage):
 
 
 def with_refinements(first: Stage, text: str) -> Refined:
-    """`first` with the refinements that `text` names, such as "codebook=curves:degree=3 | entropy".
+    """`first` with the refinements that `text` names, such as "codebook=curves:degree=3 | entropy", after those it has.
 
     Raises BadInput where a part is neither entropy, at the end, nor plane=stage.
     """
@@ -170,7 +172,12 @@ def with_refinements(first: Stage, text: str) -> Refined:
         if not equals or not plane.isidentifier():
             raise BadInput(f"refinement {part!r}; expected plane=stage, or entropy as the last one")
         planes.append((plane, parse(by.strip())))
-    stage = Refined(first, tuple(planes), entropy)
+    if isinstance(first, Refined):
+        if first.entropy:
+            raise BadInput(f"refinement {text!r}: the planes of {first} are entropy-coded; that has to be the last one")
+        stage = Refined(first.first, (*first.planes, *planes), entropy)
+    else:
+        stage = Refined(first, tuple(planes), entropy)
     stage.check()
     return stage
 
