@@ -283,6 +283,7 @@ def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes.annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
     bits = drawn[0]["measured"]["touched_ratio"]["protocol"]["bits"]
     axes.set_xscale("log")
+    axes.margins(x=0.3)  # room for the labels
     axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits a weight (x)")
     axes.set_ylabel("accuracy over the original's (2 standard errors)")
     axes.legend()
