@@ -1,10 +1,10 @@
 """How small the encoded tensors can get while 84% of the accuracy holds, and what is best at each ratio from 2 to 280.
 
-    python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--out reports/ratios]
+    python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--fit FILE] [--out reports/ratios]
 
 For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command goes on.
-For the language model nothing is measured here: its candidates are the rows of --stages that hold accuracies, and the
-attempts of --chains.  Writes OUT/ratios.json, OUT/ratios.md and OUT/ratios.png.  `--report` measures nothing.
+For the language model nothing is measured here: its candidates are the rows of --stages that hold accuracies, the attempts
+of --chains, and the budgets of --fit.  Writes OUT/ratios.json, OUT/ratios.md and OUT/ratios.png.  `--report` measures nothing.
 
 * bits: of the encoded tensors on disk, a weight, all planes included; coded: the same through `stages.entropy`, each
   plane decoded again and compared.  A ratio is 32 (or 16) over these.
@@ -46,6 +46,7 @@ PROMISE = 0.84
 RATIOS = (2, 4, 8, 16, 32, 64, 128, 280)
 GRID = [
     *(f"rounding:bits={bits},group={group},clip=mse" for bits in (2, 3, 4, 8) for group in (0, 32)),
+    *(f"ecsq:step={step}" for step in (1, 2, 3, 4, 5, 6, 7, 8, 12)),
     "ternary",
     "ternary:rule=calibrated",
     *(f"ternary:rule=threshold,tau={tau}" for tau in (1, 1.5, 2)),
@@ -156,6 +157,20 @@ def points_of_stages(rows: list[Row]) -> list[Row]:
         if row.get("coded_bits", math.inf) < row["bits"]:
             points.append({**point, "setting": f"{point['setting']}, coded", "bits": row["coded_bits"]})
     return points
+
+
+def points_of_fit(rows: list[Row]) -> list[Row]:
+    """The budgets of `benchmarks/fit.py`."""
+    return [
+        {
+            "setting": f"fit to {row['recipe']['bits']:g} bits",
+            "bits": row["bits"],
+            "error": row["relative_error"],
+            "retention": row["retention"],
+            "chosen_by": row["retention"]["value"],
+        }
+        for row in rows
+    ]
 
 
 def _independent(after: Row, before: Row) -> Row:
@@ -337,6 +352,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="The best setting at each ratio, and the largest at which 84% holds.")
     parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
     parser.add_argument("--chains", type=Path, default=Path("reports/chains/chains.json"))
+    parser.add_argument("--fit", type=Path, default=Path("reports/fit/fit.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/ratios"))
     parser.add_argument("--report", action="store_true", help="write table and picture again, measure nothing")
     options = parser.parse_args(arguments)
@@ -360,7 +376,9 @@ def main(arguments: list[str] | None = None) -> int:
     known = points_of_stages(table)
     models = {
         CLASSIFIER: points_of_grid(rows),  # not the chains' attempts: they were not looked at on training pictures
-        LANGUAGE: known + points_of_chains(runs, LANGUAGE),
+        LANGUAGE: known
+        + points_of_chains(runs, LANGUAGE)
+        + points_of_fit(_read(options.fit) if options.fit.is_file() else []),
     }
     models = {name: points for name, points in models.items() if points}
     left_out = len(table) - sum(not p["setting"].endswith(", coded") for p in known)

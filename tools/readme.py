@@ -22,7 +22,7 @@ SHOWN = (
 
 
 def figures() -> str:
-    """The README's block of figures, from the records of the phase 4 report and of the ratios."""
+    """The README's block of figures, from the records of the phase 4 report, of the ratios, and of the budgets."""
     record = json.loads((ROOT / "reports/phase4_bitnet/phase4_bitnet.json").read_text(encoding="utf-8"))
     rows = {row["id"]: row for row in record["claims"]}
     text = record["text"]
@@ -49,6 +49,18 @@ def figures() -> str:
     ratios = json.loads((ROOT / "reports/ratios/ratios.json").read_text(encoding="utf-8"))
     lines += ["", "How small the encoded tensors can get ([all settings](reports/ratios/ratios.md)):", ""]
     lines += [f"* {sentence}" for sentence in ratios["says"]]
+    budgets = json.loads((ROOT / "reports/fit/fit.json").read_text(encoding="utf-8"))
+    lines += [
+        "",
+        "What a budget of bits buys, without training ([against everything else](reports/fit/fit.md)): `agentforge fit`,",
+        f"KL from the original on {budgets[0]['kl']['n']:,} tokens.",
+        "",
+        "| bits a weight, linear layers | ratio to 16 bits | KL (nats a token) | perplexity | accuracy kept |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(budgets, key=lambda row: -row["bits"]):
+        kl, perplexity, kept = (f"{row[k]['value']:.3g} ± {row[k]['stderr']:.1g}" for k in ("kl", "perplexity", "retention"))
+        lines.append(f"| {row['bits']:.3f} | {16 / row['bits']:.1f}x | {kl} | {perplexity} | {kept} |")
     return "\n".join(lines)
 
 
