@@ -4,7 +4,7 @@
 
 For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command goes on.
 For the language model nothing is measured here: its candidates are the rows of --stages that hold accuracies, the attempts
-of --chains, and the budgets of --fit.  Writes OUT/ratios.json, OUT/ratios.md and OUT/ratios.png.  `--report` measures nothing.
+of --chains, and the budgets of --fit.  Writes OUT/ratios.json, .md and .png; `--report` measures nothing.
 
 * bits: of the encoded tensors on disk, a weight, all planes included; coded: the same through `stages.entropy`, each
   plane decoded again and compared.  A ratio is 32 (or 16) over these.
