@@ -262,7 +262,8 @@ def inspect(
 
     def tables() -> None:
         _table("tensor", "shape", "stage", "bits a weight", "relative error", "bytes", rows=rows, right=(3, 4, 5))
-        _ratios(artifact, f"made from {artifact.manifest['original']['name']} with {artifact.manifest['recipe']['stage']}")
+        with_what = {key: value for key, value in artifact.manifest["recipe"]["stage"].items() if key != "weights"}
+        _ratios(artifact, f"made from {artifact.manifest['original']['name']} with {with_what}")
 
     _show(
         {
