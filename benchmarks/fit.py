@@ -134,11 +134,11 @@ def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> st
     lines = [
         "# What a budget of bits buys",
         "",
-        f"smollm2-135m, dequantised Q4_1 (perplexity {_cell(base)}).  Bits are those of the planes on disk, a weight "
-        "of the linear layers; embedding and norms are kept.  KL is KL(original || compressed) on "
-        f"{first['kl']['n']:,} tokens of {protocol['text']}/{protocol['split']}, windows of {protocol['context']}; ± is "
-        "one standard error.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  Touched: the "
-        "planes against 32 bits a weight.",
+        f"smollm2-135m, dequantised Q4_1 (perplexity {_cell(base)}).  Bits are those of the planes on disk, a weight of "
+        "the linear layers; embedding and norms are kept.  KL is KL(original || compressed) on "
+        f"{first['kl']['n']:,} tokens of {protocol['text']}/{protocol['split']}, windows of {protocol['context']}; ± is one "
+        "standard error.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  Touched: "
+        "the planes against 32 bits a weight.",
         "",
         "| asked for | bits | touched | whole model against 16 bits | KL (nats a token) | predicted | perplexity | top-1 "
         "| accuracy kept | seconds |",
