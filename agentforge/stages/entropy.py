@@ -39,7 +39,7 @@ import numpy as np
 import torch
 
 from ..errors import BadArtifact, BadInput
-from ..planes import FLOATS, Packed, Plane, bits_per_value, pack_uint, stored_bytes, tensor_bytes, unpack_uint
+from ..planes import FLOATS, Packed, Plane, bits_per_value, is_coded, pack_uint, stored_bytes, tensor_bytes, unpack_uint
 
 RAW, WHOLE, SPLIT = range(3)
 PACKED, ONE, ROWS, COLUMNS = range(4)
@@ -55,8 +55,10 @@ Array = np.ndarray[Any, Any]
 def encode(plane: Plane) -> bytes:
     """The plane in the fewest bytes that the ways above find, at most one more than `plane.stored()` has.
 
-    Raises BadInput where a value does not fit its coding.
+    A plane that is stored coded (`~X`) is as it is stored.  Raises BadInput where a value does not fit its coding.
     """
+    if is_coded(plane.coding):
+        return bytes(tensor_bytes(plane.stored()))
     stored, shape = plane.stored(), tuple(plane.values.shape)
     coded = [bytes([RAW]) + bytes(tensor_bytes(stored))]
     if plane.values.numel():
@@ -76,6 +78,8 @@ def decode(data: bytes, name: str, coding: str, shape: tuple[int, ...]) -> Plane
 
     Raises BadArtifact where `data` is nothing that `encode` writes for a plane of this coding and shape.
     """
+    if is_coded(coding):
+        return Plane.from_stored(name, coding, shape, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     count = math.prod(shape)
     try:
         if data[:1] == bytes([RAW]):
