@@ -12,17 +12,32 @@ __version__ = "0.1.0"
 _HOMES = {
     "open_model": "models",
     "load": "artifact",
+    "fit": "allocation",
     "perplexity": "evaluation",
     "divergence": "evaluation",
     "accuracy": "evaluation",
 }
-_MODULES = ("artifact", "audit", "chain", "evaluation", "models", "pipeline", "planes", "runtime", "stages", "statistics")
-__all__ = ["accuracy", "audit", "compress", "divergence", "load", "open_model", "perplexity", "stages"]
+_MODULES = (
+    "allocation",
+    "artifact",
+    "audit",
+    "chain",
+    "evaluation",
+    "models",
+    "pipeline",
+    "planes",
+    "runtime",
+    "stages",
+    "statistics",
+)
+__all__ = ["accuracy", "audit", "compress", "divergence", "fit", "load", "open_model", "perplexity", "stages"]
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from . import audit, stages
+    from .allocation import fit
     from .artifact import Artifact, load
     from .chain import Chain
     from .evaluation import accuracy, divergence, perplexity
@@ -31,11 +46,15 @@ if TYPE_CHECKING:
 
 
 def compress(
-    model: LanguageModel | str | Path, stage: Stage | Chain | str | Path, out: str | Path, **options: Any
+    model: LanguageModel | str | Path,
+    stage: Stage | Mapping[str, Stage] | Chain | str | Path,
+    out: str | Path,
+    **options: Any,
 ) -> Artifact:
     """Compress `model` with one stage, or with a chain of stages behind gates, into the folder `out`.
 
-    stage: a stage or its text, such as "rounding:bits=4,group=64"; or a Chain, or the path of one (.yaml, .yml).
+    stage: a stage or its text, such as "rounding:bits=4,group=64 | entropy"; a stage for each weight by its name; or a Chain,
+    or the path of one (.yaml, .yml).
     options: of `pipeline.compress` for a stage, of `chain.run_chain` for a chain.
 
     A chain gives the last artifact that passed its gates, and raises AgentForgeError where none did.  Raises BadInput where

@@ -259,6 +259,8 @@ def fit(
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
     out = Path(out).expanduser()
+    if budget.bits is None and not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
     found_text = evaluation.find_text(text)
     stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
     calibration = calibration or Calibration()
