@@ -53,8 +53,8 @@ def compress(
 ) -> Artifact:
     """Compress `model` with one stage, or with a chain of stages behind gates, into the folder `out`.
 
-    stage: a stage or its text, such as "rounding:bits=4,group=64 | entropy"; a stage for each weight by its name; or a Chain,
-    or the path of one (.yaml, .yml).
+    stage: a stage or its text, such as "rounding:bits=4,group=64 | entropy"; a stage for each weight by its name; or a
+    Chain, or the path of one (.yaml, .yml).
     options: of `pipeline.compress` for a stage, of `chain.run_chain` for a chain.
 
     A chain gives the last artifact that passed its gates, and raises AgentForgeError where none did.  Raises BadInput where
