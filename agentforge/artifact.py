@@ -753,7 +753,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             sizes = _sizes(_stage_of(shared).shared_layout())
         except BadInput as error:
             raise refuse(f"shared: {error}") from None
-        if not _fits(shared.get("bytes"), shared.get("bits"), sizes) or not sizes.bytes:
+        if not _fits(shared.get("bytes"), shared.get("bits"), sizes) or not sizes.bytes + sizes.most:
             raise refuse(f"shared: {shared.get('bytes')} bytes, {shared.get('bits')} bits; its settings give {sizes}")
     seen = {SHARED}
     for row in manifest["tensors"]:
