@@ -113,7 +113,9 @@ class ECSQ(Stage):
         rows, columns = _steps(packed["rows"].numpy(), packed["columns"].numpy(), np.float32(1))
         zigzag = packed["codes"].to(torch.int32)
         codes = torch.where(zigzag % 2 == 0, zigzag // 2, -(zigzag + 1) // 2).to(torch.float32)
-        dense: torch.Tensor = codes * torch.from_numpy(rows)[:, None] * (torch.from_numpy(columns) * floats["step"])
+        # No step is infinite: a code of zero stands for zero.
+        column_steps = (torch.from_numpy(columns) * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+        dense: torch.Tensor = codes * torch.from_numpy(rows)[:, None] * column_steps
         return dense
 
 
@@ -127,7 +129,7 @@ def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> 
 
 @functools.lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
 def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    damped = hessian.double().numpy()
+    damped = hessian.to(torch.float64, copy=True).numpy()
     damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean()
     found = unit_factor(damped)
     if found is None:
@@ -152,7 +154,7 @@ def _exponents(logarithms: np.ndarray) -> np.ndarray:
 def _steps(rows: np.ndarray, columns: np.ndarray, step: np.float32) -> tuple[np.ndarray, np.ndarray]:
     """The rows' factors, and the columns' times `step`: float32 each."""
     powers = np.array([2.0 ** ((e - 128) / OCTAVE) for e in range(256)], np.float32)
-    return powers[rows], powers[columns] * step
+    return powers[rows], np.minimum(powers[columns].astype(np.float64) * step, FLOAT32_MAX).astype(np.float32)
 
 
 def _quantise(weight: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, rounding: float) -> np.ndarray:
@@ -193,7 +195,7 @@ def _round_block(  # pragma: no cover  (compiled)
                 q = min(np.floor(abs(x) / step + rounding), np.float32(LARGEST))
             q = -q if x < 0 else q
             codes[n, r] = np.int32(q)
-            error[n, r] = weight[n, r] - q * step
+            error[n, r] = weight[n, r] - q * step if q != 0 else weight[n, r]  # a step may be infinite
         for m in range(n + 1, last):
             share = factor[n, m]
             if share != 0:

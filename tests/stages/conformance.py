@@ -1,7 +1,8 @@
 """The conformance suite that every registered stage passes, after scikit-learn's check_estimator.
 
 `checks(stage)` yields the names and functions of all checks; a function takes nothing and fails with an AssertionError
-that says what it saw.  `SETTINGS` lists the settings under which each registered stage is put through them.
+that says what it saw.  `SETTINGS` lists the settings under which each registered stage is put through them, `REFINED` the
+refined stages that are, too.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ import torch
 from safetensors.torch import load_file
 
 from agentforge import stages
-from agentforge.errors import BadInput
-from agentforge.planes import Packed, Plane
-from agentforge.stages import Stage
+from agentforge.errors import BadArtifact, BadInput
+from agentforge.planes import FLOATS, Packed, Plane, is_coded
+from agentforge.stages import Stage, entropy
+from agentforge.stages.refined import Refined
+from agentforge.statistics import InputStatistics
 from agentforge.tensorfiles import write_tensors
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
@@ -35,6 +38,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"degree": 3, "segment": 50, "sort": "tensor"},
         {"kind": "polynomial", "degree": 2, "segments": 1, "sort": "segment"},
     ],
+    "ecsq": [{}, {"step": 0.1, "damping": 1.0}, {"step": 3.0, "rounding": 0.5}],
     "rounding": [
         {},
         {"bits": 2, "clip": "mse"},
@@ -77,13 +81,23 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"v": 2, "k": 16, "permute": False, "propagate": False, "weighted": False, "refine": 0},
     ],
 }
+REFINED = [
+    "ternary | entropy",
+    "rounding:bits=3,group=5 | entropy",
+    "vptq:v=4,k=16 | entropy",
+    "rounding:bits=3,group=5 | scale=rounding:bits=6,group=0 | entropy",
+    "rounding:bits=4,group=16,symmetric=True | codes=rounding:bits=3,group=0",
+    "seedlm | coefficients=rounding:bits=3,group=0 | entropy",
+    "vptq:v=4,k=16 | codebook=curves:degree=3,segment=8 | indices=ecsq:step=0.1",
+]
 # Stages whose relative error does not depend on the scale of the weight.
-SCALE_FREE = {"curves", "rounding"}
+SCALE_FREE = {"curves", "ecsq", "rounding"}
 SHAPES = ((1, 1), (1, 7), (7, 1), (13, 37), (3, 130), (64, 64))
 
 
 def every_stage() -> list[Stage]:
-    return [stages.get(name, **settings) for name in stages.names() for settings in SETTINGS.get(name, [])]
+    found = [stages.get(name, **settings) for name in stages.names() for settings in SETTINGS.get(name, [])]
+    return found + [stages.parse(text) for text in REFINED]
 
 
 def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
@@ -108,7 +122,7 @@ def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def plane_bits(coding: str, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
-    if coding == "trit":
+    if coding.strip("~") == "trit":
         return -(-8 * count // 5)
     return count * int(re.sub(r"\D", "", coding))
 
@@ -127,12 +141,81 @@ def check_round_trip_through_disk(stage: Stage) -> None:
 def check_exact_bits(stage: Stage) -> None:
     for shape in SHAPES:
         packed = stage.encode(gaussian(shape))
-        expected = [plane_bits(*described) for described in stage.layout(shape).values()]
+        layout = stage.layout(shape)
+        expected = [coded_bits(plane) if is_coded(plane.coding) else plane_bits(*layout[plane.name]) for plane in packed]
         assert [plane.bits for plane in packed] == expected, f"{shape}"
         assert packed.bits == sum(expected)
         assert packed.bits_per_weight == packed.bits / (shape[0] * shape[1])
         for plane in packed:
             assert 8 * plane.stored().nbytes - 8 < plane.bits <= 8 * plane.stored().nbytes, f"{shape}: {plane.name}"
+
+
+def coded_bits(plane: Plane) -> int:
+    """What the coder gives for the values by themselves, which is all that goes to disk, and never more than a byte longer
+    than they are uncoded."""
+    alone = entropy.encode(Plane(plane.name, plane.values, plane.coding[1:]))
+    assert plane.stored().dtype == torch.uint8
+    assert plane.stored().numpy().tobytes() == alone, plane.name
+    assert 8 * len(alone) < plane_bits(plane.coding, tuple(plane.values.shape)) + 8 + 8, plane.name
+    return 8 * len(alone)
+
+
+def check_damaged_codes_are_refused(stage: Stage) -> None:
+    """A checksum watches over a code.  A plane that coding did not make shorter is as it is, and only its size can tell."""
+    packed = stage.encode(gaussian((13, 37)))
+    for plane in (plane for plane in packed if is_coded(plane.coding)):
+        stored, shape = plane.stored(), tuple(plane.values.shape)
+        whole = stored.numel()
+        wrong = [stored[:0], stored[:1], stored[: whole // 2], stored[: whole - 1], torch.cat([stored, stored[:4]])]
+        wrong += [stored.to(torch.int16), stored[None]]
+        if stored[0] != entropy.RAW:
+            for at in {0, 1, 4, 5, 6, whole // 2, whole - 1}:
+                flipped = stored.clone()
+                flipped[at] ^= 16
+                wrong.append(flipped)
+        for one in wrong:
+            with pytest.raises(BadArtifact, match=rf"^plane {re.escape(plane.name)}: ") as caught:
+                Plane.from_stored(plane.name, plane.coding, shape, one)
+            assert len(str(caught.value).splitlines()) == 1
+
+
+def check_entropy_coding_loses_nothing(stage: Stage) -> None:
+    """With the same planes refined, the codes of a stage stand for exactly the weight that its plain planes stand for."""
+    assert isinstance(stage, Refined)
+    plain: Stage = Refined(stage.first, stage.planes) if stage.planes else stage.first
+    for shape in SHAPES:
+        packed, expected = stage.encode(gaussian(shape)), plain.encode(gaussian(shape))
+        assert [plane.name for plane in packed] == [plane.name for plane in expected]
+        for coded, plane in zip(packed, expected, strict=True):
+            assert coded.coding == "~" + plane.coding.removeprefix("~")
+            assert torch.equal(coded.values, plane.values), f"{shape}: {plane.name}"
+        assert same_bits(stage.decode(through_disk(stage, packed)), plain.decode(expected)), f"{shape}"
+
+
+def check_planes_are_of_their_coding(stage: Stage) -> None:
+    """Of what a reader gets: floats of their width, and integers that are not below zero nor beyond their width."""
+    for plane in through_disk(stage, stage.encode(gaussian((13, 37)))):
+        coding = plane.coding.removeprefix("~")
+        if coding in FLOATS:
+            assert plane.values.dtype == FLOATS[coding], plane.name
+        else:
+            limit = 3 if coding == "trit" else 1 << int(coding[4:])
+            assert not plane.values.is_floating_point(), plane.name
+            assert 0 <= int(plane.values.long().min()) <= int(plane.values.long().max()) < limit, plane.name
+
+
+def check_statistics_change_no_determinism(stage: Stage) -> None:
+    """With second moments and sensitivities: the same bytes from any number of threads, and both are left as they were."""
+    x = gaussian((80, 37), 1) @ gaussian((37, 37), 2)
+    for dtype in (torch.float32, torch.float64):
+        moments, sensitivity = (x.T @ x / 80).to(dtype), gaussian((1, 13), 3)[0].exp().to(dtype)
+        stats = InputStatistics(moments.clone(), 80, sensitivity.clone())
+        expected = stage.encode(gaussian((13, 37)), stats).sha256
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda _: stage.encode(gaussian((13, 37)), stats).sha256, range(3)))  # noqa: B023
+        assert set(found) == {expected}
+        assert torch.equal(stats.hessian, moments), f"encode changed the second moments, {dtype}"
+        assert stats.sensitivity is not None and torch.equal(stats.sensitivity, sensitivity), f"{dtype}"
 
 
 def check_layout(stage: Stage) -> None:
@@ -263,12 +346,19 @@ def check_json_round_trip(stage: Stage) -> None:
 
 def check_parse_round_trip(stage: Stage) -> None:
     assert stages.parse(str(stage)) == stage
-    assert type(stages.parse(stage.name)) is type(stage)
+    if isinstance(stage, Refined):
+        assert type(stages.parse(f"{stage.first} | entropy")) is Refined
+    else:
+        assert type(stages.parse(stage.name)) is type(stage)
 
 
 CHECKS: tuple[Callable[[Stage], None], ...] = (
     check_round_trip_through_disk,
     check_exact_bits,
+    check_damaged_codes_are_refused,
+    check_entropy_coding_loses_nothing,
+    check_planes_are_of_their_coding,
+    check_statistics_change_no_determinism,
     check_layout,
     check_deterministic,
     check_thread_count_on_a_large_weight,
@@ -290,5 +380,9 @@ def checks(stage: Stage) -> Iterator[tuple[str, Callable[[], None]]]:
     """Name and function of every check that applies to this stage."""
     for check in CHECKS:
         if check is check_error_does_not_depend_on_scale and stage.name not in SCALE_FREE:
+            continue
+        if check is check_entropy_coding_loses_nothing and not (isinstance(stage, Refined) and stage.entropy):
+            continue
+        if check is check_damaged_codes_are_refused and not any(is_coded(c) for c, _ in stage.layout((13, 37)).values()):
             continue
         yield check.__name__.removeprefix("check_"), partial(check, stage)
