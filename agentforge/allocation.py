@@ -240,6 +240,7 @@ def fit(
     ladder: Sequence[stages.Stage] = LADDER,
     embeddings: stages.Stage | str | None = None,
     calibration: Calibration | None = None,
+    statistics: Mapping[str, InputStatistics] | None = None,
     text: str | Text | None = None,
     tokens: int = 4094,
     workers: int | None = None,
@@ -249,7 +250,9 @@ def fit(
     """The artifact of least predicted damage in `budget`, measured as it is loaded back from `out`.
 
     ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output
-    head of its own), which are kept otherwise.  text, tokens: what the divergence is measured on; max_kl is held against it.
+    head of its own), which are kept otherwise.  statistics: what `statistics.collect` gave for this model and calibration,
+    sensitivities included, where it is at hand already.  text, tokens: what the divergence is measured on; max_kl is held
+    against it.
 
     Raises BadInput where the budget cannot be kept to, and as `compress` does.
     """
@@ -266,7 +269,7 @@ def fit(
     calibration = calibration or Calibration()
     for stage in ladder:
         calibration = calibration.for_stage(stage)
-    statistics = collect(model, calibration, workers, progress)
+    statistics = statistics or collect(model, calibration, workers, progress)
     options = candidates(model, statistics, calibration, ladder, workers=workers, progress=progress)
     weights = {weight.name: weight.shape[0] * weight.shape[1] for weight in model.weights() if weight.name in options}
     rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}

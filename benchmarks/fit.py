@@ -2,7 +2,8 @@
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
 
-Fits the model to each budget of bits a weight of its linear layers, and measures what is loaded back from disk.  Statistics
+Fits the model to each budget of bits a weight of its linear layers, and measures what is loaded back from disk; seconds are
+without the statistics, which are collected once.  Statistics
 come from selftext alone; nothing is trained.  Killed, the same command goes on from the budgets that are done.  Writes
 OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
@@ -32,6 +33,7 @@ from agentforge.allocation import Budget, fit
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import open_model
+from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic
 
 BITS = (8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114)
@@ -83,12 +85,14 @@ def recipe(model: Any, bits: float, text: str | None, tokens: int) -> Row:
     }
 
 
-def measure(model: Any, bits: float, text: str | None, tokens: int) -> Row:
+def measure(model: Any, bits: float, statistics: Any, text: str | None, tokens: int) -> Row:
     """Fit to one budget in a temporary folder."""
     work = Path(tempfile.mkdtemp(prefix="agentforge-fit-"))
     start = time.perf_counter()
     try:
-        found = fit(model, work / "artifact", Budget(bits=bits), ladder=LADDER, text=text, tokens=tokens)
+        found = fit(
+            model, work / "artifact", Budget(bits=bits), ladder=LADDER, statistics=statistics, text=text, tokens=tokens
+        )
         chosen: dict[str, list[float]] = {}
         for row in found.artifact.rows:
             if row["stage"]:
@@ -230,13 +234,14 @@ def main(arguments: list[str] | None = None) -> int:
     file = options.out / "fit.json"
     rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     if not options.report:
-        model = open_model(options.model)
+        model, statistics = open_model(options.model), None
         for bits in options.bits:
             wanted = recipe(model, bits, options.text, options.tokens)
             if any(row["recipe"] == wanted for row in rows):
                 continue
             print(f"{bits} bits ...", file=sys.stderr, flush=True)
-            row = {"recipe": wanted, **measure(model, bits, options.text, options.tokens)}
+            statistics = statistics or collect(model, Calibration().for_stage(LADDER[0]))
+            row = {"recipe": wanted, **measure(model, bits, statistics, options.text, options.tokens)}
             rows = [other for other in rows if other["recipe"]["bits"] != bits] + [row]
             write_atomic(file, [json.dumps(rows, indent=1).encode() + b"\n"])
     others = singles(options.stages)
