@@ -2,8 +2,7 @@
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
 
-Fits the model to each budget of bits a weight of its linear layers, and measures what is loaded back from disk; seconds are
-without the statistics, which are collected once.  Statistics
+Fits the model to each budget of bits a weight of its linear layers, and measures what is loaded back from disk.  Statistics
 come from selftext alone; nothing is trained.  Killed, the same command goes on from the budgets that are done.  Writes
 OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
@@ -145,15 +144,14 @@ def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> st
         "the planes against 32 bits a weight.",
         "",
         "| asked for | bits | touched | whole model against 16 bits | KL (nats a token) | predicted | perplexity | top-1 "
-        "| accuracy kept | seconds |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| accuracy kept |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         whole = next(r["ratio"] for r in row["ratios"] if r["what"] == "whole model")
         lines.append(
             f"| {row['recipe']['bits']:g} | {row['bits']:.3f} | {32 / row['bits']:.1f}x | {whole:.2f}x | {_cell(row['kl'])} "
-            f"| {row['predicted']:.3g} | {_cell(row['perplexity'])} | {_cell(row['top1'])} | {_cell(row['retention'])} "
-            f"| {row['seconds']:.0f} |"
+            f"| {row['predicted']:.3g} | {_cell(row['perplexity'])} | {_cell(row['top1'])} | {_cell(row['retention'])} |"
         )
     lines += ["", "## Against everything else", ""]
     everything = [(f"`{name}`", bits, kl) for name, bits, kl, _ in others] + [(t.name, t.bits, t.kl) for t in TOOLS]
