@@ -160,8 +160,8 @@ def collect(
         torch.set_num_threads(threads)
         for hook in hooks:
             hook.remove()
-    means = {key: _mean(total, seen[key]) for key, total in sums.items()}
-    found = {name: InputStatistics(means[key], seen[key]) for name, key in same.items() if key in means}
+    means = {key: InputStatistics(_mean(total, seen[key]), seen[key]) for key, total in sums.items()}
+    found = {name: means[key] for name, key in same.items() if key in means}
     if not calibration.sensitivity_tokens:
         return found
     curvatures = _sensitivities(model, calibration, {name: owners[name] for name in found}, windows, progress)
