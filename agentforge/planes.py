@@ -110,7 +110,9 @@ class Plane:
 
             if stored.dtype != torch.uint8 or stored.dim() != 1:
                 raise BadArtifact(f"plane {name}: {coding} takes uint8[bytes], found {stored.dtype}{list(stored.shape)}")
-            return cls(name, entropy.decode(bytes(tensor_bytes(stored)), name, coding[1:], shape).values, coding)
+            plane = cls(name, entropy.decode(bytes(tensor_bytes(stored)), name, coding[1:], shape).values, coding)
+            plane.__dict__["_coded"] = stored  # so that hashing it does not code it again
+            return plane
         if coding in FLOATS:
             if stored.dtype != FLOATS[coding] or tuple(stored.shape) != shape:
                 raise BadArtifact(
