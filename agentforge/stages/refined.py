@@ -8,8 +8,9 @@ Re-encoding throws away what the stage before stored, so that only its own bytes
 does not name and replaces those that it does.  Its ratio multiplies with that of the stage before it by exactly the share
 that these planes have in its bytes.
 
-A plane is a matrix to the stage that refines it: its last dimension is a row, integers are numbers, and what comes back
-is rounded to integers of the plane's width, or to its float.
+A plane is a matrix to the stage that refines it: a column holds what lies along its last dimension (the coordinates of a
+centroid, the coefficients of a block), so that a row is of one kind; a plane of one dimension is a row.  Integers are
+numbers, and what comes back is rounded to integers of the plane's width, or to its float.
 """
 
 from __future__ import annotations
@@ -114,7 +115,8 @@ class Refined(Stage):
         found: list[Plane] = []
         for plane in packed:
             if plane.name in by:
-                matrix = plane.values.to(torch.float32).reshape(_as_matrix(tuple(plane.values.shape)))
+                values = plane.values.to(torch.float32)
+                matrix = values.reshape(-1, values.shape[-1]).T.contiguous() if values.dim() > 1 else values[None]
                 parts = by[plane.name].encode(matrix, name=f"plane {plane.name}")
                 found += [Plane(f"{plane.name}.{part.name}", part.values, part.coding) for part in parts]
             else:
@@ -133,7 +135,8 @@ class Refined(Stage):
     def _unrefined(self, name: str, by: Stage, packed: Packed, coding: str, shape: tuple[int, ...]) -> torch.Tensor:
         parts = [p for p in packed if p.name.startswith(f"{name}.")]
         planes = tuple(Plane(p.name.removeprefix(f"{name}."), p.values, p.coding) for p in parts)
-        values = by.decode(Packed(_as_matrix(shape), planes)).reshape(shape)
+        matrix = by.decode(Packed(_as_matrix(shape), planes))
+        values = (matrix.T if len(shape) > 1 else matrix).reshape(shape)
         if not torch.isfinite(values).all():
             raise BadArtifact(f"plane {name}: decodes to values that are not finite")
         kind = coding.strip("~")
@@ -201,5 +204,5 @@ def refined_from_json(data: Mapping[str, Any]) -> Refined:
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
-    """A plane's shape as that of a matrix."""
-    return (math.prod(shape[:-1]), shape[-1])
+    """The shape of the matrix that a plane of this shape is to the stage that refines it."""
+    return (shape[-1], math.prod(shape[:-1])) if len(shape) > 1 else (1, shape[0])

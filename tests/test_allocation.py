@@ -1,0 +1,223 @@
+"""Allocation: no combination within the budget is better by more than a step on one hull; fits keep to their budgets."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import agentforge as af
+from agentforge import cli, stages
+from agentforge.allocation import Budget, Candidate, allocate, budget_bytes, candidates, damage, fit
+from agentforge.errors import BadInput
+from agentforge.evaluation import Text
+from agentforge.models import LanguageModel
+from agentforge.statistics import Calibration, InputStatistics, collect
+
+LADDER = tuple(stages.get("ecsq", step=step) for step in (0.1, 0.3, 1.0))
+TEXT = Text("words", "test", "".join(f"The {i}th word is number {i * i}. " for i in range(400)))
+CALIBRATION = Calibration(TEXT, tokens=256, context=64, sensitivity_tokens=128)
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_llama: Path) -> LanguageModel:
+    return af.open_model(tiny_llama)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / "cache"))
+
+
+def random_options(seed: int) -> dict[str, list[Candidate]]:
+    rng = np.random.default_rng(seed)
+    stage = stages.get("rounding")
+    return {
+        f"w{i}": [Candidate(stage, int(rng.integers(1, 40)), float(rng.exponential())) for _ in range(rng.integers(1, 5))]
+        for i in range(4)
+    }
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_an_allocation_is_within_one_step_of_the_best_of_all_combinations(seed: int) -> None:
+    options = random_options(seed)
+    smallest = sum(min(c.bytes for c in found) for found in options.values())
+    largest = sum(max(c.bytes for c in found) for found in options.values())
+    for budget in range(smallest, largest + 3, 3):
+        chosen = allocate(options, budget)
+        assert chosen.keys() == options.keys()
+        assert sum(one.bytes for one in chosen.values()) <= budget
+        combinations = itertools.product(*options.values())
+        best = min(sum(c.damage for c in row) for row in combinations if sum(c.bytes for c in row) <= budget)
+        spread = max(max(c.damage for c in found) - min(c.damage for c in found) for found in options.values())
+        assert best - 1e-12 <= sum(one.damage for one in chosen.values()) <= best + spread + 1e-12
+    assert sum(one.damage for one in chosen.values()) == pytest.approx(best)  # with room for all, the best of each
+    with pytest.raises(BadInput, match="the smallest candidates of 4 weights take"):
+        allocate(options, smallest - 1)
+
+
+def test_damage_is_the_second_order_of_the_divergence_of_a_softmax() -> None:
+    """For logits W x, KL = 1/2 E[(E x)^T (diag p - p p^T) (E x)] to second order; with one-hot-free outputs far apart the
+    diagonal, p (1 - p), is what is kept.  Both sides are computed from the samples."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 6, generator=generator, dtype=torch.float64)
+    weight, error = (torch.randn(5, 6, generator=generator, dtype=torch.float64) * s for s in (0.1, 1e-3))
+    p = (x @ weight.T).softmax(1)
+    stats = InputStatistics((x.T @ x / len(x)).float(), len(x), (p * (1 - p)).mean(0).float())
+    found = damage(weight, weight + error, stats)
+    direct = float((p * (1 - p) * (x @ error.T) ** 2).sum(1).mean()) / 2
+    assert found == pytest.approx(direct, rel=0.02)  # E[g x x^T] against E[g] E[x x^T]
+    without = damage(weight, weight + error, InputStatistics(stats.hessian, len(x)))
+    assert without == pytest.approx(float((x @ error.T).square().sum(1).mean()) / 2, rel=1e-6)
+
+
+def test_sensitivity_is_that_of_a_softmax_behind_a_relu(digits: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last touched layer, the gradient is U^T (onehot - p) where its output passes the ReLU, U the head.  On noise
+    the model is unsure, so that a sample of each prediction tells its variance."""
+    from agentforge import digits as data
+
+    generator = torch.Generator().manual_seed(1)
+    pictures = 0.3 * torch.rand(20000, 64, generator=generator)
+    rest = data.data()[1:]
+    monkeypatch.setattr(data, "data", lambda: (pictures, *rest))
+    found = collect(digits, Calibration(sensitivity_tokens=1), progress=False)
+    again = collect(digits, Calibration(sensitivity_tokens=1), workers=1, progress=False)
+    name = [weight.name for weight in digits.weights()][-1]
+    estimate = found[name].sensitivity
+    assert estimate is not None and torch.equal(estimate, again[name].sensitivity)  # type: ignore[arg-type]
+    assert all(parameter.requires_grad for parameter in digits.model.parameters())
+    hidden = {}
+    layer = dict(digits.model.named_modules())[name.rpartition(".")[0]]
+    handle = layer.register_forward_hook(lambda _, __, output: hidden.update(out=output.detach()))
+    with torch.no_grad():
+        p = digits.model(pictures).double().softmax(1)
+    handle.remove()
+    head = digits.tensor("head.weight").double()
+    fisher = torch.diag_embed(p) - p[:, :, None] * p[:, None, :]
+    exact = (torch.einsum("vi,nvw,wi->ni", head, fisher, head) * (hidden["out"] > 0)).mean(0)
+    strong = exact > exact.mean()
+    assert torch.allclose(estimate.double()[strong], exact[strong], rtol=0.2)
+    assert float(estimate.sum()) == pytest.approx(float(exact.sum()), rel=0.05)
+
+
+def test_candidates_are_taken_up_from_their_journal(
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    statistics = collect(tiny, CALIBRATION, progress=False)
+    first = candidates(tiny, statistics, CALIBRATION, LADDER, progress=False)
+    for weight in tiny.weights():
+        for one in first[weight.name]:
+            packed = one.stage.encode(weight.load(), statistics[weight.name])
+            assert one.bytes == sum(plane.stored().nbytes for plane in packed)
+            expected = damage(weight.load(), one.stage.decode(packed), statistics[weight.name])
+            assert one.damage == pytest.approx(expected)
+        assert [one.damage for one in first[weight.name]] == sorted(one.damage for one in first[weight.name])
+    (journal,) = (tmp_path / "cache" / "candidates").glob("*.jsonl")
+    lines = journal.read_text().splitlines()
+    journal.write_text("\n".join(lines[:-1]) + "\n" + lines[-1][: len(lines[-1]) // 2])
+    calls, encode = [], stages.Stage.encode
+    monkeypatch.setattr(stages.Stage, "encode", lambda *a, **k: calls.append(k["name"]) or encode(*a, **k))
+    assert candidates(tiny, statistics, CALIBRATION, LADDER, progress=False) == first
+    assert len(calls) == len(LADDER) and len(set(calls)) == 1  # only the weight whose line was cut off
+    with pytest.raises(BadInput, match="shares planes between weights"):
+        candidates(tiny, statistics, CALIBRATION, [stages.parse("vptq:v=4,k=16,shared=true")], progress=False)
+
+
+def test_a_fit_keeps_to_bits_bytes_and_divergence(tiny: LanguageModel, tmp_path: Path) -> None:
+    options = {"ladder": LADDER, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
+    by_bits = fit(tiny, tmp_path / "bits", Budget(bits=4.5), **options)
+    assert by_bits.bits <= 4.5
+    by_bits.artifact.verify()
+    count = sum(w.shape[0] * w.shape[1] for w in tiny.weights())
+    assert sum(row["bytes"] for row in by_bits.artifact.rows if row["stage"]) * 8 / count == by_bits.bits
+    assert {row["stage"]["stage"] for row in by_bits.artifact.rows if row["stage"]} == {"ecsq"}
+    assert fit(tiny, tmp_path / "bits", Budget(bits=4.5), **options).artifact.sha256 == by_bits.artifact.sha256
+    measured = af.divergence(af.load(tmp_path / "bits"), tiny, TEXT, context=tiny.usual_context, tokens=127, progress=False)
+    assert measured.kl.value == by_bits.measured.kl.value
+
+    most = by_bits.artifact.weight_bytes + 100
+    by_bytes = fit(tiny, tmp_path / "bytes", Budget(bytes=most), **options)
+    assert most - 2000 < by_bytes.artifact.weight_bytes <= most
+    smaller = fit(tiny, tmp_path / "e", Budget(bytes=most), embeddings="rounding:bits=8,group=0", **options)
+    assert smaller.artifact.weight_bytes <= most and smaller.bits > by_bytes.bits
+
+    limit = 2 * by_bits.measured.kl.value
+    by_kl = fit(tiny, tmp_path / "kl", Budget(max_kl=limit), **options)
+    assert by_kl.measured.kl.value + 2 * (by_kl.measured.kl.stderr or 0) <= limit
+    assert by_kl.artifact.weight_bytes <= by_bits.artifact.weight_bytes + 2000
+    assert not list(tmp_path.glob("*.trial")) and not list(tmp_path.glob("*.best"))
+
+    with pytest.raises(BadInput, match="is in the way"):
+        fit(tiny, tmp_path / "kl", Budget(max_kl=limit), **options)
+    with pytest.raises(BadInput, match="least that the candidates gave"):
+        fit(tiny, tmp_path / "none", Budget(max_kl=1e-9), **options)
+    with pytest.raises(BadInput, match="the smallest candidates"):
+        fit(tiny, tmp_path / "none", Budget(bits=0.1), **options)
+    assert not (tmp_path / "none").exists()
+    assert by_kl.artifact.verify()
+
+
+def test_a_stage_for_each_weight(tiny: LanguageModel, tmp_path: Path) -> None:
+    names = [weight.name for weight in tiny.weights()]
+    plan = {names[0]: stages.get("rounding", bits=3), names[1]: stages.get("ternary")}
+    artifact = af.compress(tiny, plan, tmp_path / "a", progress=False)
+    artifact.verify()
+    rows = {row["name"]: row for row in artifact.rows}
+    assert {name: row["stage"]["stage"] for name, row in rows.items() if row["stage"]} == {
+        names[0]: "rounding",
+        names[1]: "ternary",
+    }
+    assert rows[names[2]]["reason"] == "no stage was chosen for it"
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert config["quantization_config"]["stage"] == {"stage": "several"}
+    for bad, message in (
+        ({"nothing": stages.get("ternary")}, "is no weight"),
+        ({}, "no weight has a stage"),
+        ({names[0]: stages.parse("vptq:v=4,k=16,shared=true")}, "shares planes"),
+    ):
+        with pytest.raises(BadInput, match=message):
+            af.compress(tiny, bad, tmp_path / "b", progress=False)
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "expected"),
+    [
+        ("60MB", None, 60_000_000),
+        ("1.5GB", None, 1_500_000_000),
+        ("61440", None, 61440),
+        (None, "4x", 500),
+        (None, "8", 250),
+    ],
+)
+def test_budgets_are_read(size: str | None, target: str | None, expected: int) -> None:
+    assert budget_bytes(size, target, 1000) == expected
+    assert budget_bytes(None, None, 1000) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bytes", "many"], "expected a size such as 60MB"),
+        (["--target", "0x"], "expected a ratio such as 4x"),
+        (["--target", "4x", "--bytes", "1MB"], "expected one of the two"),
+        ([], "expected one positive limit"),
+        (["--bits", "3", "--max-kl", "1"], "expected one positive limit"),
+        (["--bits", "-3"], "expected one positive limit"),
+        (["--bits", "3"], "is a classifier"),
+    ],
+)
+def test_a_bad_budget_is_one_sentence(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["agentforge", "fit", "digits-mlp", "--out", str(tmp_path / "a"), *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not (tmp_path / "a").exists()
