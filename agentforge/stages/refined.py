@@ -111,6 +111,8 @@ class Refined(Stage):
 
         Raises BadInput where a stage cannot encode a plane.
         """
+        if packed.shape != (0, 0):  # which planes that weights share have
+            self.layout(packed.shape)  # refuses names of planes that are not there
         by = dict(self.planes)
         found: list[Plane] = []
         for plane in packed:
