@@ -149,6 +149,9 @@ def refine(
     refined = {row["name"]: with_refinements(_stage_of(row), how) for row in artifact.rows if row["stage"]}
     if not refined:
         raise BadInput(f"{artifact.path}: holds no encoded tensors, so that there is nothing to refine")
+    for row in artifact.rows:
+        if row["name"] in refined:
+            refined[row["name"]].layout((row["shape"][0], row["shape"][1]))  # refuses planes that are not there
     stage = next(iter(refined.values()))
     recipe: dict[str, Any] = {
         "format": FORMAT,

@@ -345,7 +345,7 @@ def picture(models: dict[str, list[Row]]) -> bytes:
 
 
 def _stage(point: Row) -> str:
-    return str(point["setting"]).split(":")[0].split("|")[0].split(",")[0]
+    return str(point["setting"]).split(":")[0].split("|")[0].split(",")[0].split(" to ")[0]
 
 
 def main(arguments: list[str] | None = None) -> int:
