@@ -345,11 +345,15 @@ def test_ratios_take_their_candidates_from_the_other_reports(
     }
     run = {"recipe": {"model": "smollm2-135m", "file": "chains/documented.yaml"}, "attempts": [attempt, {"step": 4}]}
     (tmp_path / "chains.json").write_text(json.dumps([run]))
-    files = ["--stages", str(tmp_path / "stages.json"), "--chains", str(tmp_path / "chains.json"), "--out", str(tmp_path)]
+    budget = {"recipe": {"bits": 3.06}, "bits": 3.05, "relative_error": 0.2, "retention": {"value": 0.9, **share}}
+    (tmp_path / "fit.json").write_text(json.dumps([budget]))
+    files = [part for name in ("stages", "chains", "fit") for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
+    files += ["--out", str(tmp_path)]
     assert ratios.main(files) == 0
     record = json.loads((tmp_path / "ratios.json").read_text())
     language = record["points"]["smollm2-135m"]
-    assert [p["setting"] for p in language] == ["vptq:bits=3", "vptq:bits=3, coded", "curves|other, step 3 of documented"]
+    settings = ["vptq:bits=3", "vptq:bits=3, coded", "curves|other, step 3 of documented", "fit to 3.06 bits"]
+    assert [p["setting"] for p in language] == settings
     assert language[0]["retention"]["value"] == pytest.approx(0.8)
     assert language[2]["bits"] == pytest.approx(32 / 288)
     grid = {p["setting"]: p for p in record["points"]["digits-mlp"]}
