@@ -20,8 +20,10 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
@@ -321,18 +323,14 @@ def _within_bytes(
     """
     entries = {name: entry for name, entry in model.entries.items() if name not in options and name not in rest}
     beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in entries.values())
-    trial = out.with_name(out.name + ".trial")
-    try:
+    with _beside(out) as folder:
         for _ in range(PASSES):
-            artifact, predicted = make(most - beside, trial, True)
+            artifact, predicted = make(most - beside, folder / "trial", True)
             planes = sum(row["bytes"] for row in artifact.rows if row["name"] in options)
-            over = artifact.weight_bytes - most
-            if over <= 0:
-                _take(trial, out, overwrite)
+            if artifact.weight_bytes <= most:
+                _take(artifact.path, out, overwrite)
                 return Artifact(out), predicted
             beside = artifact.weight_bytes - planes + 64  # digits of offsets in headers
-    finally:
-        shutil.rmtree(trial, ignore_errors=True)
     raise BadInput(f"budget of {most:,} bytes could not be kept to; allow a little more")
 
 
@@ -353,9 +351,9 @@ def _within_kl(
     low, high = smallest_and_largest(options)
     largest = high
     at, ratio = _bytes_for(options, most / 2), 1.0
-    trial, best = out.with_name(out.name + ".trial"), out.with_name(out.name + ".best")
     passed: tuple[float, Divergence] | None = None
-    try:
+    with _beside(out) as folder:
+        trial, best = folder / "trial", folder / "best"
         for _ in range(PASSES):
             artifact, predicted = make(at, trial, True)
             measured = measure(artifact)
@@ -377,9 +375,6 @@ def _within_kl(
                 f"KL of {most:g}: {bound:.3g} was the least that the candidates gave; allow more, or a finer ladder"
             )
         _take(best, out, overwrite)
-    finally:
-        for folder in (trial, best):
-            shutil.rmtree(folder, ignore_errors=True)
     return finished(Artifact(out), *passed)  # type: ignore[no-any-return]
 
 
@@ -393,6 +388,14 @@ def _bytes_for(options: Mapping[str, Sequence[Candidate]], damage: float) -> int
         else:
             low = middle
     return high
+
+
+@contextmanager
+def _beside(out: Path) -> Iterator[Path]:
+    """A new folder next to `out`, on the same file system, which is gone afterwards."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        yield Path(folder)
 
 
 def _take(made: Path, out: Path, overwrite: bool) -> None:

@@ -175,8 +175,8 @@ def track_chain(
 
 
 def stage_label(text: str) -> str:
-    """What the documentation calls the stage of such a text; for the others their own name."""
-    match = re.match(r"[a-z0-9_]+", text)
+    """What the documentation calls the stage of such a text; for the others their own name, or what a refinement refines."""
+    match = re.search(r"[a-z0-9_]+", text)
     name = match[0] if match else text
     return "hypercompression" if name in _HYPER else name
 
