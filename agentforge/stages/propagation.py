@@ -23,7 +23,7 @@ def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     hessian: float[n, n], symmetric.  By Cholesky's method in double precision on H read from its end: with J the
     reversal of order, J H J = U^T U gives H = (J U^T J)(J U^T J)^T, whose first factor is upper triangular.
     """
-    upper = np.ascontiguousarray(hessian[::-1, ::-1], np.float64)
+    upper = np.array(hessian[::-1, ::-1], np.float64, order="C")  # a copy always: it is worked on in place
     for first in range(0, len(upper), FACTOR):
         last = min(first + FACTOR, len(upper))
         done = upper[:first]
