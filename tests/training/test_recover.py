@@ -222,6 +222,7 @@ def test_a_classifier_recovers_its_accuracy(digits: LanguageModel, tmp_path: Pat
         "rounding:bits=3,group=48",  # divides no width of this model
         "rounding:bits=3,group=0,symmetric=true",
         "vptq:v=2,k=16,norm=std,outliers=0.1",
+        "ecsq:step=2",
     ],
 )
 def test_float_planes_decode_as_the_stage_does_and_can_be_trained(spec: str, tiny_llama: Path, tmp_path: Path) -> None:
