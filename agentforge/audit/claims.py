@@ -33,17 +33,24 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class Claim:
-    """One row: what is claimed, by whom, and how it is measured."""
+    """One row: what is claimed, by whom, and how it is measured.
+
+    stage: what it is about.  claimed: the claim as a number, where it is one: `by` whom, `value` (or from and to), `unit`.
+    protocol: what is measured, on what, against which denominator.
+    """
 
     id: str
+    stage: str
     section: str
     title: str
     paper: str = ""
     documentation: str = ""
     code: str = ""
     audit: str = ""
+    claimed: dict[str, Any] | None = None
     probe: str | None = None
     parameters: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
     confirmed: Interval | None = None
     partly: Interval | None = None
     needs: str = ""
@@ -93,17 +100,20 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
         known = ", ".join(sorted(p.stem for p in CLAIMS.glob("*.yaml")))
         raise BadInput(f"report {str(name_or_path)!r} does not exist; expected a .yaml file of claims or one of {known}")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        data = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: no valid YAML ({' '.join(str(error).split())[:200]})") from None
     schema = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(data))
     if problem is not None:
-        raise BadInput(f"{path}: {_place(data, list(problem.absolute_path))}: {problem.message:.300}")
+        where = list(problem.absolute_path)
+        raise BadInput(f"{path}, line {_line(text, where)}: {_place(data, where)}: {problem.message:.300}")
     claims = tuple(_claim(row) for row in data.pop("claims"))
     ids = [claim.id for claim in claims]
     if twice := sorted({i for i in ids if ids.count(i) > 1}):
-        raise BadInput(f"{path}: claim {twice[0]} is there twice")
+        line = _line(text, ["claims", len(ids) - 1 - ids[::-1].index(twice[0])])
+        raise BadInput(f"{path}, line {line}: claim {twice[0]} is there twice")
     return ClaimsFile(claims=claims, baselines=tuple(data.pop("baselines", ())), **data)
 
 
@@ -143,3 +153,14 @@ def _place(data: Any, path: list[Any]) -> str:
         name = claim.get("id", f"number {path[1] + 1}") if isinstance(claim, dict) else f"number {path[1] + 1}"
         return f"claim {name}" + "".join(f", {part}" for part in path[2:])
     return ", ".join(map(str, path)) or "top level"
+
+
+def _line(text: str, path: list[Any]) -> int:
+    """The line, from 1, on which the value at a path begins; of its nearest parent where the value is not there."""
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    for step in path:
+        if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
+            node = node.value[step]
+        elif isinstance(node, yaml.MappingNode) and (found := [v for k, v in node.value if k.value == step]):
+            node = found[0]
+    return int(node.start_mark.line) + 1 if node is not None else 1

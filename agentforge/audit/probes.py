@@ -20,7 +20,7 @@ from .. import evaluation, stages
 from ..artifact import Artifact, load
 from ..errors import BadInput
 from ..evaluation import Divergence, Measurement, Text
-from ..models import LanguageModel, open_model
+from ..models import LanguageModel, Weight, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..stages.ternary import zero_fraction
@@ -29,11 +29,26 @@ Probe = Callable[..., Measurement]
 PROBES: dict[str, Probe] = {}
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.  tokens: scored for likelihoods.  every: of the model's matrices, one in so many is in the
+    sample that slow probes take.  seeds: of probes with randomness."""
+
+    name: str
+    tokens: int
+    every: int
+    seeds: int
+
+
+EFFORTS = {e.name: e for e in (Effort("smoke", 511, 42, 2), Effort("standard", 2047, 14, 3), Effort("full", 6141, 1, 5))}
+
+
 @dataclass
 class Workshop:
     """What probes share, so that each artifact is made, and each text scored, once.
 
     model: the original.  folder: where artifacts go.  text, tokens, context: how likelihoods are measured.
+    effort: how large samples are.
     """
 
     model: LanguageModel
@@ -42,6 +57,7 @@ class Workshop:
     tokens: int
     context: int = 2048
     progress: bool = True
+    effort: Effort = EFFORTS["standard"]
     _divergences: dict[str, Divergence] = field(default_factory=dict)
 
     def artifact(self, stage: str, embeddings: bool = False) -> Artifact:
@@ -80,6 +96,12 @@ class Workshop:
         """Name and planes of every encoded tensor, read back from disk."""
         artifact = self.artifact(stage)
         return [(row["name"], p) for row in artifact.rows if row["stage"] and isinstance(p := artifact.read(row), Packed)]
+
+    def sample(self) -> list[Weight]:
+        """The matrices that slow probes look at: one in `effort.every`, of all depths and kinds."""
+        weights = self.model.weights()
+        # A step that shares no divisor with the number of kinds in a block visits all of them.
+        return weights[:: self.effort.every + (self.effort.every % 7 == 0)] if self.effort.every > 1 else weights
 
     def exact(self, value: float, unit: str, n: int, metric: str, **protocol: Any) -> Measurement:
         """A measurement without sampling error: a count, or a size."""

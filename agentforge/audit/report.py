@@ -221,7 +221,7 @@ def verdict_text(row: dict[str, Any]) -> str:
 
 
 def measured_text(row: dict[str, Any]) -> str:
-    """The measured value with its error, unit and n, its threshold and remark; or what a measurement would need."""
+    """The measured value with its error, unit and n, its threshold, protocol and remark; or what it would need."""
     if row["measured"] is None:
         return f"needs {row['needs']}"
     measured = row["measured"]
@@ -236,6 +236,6 @@ def measured_text(row: dict[str, Any]) -> str:
         if low in (None, 0)
         else f"{low:g} to {high:g}"
     )
-    remark = f" {row['remark']}" if row["remark"] else ""
+    remark = "".join(f" {row[key]}" for key in ("protocol", "remark") if row[key])
     value = f"{measured['value']:.4g}{error} {measured['unit']}"
     return f"**{value}** (n = {measured['n']:,}; to confirm: {asked}).{remark}"

@@ -20,7 +20,8 @@ def measured(value: float, stderr: float | None = None) -> Measurement:
 
 
 def file_with(tmp_path: Path, **changes: Any) -> Path:
-    row = {"id": "a.b", "section": "S", "title": "T", "audit": "GREEN", "probe": {"name": "ratio"}, "confirmed": [1, 2]}
+    row = {"id": "a.b", "stage": "ternary", "section": "S", "title": "T", "audit": "GREEN", "probe": {"name": "ratio"}}
+    row |= {"protocol": "P", "confirmed": [1, 2]}
     row.update(changes)
     row = {key: value for key, value in row.items() if value is not None}
     path = tmp_path / "claims.yaml"
@@ -34,7 +35,7 @@ def file_with(tmp_path: Path, **changes: Any) -> Path:
     [(0.9, "partly"), (1.0, "confirmed"), (1.5, "confirmed"), (2.0, "confirmed"), (2.1, "refuted"), (0.4, "refuted")],
 )
 def test_verdicts_follow_the_thresholds(value: float, verdict: str) -> None:
-    claim = Claim("i", "s", "t", probe="p", confirmed=(1.0, 2.0), partly=(0.5, 2.0))
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, 2.0), partly=(0.5, 2.0))
     judged = judge(claim, measured(value))
     assert judged.verdict == verdict
     assert judged.colour == COLOURS[verdict]
@@ -42,21 +43,21 @@ def test_verdicts_follow_the_thresholds(value: float, verdict: str) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_finite_confirms_nothing(value: float) -> None:
-    claim = Claim("i", "s", "t", probe="p", confirmed=(-math.inf, math.inf))
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(-math.inf, math.inf))
     assert judge(claim, measured(value)).verdict == "refuted"
 
 
 def test_a_value_near_a_threshold_is_marked_close() -> None:
-    claim = Claim("i", "s", "t", probe="p", confirmed=(1.0, 2.0))
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, 2.0))
     assert judge(claim, measured(1.1, stderr=0.06)).close
     assert not judge(claim, measured(1.1, stderr=0.04)).close
     assert not judge(claim, measured(1.0)).close
 
 
 def test_no_verdict_without_a_measurement() -> None:
-    assert judge(Claim("i", "s", "t", needs="x"), None).verdict == "not tested"
-    assert judge(Claim("i", "s", "t", needs="x", not_here=True), None).verdict == "not reproducible here"
-    assert judge(Claim("i", "s", "t", needs="x"), measured(1.0)).measured is None
+    assert judge(Claim("i", "ternary", "s", "t", needs="x"), None).verdict == "not tested"
+    assert judge(Claim("i", "ternary", "s", "t", needs="x", not_here=True), None).verdict == "not reproducible here"
+    assert judge(Claim("i", "ternary", "s", "t", needs="x"), measured(1.0)).measured is None
 
 
 def test_a_good_file_is_read(tmp_path: Path) -> None:
@@ -75,12 +76,28 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ({"needs": "both a probe and a need"}, "claim a.b"),
         ({"surplus": 1}, "surplus"),
         ({"title": None}, "title"),
+        ({"protocol": None}, "claim a.b"),
+        ({"stage": "magic"}, "claim a.b, stage"),
+        ({"audit": None}, "claim a.b"),
+        ({"claimed": {"by": "nobody", "value": 1, "unit": "x"}}, "claim a.b, claimed, by"),
         ({"id": "No Spaces"}, "does not match"),
     ],
 )
 def test_a_bad_row_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(BadInput, match=words):
         read_claims(file_with(tmp_path, **changes))
+
+
+def test_what_is_refused_is_named_by_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "claims.yaml"
+    head = "report: r\ntitle: T\nabout: A\nsource: S\nmodel: m\nclaims:\n"
+    good = "  - {id: a, stage: vptq, section: S, title: T, paper: P, needs: more}\n"
+    path.write_text(head + good + "  - id: b\n    stage: vptq\n    section: [1]\n    title: T\n    paper: P\n    needs: x\n")
+    with pytest.raises(BadInput, match="line 10: claim b, section"):
+        read_claims(path)
+    path.write_text(head + good + good)
+    with pytest.raises(BadInput, match="line 8: claim a is there twice"):
+        read_claims(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a: [", "report: x", "!!python/object/apply:os.system ['true']"])

@@ -108,6 +108,7 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
         "close": False,
         "measured": None,
         "needs": "more",
+        "protocol": "",
         "remark": "",
     }
     table = verdict_table({"claims": [row]}, "S")
@@ -120,10 +121,11 @@ def test_measured_text_names_value_error_n_and_threshold() -> None:
     row = {
         "measured": {"value": 6.864, "stderr": 0.25, "unit": "x", "n": 1234},
         "thresholds": {"confirmed": [8.0, None], "partly": None},
+        "protocol": "P.",
         "remark": "R.",
         "needs": "",
     }
-    assert measured_text(row) == "**6.864 ± 0.25 x** (n = 1,234; to confirm: at least 8). R."
+    assert measured_text(row) == "**6.864 ± 0.25 x** (n = 1,234; to confirm: at least 8). P. R."
 
 
 def test_code_agreement_and_zero_share_against_plain_torch(workshop: probes.Workshop) -> None:
