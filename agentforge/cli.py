@@ -482,28 +482,95 @@ def _attempt_cells(row: dict[str, Any]) -> list[str]:
 
 @app.command()
 def audit(
-    report: Annotated[str, typer.Argument(help="Which report.")] = "phase4_bitnet",
-    model: Annotated[str | None, typer.Option(help="Measure on this model (default: the report's own).")] = None,
+    reports: Annotated[list[str] | None, typer.Argument(help="Which reports (default: all).", metavar="[REPORT]...")] = None,
+    claims: Annotated[Path | None, typer.Option(help="A YAML file of your own claims, in the place of reports.")] = None,
+    model: Annotated[str | None, typer.Option(help="Measure on this model (default: the claims' own).")] = None,
+    against: Annotated[str | None, typer.Option(help="The original of that model, for claims that compare.")] = None,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to score for likelihoods.")] = 6141,
+    tokens: Annotated[int | None, typer.Option(help="To score for likelihoods (default: as the budget says).")] = None,
+    budget: Annotated[str, typer.Option(help="smoke, standard or full: how large samples are.")] = "standard",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out_dir: Annotated[
         Path | None, typer.Option("--out", help="Folder for reports (default: reports/ of the checkout).")
     ] = None,
+    only: Annotated[list[str] | None, typer.Option(help="A claim's id: measure this one and write no report.")] = None,
+    fresh: Annotated[bool, typer.Option(help="Measure all again; off: only what anything has changed for.")] = False,
+    check: Annotated[
+        bool, typer.Option(help="Measure nothing: is each report what its record gives?")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown and JSON."""
-    from .audit import run
-    from .tensorfiles import read_json
+    """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON."""
+    from .audit import report as room
+    from .errors import BadInput
 
-    folder = run(report, model=model, text=text, tokens=tokens, out=out_dir, progress=not as_json)
-    record = read_json(folder / f"{report}.json")
-    summary: Any = record["summary"]
+    if claims is not None and reports:
+        raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
+    names: list[str | Path] = [claims] if claims is not None else [*(reports or room.REPORTS)]
+    if check:
+        _check_reports(names, out_dir, as_json)
+        return
+    settings = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
+    settings |= {"device": device, "fresh": fresh}
+    if only:
+        if len(names) != 1:
+            raise BadInput("--only asks for claims of one report; name the report, too")
+        rows = room.only(names[0], only, settings)
+        _show({"claims": rows}, as_json, lambda: _claims(rows))
+        return
+    made = [room.run(name, out=out_dir, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
+    found = [{"path": str(folder), **_summary(folder)} for folder in made]
     _show(
-        {"path": str(folder), "summary": summary, "seconds": record["seconds"]},
+        {"reports": found},
         as_json,
         lambda: out.print(
-            f"{folder / report}.html\n" + ", ".join(f"{count} {verdict}" for verdict, count in summary.items() if count)
+            "\n".join(
+                f"{folder / folder.name}.html\n  "
+                + ", ".join(f"{count} {verdict}" for verdict, count in one["summary"].items() if count)
+                + f"; {one['seconds']:.0f} s"
+                for folder, one in zip(made, found, strict=True)
+            )
         ),
+    )
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    from .tensorfiles import read_json
+
+    record = read_json(folder / f"{folder.name}.json")
+    return {"summary": record["summary"], "seconds": record["seconds"]}
+
+
+def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool) -> None:
+    from .audit import report as room
+    from .audit.claims import read_claims
+    from .errors import BadInput
+
+    folder = out_dir or room.reports_folder()
+    problems: dict[str, str] = {}
+    for name in names:
+        claims = read_claims(name)
+        try:
+            room.check(folder / claims.report, claims)
+        except BadInput as error:
+            problems[claims.report] = str(error)
+    _show(
+        {"ok": not problems, "problems": problems},
+        as_json,
+        lambda: out.print("every report is what its record gives" if not problems else "\n".join(problems.values())),
+    )
+    if problems:
+        raise typer.Exit(1)
+
+
+def _claims(rows: list[dict[str, Any]]) -> None:
+    from .audit.drawing import measured_text
+
+    _table(
+        "claim",
+        "verdict",
+        "measured",
+        rows=[[row["id"], row["verdict"], measured_text(row).replace("**", "")] for row in rows],
     )
 
 

@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 
-from agentforge.audit.report import MARKS, stage_table
+from agentforge.audit.drawing import MARKS, stage_table
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"

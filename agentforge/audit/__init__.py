@@ -8,13 +8,26 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import training_probes  # noqa: F401  (its probes register themselves)
+from . import project_probes, training_probes  # noqa: F401  (their probes register themselves)
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
-from .probes import PROBES, Workshop, workshop_for
+from .probes import PROBES
 from .record import measure
 from .report import run
+from .workshop import Unmeasured, Workshop, workshop_for
 
-__all__ = ["PROBES", "Claim", "ClaimsFile", "Judged", "Workshop", "judge", "measure", "read_claims", "run", "workshop_for"]
+__all__ = [
+    "PROBES",
+    "Claim",
+    "ClaimsFile",
+    "Judged",
+    "Unmeasured",
+    "Workshop",
+    "judge",
+    "measure",
+    "read_claims",
+    "run",
+    "workshop_for",
+]
 
 
 class _Verb(types.ModuleType):

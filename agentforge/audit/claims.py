@@ -7,8 +7,11 @@ without a probe has no verdict but "not tested", or "not reproducible here", and
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +31,8 @@ COLOURS: dict[str, str] = {
     "not reproducible here": "GREY",
     "not tested": "GREY",
 }
+CONFIRMED: Verdict = "confirmed"
+PARTLY: Verdict = "partly"
 Interval = tuple[float, float]
 
 
@@ -60,8 +65,9 @@ class Claim:
 
 @dataclass(frozen=True)
 class ClaimsFile:
-    """All claims of one report.  source: the audit they were taken from.  model: what they are measured on.
-    baselines: stages that are measured beside those of the claims, to read them against."""
+    """All claims of one report.  source: the audit they were taken from.  model: what they are measured on.  against: the
+    original that it was made from, for claims that compare the two.  baselines: stages that are measured beside those of
+    the claims, to read them against."""
 
     report: str
     title: str
@@ -70,17 +76,21 @@ class ClaimsFile:
     model: str
     claims: tuple[Claim, ...]
     baselines: tuple[str, ...] = ()
+    against: str | None = None
 
 
 @dataclass(frozen=True)
 class Judged:
     """A claim with its verdict and the measurement it rests on.  close: the value is within two standard errors of a
-    threshold, so that another sample might be judged otherwise."""
+    threshold, so that another sample might be judged otherwise.  failure: what the probe failed with, where it did: what
+    cannot be done is not there, so that the claim is refuted.  missing: what the probe would have needed."""
 
     claim: Claim
     verdict: Verdict
     measured: Measurement | None
     close: bool = False
+    failure: str = ""
+    missing: str = ""
 
     @property
     def colour(self) -> str:
@@ -117,22 +127,31 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
     return ClaimsFile(claims=claims, baselines=tuple(data.pop("baselines", ())), **data)
 
 
-def judge(claim: Claim, measured: Measurement | None) -> Judged:
-    """The verdict on a claim, from the measured value and the claim's own thresholds."""
+def claims_sha256(claims: Iterable[Claim]) -> str:
+    """The hash of all that the claims say: a record names the claims, and the thresholds, that it was judged by."""
+    rows = [dataclasses.asdict(claim) for claim in claims]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
+
+def judge(claim: Claim, measured: Measurement | None, failure: str = "", missing: str = "") -> Judged:
+    """The verdict on a claim, from the measured value and the claim's own thresholds; or from the probe's failure."""
+    if claim.probe is not None and (failure or (measured is not None and not math.isfinite(measured.value))):
+        return Judged(claim, "refuted", None, failure=failure or f"the measured value is {measured and measured.value}")
     if claim.probe is None or measured is None:
-        return Judged(claim, "not reproducible here" if claim.not_here else "not tested", None)
-    verdict = _verdict(claim, measured.value)
+        return Judged(
+            claim, "not reproducible here" if claim.not_here else "not tested", None, missing=missing or claim.needs
+        )
+    verdict = verdict_of(measured.value, claim.confirmed, claim.partly)
     spread = 2 * (measured.stderr or 0.0)
-    close = spread > 0 and any(_verdict(claim, measured.value + d) != verdict for d in (-spread, spread))
-    return Judged(claim, verdict, measured, close)
+    around = [verdict_of(measured.value + d, claim.confirmed, claim.partly) for d in (-spread, spread)]
+    return Judged(claim, verdict, measured, any(other != verdict for other in around))
 
 
-def _verdict(claim: Claim, value: float) -> Verdict:
-    if not math.isfinite(value):
-        return "refuted"
-    for name, interval in (("confirmed", claim.confirmed), ("partly", claim.partly)):
+def verdict_of(value: float, confirmed: Interval | None, partly: Interval | None) -> Verdict:
+    """What a value means under the thresholds of a claim."""
+    for interval, verdict in ((confirmed, CONFIRMED), (partly, PARTLY)):
         if interval is not None and interval[0] <= value <= interval[1]:
-            return name  # type: ignore[return-value]
+            return verdict
     return "refuted"
 
 

@@ -1,111 +1,27 @@
 """Probes: functions that measure what a claim is about.
 
 A probe gets the workshop (the original model, a folder for artifacts, how much text to score) and the parameters that
-stand in the claim; it returns a Measurement.  What it measures is always loaded back from disk.
+stand in the claim; it returns a Measurement, or raises Unmeasured where something is missing that it needs.  What it
+measures is always loaded back from disk.
 """
 
 from __future__ import annotations
 
-import ast
 import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import evaluation, stages
-from ..artifact import Artifact, load
+from .. import evaluation
 from ..errors import BadInput
-from ..evaluation import Divergence, Measurement, Text
-from ..models import LanguageModel, Weight, open_model
-from ..pipeline import compress
-from ..planes import Packed
+from ..evaluation import Measurement
 from ..stages.ternary import zero_fraction
+from .workshop import Workshop
 
 Probe = Callable[..., Measurement]
 PROBES: dict[str, Probe] = {}
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How much is measured.  tokens: scored for likelihoods.  every: of the model's matrices, one in so many is in the
-    sample that slow probes take.  seeds: of probes with randomness."""
-
-    name: str
-    tokens: int
-    every: int
-    seeds: int
-
-
-EFFORTS = {e.name: e for e in (Effort("smoke", 511, 42, 2), Effort("standard", 2047, 14, 3), Effort("full", 6141, 1, 5))}
-
-
-@dataclass
-class Workshop:
-    """What probes share, so that each artifact is made, and each text scored, once.
-
-    model: the original.  folder: where artifacts go.  text, tokens, context: how likelihoods are measured.
-    effort: how large samples are.
-    """
-
-    model: LanguageModel
-    folder: Path
-    text: Text
-    tokens: int
-    context: int = 2048
-    progress: bool = True
-    effort: Effort = EFFORTS["standard"]
-    _divergences: dict[str, Divergence] = field(default_factory=dict)
-
-    def artifact(self, stage: str, embeddings: bool = False) -> Artifact:
-        """The model compressed with `stage`, on disk."""
-        parsed = stages.parse(stage)
-        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{parsed}{'+embeddings' if embeddings else ''}")
-        return compress(
-            self.model,
-            parsed,
-            self.folder / f"{self.model.name}-{name}",
-            embeddings=embeddings,
-            overwrite=True,
-            progress=self.progress,
-        )
-
-    def compare(self, stages: list[str]) -> None:
-        """Take `divergence` of several stages in one pass over the text."""
-        missing = [stage for stage in dict.fromkeys(stages) if stage not in self._divergences]
-        if missing:
-            results = evaluation.divergences(
-                [load(self.artifact(stage).path) for stage in missing],
-                self.model,
-                text=self.text,
-                tokens=self.tokens,
-                context=self.context,
-                progress=self.progress,
-            )
-            self._divergences.update(zip(missing, results, strict=True))
-
-    def divergence(self, stage: str) -> Divergence:
-        """KL, agreement and both perplexities of the model compressed with `stage`, loaded back from disk."""
-        self.compare([stage])
-        return self._divergences[stage]
-
-    def encoded(self, stage: str) -> list[tuple[str, Packed]]:
-        """Name and planes of every encoded tensor, read back from disk."""
-        artifact = self.artifact(stage)
-        return [(row["name"], p) for row in artifact.rows if row["stage"] and isinstance(p := artifact.read(row), Packed)]
-
-    def sample(self) -> list[Weight]:
-        """The matrices that slow probes look at: one in `effort.every`, of all depths and kinds."""
-        weights = self.model.weights()
-        # A step that shares no divisor with the number of kinds in a block visits all of them.
-        return weights[:: self.effort.every + (self.effort.every % 7 == 0)] if self.effort.every > 1 else weights
-
-    def exact(self, value: float, unit: str, n: int, metric: str, **protocol: Any) -> Measurement:
-        """A measurement without sampling error: a count, or a size."""
-        return Measurement(value, unit, None, n, {"metric": metric, **protocol}, inputs={"model": self.model.fingerprint})
 
 
 def probe(function: Probe) -> Probe:
@@ -216,18 +132,15 @@ def kept_in_16_bits(workshop: Workshop, stage: str) -> Measurement:
 @probe
 def perplexity_factor(workshop: Workshop, stage: str) -> Measurement:
     """Perplexity of the compressed model over that of the original, on the same tokens."""
-    result = workshop.divergence(stage)
-    after, before = result.perplexity, result.original_perplexity
-    value = after.value / before.value
-    # Both errors come from the same tokens; taking them as independent overstates the spread of the ratio.
-    spread = value * math.hypot((after.stderr or 0) / after.value, (before.stderr or 0) / before.value)
+    kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, token by token
+    value = 1 / kept.value
     return Measurement(
         value,
         "x",
-        spread,
-        after.n,
-        {**after.protocol, "metric": "perplexity ratio", "stage": stage},
-        inputs={**after.inputs, "original": before.inputs["model"]},
+        value * (kept.stderr or 0.0) / kept.value,
+        kept.n,
+        {**kept.protocol, "metric": "perplexity / original perplexity", "stage": stage},
+        inputs=kept.inputs,
     )
 
 
@@ -255,57 +168,3 @@ def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
         "perplexity against transformers' loss",
         text=workshop.text.name,
     )
-
-
-@probe
-def short_functions(workshop: Workshop, lines: int = 60) -> Measurement:
-    """Share of the package's functions that are at most `lines` lines long."""
-    functions = [f for _, f in _functions()]
-    short = sum((f.end_lineno or f.lineno) - f.lineno + 1 <= lines for f in functions)
-    return workshop.exact(short / len(functions), "share of functions", len(functions), f"at most {lines} lines")
-
-
-@probe
-def typed_functions(workshop: Workshop) -> Measurement:
-    """Share of the package's public functions whose arguments and result all have type hints."""
-    functions = [(inside, f) for inside, f in _functions() if not f.name.startswith("_")]
-    typed = 0
-    for inside_class, f in functions:
-        arguments = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs][1 if inside_class else 0 :]
-        typed += f.returns is not None and all(a.annotation is not None for a in arguments)
-    return workshop.exact(typed / len(functions), "share of functions", len(functions), "public and fully typed")
-
-
-@probe
-def documented_functions(workshop: Workshop) -> Measurement:
-    """Share of the package's public functions that have a docstring."""
-    functions = [f for _, f in _functions() if not f.name.startswith("_")]
-    documented = sum(ast.get_docstring(f) is not None for f in functions)
-    return workshop.exact(documented / len(functions), "share of functions", len(functions), "public and documented")
-
-
-def _functions() -> list[tuple[bool, ast.FunctionDef]]:
-    """Every function of the package that is not nested in another, and whether it is a method."""
-    found: list[tuple[bool, ast.FunctionDef]] = []
-    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef):
-                found.append((False, node))
-            elif isinstance(node, ast.ClassDef):
-                for item in node.body:
-                    # What @overload marks has no code of its own.
-                    if isinstance(item, ast.FunctionDef) and not any(_named(d, "overload") for d in item.decorator_list):
-                        static = any(_named(d, "staticmethod") for d in item.decorator_list)
-                        found.append((not static, item))
-    return found
-
-
-def _named(decorator: ast.expr, name: str) -> bool:
-    return isinstance(decorator, ast.Name) and decorator.id == name
-
-
-def workshop_for(
-    model: str, folder: Path, text: str | None, tokens: int, context: int = 2048, progress: bool = True
-) -> Workshop:
-    """A workshop around a model by name, with a text by name (or the first of the chain that is there)."""
-    return Workshop(open_model(model), folder, evaluation.find_text(text), tokens, context, progress)

@@ -3,62 +3,78 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
+import json
+import math
 import subprocess
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.measurement import environment
-from .claims import COLOURS, ClaimsFile, Judged, judge
-from .probes import Workshop, bits_per_weight, run
+import jsonschema
 
-RECORD_FORMAT = 1
+from ..errors import BadInput
+from ..evaluation import Measurement
+from ..evaluation.measurement import environment, peak_memory
+from .claims import COLOURS, Claim, ClaimsFile, Judged, claims_sha256, judge, verdict_of
+from .probes import bits_per_weight, run
+from .workshop import Unmeasured, Workshop
+
+RECORD_FORMAT = 2
+SCHEMA = Path(__file__).parent / "record.schema.json"
+Taken = tuple[Measurement | None, str, str, float]  # measurement, failure, what was missing, seconds
 
 
 def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[str, Any]:
     """Measure every claim that has a probe, judge all of them, and return the record.
 
-    A probe with the same parameters runs once, however many claims rest on it.  say: called with a line of progress
-    for each claim measured, with an estimate of what is left.
+    A probe with the same parameters runs once, however many claims rest on it.  Scores come last: they are computed from
+    the other rows.  say: called with a line of progress for each claim measured, with an estimate of what is left.
     """
     start = time.perf_counter()
     scored = [c.parameters["stage"] for c in claims.claims if c.probe in ("perplexity_factor", "top1_agreement")]
     compared = list(dict.fromkeys([*claims.baselines, *scored]))
-    say(f"[0/{len(compared)}] scoring the original and {len(compared)} compressed models on the text", flush=True)
-    workshop.compare(compared)
-    taken: dict[str, Any] = {}
-    rows = []
+    if compared:
+        say(f"[0/{len(compared)}] scoring the original and {len(compared)} compressed models on the text", flush=True)
+        workshop.compare(compared)
+    taken: dict[str, Taken] = {}
+    rows: dict[str, dict[str, Any]] = {}
     probed = [claim for claim in claims.claims if claim.probe]
-    for claim in claims.claims:
-        measured, seconds = None, 0.0
-        if claim.probe:
-            key = f"{claim.probe} {sorted(claim.parameters.items())}"
-            if key not in taken:
-                began = time.perf_counter()
-                taken[key] = (run(workshop, claim.probe, claim.parameters), time.perf_counter() - began)
-            measured, seconds = taken[key]
-            done = probed.index(claim) + 1
-            elapsed = time.perf_counter() - start
-            left = elapsed / done * (len(probed) - done)
-            say(f"[{done}/{len(probed)}] {claim.id}: {measured}   {elapsed:.0f} s, about {left:.0f} s left", flush=True)
-        rows.append(_row(judge(claim, measured), seconds))
+    probed.sort(key=lambda claim: claim.probe == "score")
+    for done, claim in enumerate(probed, 1):
+        workshop.rows = list(rows.values())
+        key = f"{claim.probe} {json.dumps(claim.parameters, sort_keys=True)}"
+        if key not in taken:
+            taken[key] = take(workshop, claim)
+        measured, failure, missing, seconds = taken[key]
+        rows[claim.id] = _row(judge(claim, measured, failure, missing), seconds)
+        elapsed = time.perf_counter() - start
+        left = elapsed / done * (len(probed) - done)
+        found = measured or failure or missing
+        say(f"[{done}/{len(probed)}] {claim.id}: {found}   {elapsed:.0f} s, about {left:.0f} s left", flush=True)
+    ordered = [rows.get(claim.id) or _row(judge(claim, None), 0.0) for claim in claims.claims]
+    stage_rows = [workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) for stage in compared]
+    artifacts: dict[str, str] = {}
+    for row in ordered:
+        artifacts |= (row["measured"] or {}).get("inputs", {}).get("artifacts", {})
     return {
         "format": RECORD_FORMAT,
         "report": claims.report,
         "title": claims.title,
         "about": claims.about,
         "source": claims.source,
+        "claims_sha256": claims_sha256(claims.claims),
+        "budget": workshop.effort.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.perf_counter() - start, 1),
+        "peak_memory_bytes": peak_memory(),
         "git": git_state(),
         "environment": environment(),
-        "model": {
-            "name": workshop.model.name,
-            "parameters": workshop.model.parameters,
-            "fingerprint": workshop.model.fingerprint,
-            "source": workshop.model.source,
-        },
+        "device": workshop.device,
+        "model": _model(workshop.model),
+        "subject": _model(workshop.subject) if workshop.subject else None,
         "text": {
             "name": workshop.text.name,
             "split": workshop.text.split,
@@ -68,9 +84,51 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
             "context": workshop.context,
             "skipped": list(workshop.text.skipped),
         },
-        "stages": [_stage_row(workshop, stage) for stage in compared],
-        "summary": {verdict: Counter(row["verdict"] for row in rows)[verdict] for verdict in COLOURS},
-        "claims": rows,
+        "artifacts": dict(sorted(artifacts.items())),
+        "stages": stage_rows,
+        "figures": {},
+        "summary": {verdict: Counter(row["verdict"] for row in ordered)[verdict] for verdict in COLOURS},
+        "claims": ordered,
+    }
+
+
+def take(workshop: Workshop, claim: Claim) -> Taken:
+    """Run a claim's probe, or take what it gave before: the measurement, or why there is none.
+
+    A probe that fails, in whatever way, is a finding like any other: the audit goes on, and the claim is refuted.
+    """
+    assert claim.probe is not None
+    name, parameters = claim.probe, claim.parameters
+
+    def make() -> dict[str, Any]:
+        workshop.used = {}
+        measured = run(workshop, name, parameters)
+        return {"measured": measured.to_json() | {"inputs": {**measured.inputs, "artifacts": dict(workshop.used)}}}
+
+    began = time.perf_counter()
+    try:
+        if name in NEVER_KEPT:
+            kept = make()
+        else:
+            kept = workshop.remember(f"probe {name}", parameters, make)
+    except Unmeasured as error:
+        return None, "", str(error), time.perf_counter() - began
+    except Exception as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return None, text[:300], "", time.perf_counter() - began
+    return Measurement(**kept["measured"]), "", "", kept.get("seconds", time.perf_counter() - began)
+
+
+# What these read lies outside of the package: other rows, the coverage data, the README.
+NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
+
+
+def _model(model: Any) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "parameters": model.parameters,
+        "fingerprint": model.fingerprint,
+        "source": model.source,
     }
 
 
@@ -92,22 +150,29 @@ def git_state() -> dict[str, Any]:
     return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
-def _stage_row(workshop: Workshop, stage: str) -> dict[str, Any]:
+def _stage_row(workshop: Workshop, stage: str) -> Callable[[], dict[str, Any]]:
     """What a stage makes of the model: size and likelihoods, for the table that claims are read against."""
-    artifact, result = workshop.artifact(stage), workshop.divergence(stage)
-    return {
-        "stage": stage,
-        "bits_per_weight": bits_per_weight(workshop, stage).value,
-        "ratios": [ratio.to_json() for ratio in artifact.ratios],
-        "perplexity": result.perplexity.to_json(),
-        "original_perplexity": result.original_perplexity.to_json(),
-        "kl": result.kl.to_json(),
-        "top1": result.top1.to_json(),
-    }
+
+    def make() -> dict[str, Any]:
+        artifact, result = workshop.artifact(stage), workshop.divergence(stage)
+        return {
+            "stage": stage,
+            "bits_per_weight": bits_per_weight(workshop, stage).value,
+            "ratios": [ratio.to_json() for ratio in artifact.ratios],
+            "perplexity": result.perplexity.to_json(),
+            "original_perplexity": result.original_perplexity.to_json(),
+            "kl": result.kl.to_json(),
+            "top1": result.top1.to_json(),
+        }
+
+    return make
 
 
 def _row(judged: Judged, seconds: float) -> dict[str, Any]:
     claim = judged.claim
+    measured = judged.measured.to_json() if judged.measured else None
+    if measured and measured["environment"] == environment():
+        del measured["environment"]  # the record's own; what was taken elsewhere keeps its own
     return {
         "id": claim.id,
         "stage": claim.stage,
@@ -125,9 +190,10 @@ def _row(judged: Judged, seconds: float) -> dict[str, Any]:
         "parameters": claim.parameters,
         "protocol": claim.protocol,
         "thresholds": {"confirmed": _interval(claim.confirmed), "partly": _interval(claim.partly)} if claim.probe else None,
-        "measured": judged.measured.to_json() if judged.measured else None,
+        "measured": measured,
+        "failure": judged.failure,
         "seconds": round(seconds, 2),
-        "needs": claim.needs,
+        "needs": judged.missing,
         "remark": claim.remark,
     }
 
@@ -136,3 +202,42 @@ def _interval(interval: tuple[float, float] | None) -> list[float | None] | None
     if interval is None:
         return None
     return [None if abs(bound) == float("inf") else bound for bound in interval]
+
+
+def record_sha256(record: dict[str, Any]) -> str:
+    """The hash of a record, which every form that is drawn from it carries."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
+    """Raise BadInput where a record is not as its schema asks, or a verdict does not follow from its measurement.
+
+    claims: the file that it was made from; thresholds and claims must be those that stand there.
+    """
+    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
+    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(record))
+    if problem is not None:
+        where = ", ".join(map(str, problem.absolute_path)) or "top level"
+        raise BadInput(f"record: {where}: {problem.message:.300}")
+    report = record["report"]
+    for row in record["claims"]:
+        if (verdict := _verdict_again(row)) != row["verdict"] or COLOURS[row["verdict"]] != row["colour"]:
+            raise BadInput(f"report {report}: claim {row['id']} is {row['verdict']}; what was measured says {verdict}")
+    counts = Counter(row["verdict"] for row in record["claims"])
+    if record["summary"] != {verdict: counts[verdict] for verdict in COLOURS}:
+        raise BadInput(f"report {report}: its summary does not count its rows; make the report again")
+    if claims is not None and record["claims_sha256"] != claims_sha256(claims.claims):
+        raise BadInput(f"report {report}: was made from other claims than those of its file; make the report again")
+
+
+def _verdict_again(row: dict[str, Any]) -> str:
+    if row["measured"] is None:
+        if row["failure"]:
+            return "refuted"
+        return row["verdict"] if row["verdict"] in ("not tested", "not reproducible here") else "nothing"
+    intervals = []
+    for name in ("confirmed", "partly"):
+        found = row["thresholds"][name]
+        low, high = found or (None, None)
+        intervals.append(found and (-math.inf if low is None else low, math.inf if high is None else high))
+    return verdict_of(row["measured"]["value"], *intervals)

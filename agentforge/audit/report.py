@@ -1,114 +1,218 @@
 """From a template notebook to a report: papermill runs it, nbconvert draws it, and the record says what is true.
 
-A report is a folder: NAME.ipynb (as it was run), NAME.html (one file, nothing fetched), NAME.md with its figures, and
-NAME.json, the record.  It is made in a temporary folder beside the place and moved there when it is whole.
+A report is a folder: NAME.json, the record; and drawn from it NAME.ipynb (as it was run), NAME.html (one file, nothing
+fetched), NAME.md with its figures, and NAME.sarif.  It is made in a temporary folder beside the place and moved there
+when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one that its record does not
+give.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
+import dataclasses
+import html
+import json
 import logging
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..errors import AgentForgeError, BadInput
 from ..evaluation.texts import CHECKOUT
-from ..tensorfiles import read_json
-from .claims import COLOURS, read_claims
+from ..tensorfiles import read_json, write_json
+from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
+from .drawing import MARKS, measured_text
+from .figures import FIGURES
+from .record import check_record, measure, record_sha256
+from .sarif import sarif
+from .workshop import Workshop, workshop_for
 
-MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
-STYLE = """
-:root { color-scheme: light dark; --line: #ccc; --soft: #f4f4f4; }
-@media (prefers-color-scheme: dark) { :root { --line: #555; --soft: #2a2a2a; } body { background: #1b1b1b; color: #eee; }
-  a { color: #8ab4f8; } img { background: #fff; } }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 0 auto; padding: 1rem; }
-.scroll, .jp-RenderedMarkdown, .jp-RenderedHTMLCommon { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; }
-th, td { border: 1px solid var(--line); padding: .35rem .5rem; text-align: left; vertical-align: top; }
-th { background: var(--soft); }
-td:first-child, td:nth-child(2) { min-width: 8rem; }
-.GREEN { color: #1a7f37; } .YELLOW { color: #bf8700; } .RED { color: #cf222e; } .GREY { color: #888; }
-img { max-width: 100%; height: auto; }
-pre { overflow-x: auto; background: var(--soft); padding: .5rem; }
-.jp-InputPrompt, .jp-OutputPrompt, .anchor-link { display: none; }
-@page { size: A4 landscape; margin: 12mm; }
-@media print {
-  body { max-width: none; }
-  .scroll, .jp-RenderedMarkdown, .jp-RenderedHTMLCommon { overflow: visible; }
-  table { font-size: 7.5pt; }
-  tr, img { break-inside: avoid; }
-  th, td { overflow-wrap: anywhere; }
-  td:first-child, td:nth-child(2) { min-width: 0; }
-}
-"""
+TEMPLATES = Path(__file__).parent / "templates"
+REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
+STYLE = Path(__file__).parent / "report.css"
 
 
 def run(
-    report: str = "phase4_bitnet",
+    report: str | Path = "phase4_bitnet",
     *,
     model: str | None = None,
+    against: str | None = None,
     text: str | None = None,
-    tokens: int = 6141,
+    tokens: int | None = None,
+    budget: str = "standard",
+    device: str = "cpu",
     out: str | Path | None = None,
+    fresh: bool = False,
     progress: bool = True,
 ) -> Path:
     """Run a report's notebook and write the report; returns its folder.
 
-    report: the name of a claims file with a template of the same name.  model, text, tokens: what is measured (default:
-    the claims file's model, the first text that is there).  out: the folder for reports (default: reports/ of the
-    checkout).  Compressed models are made anew, in a temporary folder: what is measured is what the code makes today.
+    report: the name of a report, or the path of a claims file of your own.  model: what is measured (default: the claims
+    file's model).  against: the original that `model` was made from, for claims that compare.  text, tokens: what
+    likelihoods are measured on (default: the first text that is there, as much as the budget says).  budget: smoke,
+    standard or full.  device: cpu or cuda.  out: the folder for reports (default: reports/ of the checkout, else here).
+    fresh: measure everything again, and keep nothing.  Compressed models are made anew, in a temporary folder; what nothing
+    has changed for is taken from the cache of measurements.
 
-    Raises BadInput for an unknown report, AgentForgeError where a cell of the notebook fails.
+    Raises BadInput for an unknown report and unusable settings, AgentForgeError where a cell of the notebook fails.
     """
-    import papermill
-    from papermill.exceptions import PapermillExecutionError
-
     claims = read_claims(report)
-    template = CHECKOUT / "reports" / "templates" / f"{claims.report}.ipynb"
-    if not template.is_file():
-        raise BadInput(f"{template}: the report's template is missing; run from a checkout of agentforge")
-    if tokens < 2:
-        raise BadInput(f"tokens={tokens}; expected 2 or more")
-    folder = (Path(out) if out is not None else CHECKOUT / "reports") / claims.report
+    own = _claims_path(report)
+    folder = (Path(out) if out is not None else reports_folder()) / claims.report
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch,
-        _lines_of_progress(progress),
-    ):
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch:
         made = Path(scratch) / claims.report
         made.mkdir()
         parameters = {
-            "report": claims.report,
-            "model": model or claims.model,
+            "report": str(own),
+            "model": model,
+            "against": against,
             "text": text,
             "tokens": tokens,
+            "budget": budget,
+            "device": device,
+            "fresh": fresh,
             "record_path": str((made / f"{claims.report}.json").resolve()),
             "artifacts": str((Path(scratch) / "artifacts").resolve()),
         }
-        try:
-            papermill.execute_notebook(
-                template,
-                made / f"{claims.report}.ipynb",
-                parameters=parameters,
-                cwd=CHECKOUT,
-                log_output=progress,
-                progress_bar=False,
-                kernel_name="python3",
-            )
-        except PapermillExecutionError as error:
-            raise AgentForgeError(
-                f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}"
-            ) from None
+        with _lines_of_progress(progress):
+            _execute(claims.report, made, parameters, progress)
+        check_record(read_json(made / f"{claims.report}.json"), claims)
         render(made, claims.report)
         if folder.exists():
             os.replace(folder, Path(scratch) / "old")
         os.replace(made, folder)
     return folder
+
+
+def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """The record that a template draws: of `record_path` where it is there already, else measured now and written there.
+
+    settings: report, model, against, text, tokens, budget, device and fresh, as `run` has them.
+    """
+    if record_path and Path(record_path).is_file():
+        record: dict[str, Any] = read_json(Path(record_path))
+        return record
+    claims = read_claims(settings["report"])
+    with contextlib.ExitStack() as stack:
+        folder = Path(artifacts or stack.enter_context(tempfile.TemporaryDirectory()))
+        workshop = _workshop(claims, folder, settings)
+        record = measure(claims, workshop)
+        for figure in FIGURES.get(claims.report, ()):
+            found = workshop.remember(f"figure {figure.__name__}", {}, partial(figure, workshop))
+            record["figures"][figure.__name__] = {key: value for key, value in found.items() if key != "seconds"}
+    record = json.loads(json.dumps(record))  # what is drawn is what is written
+    if record_path:
+        write_json(Path(record_path), record)
+    return record
+
+
+def only(report: str | Path, ids: Sequence[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of a few claims, measured now; nothing is written but the cache.  settings: as for `obtain`.
+
+    Raises BadInput for a claim that the file does not have.
+    """
+    claims = read_claims(report)
+    known = {claim.id: claim for claim in claims.claims}
+    if unknown := [name for name in ids if name not in known]:
+        raise BadInput(f"claim {unknown[0]!r} is not in {claims.report}; there are {', '.join(sorted(known))}")
+    few = dataclasses.replace(claims, claims=tuple(known[name] for name in ids), baselines=())
+    with tempfile.TemporaryDirectory() as folder:
+        rows: list[dict[str, Any]] = measure(few, _workshop(claims, Path(folder), settings), lambda *_, **__: None)["claims"]
+    return rows
+
+
+def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Workshop:
+    model, against = settings["model"] or claims.model, settings["against"] or claims.against
+    return workshop_for(
+        against or model,
+        folder,
+        settings["text"],
+        settings["tokens"],
+        progress=False,
+        effort=settings["budget"],
+        device=settings["device"],
+        subject=None if claims.report in REPORTS else model,
+        memory=not settings["fresh"],
+    )
+
+
+def check(folder: Path, claims: ClaimsFile | None = None) -> None:
+    """Raise BadInput where a report is not what its record gives: its verdicts, or any of the forms drawn from it.
+
+    claims: the claims file that the record has to be of (default: the package's of that name, where there is one).
+    Pictures are held to be there; their bytes may differ between machines.
+    """
+    record_file = folder / f"{folder.name}.json"
+    record: Any = read_json(record_file)
+    if claims is None and (CLAIMS / f"{folder.name}.yaml").is_file():
+        claims = read_claims(folder.name)
+    check_record(record, claims)
+    with tempfile.TemporaryDirectory(prefix="agentforge-check-") as scratch:
+        again = Path(scratch) / folder.name
+        again.mkdir()
+        write_json(again / record_file.name, record)
+        name = record["report"]
+        _execute(name, again, {"report": name, "record_path": str(again / record_file.name)}, progress=False)
+        render(again, name)
+        for file in sorted(again.iterdir()):
+            if not (folder / file.name).is_file():
+                raise BadInput(f"{folder / file.name}: is missing; make the report again")
+            if file.suffix != ".png" and _comparable(file) != _comparable(folder / file.name):
+                raise BadInput(f"{folder / file.name}: is not what its record gives; make the report again")
+
+
+def _comparable(file: Path) -> str:
+    """A report's file without what may differ between machines: pictures, and a notebook's metadata."""
+    text = file.read_text(encoding="utf-8")
+    if file.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        for cell in cells:
+            for output in cell.get("outputs", ()):
+                output.get("data", {}).pop("image/png", None)
+        return json.dumps([[cell["source"], cell.get("outputs")] for cell in cells])
+    return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=\n]*", "", text)
+
+
+def _claims_path(report: str | Path) -> str | Path:
+    """A report's name as it is; a path made absolute, because the notebook runs elsewhere."""
+    return Path(report).expanduser().resolve() if Path(report).suffix in (".yaml", ".yml") else report
+
+
+def reports_folder() -> Path:
+    """Where reports go by default: reports/ of the checkout, else of the folder one is in."""
+    return CHECKOUT / "reports" if (CHECKOUT / "reports").is_dir() else Path("reports")
+
+
+def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool) -> None:
+    """Run a report's template in a kernel, into `folder`/NAME.ipynb."""
+    try:
+        import papermill
+        from papermill.exceptions import PapermillExecutionError
+    except ImportError:
+        raise BadInput("reports need papermill and nbconvert: pip install 'agentforge[lab]'") from None
+
+    template = TEMPLATES / f"{name}.ipynb"
+    template = template if template.is_file() else TEMPLATES / "claims.ipynb"
+    logging.getLogger("blib2to3").setLevel(logging.ERROR)
+    try:
+        papermill.execute_notebook(
+            template,
+            folder / f"{name}.ipynb",
+            parameters=parameters,
+            cwd=CHECKOUT if CHECKOUT.is_dir() else Path.cwd(),
+            log_output=progress,
+            progress_bar=False,
+            kernel_name="python3",
+        )
+    except PapermillExecutionError as error:
+        raise AgentForgeError(f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}") from None
 
 
 @contextlib.contextmanager
@@ -131,31 +235,33 @@ def _lines_of_progress(wanted: bool) -> Iterator[None]:
 
 
 def render(folder: Path, name: str) -> None:
-    """Draw NAME.html and NAME.md from the executed NAME.ipynb in `folder`."""
+    """Draw NAME.html, NAME.md and NAME.sarif from the record and the executed NAME.ipynb in `folder`, which loses what
+    only this machine knows."""
     import nbformat
     from nbconvert import HTMLExporter, MarkdownExporter
     from traitlets.config import Config
 
-    record = read_json(folder / f"{name}.json")
+    record: Any = read_json(folder / f"{name}.json")
+    sha256 = record_sha256(record)
     notebook = nbformat.read(folder / f"{name}.ipynb", as_version=4)
-    notebook.metadata.pop("papermill", None)  # paths and times of this machine
-    for cell in notebook.cells:
-        cell.metadata.pop("papermill", None)
-        cell.metadata.pop("execution", None)
-    hidden = {"parameters", "injected-parameters", "progress"}
-    shown = nbformat.from_dict(
-        {**notebook, "cells": [c for c in notebook.cells if not hidden & set(c.metadata.get("tags", []))]}
-    )
+    notebook.metadata = nbformat.from_dict({"kernelspec": notebook.metadata.get("kernelspec", {}), "record_sha256": sha256})
+    notebook.cells = [c for c in notebook.cells if "injected-parameters" not in c.metadata.get("tags", [])]
+    for index, cell in enumerate(notebook.cells):
+        cell.id = f"cell-{index}"
+        cell.metadata = nbformat.from_dict({"tags": cell.metadata["tags"]} if cell.metadata.get("tags") else {})
+        if "progress" in cell.metadata.get("tags", []):
+            cell.outputs = []
+    shown = copy.deepcopy(notebook)
+    shown.cells = [c for c in shown.cells if not {"parameters", "progress"} & set(c.metadata.get("tags", []))]
     config = Config()
     config.NbConvertBase.display_data_priority = ["text/markdown", "image/png", "text/html", "text/plain"]
     body, _ = HTMLExporter(template_name="basic", exclude_input=True, config=config).from_notebook_node(shown)
-    for verdict, mark in MARKS.items():
-        # Not every machine has a font with coloured circles.
-        body = body.replace(mark, f'<span class="{COLOURS[verdict]}">●</span>')
+    style = STYLE.read_text(encoding="utf-8")
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<title>{record["title"]}</title>\n'
-        f"<style>{STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta name="record-sha256" content="{sha256}">\n<title>{html.escape(record["title"])}</title>\n'
+        f"<style>{style}</style>\n</head>\n<body>\n{_for_readers(body, record)}\n</body>\n</html>\n"
     )
     (folder / f"{name}.html").write_text(page, encoding="utf-8")
     markdown, resources = MarkdownExporter(exclude_input=True, config=config).from_notebook_node(shown)
@@ -163,79 +269,40 @@ def render(folder: Path, name: str) -> None:
         figure = f"figure-{i}.png"
         markdown = markdown.replace(f"({file})", f"({figure})")
         (folder / figure).write_bytes(data)
-    (folder / f"{name}.md").write_text(markdown.strip() + "\n", encoding="utf-8")
+    markdown = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in markdown.splitlines())).strip()
+    (folder / f"{name}.md").write_text(f"{markdown}\n\n<!-- record sha256: {sha256} -->\n", encoding="utf-8")
     nbformat.write(notebook, folder / f"{name}.ipynb")
+    claims_file = f"agentforge/audit/claims/{name}.yaml" if (CLAIMS / f"{name}.yaml").is_file() else f"{name}.yaml"
+    findings = sarif(record, claims_file, lambda row: re.sub(r"<[^>]+>|\*\*", "", measured_text(row)))
+    findings["runs"][0].setdefault("properties", {})["record_sha256"] = sha256
+    write_json(folder / f"{name}.sarif", findings)
 
 
-def verdict_table(record: dict[str, Any], section: str) -> str:
-    """A section's claims as a Markdown table; columns in which the section says nothing are left out."""
-    rows = [row for row in record["claims"] if row["section"] == section]
-    columns = {
-        "Claim": [row["title"] for row in rows],
-        "Verdict": [verdict_text(row) for row in rows],
-        "Measured": [measured_text(row) for row in rows],
-        "The audit said": [row["audit"] for row in rows],
-        "Paper": [row["paper"] for row in rows],
-        "Documentation": [row["documentation"] for row in rows],
-        "Code": [row["code"] for row in rows],
-    }
-    columns = {title: cells for title, cells in columns.items() if any(cells)}
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for cells in zip(*columns.values(), strict=True):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") or "-" for cell in cells) + " |")
-    return "\n".join(lines)
+def _for_readers(body: str, record: dict[str, Any]) -> str:
+    """The page with a bar of verdicts under its title, marks that every font has, and cells that know their column."""
+    from bs4 import BeautifulSoup
+
+    for verdict, mark in MARKS.items():
+        body = body.replace(mark, f'<span class="{COLOURS[verdict]}" aria-hidden="true">●</span>')
+    soup = BeautifulSoup(body, "html.parser")
+    for table in soup.find_all("table"):
+        labels = [cell.get_text() for cell in table.find_all("th")]
+        for tr in table.find_all("tr"):
+            for label, cell in zip(labels, tr.find_all("td"), strict=False):
+                cell["data-label"] = label
+    for image in soup.find_all("img"):
+        image["alt"] = "figure; what it shows stands below it"
+    title = soup.find("h1")
+    if title is not None:
+        title.insert_after(BeautifulSoup(_bar(record), "html.parser"))
+    return str(soup)
 
 
-def stage_table(record: dict[str, Any]) -> str:
-    """What each stage made of the model, as a Markdown table; the original is the first row."""
-    lines = [
-        "| Stage | Bits a weight | Touched tensors | Whole model | Perplexity | KL (nats/token) | Same top token |",
-        "|---|---|---|---|---|---|---|",
+def _bar(record: dict[str, Any]) -> str:
+    parts = [
+        f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{count}</span>'
+        for verdict, count in record["summary"].items()
+        if count
     ]
-    rows = record["stages"]
-    if rows:
-        lines.append(f"| original | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
-    for row in rows:
-        ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
-        lines.append(
-            f"| {row['stage']} | {row['bits_per_weight']:.3f} | {ratios['touched tensors', True]:.2f}x "
-            f"| {ratios['whole model', True]:.2f}x | {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
-            f"| {100 * row['top1']['value']:.1f}% |"
-        )
-    return "\n".join(lines)
-
-
-def _with_error(measured: dict[str, Any]) -> str:
-    return f"{measured['value']:.4g} ± {measured['stderr']:.1g}"
-
-
-def sections(record: dict[str, Any]) -> list[str]:
-    """The record's sections, in order."""
-    return list(dict.fromkeys(row["section"] for row in record["claims"]))
-
-
-def verdict_text(row: dict[str, Any]) -> str:
-    """Mark, colour and verdict of a row, and whether it was a close call."""
-    close = ", close to a threshold" if row["close"] else ""
-    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{close}"
-
-
-def measured_text(row: dict[str, Any]) -> str:
-    """The measured value with its error, unit and n, its threshold, protocol and remark; or what it would need."""
-    if row["measured"] is None:
-        return f"needs {row['needs']}"
-    measured = row["measured"]
-    error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2g}"
-    low, high = row["thresholds"]["confirmed"]
-    asked = (
-        f"exactly {low:g}"
-        if low == high
-        else f"at least {low:g}"
-        if high is None
-        else f"at most {high:g}"
-        if low in (None, 0)
-        else f"{low:g} to {high:g}"
-    )
-    remark = "".join(f" {row[key]}" for key in ("protocol", "remark") if row[key])
-    value = f"{measured['value']:.4g}{error} {measured['unit']}"
-    return f"**{value}** (n = {measured['n']:,}; to confirm: {asked}).{remark}"
+    words = ", ".join(f"{count} {verdict}" for verdict, count in record["summary"].items() if count)
+    return f'<div class="bar" role="img" aria-label="{words}">{"".join(parts)}</div>'

@@ -31,7 +31,8 @@ from ..training import gates
 from ..training.bitlinear import bit_linears, convert
 from ..training.phase import Phase, adaptive, phase, size_of
 from ..training.recover import Recovered, Settings, block_of, recover, windows
-from .probes import Workshop, probe
+from .probes import probe
+from .workshop import Workshop
 
 DIGITS = Settings(steps=150, batch=128, lr=5e-3, evaluate=50)
 

@@ -12,7 +12,8 @@ import torch
 import agentforge as af
 from agentforge import audit
 from agentforge.audit import probes
-from agentforge.audit.report import measured_text, render, verdict_table
+from agentforge.audit.drawing import measured_text, verdict_table
+from agentforge.audit.report import render
 from agentforge.errors import AgentForgeError, BadInput
 
 

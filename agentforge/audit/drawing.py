@@ -1,0 +1,155 @@
+"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from typing import Any
+
+MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
+
+
+def introduction(record: dict[str, Any]) -> str:
+    """Title, verdict and what is measured, in Markdown: what a reader sees first."""
+    measured = sum(row["measured"] is not None for row in record["claims"])
+    counts = ", ".join(f"{MARKS[v]} {n} {v}" for v, n in record["summary"].items() if n)
+    model = record["subject"] or record["model"]
+    precision = model["source"].get("precision", "as stored")
+    against = f" It is held against **{record['model']['name']}**." if record["subject"] else ""
+    return f"""# {record["title"]}
+
+**{measured} of {len(record["claims"])} rows are measured: {counts}.**
+
+{record["about"]}
+
+The rows are from: {record["source"]}. Every verdict is computed from a measurement, against thresholds that stood in the
+claims file before anything was run. A grey row has no verdict, and says what it would take.
+
+The model is **{model["name"]}**, {model["parameters"] / 1e6:.1f} M parameters, base precision: {precision}.{against}
+Whatever was compressed was written to disk and loaded back before it was measured. Budget: {record["budget"]}."""
+
+
+def provenance(record: dict[str, Any]) -> str:
+    """How it was measured, and how to measure it again, in Markdown."""
+    text, git, machine = record["text"], record["git"], record["environment"]
+    packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
+    dirty = ", with uncommitted changes" if git["dirty"] else ""
+    artifacts = "\n".join(f"| `{stage}` | `{sha256[:16]}` |" for stage, sha256 in record["artifacts"].items())
+    made = f"\n\n| artifact that was measured | sha256 of its manifest |\n|---|---|\n{artifacts}" if artifacts else ""
+    return f"""## How it was measured
+
+* **Text**: {text["name"]}, {text["split"]}, from {text["origin"]}, sha256 `{text["sha256"][:16]}`; skipped before it:
+  {"; ".join(text["skipped"]) or "nothing"}.
+* **Likelihoods**: the first {text["scored_tokens"]:,} tokens that can be scored, windows of {text["context"]}, no BOS token,
+  the first token of a window not scored. Standard errors take token losses as independent; where two models are compared
+  on the same tokens, they are those of pairs.
+* **Sizes**: bytes of the weight files on disk, headers included; tokenizer, configuration and manifest excluded. Every
+  ratio names its denominator.
+* **Thresholds**: with every claim, in the claims file (sha256 of what it says `{record["claims_sha256"][:16]}`). A value
+  within two standard errors of a threshold is marked as close.
+* **Machine**: {machine["cpu"]}, {machine["threads"]} threads, {machine["platform"]}, Python {machine["python"]}, device
+  {record["device"]}; {packages}. Peak memory {record["peak_memory_bytes"] / 1e6:,.0f} MB.
+* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.
+* **Again**: `agentforge audit {record["report"]} --budget {record["budget"]} --tokens {text["scored_tokens"]}`; the
+  record is `{record["report"]}.json`.{made}"""
+
+
+def verdict_table(record: dict[str, Any], section: str) -> str:
+    """A section's claims as a Markdown table; columns in which the section says nothing are left out."""
+    rows = [row for row in record["claims"] if row["section"] == section]
+    columns = {
+        "Claim": [row["title"] for row in rows],
+        "Verdict": [verdict_text(row) for row in rows],
+        "Measured": [measured_text(row) + evidence(record, row) for row in rows],
+        "The audit said": [row["audit"] for row in rows],
+        "Paper": [row["paper"] for row in rows],
+        "Documentation": [row["documentation"] for row in rows],
+        "Code": [row["code"] for row in rows],
+    }
+    return _markdown_table({title: cells for title, cells in columns.items() if any(cells)})
+
+
+def _markdown_table(columns: dict[str, list[str]]) -> str:
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for cells in zip(*columns.values(), strict=True):
+        lines.append("| " + " | ".join(" ".join(cell.replace("|", "\\|").split()) or "-" for cell in cells) + " |")
+    return "\n".join(lines)
+
+
+def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
+    """What a row's verdict rests on, folded away: probe, protocol, seed, hashes, seconds, and how to take it again."""
+    measured = row["measured"]
+    if measured is None:
+        return ""
+    words = [f"probe <code>{html.escape(call_text(row))}</code>"]
+    words += [
+        f"{html.escape(str(k))}: {html.escape(str(v)[:120])}" for k, v in measured["protocol"].items() if v not in ([], "")
+    ]
+    words += [f"seed: {measured['seed']}"] if measured["seed"] is not None else []
+    hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
+    words += [f"{html.escape(k)}: <code>{v[:12]}</code>" for k, v in hashes.items()]
+    words += [f"{row['seconds']:.1f} s"]
+    again = f"agentforge audit {record['report']} --only {row['id']} --budget {record['budget']}"
+    return f" <details><summary>evidence</summary>{'; '.join(words)}. Again: <code>{again}</code></details>"
+
+
+def call_text(row: dict[str, Any]) -> str:
+    """The probe of a row as a call."""
+    return f"{row['probe']}({', '.join(f'{k}={v!r}' for k, v in row['parameters'].items())})"
+
+
+def stage_table(record: dict[str, Any]) -> str:
+    """What each stage made of the model, as a Markdown table; the original is the first row."""
+    lines = [
+        "| Stage | Bits a weight | Touched tensors | Whole model | Perplexity | KL (nats/token) | Same top token |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = record["stages"]
+    if rows:
+        lines.append(f"| original | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
+    for row in rows:
+        ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
+        lines.append(
+            f"| {row['stage']} | {row['bits_per_weight']:.3f} | {ratios['touched tensors', True]:.2f}x "
+            f"| {ratios['whole model', True]:.2f}x | {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
+            f"| {100 * row['top1']['value']:.1f}% |"
+        )
+    return "\n".join(lines)
+
+
+def _with_error(measured: dict[str, Any]) -> str:
+    return f"{measured['value']:.4g} ± {measured['stderr']:.1g}"
+
+
+def sections(record: dict[str, Any]) -> list[str]:
+    """The record's sections, in order."""
+    return list(dict.fromkeys(row["section"] for row in record["claims"]))
+
+
+def verdict_text(row: dict[str, Any]) -> str:
+    """Mark, colour and verdict of a row, and whether it was a close call."""
+    close = ", close to a threshold" if row["close"] else ""
+    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{close}"
+
+
+def measured_text(row: dict[str, Any]) -> str:
+    """The measured value with its error, unit and n, its threshold, protocol and remark; or why there is none."""
+    remark = "".join(f" {row[key]}" for key in ("protocol", "remark") if row[key])
+    if row["failure"]:
+        return f"**failed**: {row['failure']}.{remark}"
+    if row["measured"] is None:
+        return f"needs {row['needs']}"
+    measured = row["measured"]
+    error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2g}"
+    value = f"{measured['value']:.4g}{error} {measured['unit']}"
+    return f"**{value}** (n = {measured['n']:,}; to confirm: {threshold_text(row['thresholds']['confirmed'])}).{remark}"
+
+
+def threshold_text(interval: Sequence[float | None]) -> str:
+    """An interval in words."""
+    low, high = interval
+    if low == high:
+        return f"exactly {low:g}"
+    if high is None:
+        return f"at least {low:g}"
+    return f"at most {high:g}" if low in (None, 0) else f"{low:g} to {high:g}"

@@ -1,0 +1,141 @@
+"""Probes of the project itself: its code, its tests' coverage, the figures that it prints, and the scores of a report."""
+
+from __future__ import annotations
+
+import ast
+import math
+import re
+
+from ..evaluation import Measurement
+from ..evaluation.texts import CHECKOUT
+from .probes import bits_per_weight, probe
+from .workshop import PACKAGE, Unmeasured, Workshop
+
+POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
+
+
+@probe
+def score(workshop: Workshop, sections: list[str] | None = None, stages: list[str] | None = None) -> Measurement:
+    """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
+
+    Rows without a verdict do not count; how many there are stands in the protocol.  Scores are no rows of other scores.
+    """
+    rows = [
+        row
+        for row in workshop.rows
+        if row["probe"] not in ("score", None)
+        and (sections is None or row["section"] in sections)
+        and (stages is None or row["stage"] in stages)
+    ]
+    points = [POINTS[row["verdict"]] for row in rows if row["verdict"] in POINTS]
+    if not points:
+        raise Unmeasured("at least one row with a verdict among those that the score counts")
+    counted = {"sections": sections or "all", "stages": stages or "all", "without a verdict": len(rows) - len(points)}
+    return workshop.exact(sum(points) / len(points), "share of points", len(points), "points over rows", **counted)
+
+
+@probe
+def coverage(workshop: Workshop, files: str = "") -> Measurement:
+    """Share of the package's lines that the last whole test run executed, from coverage.py's data (`make test` writes it).
+
+    files: only those whose path within the package begins so.
+    """
+    try:
+        import coverage as coverage_py
+    except ImportError:
+        raise Unmeasured("coverage.py, and a whole test run: make test") from None
+    data = CHECKOUT / ".coverage"
+    if not data.is_file():
+        raise Unmeasured("coverage data of a whole test run: make test, then audit again")
+    measuring = coverage_py.Coverage(data_file=str(data), config_file=str(CHECKOUT / "pyproject.toml"))
+    measuring.load()
+    lines = missing = 0
+    for path in sorted(PACKAGE.rglob("*.py")):
+        if not path.relative_to(PACKAGE).as_posix().startswith(files):
+            continue
+        if path.stat().st_mtime > data.stat().st_mtime:
+            raise Unmeasured(f"coverage data that is younger than {path.name}: make test, then audit again")
+        _, statements, _, unexecuted, _ = measuring.analysis2(str(path))
+        lines, missing = lines + len(statements), missing + len(unexecuted)
+    if not lines:
+        raise Unmeasured(f"files of the package whose path begins with {files!r}")
+    return workshop.exact(1 - missing / lines, "share of lines", lines, "lines executed by the tests", files=files or "all")
+
+
+@probe
+def figures_that_come_back(workshop: Workshop) -> Measurement:
+    """Share of the figures in README's table of stages that come back when they are measured again.
+
+    Bits and ratios to the last digit that is printed; perplexities and divergences within two standard errors, theirs and
+    ours together, since README's were taken on more tokens.
+    """
+    readme = CHECKOUT / "README.md"
+    rows = re.findall(r"^\| (\w+:[^|]+) \|(.*)\|$", readme.read_text(encoding="utf-8"), re.M) if readme.is_file() else []
+    if not rows or workshop.model.name != "smollm2-135m":
+        raise Unmeasured("README's table of stages, and smollm2-135m, which it is about")
+    came = total = 0
+    for stage, text in rows:
+        cells = [cell.strip() for cell in text.split("|")]
+        ratios = {r.what: r.ratio for r in workshop.artifact(stage).ratios if r.denominator.endswith("at 16 bits")}
+        found = workshop.divergence(stage)
+        same = [
+            cells[0] == f"{bits_per_weight(workshop, stage).value:.3f}",
+            cells[1] == f"{ratios['touched tensors']:.2f}x",
+            cells[2] == f"{ratios['whole model']:.2f}x",
+            _near(cells[3], found.perplexity),
+            _near(cells[4], found.kl),
+        ]
+        came, total = came + sum(same), total + len(same)
+    return workshop.exact(came / total, "share of figures", total, "README's figures measured again", stages=len(rows))
+
+
+def _near(printed: str, measured: Measurement) -> bool:
+    value, spread = (float(part) for part in printed.split("±"))
+    return abs(value - measured.value) <= 2 * math.hypot(spread, measured.stderr or 0.0)
+
+
+@probe
+def short_functions(workshop: Workshop, lines: int = 60) -> Measurement:
+    """Share of the package's functions that are at most `lines` lines long."""
+    functions = [f for _, f in _functions()]
+    short = sum((f.end_lineno or f.lineno) - f.lineno + 1 <= lines for f in functions)
+    return workshop.exact(short / len(functions), "share of functions", len(functions), f"at most {lines} lines")
+
+
+@probe
+def typed_functions(workshop: Workshop) -> Measurement:
+    """Share of the package's public functions whose arguments and result all have type hints."""
+    functions = [(inside, f) for inside, f in _functions() if not f.name.startswith("_")]
+    typed = 0
+    for inside_class, f in functions:
+        arguments = [*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs][1 if inside_class else 0 :]
+        typed += f.returns is not None and all(a.annotation is not None for a in arguments)
+    return workshop.exact(typed / len(functions), "share of functions", len(functions), "public and fully typed")
+
+
+@probe
+def documented_functions(workshop: Workshop) -> Measurement:
+    """Share of the package's public functions that have a docstring."""
+    functions = [f for _, f in _functions() if not f.name.startswith("_")]
+    documented = sum(ast.get_docstring(f) is not None for f in functions)
+    return workshop.exact(documented / len(functions), "share of functions", len(functions), "public and documented")
+
+
+def _functions() -> list[tuple[bool, ast.FunctionDef]]:
+    """Every function of the package that is not nested in another, and whether it is a method."""
+    found: list[tuple[bool, ast.FunctionDef]] = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef):
+                found.append((False, node))
+            elif isinstance(node, ast.ClassDef):
+                for item in node.body:
+                    # What @overload marks has no code of its own.
+                    if isinstance(item, ast.FunctionDef) and not any(_named(d, "overload") for d in item.decorator_list):
+                        static = any(_named(d, "staticmethod") for d in item.decorator_list)
+                        found.append((not static, item))
+    return found
+
+
+def _named(decorator: ast.expr, name: str) -> bool:
+    return isinstance(decorator, ast.Name) and decorator.id == name

@@ -1,0 +1,224 @@
+"""The workshop: what probes share, and the memory of what they have measured.
+
+A measurement is kept in the cache folder under the hash of all that it depends on: the probe and its parameters, the models,
+the text, how much of it, our own source, the packages and the machine.  A second audit takes from there what nothing has
+changed for; whatever changed is measured again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .. import evaluation, stages
+from ..artifact import Artifact, load
+from ..errors import AgentForgeError, BadInput
+from ..evaluation import Divergence, Measurement, Text
+from ..evaluation.measurement import environment
+from ..evaluation.texts import CHECKOUT
+from ..execution import device_named
+from ..models import LanguageModel, Weight, cache_dir, open_model
+from ..pipeline import compress
+from ..planes import Packed
+from ..tensorfiles import write_atomic
+
+PACKAGE = Path(__file__).parent.parent
+DRAWING = ("cli.py", "audit/report.py", "audit/record.py", "audit/claims.py")  # no measurement depends on these
+
+
+class Unmeasured(AgentForgeError):
+    """A probe cannot measure here and now; the message says what it would take."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much is measured.  tokens: scored for likelihoods.  every: of the model's matrices, one in so many is in the
+    sample that slow probes take.  seeds: of probes with randomness."""
+
+    name: str
+    tokens: int
+    every: int
+    seeds: int
+
+
+EFFORTS = {e.name: e for e in (Effort("smoke", 511, 42, 2), Effort("standard", 2047, 14, 2), Effort("full", 6141, 1, 5))}
+
+
+@dataclass
+class Workshop:
+    """What probes share, so that each artifact is made, and each text scored, once.
+
+    model: the original.  folder: where artifacts go.  text, tokens, context: how likelihoods are measured.
+    effort: how large samples are.  subject: a compressed model that was made elsewhere, where that is what is audited.
+    memory: whether measurements are taken from the cache and put there.  rows: of the record, those that are judged already.
+    """
+
+    model: LanguageModel
+    folder: Path
+    text: Text
+    tokens: int
+    context: int = 2048
+    progress: bool = True
+    effort: Effort = EFFORTS["standard"]
+    device: str = "cpu"
+    subject: LanguageModel | None = None
+    memory: bool = False
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    used: dict[str, str] = field(default_factory=dict)
+    _divergences: dict[str, Divergence] = field(default_factory=dict)
+
+    def artifact(self, stage: str, embeddings: bool = False) -> Artifact:
+        """The model compressed with `stage`, on disk."""
+        parsed = stages.parse(stage)
+        name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{parsed}{'+embeddings' if embeddings else ''}")
+        made = compress(
+            self.model,
+            parsed,
+            self.folder / f"{self.model.name}-{name}",
+            embeddings=embeddings,
+            device=self.device,
+            overwrite=True,
+            progress=self.progress,
+        )
+        self.used[f"{stage}{', embeddings too' if embeddings else ''}"] = made.sha256
+        return made
+
+    def compare(self, stages: Sequence[str]) -> None:
+        """Take `divergence` of several stages in one pass over the text."""
+        missing = []
+        for stage in dict.fromkeys(stages):
+            if stage not in self._divergences:
+                if (kept := self._recall("divergence", {"stage": stage})) is not None:
+                    found = {name: Measurement(**m) for name, m in kept["divergence"].items()}
+                    self._divergences[stage] = Divergence(**found)
+                else:
+                    missing.append(stage)
+        if missing:
+            results = evaluation.divergences(
+                [self.on_device(load(self.artifact(stage).path)) for stage in missing],
+                self.on_device(self.model),
+                text=self.text,
+                tokens=self.tokens,
+                context=self.context,
+                progress=self.progress,
+            )
+            for stage, result in zip(missing, results, strict=True):
+                self._divergences[stage] = result
+                rows = {name: m.to_json() for name, m in result._asdict().items()}
+                self._keep("divergence", {"stage": stage}, {"divergence": rows})
+
+    def divergence(self, stage: str) -> Divergence:
+        """KL, agreement and both perplexities of the model compressed with `stage`, loaded back from disk."""
+        self.compare([stage])
+        return self._divergences[stage]
+
+    def encoded(self, stage: str) -> list[tuple[str, Packed]]:
+        """Name and planes of every encoded tensor, read back from disk."""
+        artifact = self.artifact(stage)
+        return [(row["name"], p) for row in artifact.rows if row["stage"] and isinstance(p := artifact.read(row), Packed)]
+
+    def sample(self) -> list[Weight]:
+        """The matrices that slow probes look at: one in `effort.every`, of all depths and kinds."""
+        weights = self.model.weights()
+        # A step that shares no divisor with the number of kinds in a block visits all of them.
+        return weights[:: self.effort.every + (self.effort.every % 7 == 0)] if self.effort.every > 1 else weights
+
+    def exact(self, value: float, unit: str, n: int, metric: str, **protocol: Any) -> Measurement:
+        """A measurement without sampling error: a count, or a size."""
+        return Measurement(value, unit, None, n, {"metric": metric, **protocol}, inputs={"model": self.model.fingerprint})
+
+    def on_device(self, model: LanguageModel) -> LanguageModel:
+        """The same model, its module where this workshop computes."""
+        if self.device != "cpu":
+            model.model.to(device_named(self.device))
+        return model
+
+    def remember(self, kind: str, parameters: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """What `make` gives, an object of JSON, from the cache where nothing that it depends on has changed."""
+        kept = self._recall(kind, parameters)
+        if kept is None:
+            began = time.perf_counter()
+            kept = make()
+            self._keep(kind, parameters, kept | {"seconds": round(time.perf_counter() - began, 2)})
+        return kept
+
+    def _recall(self, kind: str, parameters: Mapping[str, Any]) -> dict[str, Any] | None:
+        if not self.memory:
+            return None
+        try:
+            found = json.loads(self._file(kind, parameters).read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # not measured yet, or a file that something else damaged: measure
+            return None
+        return found if isinstance(found, dict) else None
+
+    def _keep(self, kind: str, parameters: Mapping[str, Any], found: dict[str, Any]) -> None:
+        if self.memory:
+            file = self._file(kind, parameters)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(file, [json.dumps(found).encode()])
+
+    def _file(self, kind: str, parameters: Mapping[str, Any]) -> Path:
+        depends = {
+            "kind": kind,
+            "parameters": dict(parameters),
+            "model": self.model.fingerprint,
+            "subject": self.subject.fingerprint if self.subject else None,
+            "text": self.text.sha256,
+            "tokens": self.tokens,
+            "context": self.context,
+            "effort": dataclasses.asdict(self.effort),
+            "device": self.device,
+            "source": source_sha256(),
+            "environment": environment(),
+        }
+        key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
+        return cache_dir() / "measurements" / f"{key}.json"
+
+
+@functools.cache
+def source_sha256() -> str:
+    """The hash of the source that measurements depend on: the package but for what only draws, and the chains."""
+    files = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in DRAWING]
+    files += [*(PACKAGE / "data").iterdir(), *(CHECKOUT / "chains").glob("*.yaml")]
+    digest = hashlib.sha256()
+    for path in sorted(files):
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode() + data)
+    return digest.hexdigest()
+
+
+def workshop_for(
+    model: str,
+    folder: Path,
+    text: str | None,
+    tokens: int | None = None,
+    context: int = 2048,
+    progress: bool = True,
+    *,
+    effort: str = "standard",
+    device: str = "cpu",
+    subject: str | None = None,
+    memory: bool = False,
+) -> Workshop:
+    """A workshop around a model by name, with a text by name (or the first of the chain that is there).
+
+    tokens: to score (default: the effort's).  subject: a model to audit, made elsewhere, `model` being its original.
+    Raises BadInput for names that lead nowhere, and for settings out of range.
+    """
+    if effort not in EFFORTS:
+        raise BadInput(f"budget {effort!r}; expected one of {', '.join(EFFORTS)}")
+    device_named(device)
+    opened, found = open_model(model), evaluation.find_text(text)
+    tokens = EFFORTS[effort].tokens if tokens is None else tokens
+    if tokens < 2:
+        raise BadInput(f"tokens={tokens}; expected 2 or more")
+    context = min(context, opened.context or context, tokens + 1)
+    other = open_model(subject) if subject else None
+    return Workshop(opened, folder, found, tokens, context, progress, EFFORTS[effort], device, subject=other, memory=memory)
