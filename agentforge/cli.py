@@ -495,9 +495,7 @@ def audit(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A claim's id: measure this one and write no report.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure all again; off: only what anything has changed for.")] = False,
-    check: Annotated[
-        bool, typer.Option(help="Measure nothing: is each report what its record gives?")
-    ] = False,
+    check: Annotated[bool, typer.Option(help="Measure nothing: is each report what its record gives?")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON."""

@@ -23,7 +23,7 @@ def score(workshop: Workshop, sections: list[str] | None = None, stages: list[st
     rows = [
         row
         for row in workshop.rows
-        if row["probe"] not in ("score", None)
+        if row["probe"] != "score"
         and (sections is None or row["section"] in sections)
         and (stages is None or row["stage"] in stages)
     ]

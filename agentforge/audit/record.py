@@ -40,7 +40,7 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
         say(f"[0/{len(compared)}] scoring the original and {len(compared)} compressed models on the text", flush=True)
         workshop.compare(compared)
     taken: dict[str, Taken] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    rows = {claim.id: _row(judge(claim, None), 0.0) for claim in claims.claims if not claim.probe}
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
     for done, claim in enumerate(probed, 1):
@@ -54,7 +54,7 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
         left = elapsed / done * (len(probed) - done)
         found = measured or failure or missing
         say(f"[{done}/{len(probed)}] {claim.id}: {found}   {elapsed:.0f} s, about {left:.0f} s left", flush=True)
-    ordered = [rows.get(claim.id) or _row(judge(claim, None), 0.0) for claim in claims.claims]
+    ordered = [rows[claim.id] for claim in claims.claims]
     stage_rows = [workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) for stage in compared]
     artifacts: dict[str, str] = {}
     for row in ordered:

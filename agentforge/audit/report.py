@@ -31,7 +31,7 @@ from .drawing import MARKS, measured_text
 from .figures import FIGURES
 from .record import check_record, measure, record_sha256
 from .sarif import sarif
-from .workshop import Workshop, workshop_for
+from .workshop import Workshop, check_settings, workshop_for
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
@@ -63,6 +63,7 @@ def run(
     Raises BadInput for an unknown report and unusable settings, AgentForgeError where a cell of the notebook fails.
     """
     claims = read_claims(report)
+    check_settings(tokens, budget, device)
     own = _claims_path(report)
     folder = (Path(out) if out is not None else reports_folder()) / claims.report
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -194,6 +194,15 @@ def source_sha256() -> str:
     return digest.hexdigest()
 
 
+def check_settings(tokens: int | None, effort: str, device: str) -> None:
+    """Raise BadInput for settings out of range."""
+    if effort not in EFFORTS:
+        raise BadInput(f"budget {effort!r}; expected one of {', '.join(EFFORTS)}")
+    if tokens is not None and tokens < 2:
+        raise BadInput(f"tokens={tokens}; expected 2 or more")
+    device_named(device)
+
+
 def workshop_for(
     model: str,
     folder: Path,
@@ -212,13 +221,9 @@ def workshop_for(
     tokens: to score (default: the effort's).  subject: a model to audit, made elsewhere, `model` being its original.
     Raises BadInput for names that lead nowhere, and for settings out of range.
     """
-    if effort not in EFFORTS:
-        raise BadInput(f"budget {effort!r}; expected one of {', '.join(EFFORTS)}")
-    device_named(device)
+    check_settings(tokens, effort, device)
     opened, found = open_model(model), evaluation.find_text(text)
     tokens = EFFORTS[effort].tokens if tokens is None else tokens
-    if tokens < 2:
-        raise BadInput(f"tokens={tokens}; expected 2 or more")
     context = min(context, opened.context or context, tokens + 1)
     other = open_model(subject) if subject else None
     return Workshop(opened, folder, found, tokens, context, progress, EFFORTS[effort], device, subject=other, memory=memory)

@@ -1,0 +1,312 @@
+"""A record is complete, measured once, and nothing is drawn that it does not give."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from agentforge import audit
+from agentforge.audit import probes, report, workshop
+from agentforge.audit.claims import read_claims
+from agentforge.audit.record import check_record, measure, record_sha256
+from agentforge.audit.sarif import sarif
+from agentforge.errors import AgentForgeError, BadInput
+from agentforge.evaluation import Measurement
+
+HEAD = {"report": "mine", "title": "Mine", "about": "About.", "source": "nobody", "model": "digits-mlp"}
+CLAIMS: list[dict[str, Any]] = [
+    {"id": "zeros", "probe": {"name": "zero_share", "parameters": {"stage": "ternary"}}, "confirmed": [0.2, 0.5]},
+    {"id": "bits", "probe": {"name": "bits_per_weight", "parameters": {"stage": "ternary"}}, "confirmed": [0, 1.5],
+     "partly": [0, 1.7]},
+    {"id": "small", "probe": {"name": "bits_per_weight", "parameters": {"stage": "ternary"}}, "confirmed": [0, 1]},
+    {"id": "broken", "probe": {"name": "zero_share", "parameters": {"stage": "magic"}}, "confirmed": [0, 1]},
+    {"id": "absent", "probe": {"name": "nothing_here", "parameters": {}}, "confirmed": [0, 1]},
+    {"id": "later", "needs": "more time"},
+    {"id": "total", "section": "Summary", "probe": {"name": "score", "parameters": {"sections": ["S"]}},
+     "confirmed": [0.9, 1]},
+]  # fmt: skip
+
+
+def claims_file(folder: Path, rows: list[dict[str, Any]] = CLAIMS, **head: Any) -> Path:
+    rows = [{"stage": "ternary", "section": "S", "title": row["id"].title(), "audit": "GREEN", **row} for row in rows]
+    rows = [row | ({"protocol": "how."} if "probe" in row else {}) for row in rows]
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump({**HEAD, **head, "claims": rows}))
+    return path
+
+
+def shop(folder: Path, **settings: Any) -> workshop.Workshop:
+    return audit.workshop_for("digits-mlp", folder, "selftext", 127, progress=False, **settings)
+
+
+def quiet(*_: Any, **__: Any) -> None:
+    pass
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A probe that finds nothing to measure with."""
+
+    def nothing_here(_: workshop.Workshop) -> Measurement:
+        raise audit.Unmeasured("a thing that is not there")
+
+    monkeypatch.setitem(probes.PROBES, "nothing_here", nothing_here)
+
+
+@pytest.fixture
+def record(tmp_path: Path, absent: None) -> dict[str, Any]:
+    return measure(read_claims(claims_file(tmp_path)), shop(tmp_path / "artifacts"), quiet)
+
+
+def row_of(record: dict[str, Any], name: str) -> dict[str, Any]:
+    return next(row for row in record["claims"] if row["id"] == name)
+
+
+def test_verdicts_failures_and_what_is_missing(record: dict[str, Any]) -> None:
+    verdicts = {row["id"]: row["verdict"] for row in record["claims"]}
+    assert verdicts == {
+        "zeros": "confirmed",
+        "bits": "partly",
+        "small": "refuted",
+        "broken": "refuted",
+        "absent": "not tested",
+        "later": "not tested",
+        "total": "refuted",
+    }
+    assert "magic" in row_of(record, "broken")["failure"]
+    assert row_of(record, "broken")["measured"] is None
+    assert row_of(record, "absent")["needs"] == "a thing that is not there"
+    check_record(json.loads(json.dumps(record, allow_nan=False)))
+
+
+def test_a_score_is_the_points_of_the_rows_that_have_a_verdict(record: dict[str, Any]) -> None:
+    """1 + 1/2 + 0 + 0 points of four rows; two rows have no verdict."""
+    total = row_of(record, "total")["measured"]
+    assert total["value"] == pytest.approx(1.5 / 4)
+    assert total["n"] == 4
+    assert total["protocol"]["without a verdict"] == 2
+
+
+def test_every_measurement_says_how_it_was_taken_and_from_what(record: dict[str, Any]) -> None:
+    for row in record["claims"]:
+        if row["measured"] is not None:
+            assert row["measured"]["n"] >= 1
+            assert row["measured"]["protocol"]["metric"]
+            assert row["measured"]["inputs"]["model"] == record["model"]["fingerprint"]
+    (artifact,) = row_of(record, "zeros")["measured"]["inputs"]["artifacts"].values()
+    assert record["artifacts"] == {"ternary": artifact}
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda r: row_of(r, "zeros").update(verdict="refuted", colour="RED"), "zeros is refuted"),
+        (lambda r: row_of(r, "zeros")["measured"].update(value=0.9), "zeros is confirmed"),
+        (lambda r: row_of(r, "bits")["thresholds"].update(partly=None), "bits is partly"),
+        (lambda r: row_of(r, "small").update(colour="GREEN"), "small"),
+        (lambda r: row_of(r, "zeros").update(measured=None), "record"),
+        (lambda r: row_of(r, "later").update(verdict="confirmed", colour="GREEN"), "record"),
+        (lambda r: row_of(r, "absent").update(needs=""), "record"),
+        (lambda r: row_of(r, "zeros")["measured"].pop("n"), "'n' is a required"),
+        (lambda r: row_of(r, "zeros")["measured"]["protocol"].clear(), "metric"),
+        (lambda r: row_of(r, "zeros")["measured"]["inputs"].clear(), "record"),
+        (lambda r: r["summary"].update(confirmed=5), "summary"),
+        (lambda r: r.update(surplus=1), "surplus"),
+        (lambda r: r.update(format=1), "format"),
+        (lambda r: r["text"].update(sha256="x"), "sha256"),
+    ],
+)
+def test_a_record_that_was_tampered_with_is_refused(record: dict[str, Any], damage: Any, words: str) -> None:
+    tampered = copy.deepcopy(record)
+    damage(tampered)
+    with pytest.raises(BadInput, match=words):
+        check_record(tampered)
+
+
+def test_a_record_of_other_claims_is_refused(record: dict[str, Any], tmp_path: Path) -> None:
+    claims = read_claims(tmp_path / "mine.yaml")
+    check_record(record, claims)
+    rows = copy.deepcopy(CLAIMS)
+    rows[0]["confirmed"] = [0.1, 0.5]
+    with pytest.raises(BadInput, match="other claims"):
+        check_record(record, read_claims(claims_file(tmp_path, rows)))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Which probes really run, with a cache of their own."""
+    names: list[str] = []
+    run = probes.run
+
+    def count(shop: workshop.Workshop, name: str, parameters: dict[str, Any]) -> Measurement:
+        names.append(name)
+        return run(shop, name, parameters)
+
+    # digits-mlp lives in the same cache: train it before the cache is another one.
+    model = audit.workshop_for("digits-mlp", tmp_path, "selftext", 127, progress=False).model.path
+    monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / "cache"))
+    shutil.copytree(model, tmp_path / "cache" / model.name)
+    monkeypatch.setattr("agentforge.audit.record.run", count)
+    return names
+
+
+def test_what_nothing_has_changed_for_is_not_measured_again(
+    tmp_path: Path, absent: None, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    claims = read_claims(claims_file(tmp_path))
+    first = measure(claims, shop(tmp_path / "a", memory=True), quiet)
+    assert sorted(asked) == ["bits_per_weight", "nothing_here", "score", "zero_share", "zero_share"]
+    asked.clear()
+    second = measure(claims, shop(tmp_path / "b", memory=True), quiet)
+    # What failed, what was missing and what reads other rows is tried again.
+    assert sorted(asked) == ["nothing_here", "score", "zero_share"]
+    assert [row["measured"] for row in first["claims"]] == [row["measured"] for row in second["claims"]]
+    changes: list[Any] = [
+        lambda: shop(tmp_path / "c", memory=True, effort="smoke"),
+        lambda: audit.workshop_for("digits-mlp", tmp_path / "d", "selftext", 126, progress=False, memory=True),
+        lambda: shop(tmp_path / "e"),
+    ]
+    for change in changes:
+        asked.clear()
+        measure(claims, change(), quiet)
+        assert asked.count("bits_per_weight") == 1
+    asked.clear()
+    monkeypatch.setattr(workshop, "source_sha256", lambda: "other code")
+    measure(claims, shop(tmp_path / "f", memory=True), quiet)
+    assert asked.count("bits_per_weight") == 1
+
+
+def test_a_damaged_cache_is_measured_past(tmp_path: Path, asked: list[str]) -> None:
+    claims = read_claims(claims_file(tmp_path, CLAIMS[:1]))
+    measure(claims, shop(tmp_path / "a", memory=True), quiet)
+    for file in (tmp_path / "cache" / "measurements").iterdir():
+        file.write_text("{")
+    asked.clear()
+    assert row_of(measure(claims, shop(tmp_path / "b", memory=True), quiet), "zeros")["verdict"] == "confirmed"
+    assert asked == ["zero_share"]
+
+
+def test_the_cache_hash_follows_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    copied = tmp_path / "agentforge"
+    shutil.copytree(workshop.PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
+    monkeypatch.setattr(workshop, "PACKAGE", copied)
+    workshop.source_sha256.cache_clear()
+    try:
+        before = workshop.source_sha256()
+        for name, changes in (("audit/report.py", False), ("stages/ternary.py", True), ("audit/probes.py", True)):
+            with open(copied / name, "a") as file:
+                file.write("# other\n")
+            workshop.source_sha256.cache_clear()
+            after = workshop.source_sha256()
+            assert (after != before) is changes, name
+            before = after
+    finally:
+        workshop.source_sha256.cache_clear()
+
+
+SARIF = {  # what SARIF 2.1.0 asks of the parts that are used here
+    "type": "object",
+    "required": ["version", "runs"],
+    "properties": {
+        "version": {"const": "2.1.0"},
+        "runs": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["tool", "results"],
+                "properties": {
+                    "tool": {
+                        "type": "object",
+                        "required": ["driver"],
+                        "properties": {"driver": {"type": "object", "required": ["name", "rules"]}},
+                    },
+                    "results": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "required": ["message", "ruleId", "kind", "level"],
+                            "properties": {
+                                "kind": {"enum": ["notApplicable", "pass", "fail", "review", "open", "informational"]},
+                                "level": {"enum": ["none", "note", "warning", "error"]},
+                                "message": {"type": "object", "required": ["text"]},
+                            },
+                            # 3.27.9 and 3.27.10: a level other than none is of failures alone
+                            "if": {"properties": {"kind": {"const": "fail"}}},
+                            "then": {"properties": {"level": {"enum": ["note", "warning", "error"]}}},
+                            "else": {"properties": {"level": {"const": "none"}}},
+                        },
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+def test_sarif_has_a_result_a_row(record: dict[str, Any]) -> None:
+    log = sarif(record, "claims.yaml", lambda row: "words")
+    jsonschema.validate(log, SARIF)
+    (run,) = log["runs"]
+    assert [result["ruleId"] for result in run["results"]] == [row["id"] for row in record["claims"]]
+    assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == [row["id"] for row in record["claims"]]
+    levels = {result["ruleId"]: result["level"] for result in run["results"]}
+    assert levels == {
+        "zeros": "none", "bits": "warning", "small": "error", "broken": "error", "absent": "none", "later": "none",
+        "total": "error",
+    }  # fmt: skip
+
+
+def test_only_a_few_claims(tmp_path: Path) -> None:
+    path = claims_file(tmp_path)
+    settings = dict.fromkeys(("model", "against"), None) | {"text": "selftext", "tokens": 127, "budget": "smoke"}
+    settings |= {"device": "cpu", "fresh": True}
+    rows = report.only(path, ["bits", "zeros"], settings)
+    assert [(row["id"], row["verdict"]) for row in rows] == [("bits", "partly"), ("zeros", "confirmed")]
+    with pytest.raises(BadInput, match="'nought' is not in mine; there are absent, bits"):
+        report.only(path, ["nought"], settings)
+
+
+@pytest.mark.slow
+def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Path) -> None:
+    path = claims_file(tmp_path, [row for row in CLAIMS if row["id"] != "absent"])
+    folder = report.run(path, text="selftext", tokens=127, out=tmp_path / "reports", fresh=True, progress=False)
+    assert sorted(file.name for file in folder.iterdir()) == [f"mine.{e}" for e in ("html", "ipynb", "json", "md", "sarif")]
+    claims = read_claims(path)
+    report.check(folder, claims)
+    made = {file.name: file.read_text() for file in folder.iterdir()}
+    sha256 = record_sha256(json.loads(made["mine.json"]))
+    assert all(sha256 in text for name, text in made.items() if name != "mine.json")
+    assert str(tmp_path) not in made["mine.ipynb"]
+    assert "<details>" in made["mine.html"] and "agentforge audit mine --only zeros" in made["mine.html"]
+    for name, old, new in (
+        ("mine.html", "confirmed", "confirmed!"),
+        ("mine.md", "RED refuted", "GREEN confirmed"),
+        ("mine.sarif", '"level": "error"', '"level": "none"'),
+        ("mine.ipynb", "refuted", "confirmed"),
+    ):
+        (folder / name).write_text(made[name].replace(old, new, 1))
+        with pytest.raises(BadInput, match=f"{name}: is not what its record gives"):
+            report.check(folder, claims)
+        (folder / name).write_text(made[name])
+    (folder / "mine.md").unlink()
+    with pytest.raises(BadInput, match=r"mine\.md: is missing"):
+        report.check(folder, claims)
+
+
+def test_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    path = claims_file(tmp_path)
+    for settings, words in (
+        ({"budget": "huge"}, "smoke, standard, full"),
+        ({"tokens": 1}, "tokens=1"),
+        ({"device": "abacus"}, "abacus"),
+    ):
+        with pytest.raises(AgentForgeError, match=words):
+            report.run(path, out=tmp_path / "reports", progress=False, **settings)  # type: ignore[arg-type]
+    assert not (tmp_path / "reports").exists()
