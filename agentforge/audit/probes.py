@@ -17,6 +17,8 @@ import torch
 from .. import evaluation
 from ..errors import BadInput
 from ..evaluation import Measurement
+from ..models import open_model
+from ..pipeline import compress
 from ..stages.ternary import zero_fraction
 from .workshop import Workshop
 
@@ -110,6 +112,16 @@ def ratio(workshop: Workshop, stage: str, of: str, bits: int) -> Measurement:
                 denominator_bytes=candidate.denominator_bytes,
             )
     raise BadInput(f"ratio: of={of!r}, bits={bits}; expected 'whole model' or 'touched tensors', and 16 or 32")
+
+
+@probe
+def ratio_of(workshop: Workshop, model: str, stage: str, bits: int) -> Measurement:
+    """As `ratio` of the whole model, for another model than the workshop's."""
+    opened = open_model(model)
+    artifact = compress(opened, stage, workshop.folder / f"ratio-of-{opened.name}", overwrite=True, progress=False)
+    protocol = {"metric": "compression ratio", "model": opened.name, "stage": stage, "denominator": f"at {bits} bits"}
+    inputs = {"model": opened.fingerprint, "artifact": artifact.sha256}
+    return Measurement(artifact.ratio_to(bits), "x", None, artifact.weight_bytes, protocol, inputs=inputs)
 
 
 @probe

@@ -13,6 +13,7 @@ import shutil
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -24,6 +25,7 @@ from .. import evaluation, handoff, tracking
 from ..artifact import dequantize, load
 from ..errors import BadInput
 from ..evaluation import Measurement, texts
+from ..evaluation.likelihood import standard_error
 from ..models import open_model
 from ..stages import parse
 from ..statistics import Calibration, collect
@@ -64,7 +66,7 @@ def export_agreement(workshop: Workshop) -> Measurement:
     return workshop.exact(same / total, "share of weights", total, "forward pass against disk")
 
 
-def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str) -> Recovered:
+def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str, seed: int) -> Recovered:
     blocks = sorted({block_of(w.name) for w in workshop.model.weights()}, key=lambda name: int(name.rpartition(".")[2]))[-2:]
     names = [w.name for w in workshop.model.weights() if block_of(w.name) in blocks]
     settings = Settings(
@@ -75,10 +77,11 @@ def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str) -> Rec
         evaluate=steps,
         heldout=512,
         optimizer=optimizer,  # type: ignore[arg-type]
+        seed=seed,
     )
     return recover(
         workshop.model,
-        workshop.folder / f"recovered-{optimizer}-{lr:g}-{steps}",
+        workshop.folder / f"recovered-{optimizer}-{lr:g}-{steps}-{seed}",
         settings=settings,
         names=names,
         overwrite=True,
@@ -88,10 +91,13 @@ def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str) -> Rec
 
 @probe
 def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = "adamw") -> Measurement:
-    """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext."""
-    done = _recovered(workshop, steps, lr, optimizer)
-    left = done.after.kl / done.before.kl
-    spread = left * math.hypot(done.after.stderr / done.after.kl, done.before.stderr / done.before.kl)
+    """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext.
+
+    The mean over seeds (which windows are seen in which order); its error is that of the seeds and of the text together.
+    """
+    runs = [_recovered(workshop, steps, lr, optimizer, seed) for seed in range(workshop.effort.seeds)]
+    left = torch.tensor([run.after.kl / run.before.kl for run in runs], dtype=torch.float64)
+    of_text = float(left.mean()) * math.hypot(*(look.stderr / look.kl for look in (runs[0].before, runs[0].after)))
     protocol = {
         "metric": "1 - KL after / KL before",
         "weights": "the last two blocks",
@@ -100,11 +106,13 @@ def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = 
         "lr": lr,
         "optimizer": optimizer,
         "text": "selftext/heldout",
-        "KL before": done.before.kl,
-        "KL after": done.after.kl,
+        "seeds": len(runs),
+        "KL before": runs[0].before.kl,
+        "KL after": [run.after.kl for run in runs],
     }
+    spread = math.hypot(of_text, standard_error(left))
     inputs = {"model": workshop.model.fingerprint}
-    return Measurement(1 - left, "share of KL", spread, done.after.n, protocol, seed=0, inputs=inputs)
+    return Measurement(1 - float(left.mean()), "share of KL", spread, runs[0].after.n, protocol, seed=0, inputs=inputs)
 
 
 @probe
@@ -149,6 +157,61 @@ def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
     return workshop.exact(
         lost[0] / lost[1], "share", count, "output error, calibrated over plain", tokens=tokens, text="selftext/calibration"
     )
+
+
+@probe
+def fewer_samples(workshop: Workshop) -> Measurement:
+    """Output error of the calibrated ternary rule with a quarter of the calibration text, over that with all of it, on text
+    that neither has seen; mean over the sample of matrices, each held against itself."""
+    tokens = {"smoke": 512, "standard": 2048, "full": 8192}[workshop.effort.name]
+    window = min(128, workshop.context)
+    seen = {
+        count: collect(workshop.model, Calibration("selftext", count, window), progress=workshop.progress)
+        for count in (tokens // 4, tokens)
+    }
+    unseen = texts.find_text("selftext", "heldout")
+    judged_by = collect(workshop.model, Calibration(unseen, tokens, window), progress=workshop.progress)
+    rule, ratios = parse("ternary:rule=calibrated"), []
+    for weight in workshop.sample():
+        dense, hessian = weight.load().float(), judged_by[weight.name].hessian
+        gaps = [dense - rule.decode(rule.encode(dense, seen[count][weight.name])) for count in seen]
+        few, many = (float(((gap @ hessian) * gap).sum(dtype=torch.float64)) for gap in gaps)
+        ratios.append(few / many)
+    values = torch.tensor(ratios, dtype=torch.float64)
+    protocol = {
+        "metric": "output error, a quarter of the text over all of it",
+        "tokens": tokens,
+        "samples": tokens // window,
+    }
+    inputs = {"model": workshop.model.fingerprint}
+    return Measurement(float(values.mean()), "share", standard_error(values), len(values), protocol, inputs=inputs)
+
+
+@probe
+def filter_gain(
+    workshop: Workshop, alpha: float = 0.98, lamb: float = 2.0, other_alpha: float = 0.98, other_lamb: float = 0.0
+) -> Measurement:
+    """KL after recovery with another setting of Grokfast's filter (by default none), over that with this one; digits-mlp,
+    MuGrokfast, pairs of runs of one seed."""
+    from ..training import mugrokfast
+    from ..training import recover as module
+
+    model, gains = open_model("digits-mlp"), []
+    for seed in range(max(3, workshop.effort.seeds)):
+        left = []
+        for a, strength in ((other_alpha, other_lamb), (alpha, lamb)):
+            settings = Settings(steps=60, batch=128, lr=5e-3, evaluate=20, optimizer="mugrokfast", seed=seed)
+            made = partial(mugrokfast.MuGrokfast, alpha=a, lamb=strength)
+            folder = workshop.folder / f"filter-{a}-{strength}-{seed}"
+            with mock.patch.object(module, "MuGrokfast", made):
+                done = recover(model, folder, settings=settings, overwrite=True, progress=False)
+            left.append(done.after.kl)
+        gains.append(left[0] / left[1])
+    values = torch.tensor(gains, dtype=torch.float64)
+    protocol = {"metric": "KL with the other filter / KL with this one", "model": "digits-mlp", "steps": 60}
+    protocol |= {"alpha": alpha, "lambda": lamb, "other alpha": other_alpha, "other lambda": other_lamb}
+    spread = standard_error(values)
+    return Measurement(float(values.mean()), "x", spread, len(values), protocol, seed=0, inputs={"model": model.fingerprint})
 
 
 @probe
