@@ -27,7 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import cpu_count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tqdm.auto import tqdm
@@ -39,6 +39,9 @@ from .evaluation import Divergence, Text
 from .models import LanguageModel, Weight, cache_dir, open_model
 from .pipeline import compress
 from .statistics import Calibration, InputStatistics, collect
+
+if TYPE_CHECKING:
+    from .training.recover import Settings
 
 # Steps from 0.05 to 1.7 root mean squares, half an octave apart: from about 6.3 bits a weight to 1.2.
 LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-7, 4))
@@ -243,6 +246,7 @@ def fit(
     embeddings: stages.Stage | str | None = None,
     calibration: Calibration | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
+    recovery: Settings | None = None,
     text: str | Text | None = None,
     tokens: int = 4094,
     workers: int | None = None,
@@ -253,8 +257,9 @@ def fit(
 
     ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output
     head of its own), which are kept otherwise.  statistics: what `statistics.collect` gave for this model and calibration,
-    sensitivities included, where it is at hand already.  text, tokens: what the divergence is measured on; max_kl is held
-    against it.
+    sensitivities included, where it is at hand already.  recovery: how to train the codes afterwards, by distillation on
+    selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the divergence is measured
+    on; max_kl is held against it.
 
     Raises BadInput where the budget cannot be kept to, and as `compress` does.
     """
@@ -267,6 +272,8 @@ def fit(
     if budget.bits is None and not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
     found_text = evaluation.find_text(text)
+    if recovery is not None and (budget.bits is None or embeddings is not None):
+        raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
     stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
     calibration = calibration or Calibration()
     for stage in ladder:
@@ -302,10 +309,33 @@ def fit(
         return Fit(artifact, predicted, measured or measure(artifact), 8 * planes / sum(weights.values()))
 
     if budget.bits is not None:
-        return finished(*make(int(budget.bits * sum(weights.values()) / 8), out, overwrite))
+        planes = int(budget.bits * sum(weights.values()) / 8)
+        if recovery is None:
+            return finished(*make(planes, out, overwrite))
+        return finished(*_recovered(model, planes, list(options), make, out, recovery, overwrite, progress))
     if budget.bytes is not None:
         return finished(*_within_bytes(budget.bytes, model, options, rest, make, out, overwrite))
     return _within_kl(budget.max_kl or 0.0, options, make, measure, finished, out, overwrite)
+
+
+def _recovered(
+    model: LanguageModel,
+    planes: int,
+    names: Sequence[str],
+    make: Any,
+    out: Path,
+    recovery: Settings,
+    overwrite: bool,
+    progress: bool,
+) -> tuple[Artifact, float]:
+    """The artifact of at most `planes` bytes of codes and gains, trained.  What it starts with lies beside it until then."""
+    from .training.recover import recover
+
+    gains = 2 * sum(weight.shape[0] for weight in model.weights() if weight.name in set(names))
+    start, predicted = make(planes - gains, out.with_name(out.name + ".start"), True)
+    done = recover(model, out, None, recovery, start=start, most_bytes=planes, overwrite=overwrite, progress=progress)
+    shutil.rmtree(start.path)
+    return done.artifact, predicted
 
 
 def _within_bytes(

@@ -195,6 +195,9 @@ def fit(
     ] = None,
     text: TextName = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to score.")] = 4094,
+    recover: Annotated[
+        int | None, typer.Option(min=1, help="Train the codes for so many steps of 4,096 tokens, within the same bits.")
+    ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads (default: one a core); same bytes.")] = None,
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
     as_json: AsJson = False,
@@ -203,6 +206,7 @@ def fit(
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
     from .models import open_model
+    from .training.recover import Settings
 
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
@@ -212,6 +216,7 @@ def fit(
         out_dir,
         Budget(most, bits, max_kl),
         embeddings=embeddings,
+        recovery=Settings.of_codes(recover) if recover else None,
         text=text,
         tokens=tokens,
         workers=workers,

@@ -121,9 +121,12 @@ def _plan(
 
 def _plan_to_json(stage: object, plan: Mapping[str, stages.Stage]) -> dict[str, Any]:
     """What a recipe says of the plan: the one stage, or that of each weight."""
-    if isinstance(stage, Mapping):
-        return {"stage": "several", "weights": {name: one.to_json() for name, one in sorted(plan.items())}}
-    return next(iter(plan.values())).to_json()
+    return several_to_json(plan) if isinstance(stage, Mapping) else next(iter(plan.values())).to_json()
+
+
+def several_to_json(plan: Mapping[str, stages.Stage]) -> dict[str, Any]:
+    """A stage for each weight, as a recipe has them."""
+    return {"stage": "several", "weights": {name: one.to_json() for name, one in sorted(plan.items())}}
 
 
 def _names(plan: Mapping[str, stages.Stage]) -> str:
@@ -192,7 +195,7 @@ def _stage_of(row: dict[str, Any]) -> stages.Stage:
 
 def store(
     model: LanguageModel,
-    stage: stages.Stage,
+    stage: stages.Stage | Mapping[str, stages.Stage],
     packed: Mapping[str, Packed],
     writer: Writer,
     *,
@@ -201,8 +204,9 @@ def store(
 ) -> Artifact:
     """Write an artifact from planes that were made elsewhere (by training), one Packed for each weight that `stage` encoded.
 
-    writer: of the artifact, open, and not finished yet.  kept: tensors that take the place of the model's own.
-    Raises BadInput where a name is not the model's, or planes and weight have other shapes.
+    stage: one for all of them, or each one's own by its name.  writer: of the artifact, open, and not finished yet.
+    kept: tensors that take the place of the model's own.  Raises BadInput where a name is not the model's, or planes and
+    weight have other shapes.
     """
     kept = dict(kept or {})
     touched = {weight.name: weight for weight in model.weights(embeddings=True) if weight.name in packed}
@@ -222,8 +226,9 @@ def store(
         if writer.has(index):
             continue
         if name in touched:
-            error = relative_error(touched[name].load(), stage.decode(packed[name]))
-            writer.put_encoded(index, touched[name], Encoded.of(stage, packed[name], error))
+            by = stage[name] if isinstance(stage, Mapping) else stage
+            error = relative_error(touched[name].load(), by.decode(packed[name]))
+            writer.put_encoded(index, touched[name], Encoded.of(by, packed[name], error))
         else:
             writer.put_kept(index, name, kept.get(name, model.tensor(name)), reasons[name])
     return writer.finish(model, len(names))

@@ -17,6 +17,7 @@ from agentforge.errors import BadInput
 from agentforge.evaluation import Text
 from agentforge.models import LanguageModel
 from agentforge.statistics import Calibration, InputStatistics, collect
+from agentforge.training.recover import Settings
 
 LADDER = tuple(stages.get("ecsq", step=step) for step in (0.1, 0.3, 1.0))
 TEXT = Text("words", "test", "".join(f"The {i}th word is number {i * i}. " for i in range(400)))
@@ -221,3 +222,17 @@ def test_a_bad_budget_is_one_sentence(
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert not (tmp_path / "a").exists()
+
+
+def test_a_fit_with_recovery_keeps_to_the_same_bits(tiny: LanguageModel, tmp_path: Path) -> None:
+    options = {"ladder": LADDER, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
+    settings = Settings(steps=20, batch=4, context=32, lr=1e-2, evaluate=10, heldout=64)
+    plain = fit(tiny, tmp_path / "plain", Budget(bits=3.0), **options)  # type: ignore[arg-type]
+    made = fit(tiny, tmp_path / "trained", Budget(bits=3.0), recovery=settings, **options)  # type: ignore[arg-type]
+    assert made.bits <= 3.0
+    assert made.measured.kl.value != plain.measured.kl.value
+    assert made.artifact.manifest["recipe"]["training"]["steps"] == 20
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["plain", "trained"]
+    for budget, embeddings in ((Budget(bytes=100_000), None), (Budget(bits=3.0), "rounding")):
+        with pytest.raises(BadInput, match="within a budget of bits"):
+            fit(tiny, tmp_path / "no", budget, embeddings=embeddings, recovery=settings, **options)  # type: ignore[arg-type]

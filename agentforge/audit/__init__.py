@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import project_probes, training_probes  # noqa: F401  (their probes register themselves)
+from . import project_probes, subject_probes, training_probes  # noqa: F401  (their probes register themselves)
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
 from .probes import PROBES
 from .record import measure

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -49,13 +50,15 @@ class ECSQ(Stage):
 
     step: the geometric mean of all steps, in units of the weight's root mean square; the entropy of Gaussian weights is
     about 2.05 - log2(step) bits.  rounding: what is added before the fraction is cut off, 0.5 to the nearest.  damping:
-    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.
+    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.  gains: a half
+    float a row that its codes are multiplied by: the factor that leaves least damage, or what training has made of it.
     """
 
     name: ClassVar[str] = "ecsq"
     step: float = 0.6
     rounding: float = 0.44
     damping: float = 0.1
+    gains: bool = False
 
     @property
     def needs_statistics(self) -> bool:
@@ -78,12 +81,13 @@ class ECSQ(Stage):
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Coding and shape of each plane."""
         rows, columns = shape
-        return {
+        planes: dict[str, tuple[str, tuple[int, ...]]] = {
             "codes": ("~uint16", (rows, columns)),
             "rows": ("~uint8", (rows,)),
             "columns": ("~uint8", (columns,)),
             "step": ("float32", (1,)),
         }
+        return planes | ({"gains": ("float16", (rows,))} if self.gains else {})
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
@@ -95,28 +99,59 @@ class ECSQ(Stage):
         step = np.float32(min(self.step * rms, FLOAT32_MAX))
         row_steps, column_steps = _steps(of_rows, of_columns, step)
         codes = _quantise(np.ascontiguousarray(values.T), factor, row_steps, column_steps, self.rounding)
-        zigzag = np.where(codes >= 0, 2 * codes, -2 * codes - 1).T
-        return self._packed(shape, np.ascontiguousarray(zigzag), of_rows, of_columns, torch.tensor([step]))
+        planes = {
+            "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
+            "rows": torch.from_numpy(of_rows),
+            "columns": torch.from_numpy(of_columns),
+            "step": torch.tensor([step]),
+            "gains": torch.ones(shape[0], dtype=torch.float16),
+        }
+        packed = self.packed(shape, planes)
+        if not self.gains:
+            return packed
+        planes["gains"] = _gains(weight, self.decode(packed), stats)
+        return self.packed(shape, planes)
 
-    def _packed(
-        self, shape: tuple[int, int], codes: np.ndarray, rows: np.ndarray, columns: np.ndarray, step: torch.Tensor
-    ) -> Packed:
-        values = {"codes": torch.from_numpy(codes), "rows": torch.from_numpy(rows), "columns": torch.from_numpy(columns)}
+    def packed(self, shape: tuple[int, int], planes: Mapping[str, torch.Tensor]) -> Packed:
+        """Planes by name, those of `layout`, as a Packed."""
         layout = self.layout(shape)
-        return Packed(shape, tuple(Plane(n, {**values, "step": step}[n], layout[n][0]) for n in layout))
+        return Packed(shape, tuple(Plane(name, planes[name], layout[name][0]) for name in layout))
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
 
     def dense(self, packed: Packed, floats: Any) -> torch.Tensor:
-        """The weight as a function of the step."""
-        rows, columns = _steps(packed["rows"].numpy(), packed["columns"].numpy(), np.float32(1))
-        zigzag = packed["codes"].to(torch.int32)
-        codes = torch.where(zigzag % 2 == 0, zigzag // 2, -(zigzag + 1) // 2).to(torch.float32)
+        """The weight as a function of step and gains."""
+        rows, columns = factors(packed)
         # No step is infinite: a code of zero stands for zero.
-        column_steps = (torch.from_numpy(columns) * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
-        dense: torch.Tensor = codes * torch.from_numpy(rows)[:, None] * column_steps
-        return dense
+        column_steps = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+        dense: torch.Tensor = unzigzag(packed["codes"]).to(torch.float32) * rows[:, None] * column_steps
+        return dense * floats["gains"][:, None] if self.gains else dense
+
+
+def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the steps of rows and columns are multiplied by: float32[out], float32[in]."""
+    rows, columns = _steps(packed["rows"].numpy(), packed["columns"].numpy(), np.float32(1))
+    return torch.from_numpy(rows), torch.from_numpy(columns)
+
+
+def zigzag(codes: torch.Tensor) -> torch.Tensor:
+    """0, -1, 1, -2, ... as 0, 1, 2, 3, ...: int32 both."""
+    return torch.where(codes >= 0, 2 * codes, -2 * codes - 1)
+
+
+def unzigzag(stored: torch.Tensor) -> torch.Tensor:
+    """The inverse of `zigzag`: int32."""
+    stored = stored.to(torch.int32)
+    return torch.where(stored % 2 == 0, stored // 2, -(stored + 1) // 2)
+
+
+def _gains(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics | None) -> torch.Tensor:
+    """The factor of each row that leaves least of its outputs' error: w H d^T / d H d^T for w of the weight and d decoded;
+    float16[out], 1 where nothing is left of a row."""
+    through = decoded.double() if stats is None else decoded.double() @ stats.hessian.double()
+    found = (through * weight).sum(1) / (through * decoded).sum(1)
+    return torch.where(found.isfinite() & (found > 0), found.clamp(2**-10, 2**10), torch.ones_like(found)).to(torch.float16)
 
 
 def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> tuple[np.ndarray, np.ndarray]:

@@ -1,8 +1,9 @@
 """Recovery: train a compressed model, by distillation, to say again what its original says.
 
 The student starts as a copy of the original whose linear layers are ternary with straight-through gradients
-(`bitlinear`), or decode from planes whose floats are trained while their integers stay (`planelinear`).  The original
-is the teacher: the loss is KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
+(`bitlinear`), or decode from planes whose floats are trained while their integers stay (`planelinear`), or from the codes
+that `allocation.fit` chose, which are trained, too (`codelinear`).  The original is the teacher: the loss is
+KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
 that was killed goes on from its last checkpoint and, on the CPU, repeats the very same losses.
@@ -38,9 +39,11 @@ from ..stages.ternary import Ternary
 from ..statistics import Calibration, first_tokens
 from ..tensorfiles import index_file, read_json, read_tensor, write_json, write_tensors
 from .bitlinear import bit_linears, convert, set_blend
+from .codelinear import code_linears, to_codes, within
 from .mugrokfast import MuGrokfast, parameter_groups
 from .planelinear import plane_linears, to_planes
 
+ROWS = 32  # of logits that the loss works on at a time
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
 
 
@@ -75,6 +78,13 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     recompute: bool = False
     seed: int = 0
+
+    @classmethod
+    def of_codes(cls, steps: int) -> Settings:
+        """How to train the codes of a fitted model: they are near to where they should be, so the steps are small."""
+        return cls(
+            steps=steps, batch=8, passes=2, lr=2e-4, warmup=0.05, evaluate=max(1, min(50, steps // 10)), dtype="bfloat16"
+        )
 
     def check(self) -> None:
         """Raise BadInput for a value out of range."""
@@ -118,12 +128,13 @@ class Recovered(NamedTuple):
 def recover(
     model: LanguageModel | str | Path,
     out: str | Path,
-    stage: stages.Stage | str = "ternary",
+    stage: stages.Stage | str | None = "ternary",
     settings: Settings | None = None,
     *,
     text: str | Text = "selftext",
     names: Iterable[str] | None = None,
     start: Artifact | str | Path | None = None,
+    most_bytes: int | None = None,
     device: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
@@ -131,10 +142,11 @@ def recover(
     """Train `model` through `stage` and write the packed artifact `out`, with `history.json` in it.
 
     stage: ternary (the weights are trained), or any stage whose float planes can be (they are trained, the integers
-    stay).  text: to train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth of
-    any other text.  names: weights to compress (default: all that a stage may touch).  start: for other stages than
-    ternary, the artifact whose planes to begin with (default: made here by `stage`).  device: default cuda where there
-    is one.
+    stay), or None: `start` is an artifact of entropy-coded weights (ecsq, any step each, as `fit` makes them), whose codes
+    are trained.  text: to train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth
+    of any other text.  names: weights to compress (default: all that a stage may touch).  start: for other stages than
+    ternary, the artifact whose planes to begin with (default: made here by `stage`).  most_bytes: of all planes together,
+    for stage None: training may make codes larger, and these are kept within it.  device: default cuda where there is one.
 
     After a kill, or Ctrl-C, the same call goes on from the last checkpoint.  Raises BadInput where model, stage, text or
     settings cannot be used.
@@ -150,11 +162,15 @@ def recover(
     if odd := [name for name in chosen if name not in weights]:
         raise BadInput(f"{odd[0]}: is no weight of {model.name} that a stage may touch; `agentforge models` lists them")
     begin = _start(stage, start)
+    if stage is None and names is not None:
+        raise BadInput("recovery: the weights are those that the artifact to start with encodes; expected names=None")
+    if most_bytes is not None and stage is not None:
+        raise BadInput(f"recovery: {stage} has planes of one size; most_bytes is for stage=None")
     recipe = {
         "format": FORMAT,
         "agentforge": __version__,
         "model": model.fingerprint,
-        "stage": stage.to_json(),
+        "stage": stage.to_json() if stage is not None else {"stage": "codes of the artifact to start with"},
         "embeddings": False,
         "seed": settings.seed,
         "training": {
@@ -162,6 +178,7 @@ def recover(
             "text": None if model.is_classifier else calibration.find().sha256,
             "weights": hashlib.sha256("\n".join(chosen).encode()).hexdigest(),
             "start": begin and begin.sha256,
+            **({"most_bytes": most_bytes} if most_bytes is not None else {}),
         },
     }
     work = out.with_name(out.name + ".training")
@@ -175,14 +192,16 @@ def recover(
         history = run.train()
         packed, kept = run.result()
         if not writer.finished:
-            store(model, stage, packed, writer, kept=kept, progress=progress)
+            store(model, run.stages, packed, writer, kept=kept, progress=progress)
         write_json(history_file, {"history": history})
         shutil.rmtree(work, ignore_errors=True)
     return _recovered(Artifact(out), history)
 
 
-def _start(stage: stages.Stage, start: Artifact | str | Path | None) -> Artifact | None:
+def _start(stage: stages.Stage | None, start: Artifact | str | Path | None) -> Artifact | None:
     if start is None:
+        if stage is None:
+            raise BadInput("recovery: no stage, and no artifact to start with; expected one of the two")
         return None
     if isinstance(stage, Ternary):
         raise BadInput(f"recovery: {stage} is trained from the model itself and takes no artifact to start with")
@@ -207,7 +226,7 @@ class _Run:
     def __init__(
         self,
         model: LanguageModel,
-        stage: stages.Stage,
+        stage: stages.Stage | None,
         settings: Settings,
         calibration: Calibration,
         names: list[str],
@@ -224,6 +243,7 @@ class _Run:
     def prepare(self, start: Artifact | None, overwrite: bool) -> None:
         """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
         settings, stage = self.settings, self.stage
+        self.stages: stages.Stage | dict[str, stages.Stage] = stage or {}
         # The model is the caller's: it stays where it is, and as it is.
         self.teacher = self.model.model if self.device.type == "cpu" else copy.deepcopy(self.model.model).to(self.device)
         self.student = copy.deepcopy(self.teacher)
@@ -232,6 +252,11 @@ class _Run:
             if stage.rule != "absmean":
                 raise BadInput(f"recovery: {stage} cannot be trained through; expected rule=absmean")
             convert(self.student, self.names, settings.activations)
+        elif stage is None:
+            assert start is not None
+            to_codes(self.student, self.model, start)
+            self.stages = {f"{name}.weight": layer.stage for name, layer in code_linears(self.student)}
+            self.student.to(self.device)
         else:
             to_planes(self.student, self.model, stage, self.names, start, self.work.with_name(self.work.name + "-start"))
         self.trained = self._trainable()
@@ -259,7 +284,7 @@ class _Run:
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """What is trained: parameters of the compressed layers, and the vectors (norms) of the blocks they are in."""
-        layers = {name for name, _ in bit_linears(self.student)} | {name for name, _ in plane_linears(self.student)}
+        layers = {name for kind in (bit_linears, plane_linears, code_linears) for name, _ in kind(self.student)}
         blocks = {block_of(name) for name in layers}
         found = {}
         for name, parameter in self.student.named_parameters():
@@ -277,7 +302,7 @@ class _Run:
         matrices = [p for p in self.trained.values() if p.dim() >= 2]
         vectors = [p for p in self.trained.values() if p.dim() < 2]
         groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95))
+        return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
     def train(self) -> list[dict[str, Any]]:
         """Train to the end, or until nothing gets better; leaves the best state in the student."""
@@ -334,9 +359,7 @@ class _Run:
         with torch.no_grad():
             theirs, their_states = _forward(self.teacher, inputs, hidden)
         ours, our_states = _forward(self.student, inputs, hidden)
-        loss = nn.functional.kl_div(
-            ours.float().log_softmax(-1), theirs.float().log_softmax(-1), log_target=True, reduction="batchmean"
-        )
+        loss = distillation(ours, theirs)
         for mine, other in zip(our_states, their_states, strict=True):
             error = (mine.float() - other.float()).square().mean() / other.float().square().mean().clamp(min=1e-12)
             loss = loss + self.settings.hidden * error / len(our_states)
@@ -441,6 +464,9 @@ class _Run:
     def result(self) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
         packed: dict[str, Packed] = {f"{name}.weight": layer.packed() for name, layer in plane_linears(self.student)}
+        codes = {f"{name}.weight": layer for name, layer in code_linears(self.student)}
+        if codes:
+            packed |= within(codes, self.recipe["training"].get("most_bytes", 1 << 62))
         if isinstance(self.stage, Ternary):
             packed |= {f"{name}.weight": layer.packed(self.stage) for name, layer in bit_linears(self.student)}
         layers = {name.removesuffix(".weight") for name in packed}
@@ -458,6 +484,39 @@ class _Run:
         if wanted == "float32":
             return nullcontext()
         return torch.autocast(self.device.type, torch.bfloat16)
+
+
+def distillation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) in nats, the mean over rows of logits, float[rows, classes]; differentiable in `ours` alone.
+
+    The gradient in logits is softmax(ours) - softmax(theirs).  It is found in the forward pass, a few rows at a time, so
+    that no other array of the logits' size is kept or walked through more than once.
+    """
+    loss = _Distillation.apply(ours, theirs)  # type: ignore[no-untyped-call]
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+class _Distillation(torch.autograd.Function):
+    """KL divergence with its gradient, in blocks of rows that stay in the processor's cache."""
+
+    @staticmethod
+    def forward(context: Any, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        gradient, total = torch.empty_like(ours), torch.zeros((), dtype=torch.float32, device=ours.device)
+        rows = ROWS if ours.device.type == "cpu" else len(ours)
+        for mine, other, out in zip(ours.split(rows), theirs.split(rows), gradient.split(rows), strict=True):
+            log_q, log_p = mine.float().log_softmax(-1), other.float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q)).sum()
+            torch.sub(log_q.exp_(), p, out=p)
+            out.copy_(p.div_(len(ours)))
+        context.save_for_backward(gradient)
+        return total / len(ours)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (found,) = context.saved_tensors
+        return found * gradient, None
 
 
 def _forward(module: Any, inputs: torch.Tensor, hidden: bool = False) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:

@@ -38,7 +38,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"degree": 3, "segment": 50, "sort": "tensor"},
         {"kind": "polynomial", "degree": 2, "segments": 1, "sort": "segment"},
     ],
-    "ecsq": [{}, {"step": 0.1, "damping": 1.0}, {"step": 3.0, "rounding": 0.5}],
+    "ecsq": [{}, {"step": 0.1, "damping": 1.0}, {"step": 3.0, "rounding": 0.5}, {"gains": True}],
     "rounding": [
         {},
         {"bits": 2, "clip": "mse"},

@@ -350,7 +350,7 @@ def test_more_damping_is_less_feedback() -> None:
         ({"damping": 0.0}, r"^ecsq: damping=0\.0; expected more than 0, at most 1e6$"),
         ({"damping": -1}, "^ecsq: damping=-1; expected more than 0, at most 1e6$"),
         ({"damping": 2e6}, r"^ecsq: damping=2000000\.0; expected more than 0, at most 1e6$"),
-        ({"bits": 3}, "^stage ecsq has no setting 'bits'; it has step, rounding, damping$"),
+        ({"bits": 3}, "^stage ecsq has no setting 'bits'; it has step, rounding, damping, gains$"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:

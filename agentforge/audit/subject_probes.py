@@ -1,0 +1,158 @@
+"""Probes for claims about any model: a folder that somebody else compressed, one of our artifacts, a GGUF file.
+
+The subject is the model that is audited; the workshop's model is its original, or the subject itself where none is named.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import Any
+
+import torch
+
+from .. import evaluation
+from ..errors import BadInput
+from ..evaluation import Divergence, Measurement
+from ..models import LanguageModel
+from .probes import probe
+from .workshop import Workshop
+
+
+def _subject(workshop: Workshop, compares: bool = True) -> LanguageModel:
+    if workshop.subject is None:
+        raise BadInput("this probe is about a model that was made elsewhere; run it with --claims and --model")
+    if compares and workshop.subject.fingerprint == workshop.model.fingerprint:
+        raise BadInput(f"{workshop.subject.name}: is compared with its original; name that one with --against")
+    return workshop.on_device(workshop.subject)
+
+
+def disk_bytes(model: LanguageModel) -> int:
+    """Bytes of the weight files that a model came in; of a GGUF file those of the file, not of what it was converted to."""
+    if "artifact" not in model.source and isinstance(model.source.get("bytes"), int):
+        return int(model.source["bytes"])
+    return model.bytes_on_disk
+
+
+def _divergence(workshop: Workshop) -> Divergence:
+    subject = _subject(workshop)
+
+    def make() -> dict[str, Any]:
+        found = evaluation.divergence(
+            subject,
+            workshop.on_device(workshop.model),
+            workshop.text,
+            context=min(workshop.context, subject.usual_context),
+            tokens=workshop.tokens,
+            progress=workshop.progress,
+        )
+        return {name: m.to_json() for name, m in found._asdict().items()}
+
+    kept = workshop.remember("divergence of the subject", {}, make)
+    return Divergence(**{name: Measurement(**kept[name]) for name in Divergence._fields})
+
+
+@probe
+def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
+    """The original's parameters at `bits` each over the bytes of the subject's weight files, headers included."""
+    subject = _subject(workshop)
+    original = workshop.model.parameters * bits // 8
+    return _size(
+        workshop, original / disk_bytes(subject), "x", f"all {workshop.model.parameters:,} parameters at {bits} bits"
+    )
+
+
+@probe
+def bits_on_disk(workshop: Workshop) -> Measurement:
+    """Bits of the subject's weight files over the original's number of parameters (its own, where no original is named)."""
+    subject = _subject(workshop, compares=False)
+    count = workshop.model.parameters
+    return _size(workshop, 8 * disk_bytes(subject) / count, "bits/parameter", f"all {count:,} parameters")
+
+
+@probe
+def megabytes_on_disk(workshop: Workshop) -> Measurement:
+    """Bytes of the subject's weight files, in millions."""
+    return _size(workshop, disk_bytes(_subject(workshop, compares=False)) / 1e6, "MB", "none")
+
+
+def _size(workshop: Workshop, value: float, unit: str, denominator: str) -> Measurement:
+    assert workshop.subject is not None
+    size = disk_bytes(workshop.subject)
+    protocol = {"metric": "size of the weight files on disk", "denominator": denominator, "bytes": size}
+    inputs = {"model": workshop.subject.fingerprint, "original": workshop.model.fingerprint}
+    return Measurement(value, unit, None, size, protocol, inputs=inputs)
+
+
+@probe
+def perplexity(workshop: Workshop) -> Measurement:
+    """The subject's perplexity on the workshop's text."""
+    subject = _subject(workshop, compares=False)
+    context = min(workshop.context, subject.usual_context)
+    return evaluation.perplexity(subject, workshop.text, context=context, tokens=workshop.tokens, progress=workshop.progress)
+
+
+@probe
+def kl(workshop: Workshop) -> Measurement:
+    """KL(original || subject), nats a token."""
+    return _divergence(workshop).kl
+
+
+@probe
+def same_top_token(workshop: Workshop) -> Measurement:
+    """Share of tokens at which subject and original have the same most likely next token."""
+    return _divergence(workshop).top1
+
+
+@probe
+def accuracy_kept(workshop: Workshop) -> Measurement:
+    """Accuracy over the original's: of the next token, or of digits for classifiers; the error is that of pairs."""
+    subject = _subject(workshop)
+    if subject.is_classifier:
+        return evaluation.accuracy_retention(subject, workshop.model)
+    return _divergence(workshop).retention
+
+
+@probe
+def perplexity_kept(workshop: Workshop) -> Measurement:
+    """The original's perplexity over the subject's, on the same tokens; the error is that of pairs."""
+    return _divergence(workshop).perplexity_retention
+
+
+@probe
+def tokens_a_second(workshop: Workshop, tokens: int = 32, runs: int = 5) -> Measurement:
+    """Tokens that the subject generates a second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
+    rates = _rates(workshop, _subject(workshop, compares=False), tokens, runs)
+    return _speed(workshop, rates, "tokens/s", tokens)
+
+
+@probe
+def times_as_fast(workshop: Workshop, tokens: int = 32, runs: int = 5) -> Measurement:
+    """Tokens a second of the subject over those of its original, both as they are loaded; median of pairs of runs."""
+    subject, original = _subject(workshop), workshop.on_device(workshop.model)
+    pairs = [(_rates(workshop, subject, tokens, 1)[0], _rates(workshop, original, tokens, 1)[0]) for _ in range(runs)]
+    return _speed(workshop, [ours / theirs for ours, theirs in pairs], "x", tokens)
+
+
+def _rates(workshop: Workshop, model: LanguageModel, tokens: int, runs: int) -> list[float]:
+    module = model.model
+    ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]], device=module.device)
+    settings: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    rates = []
+    with torch.inference_mode():
+        module.generate(ids, **{**settings, "min_new_tokens": 1, "max_new_tokens": 1})  # what is built at the first call
+        for _ in range(runs):
+            began = time.perf_counter()
+            module.generate(ids, **settings)
+            rates.append(tokens / (time.perf_counter() - began))
+    return rates
+
+
+def _speed(workshop: Workshop, rates: list[float], unit: str, tokens: int) -> Measurement:
+    """The median, with half the interquartile range as its spread."""
+    assert workshop.subject is not None
+    ordered = sorted(rates)
+    spread = (ordered[3 * len(rates) // 4] - ordered[len(rates) // 4]) / 2
+    protocol = {"metric": "generation", "tokens": tokens, "threads": torch.get_num_threads(), "device": workshop.device}
+    inputs = {"model": workshop.subject.fingerprint, "original": workshop.model.fingerprint}
+    return Measurement(statistics.median(rates), unit, spread, len(rates), protocol, inputs=inputs)
