@@ -1,10 +1,12 @@
 """What a budget of bits buys: `agentforge fit` against every single stage, and against the tools that people use.
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
+    python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8] [--work FOLDER]
 
 Fits the model to each budget of bits a weight of its linear layers, and measures what is loaded back from disk.  Statistics
-come from selftext alone; nothing is trained.  Killed, the same command goes on from the budgets that are done.  Writes
-OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
+come from selftext alone; nothing is trained but with --recover, which trains the codes for so many steps on selftext, within
+the same bits.  Killed, the same command goes on from the budgets that are done, and from the last look of a training.
+Writes OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
 The single stages are the rows of reports/stages/stages.json, the same text, tokens and windows.  TOOLS were measured once on
 the same model, text and tokens, weights dequantised into float32; GPTQ, auto-round and imatrix had seen some of WikiText-2's
@@ -20,6 +22,7 @@ import shutil
 import sys
 import tempfile
 import time
+from dataclasses import asdict, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +37,7 @@ from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import open_model
 from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic
+from agentforge.training.recover import Settings
 
 BITS = (8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114)
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
@@ -71,27 +75,40 @@ TOOLS = (
 Row = dict[str, Any]
 
 
-def recipe(model: Any, bits: float, text: str | None, tokens: int) -> Row:
+def recipe(model: Any, bits: float, text: str | None, tokens: int, recovery: Settings | None) -> Row:
     """What a row depends on."""
     found = find_text(text)
     return {
         "bits": bits,
         "model": model.fingerprint,
         "agentforge": agentforge.__version__,
-        "ladder": [str(stage) for stage in LADDER],
+        "ladder": [stage.step for stage in LADDER],
         "text": [found.name, found.split, found.sha256],
         "tokens": tokens,
+        **({"recovery": asdict(recovery)} if recovery else {}),
     }
 
 
-def measure(model: Any, bits: float, statistics: Any, text: str | None, tokens: int) -> Row:
-    """Fit to one budget in a temporary folder."""
-    work = Path(tempfile.mkdtemp(prefix="agentforge-fit-"))
+def measure(
+    model: Any, bits: float, statistics: Any, text: str | None, tokens: int, recovery: Settings | None, work: Path
+) -> Row:
+    """Fit to one budget, in a folder of `work` that is gone afterwards."""
+    place = work / (f"{bits:g}-recovered" if recovery else f"{bits:g}")
     start = time.perf_counter()
     try:
         found = fit(
-            model, work / "artifact", Budget(bits=bits), ladder=LADDER, statistics=statistics, text=text, tokens=tokens
+            model,
+            place,
+            Budget(bits=bits),
+            ladder=LADDER,
+            statistics=statistics,
+            recovery=recovery,
+            text=text,
+            tokens=tokens,
+            overwrite=True,
         )
+        history = json.loads((place / "history.json").read_text(encoding="utf-8"))["history"] if recovery else []
+        looks = [{k: look[k] for k in ("step", "tokens", "kl", "stderr", "seconds")} for look in history]
         chosen: dict[str, list[float]] = {}
         for row in found.artifact.rows:
             if row["stage"]:
@@ -108,10 +125,12 @@ def measure(model: Any, bits: float, statistics: Any, text: str | None, tokens: 
             "bits_by_layer": {kind: sum(found) / len(found) for kind, found in sorted(chosen.items())},
             "seconds": time.perf_counter() - start,
             "peak_bytes": peak_memory(),
+            **({"history": looks} if recovery else {}),
             **{name: value.to_json() for name, value in found.measured._asdict().items()},
         }
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted goes on from there
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def singles(file: Path) -> list[tuple[str, float, float, float]]:
@@ -131,7 +150,8 @@ def singles(file: Path) -> list[tuple[str, float, float, float]]:
 
 def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> str:
     """The tables and what they say."""
-    rows = sorted(rows, key=lambda row: -row["bits"])
+    trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: -row["bits"])
+    rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
     first = rows[0]
     protocol, base = first["kl"]["protocol"], first["original_perplexity"]
     lines = [
@@ -153,6 +173,7 @@ def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> st
             f"| {row['recipe']['bits']:g} | {row['bits']:.3f} | {32 / row['bits']:.1f}x | {whole:.2f}x | {_cell(row['kl'])} "
             f"| {row['predicted']:.3g} | {_cell(row['perplexity'])} | {_cell(row['top1'])} | {_cell(row['retention'])} |"
         )
+    lines += _recovered(rows, trained)
     lines += ["", "## Against everything else", ""]
     everything = [(f"`{name}`", bits, kl) for name, bits, kl, _ in others] + [(t.name, t.bits, t.kl) for t in TOOLS]
     for row in rows:
@@ -185,11 +206,46 @@ def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> st
     return "\n".join(lines)
 
 
+def _recovered(rows: list[Row], trained: list[Row]) -> list[str]:
+    """What training the codes brought back, and which tools need more bits for it."""
+    if not trained:
+        return []
+    lines = [
+        "",
+        "## With recovery",
+        "",
+        "The codes are trained on selftext, by distillation from the original, straight through their rounding; a half "
+        "float a row is added, and all of it has to fit into the same bits.",
+        "",
+        "| asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in trained:
+        before = next((r for r in rows if r["recipe"]["bits"] == row["recipe"]["bits"]), None)
+        last = row["history"][-1]
+        lines.append(
+            f"| {row['recipe']['bits']:g} | {row['bits']:.3f} | {last['tokens']:,} | {last['seconds'] / 60:.0f} "
+            f"| {_cell(before['kl']) if before else '-'} | {_cell(row['kl'])} | {_cell(row['perplexity'])} "
+            f"| {_cell(row['top1'])} | {_cell(row['retention'])} |"
+        )
+    lines.append("")
+    for row in trained:
+        kl = row["kl"]["value"]
+        beaten = sorted((t for t in TOOLS if t.bits > row["bits"] and t.kl > kl), key=lambda t: -t.bits)
+        ahead = sorted((t for t in TOOLS if t.kl <= kl), key=lambda t: t.bits)
+        lines.append(
+            f"* {row['bits']:.2f} bits, trained, KL {kl:.3g}: below "
+            + ("; ".join(_named(t) for t in beaten) or "no tool of more bits")
+            + f". The tool of fewest bits that is better: {_named(ahead[0]) if ahead else 'none'}."
+        )
+    return lines
+
+
 def _cell(measured: Row) -> str:
     return f"{measured['value']:.4g} ± {measured['stderr'] or 0.0:.2g}"
 
 
-def _named(other: tuple[str, float, float]) -> str:
+def _named(other: tuple[str, float, float] | Tool) -> str:
     return f"{other[0]} ({other[1]:.2f} bits, {other[2]:.3g})"
 
 
@@ -202,7 +258,11 @@ def picture(rows: list[Row], others: list[tuple[str, float, float, float]]) -> b
         points = [(bits, kl) for name, bits, kl, _ in others if name.partition(":")[0] == family]
         axes.plot(*zip(*points, strict=True), marker, ms=5, alpha=0.7, label=f"single stage: {family}")
     axes.plot([t.bits for t in TOOLS], [t.kl for t in TOOLS], "kx", ms=6, label="other tools")
-    rows = sorted(rows, key=lambda row: row["bits"])
+    trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: row["bits"])
+    rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: row["bits"])
+    if trained:
+        points = [(row["bits"], row["kl"]["value"]) for row in trained]
+        axes.plot(*zip(*points, strict=True), "mD-", ms=8, label="fit, codes trained")
     bits, kl = [row["bits"] for row in rows], [row["kl"]["value"] for row in rows]
     spread = [2 * (row["kl"]["stderr"] or 0.0) for row in rows]
     axes.errorbar(bits, kl, spread, fmt="r*-", ms=10, capsize=3, label="fit (± 2 standard errors)")
@@ -226,6 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=float, nargs="*", default=BITS)
     parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/fit"))
+    parser.add_argument("--recover", type=int, default=0, help="steps to train the codes for; 0 trains nothing")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens a step of training")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-fit")
     parser.add_argument("--report", action="store_true", help="write tables and picture again, measure nothing")
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -233,14 +296,18 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     if not options.report:
         model, statistics = open_model(options.model), None
+        recovery = replace(Settings.of_codes(options.recover), batch=options.batch) if options.recover else None
+        options.work.mkdir(parents=True, exist_ok=True)
         for bits in options.bits:
-            wanted = recipe(model, bits, options.text, options.tokens)
+            wanted = recipe(model, bits, options.text, options.tokens, recovery)
             if any(row["recipe"] == wanted for row in rows):
                 continue
             print(f"{bits} bits ...", file=sys.stderr, flush=True)
             statistics = statistics or collect(model, Calibration().for_stage(LADDER[0]))
-            row = {"recipe": wanted, **measure(model, bits, statistics, options.text, options.tokens)}
-            rows = [other for other in rows if other["recipe"]["bits"] != bits] + [row]
+            found = measure(model, bits, statistics, options.text, options.tokens, recovery, options.work)
+            row = {"recipe": wanted, **found}
+            same = {"bits": bits, "recovery": wanted.get("recovery")}
+            rows = [r for r in rows if {key: r["recipe"].get(key) for key in same} != same] + [row]
             write_atomic(file, [json.dumps(rows, indent=1).encode() + b"\n"])
     others = singles(options.stages)
     write_atomic(options.out / "fit.md", [report(rows, others).encode()])

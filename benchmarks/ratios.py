@@ -163,7 +163,7 @@ def points_of_fit(rows: list[Row]) -> list[Row]:
     """The budgets of `benchmarks/fit.py`."""
     return [
         {
-            "setting": f"fit to {row['recipe']['bits']:g} bits",
+            "setting": f"fit to {row['recipe']['bits']:g} bits" + (", trained" if "recovery" in row["recipe"] else ""),
             "bits": row["bits"],
             "error": row["relative_error"],
             "retention": row["retention"],

@@ -52,15 +52,16 @@ def figures() -> str:
     budgets = json.loads((ROOT / "reports/fit/fit.json").read_text(encoding="utf-8"))
     lines += [
         "",
-        "What a budget of bits buys, without training ([against everything else](reports/fit/fit.md)): `agentforge fit`,",
-        f"KL from the original on {budgets[0]['kl']['n']:,} tokens.",
+        "What a budget of bits buys ([against everything else](reports/fit/fit.md)): `agentforge fit`, KL from the original",
+        f"on {budgets[0]['kl']['n']:,} tokens.",
         "",
         "| bits a weight, linear layers | ratio to 16 bits | KL (nats a token) | perplexity | accuracy kept |",
         "|---:|---:|---:|---:|---:|",
     ]
-    for row in sorted(budgets, key=lambda row: -row["bits"]):
+    for row in sorted(budgets, key=lambda row: (-row["recipe"]["bits"], "recovery" in row["recipe"])):
         kl, perplexity, kept = (f"{row[k]['value']:.3g} ± {row[k]['stderr']:.1g}" for k in ("kl", "perplexity", "retention"))
-        lines.append(f"| {row['bits']:.3f} | {16 / row['bits']:.1f}x | {kl} | {perplexity} | {kept} |")
+        trained = f", trained on {row['history'][-1]['tokens']:,} tokens" if "recovery" in row["recipe"] else ""
+        lines.append(f"| {row['bits']:.3f}{trained} | {16 / row['bits']:.1f}x | {kl} | {perplexity} | {kept} |")
     return "\n".join(lines)
 
 
