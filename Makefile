@@ -1,15 +1,17 @@
-# make audit: set up, fetch the default model, measure, write reports/.   make test: set up, run every test.
+# make audit: set up, fetch the default model, measure, write reports/ (BUDGET=full: all of it, however long it takes).
+# make test: set up, run every test.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+BUDGET ?= standard
 export TOKENIZERS_PARALLELISM := false
 
 .PHONY: audit test lint readme clean
 
 audit: $(VENV)/.lab
-	$(BIN)/agentforge audit phase4_bitnet
+	$(BIN)/agentforge audit --budget $(BUDGET)
 	$(BIN)/python tools/readme.py
-	@echo "report: reports/phase4_bitnet/phase4_bitnet.html (also .md, .ipynb and .json)"
+	@echo "reports: reports/*/*.html (also .md, .ipynb, .sarif and .json)"
 
 # -m "" runs the slow tests, too; notebooks are run cell by cell and fail where a cell does.
 # (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)

@@ -12,7 +12,7 @@ import yaml
 
 import agentforge as af
 from agentforge import audit
-from agentforge.audit import probes
+from agentforge.audit import probes, report
 from agentforge.audit.claims import verdict_of
 from agentforge.cli import app
 from agentforge.errors import BadInput
@@ -126,3 +126,14 @@ def test_claims_without_code_from_the_command_line(
     assert row["verdict"] == verdict_of(row["measured"]["value"], (2, math.inf), (1.5, math.inf))
     with pytest.raises(BadInput, match="one of the two"):
         app(["audit", "phase4_bitnet", "--claims", str(path)], standalone_mode=False)
+
+
+def test_the_example_is_a_claims_file_that_works(small: Path, tiny_llama: Path) -> None:
+    path = Path(__file__).parents[2] / "examples" / "model_card.yaml"
+    settings = {"model": str(small), "against": str(tiny_llama), "text": "selftext", "tokens": 127, "budget": "smoke"}
+    names = [claim.id for claim in audit.read_claims(path).claims]
+    rows = report.only(path, names, settings | {"device": "cpu", "fresh": True})
+    failures = {row["id"]: row["failure"] for row in rows if row["failure"]}
+    # The tiny model guesses no token right, so that no share of its accuracy can be kept.
+    assert set(failures) <= {"quality.accuracy"}
+    assert all(row["measured"]["stderr"] is not None for row in rows if row["stage"] == "runtime")
