@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -118,7 +119,12 @@ def stage_table(record: dict[str, Any]) -> str:
 
 
 def _with_error(measured: dict[str, Any]) -> str:
-    return f"{measured['value']:.4g} ± {measured['stderr']:.1g}"
+    """Value and standard error, both to the error's first digit but no fewer than two of the value."""
+    value, error = measured["value"], measured["stderr"] or 0.0
+    if not 1e-4 <= abs(value) < 1e5 or not 0 < error < 1e5:
+        return f"{value:.4g} ± {error:.1g}"
+    places = max(0, min(-math.floor(math.log10(error)), 1 - math.floor(math.log10(abs(value))) + 4))
+    return f"{value:.{places}f} ± {error:.{places}f}"
 
 
 def sections(record: dict[str, Any]) -> list[str]:

@@ -288,6 +288,7 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
     soup = BeautifulSoup(body, "html.parser")
     for table in soup.find_all("table"):
         labels = [cell.get_text() for cell in table.find_all("th")]
+        table["class"] = "claims" if "Verdict" in labels else "figures"
         for tr in table.find_all("tr"):
             for label, cell in zip(labels, tr.find_all("td"), strict=False):
                 cell["data-label"] = label

@@ -1,0 +1,62 @@
+"""The reports in reports/: complete, of today's claims, and drawn from their records."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentforge.audit import PROBES, read_claims, report
+from agentforge.audit.record import check_record
+
+REPORTS = Path(__file__).parents[2] / "reports"
+# A count, a size, a formula: what has no sampling error says so by its standard error of none.
+MEASURED = ("confirmed", "partly", "refuted")
+
+
+def record_of(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((REPORTS / name / f"{name}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", report.REPORTS)
+def test_no_verdict_without_a_measurement_and_no_measurement_without_its_circumstances(name: str) -> None:
+    record = record_of(name)
+    check_record(record, read_claims(name))
+    for row in record["claims"]:
+        if row["verdict"] not in MEASURED:
+            assert row["measured"] is None and row["needs"], row["id"]
+            continue
+        assert not row["failure"], f"{row['id']}: {row['failure']}"
+        measured = row["measured"]
+        assert measured["n"] >= 1 and measured["unit"] and measured["protocol"]["metric"], row["id"]
+        assert "stderr" in measured, row["id"]
+        hashes = [v for v in measured["inputs"].values() if isinstance(v, str)] + list(
+            measured["inputs"]["artifacts"].values()
+        )
+        assert hashes and all(len(value) >= 16 for value in hashes), row["id"]
+        assert row["protocol"], row["id"]
+
+
+@pytest.mark.parametrize("name", report.REPORTS)
+def test_every_probe_of_a_report_exists_and_is_documented(name: str) -> None:
+    for claim in read_claims(name).claims:
+        if claim.probe is not None:
+            assert claim.probe in PROBES, claim.id
+            assert (PROBES[claim.probe].__doc__ or "").strip(), claim.probe
+
+
+@pytest.mark.slow
+def test_reports_are_what_their_records_give() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "agentforge", "audit", "--check"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPORTS.parent,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
