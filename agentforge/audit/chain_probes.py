@@ -160,7 +160,7 @@ def faults_judged_rightly(workshop: Workshop) -> Measurement:
 @probe
 def chain_resumes(workshop: Workshop) -> Measurement:
     """Share of kills, in the middle of each step, after which the same command gives the bytes of a run without any."""
-    settings = ("rounding:bits=8,group=32", "vptq:v=4,k=16,refine=0", "rounding:bits=7,group=32")
+    settings = ("rounding:bits=8,group=32", "vptq:v=2,k=16,refine=0", "rounding:bits=7,group=32")
     model, out, right = open_model("digits-mlp"), workshop.folder / "kills", []
     whole = run_chain(model, _three(settings), out / "whole", overwrite=True, workers=1, progress=False)
     for killed in (1, 2, 3):

@@ -30,8 +30,9 @@ from ..tensorfiles import write_tensors
 from .probes import Workshop, kept_in_16_bits, probe, ratio
 
 ROWS = 64  # of a sampled matrix that slow probes look at
-# SeedLM's Table 6, as printed, for the registers that are built here a second time.
-PRINTED_TAPS = {3: (0, 1), 8: (0, 2, 3, 4), 12: (0, 1, 2, 8), 16: (0, 1, 3, 12)}
+# SeedLM's Table 6, as printed, for the registers that are built here a second time: taps of K = 2, 3, 4, ...
+TABLE_6 = "01 01 01 02 01 01 0234 04 03 02 0128 0125 012C 01 013C 03 07 0125 03 02 01 05 0127"
+PRINTED_TAPS = {K: tuple(int(j, 16) for j in taps) for K, taps in enumerate(TABLE_6.split(), start=2)}
 # VPTQ's Table 10: outliers' share, v, k, residual, groups, bits.  Outliers always have v = 4, k = 4096.
 TABLE_10 = (
     (0.0, 4, 256, 0, 1, 2.01),
@@ -126,7 +127,11 @@ def _blocks_by_hand(packed: Packed, K: int, C: int, P: int) -> np.ndarray:
 
 @probe
 def lfsr_conformance(workshop: Workshop) -> Measurement:
-    """Share of the paper's worked values that the register gives: Figure 3, a 16-bit sequence, a full period for each K."""
+    """Share of the paper's worked values that the register gives: Figure 3, a 16-bit sequence, and for each K the states of
+    a second register with the printed taps, and a full period.
+
+    The period alone would not do: other taps have full periods, too.
+    """
     figure = seedlm.lfsr(3, 4, 7).tolist() == [2, 5, 6, 7, 3, 1, 4]
     matrix = (seedlm.basis(3, 4, 2, 4) * 3 + 4).tolist() == [[2, 5], [6, 7], [3, 1], [4, 2]]
     sequence = [32768, 16384, 8192, 4096, 34816, 17408, 8704, 4352, 34944, 17472, 8736, 4368]
@@ -135,7 +140,8 @@ def lfsr_conformance(workshop: Workshop) -> Measurement:
         # The register's step is one to one, so it runs through a cycle: of full length if it is back at 1 only at its end.
         states = seedlm.lfsr(K, 1, (1 << K) - 1)
         right.append(bool(states.min() > 0) and np.flatnonzero(states == 1).tolist() == [(1 << K) - 2])
-    return share(workshop, right, "worked values", "Figure 3, its matrix, K = 16 from 1, periods of Table 6")
+        right.append(states[: 4 * K].tolist() == _register(K, 1, len(states[: 4 * K])))
+    return share(workshop, right, "worked values", "Figure 3, its matrix, K = 16 from 1, taps and periods of Table 6")
 
 
 @probe
