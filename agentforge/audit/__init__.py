@@ -8,7 +8,13 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import project_probes, subject_probes, training_probes  # noqa: F401  (their probes register themselves)
+from . import (  # noqa: F401  (their probes register themselves)
+    chain_probes,
+    compression_probes,
+    project_probes,
+    subject_probes,
+    training_probes,
+)
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
 from .probes import PROBES
 from .record import measure

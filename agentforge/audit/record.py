@@ -24,6 +24,10 @@ from .workshop import Unmeasured, Workshop
 
 RECORD_FORMAT = 2
 SCHEMA = Path(__file__).parent / "record.schema.json"
+# Probes of how a stage changes predictions: all their stages are scored in one pass over the text.
+COMPARING = ("perplexity_factor", "retention", "top1_agreement")
+# What these read lies outside of the package: other rows, the coverage data, the README.
+NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
 Taken = tuple[Measurement | None, str, str, float]  # measurement, failure, what was missing, seconds
 
 
@@ -34,7 +38,7 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
     the other rows.  say: called with a line of progress for each claim measured, with an estimate of what is left.
     """
     start = time.perf_counter()
-    scored = [c.parameters["stage"] for c in claims.claims if c.probe in ("perplexity_factor", "top1_agreement")]
+    scored = [c.parameters["stage"] for c in claims.claims if c.probe in COMPARING]
     compared = list(dict.fromkeys([*claims.baselines, *scored]))
     if compared:
         say(f"[0/{len(compared)}] scoring the original and {len(compared)} compressed models on the text", flush=True)
@@ -117,10 +121,6 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return None, text[:300], "", time.perf_counter() - began
     return Measurement(**kept["measured"]), "", "", kept.get("seconds", time.perf_counter() - began)
-
-
-# What these read lies outside of the package: other rows, the coverage data, the README.
-NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
 
 
 def _model(model: Any) -> dict[str, Any]:
