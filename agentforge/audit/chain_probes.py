@@ -35,7 +35,8 @@ from ..stages import Stage
 from ..training import mugrokfast
 from ..training import recover as recovery
 from .compression_probes import gaussian, share
-from .probes import Workshop, probe
+from .probes import probe
+from .workshop import Workshop
 
 
 def _chain(workshop: Workshop, which: str, digits: bool = False, track: Path | None = None) -> tuple[Result, Path]:

@@ -27,7 +27,8 @@ from ..planes import Packed, Plane, stored_bytes
 from ..stages import Stage, curves, entropy, seedlm
 from ..statistics import Calibration, InputStatistics, collect
 from ..tensorfiles import write_tensors
-from .probes import Workshop, kept_in_16_bits, probe, ratio
+from .probes import kept_in_16_bits, probe, ratio
+from .workshop import Workshop
 
 ROWS = 64  # of a sampled matrix that slow probes look at
 # SeedLM's Table 6, as printed, for the registers that are built here a second time: taps of K = 2, 3, 4, ...
