@@ -283,7 +283,7 @@ def codebooks_recovered(workshop: Workshop, steps: int) -> Measurement:
 
 
 @probe
-def filter_gain(workshop: Workshop, steps: int) -> Measurement:
+def codebook_gain_of_filter(workshop: Workshop, steps: int) -> Measurement:
     """KL divergence that is left with the filter over that without, median over seeds."""
     found = []
     for seed in range(workshop.effort.seeds):

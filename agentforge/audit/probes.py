@@ -27,7 +27,8 @@ PROBES: dict[str, Probe] = {}
 
 
 def probe(function: Probe) -> Probe:
-    """Decorator: makes a probe known under its function's name."""
+    """Decorator: makes a probe known under its function's name, which no other has."""
+    assert function.__name__ not in PROBES, f"there are two probes called {function.__name__}"
     PROBES[function.__name__] = function
     return function
 

@@ -107,7 +107,10 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
     def make() -> dict[str, Any]:
         workshop.used = {}
         measured = run(workshop, name, parameters)
-        return {"measured": measured.to_json() | {"inputs": {**measured.inputs, "artifacts": dict(workshop.used)}}}
+        found = measured.to_json() | {"inputs": {**measured.inputs, "artifacts": dict(workshop.used)}}
+        if measured.stderr is not None and not math.isfinite(measured.stderr):
+            found["stderr"] = None  # of a single observation nothing is known of the error
+        return {"measured": found}
 
     began = time.perf_counter()
     try:

@@ -188,7 +188,7 @@ def fewer_samples(workshop: Workshop) -> Measurement:
 
 
 @probe
-def filter_gain(
+def recovery_gain_of_filter(
     workshop: Workshop, alpha: float = 0.98, lamb: float = 2.0, other_alpha: float = 0.98, other_lamb: float = 0.0
 ) -> Measurement:
     """KL after recovery with another setting of Grokfast's filter (by default none), over that with this one; digits-mlp,

@@ -127,8 +127,8 @@ class Workshop:
     def sample(self) -> list[Weight]:
         """The matrices that slow probes look at: one in `effort.every`, of all depths and kinds."""
         weights = self.model.weights()
-        # A step that shares no divisor with the number of kinds in a block visits all of them.
-        return weights[:: self.effort.every + (self.effort.every % 7 == 0)] if self.effort.every > 1 else weights
+        # A step that shares no divisor with the number of kinds in a block, seven, visits all of them.
+        return weights[:: self.effort.every + (self.effort.every % 7 == 0)]
 
     def exact(self, value: float, unit: str, n: int, metric: str, **protocol: Any) -> Measurement:
         """A measurement without sampling error: a count, or a size."""

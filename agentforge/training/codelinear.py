@@ -78,12 +78,14 @@ class _Codes(torch.autograd.Function):
     def forward(
         context: Any, latent: torch.Tensor, gains: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, rounding: float
     ) -> torch.Tensor:
+        """gain * step * q(u): float32[out, in]."""
         codes = _round(latent * SPAN, rounding).mul_(rows[:, None]).mul_(columns)
         context.save_for_backward(codes, gains, rows, columns)
         return codes * gains[:, None]
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradients in latent values and gains."""
         codes, gains, rows, columns = context.saved_tensors
         of_gains = torch.einsum("oi,oi->o", gradient, codes)
         of_latent = gradient * (SPAN * rows * gains)[:, None]

@@ -502,6 +502,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """The mean KL divergence; the gradient is kept for `backward`."""
         gradient, total = torch.empty_like(ours), torch.zeros((), dtype=torch.float32, device=ours.device)
         rows = ROWS if ours.device.type == "cpu" else len(ours)
         for mine, other, out in zip(ours.split(rows), theirs.split(rows), gradient.split(rows), strict=True):
@@ -515,6 +516,7 @@ class _Distillation(torch.autograd.Function):
 
     @staticmethod
     def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient in our logits alone."""
         (found,) = context.saved_tensors
         return found * gradient, None
 

@@ -20,6 +20,7 @@ from numba import njit
 from agentforge import audit, chain, stages
 from agentforge.artifact import Artifact, Ratio
 from agentforge.audit import probes
+from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation import likelihood
@@ -247,7 +248,7 @@ def verdict(row: str, model: Path, folder: Path) -> str:
     claim = CLAIMS[row]
     assert claim.probe is not None
     workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128, progress=False)
-    workshop.effort = probes.EFFORTS["smoke"]
+    workshop.effort = workshop_room.EFFORTS["smoke"]
     try:
         return audit.judge(claim, probes.run(workshop, claim.probe, claim.parameters)).verdict
     except (AgentForgeError, AssertionError):  # a probe that does not come to an end confirms nothing

@@ -15,6 +15,7 @@ import agentforge as af
 from agentforge import audit, stages
 from agentforge.artifact import Artifact
 from agentforge.audit import PROBES, chain_probes, compression_probes, judge, probes
+from agentforge.audit import workshop as workshop_room
 from agentforge.chain import Result
 from agentforge.digits import data as digits_data
 from agentforge.errors import BadInput
@@ -34,7 +35,7 @@ def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> prob
 
 
 def smoke(workshop: probes.Workshop) -> probes.Workshop:
-    return dataclasses.replace(workshop, effort=probes.EFFORTS["smoke"])
+    return dataclasses.replace(workshop, effort=workshop_room.EFFORTS["smoke"])
 
 
 def value(workshop: probes.Workshop, name: str, **parameters: Any) -> float:
@@ -376,7 +377,7 @@ def test_training_codebooks(workshop: probes.Workshop, digits: LanguageModel) ->
     p, a, b = (model.model(pixels).detach().softmax(1).double() for model in (digits, start, trained))
     before, after = (float((p * (p / q).log()).sum(1).mean()) for q in (a, b))
     assert found.value == pytest.approx(1 - after / before, abs=1e-3)
-    gain = probes.run(smoke(workshop), "filter_gain", {"steps": 4})
+    gain = probes.run(smoke(workshop), "codebook_gain_of_filter", {"steps": 4})
     assert gain.n == 2 and gain.value != 1.0
     assert recover.MuGrokfast is optimizer
     assert torch.equal(chain_probes._kl(digits), torch.zeros(450, dtype=torch.float64))

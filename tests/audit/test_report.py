@@ -11,7 +11,7 @@ import torch
 
 import agentforge as af
 from agentforge import audit
-from agentforge.audit import probes
+from agentforge.audit import probes, project_probes
 from agentforge.audit.drawing import measured_text, verdict_table
 from agentforge.audit.report import render
 from agentforge.errors import AgentForgeError, BadInput
@@ -108,6 +108,7 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
         "colour": "GREY",
         "close": False,
         "measured": None,
+        "failure": "",
         "needs": "more",
         "protocol": "",
         "remark": "",
@@ -120,6 +121,7 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
 
 def test_measured_text_names_value_error_n_and_threshold() -> None:
     row = {
+        "failure": "",
         "measured": {"value": 6.864, "stderr": 0.25, "unit": "x", "n": 1234},
         "thresholds": {"confirmed": [8.0, None], "partly": None},
         "protocol": "P.",
@@ -200,10 +202,10 @@ def test_likelihood_probes_rest_on_one_pass(workshop: probes.Workshop) -> None:
 
 
 def test_the_code_is_as_short_typed_and_documented_as_the_probes_say(workshop: probes.Workshop) -> None:
-    assert probes.typed_functions(workshop).value == 1.0
-    assert probes.documented_functions(workshop).value == 1.0
-    assert probes.short_functions(workshop).value > 0.95
-    assert probes.short_functions(workshop, lines=1).value < 0.1
+    assert project_probes.typed_functions(workshop).value == 1.0
+    assert project_probes.documented_functions(workshop).value == 1.0
+    assert project_probes.short_functions(workshop).value > 0.95
+    assert project_probes.short_functions(workshop, lines=1).value < 0.1
 
 
 def test_unknown_probes_and_parameters_are_refused(workshop: probes.Workshop) -> None:
