@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import training_probes  # noqa: F401  (its probes register themselves)
+from . import paper_probes, training_probes  # noqa: F401  (their probes register themselves)
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
 from .probes import PROBES, Workshop, workshop_for
 from .record import measure
