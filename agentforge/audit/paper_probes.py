@@ -48,7 +48,12 @@ STATISTICS_TOKENS = 1024
 @probe
 def arithmetic(workshop: Workshop, expression: str, unit: str) -> Measurement:
     """An expression of numbers, + - * / **, log2, min and max: what follows from a claim's own figures."""
-    value = _evaluate(ast.parse(expression, mode="eval").body, expression)
+    try:
+        value = _evaluate(ast.parse(expression, mode="eval").body, expression)
+    except BadInput:
+        raise
+    except (SyntaxError, ArithmeticError, ValueError, TypeError) as error:
+        raise BadInput(f"arithmetic: {expression!r} has no value ({error})") from None
     return Measurement(value, unit, None, 1, {"metric": "arithmetic", "expression": expression})
 
 
