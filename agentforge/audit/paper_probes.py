@@ -120,6 +120,8 @@ def _weights(
         for seed in range(workshop.effort.seeds):
             yield std * gaussian(rows or 256, columns, seed), seed
         return
+    if source != "sample":
+        raise BadInput(f"source={source!r}; expected sample or gaussian")
     for weight in workshop.sample():
         dense = weight.load().to(torch.float32)
         yield dense if not rows else dense[_spread(len(dense), rows)], 0

@@ -242,6 +242,8 @@ def test_errors_are_pooled_with_their_spread(workshop: Workshop) -> None:
     assert paper_probes._pooled(pairs[:1]) == (0.5, None)
     same = probes.run(workshop, "error_ratio", {"coder": ABSMEAN, "reference": ABSMEAN, "source": "sample", "rows": 8})
     assert (same.value, same.stderr) == (1.0, 0.0)
+    with pytest.raises(BadInput, match="sample or gaussian"):
+        value(workshop, "relative_error", coder=ABSMEAN, source="sampled")
 
 
 def test_bits_are_those_of_the_planes(workshop: Workshop) -> None:
