@@ -175,12 +175,16 @@ def _s2_rows() -> Coder:
     """The specification's VPTQ: 256 words, each as long as a row."""
 
     def approximate(weight: torch.Tensor, seed: int) -> torch.Tensor:
-        from sklearn.cluster import KMeans
-
         if len(weight) <= 256:
             return weight
-        found = KMeans(256, n_init=1, max_iter=20, random_state=seed).fit(weight.numpy())
-        return torch.from_numpy(found.cluster_centers_[found.labels_]).to(torch.float32)
+        chosen = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:256]
+        words = weight[chosen]
+        for _ in range(20):
+            nearest = torch.cdist(weight, words).argmin(1)
+            counts = torch.bincount(nearest, minlength=256).unsqueeze(1)
+            sums = torch.zeros_like(words).index_add_(0, nearest, weight)
+            words = torch.where(counts > 0, sums / counts.clamp(min=1), words)
+        return words[nearest]
 
     return Coder(lambda shape: 16.0 * min(256, shape[0]) * shape[1] + 8 * shape[0], approximate)
 

@@ -26,7 +26,7 @@ from ..chain import Condition
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.rate_distortion import gaussian
-from ..models import open_model
+from ..models import open_model, quiet_transformers
 from ..stages.seedlm import TAPS, lfsr
 from ..stages.trajectory import paper_bits_per_weight
 from ..stages.vptq import paper_bits
@@ -562,8 +562,10 @@ def conv1d_layers(workshop: Workshop) -> Measurement:
 
     folder = workshop.folder / "gpt2"
     shutil.rmtree(folder, ignore_errors=True)
-    made = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2))
-    made.save_pretrained(folder)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    with quiet_transformers():
+        made = GPT2LMHeadModel(config)
+        made.save_pretrained(folder)
     layers = sum(type(module).__name__ == "Conv1D" for module in made.modules())
     found = sum(weight.module == "Conv1D" for weight in open_model(folder).weights())
     return workshop.exact(found / layers, "share of layers", layers, "layers found in GPT-2")
