@@ -179,7 +179,7 @@ def _s2_rows() -> Coder:
             return weight
         chosen = torch.randperm(len(weight), generator=torch.Generator().manual_seed(seed))[:256]
         words = weight[chosen]
-        for _ in range(20):
+        for _ in range(10):
             nearest = torch.cdist(weight, words).argmin(1)
             counts = torch.bincount(nearest, minlength=256).unsqueeze(1)
             sums = torch.zeros_like(words).index_add_(0, nearest, weight)

@@ -296,7 +296,7 @@ def explained_at(workshop: Workshop, bits: float, rows: int = 192) -> Measuremen
     for weight, _ in _weights(workshop, "sample", rows):
         flat = weight.double().reshape(-1) - weight.double().mean()
         low, high = float(flat.std()) * 1e-3, 4 * float(flat.abs().max())
-        for _ in range(30):  # the entropy falls as the step grows
+        for _ in range(20):  # the entropy falls as the step grows
             step = math.sqrt(low * high)
             low, high = (step, high) if _entropy(torch.bincount(_cells(flat, step))) > bits else (low, step)
         cells = _cells(flat, high)
