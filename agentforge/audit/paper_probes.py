@@ -1,0 +1,643 @@
+"""Probes of what papers and documentation claim as numbers: on the model, on Gaussian weights, or by computing.
+
+A coder in a claim is the text of a stage, or the name of one that the documentation defines, see `documented`.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import itertools
+import math
+import operator
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from .. import evaluation, stages
+from ..artifact import load
+from ..chain import Condition
+from ..errors import BadInput
+from ..evaluation import Measurement
+from ..evaluation.rate_distortion import gaussian
+from ..models import open_model, quiet_transformers
+from ..stages.seedlm import TAPS, lfsr
+from ..stages.trajectory import paper_bits_per_weight
+from ..stages.vptq import paper_bits
+from ..statistics import Calibration, InputStatistics, collect, first_tokens
+from ..training.bitlinear import quantize_activations
+from ..training.mugrokfast import MuGrokfast, amplify_slow, muon_scale, newton_schulz
+from ..training.phase import size_of
+from .documented import Coder, Shape, coder_of
+from .probes import probe
+from .workshop import Workshop
+
+Source = Literal["sample", "gaussian"]
+INPUT_TOKENS = 255  # of the text, for what is asked of layers' inputs
+STATISTICS_TOKENS = 1024
+
+
+# Arithmetic
+
+
+@probe
+def arithmetic(workshop: Workshop, expression: str, unit: str) -> Measurement:
+    """An expression of numbers, + - * / **, log2, min and max: what follows from a claim's own figures."""
+    try:
+        value = _evaluate(ast.parse(expression, mode="eval").body, expression)
+    except BadInput:
+        raise
+    except (SyntaxError, ArithmeticError, ValueError, TypeError) as error:
+        raise BadInput(f"arithmetic: {expression!r} has no value ({error})") from None
+    return Measurement(value, unit, None, 1, {"metric": "arithmetic", "expression": expression})
+
+
+_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+_FUNCTIONS: dict[str, Callable[..., float]] = {"log2": math.log2, "min": min, "max": max}
+
+
+def _evaluate(node: ast.expr, text: str) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return float(value)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return float(_OPERATORS[type(op)](_evaluate(left, text), _evaluate(right, text)))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, text)
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+            return float(_FUNCTIONS[name](*(_evaluate(argument, text) for argument in arguments)))
+    raise BadInput(f"arithmetic: {text!r} holds {ast.unparse(node)!r}; expected numbers, + - * / **, log2, min and max")
+
+
+@probe
+def distinct_names(workshop: Workshop, patterns: list[str]) -> Measurement:
+    """How many distinct names a list has, where "a/{b,c}" stands for two."""
+    names: set[str] = set()
+    for pattern in patterns:
+        parts = [part.split(",") for part in re.split(r"[{}]", pattern)]
+        # Outside of braces a part is what it is; re.split puts these at even places.
+        names |= {"".join(name) for name in itertools.product(*parts)}
+    return Measurement(float(len(names)), "names", None, len(names), {"metric": "distinct names"})
+
+
+@probe
+def gates_that_pass(workshop: Workshop, gates: list[str], measured: dict[str, float]) -> Measurement:
+    """Share of gates that pass for given values, as this project's chains decide."""
+    conditions = [Condition.parse(gate) for gate in gates]
+    values = {name: Measurement(value, "x", None, 1, {}) for name, value in measured.items()}
+    passed = sum(condition.decide(values[condition.quantity]) == "passed" for condition in conditions)
+    return workshop.exact(passed / len(gates), "share of gates", len(gates), "gates that pass", gates=gates, values=measured)
+
+
+@probe
+def size_target(workshop: Workshop, parameters: int) -> Measurement:
+    """The ratio that the documentation's size-adaptive table asks of a model of this size."""
+    size = size_of(parameters)
+    return workshop.exact(size.ratio, "x", parameters, "size-adaptive target", size=size.name)
+
+
+# Weights: the sampled matrices, or Gaussian ones
+
+
+def _weights(
+    workshop: Workshop, source: Source, rows: int, columns: int = 256, std: float = 1.0
+) -> Iterator[tuple[torch.Tensor, int]]:
+    """Weights, float32[out, in], each with its seed: on "sample" so many rows (0: all), spread over each sampled matrix; on
+    "gaussian" a matrix of rows (0: 256) x columns for each of the effort's seeds."""
+    if source == "gaussian":
+        for seed in range(workshop.effort.seeds):
+            yield std * gaussian(rows or 256, columns, seed), seed
+        return
+    if source != "sample":
+        raise BadInput(f"source={source!r}; expected sample or gaussian")
+    for weight in workshop.sample():
+        dense = weight.load().to(torch.float32)
+        yield dense if not rows else dense[_spread(len(dense), rows)], 0
+
+
+def _spread(count: int, rows: int) -> torch.Tensor:
+    return torch.linspace(0, count - 1, min(count, rows)).round().to(torch.int64)
+
+
+def _shapes(workshop: Workshop, source: Source, rows: int, columns: int) -> list[Shape]:
+    return [(rows, columns)] if source == "gaussian" else [weight.shape for weight in workshop.sample()]
+
+
+def _pooled(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
+    """sum a / sum b over independent pairs, with the standard error of a ratio (Cochran 1977, section 6.4)."""
+    a, b = np.array(pairs, np.float64).T
+    value, k = float(a.sum() / b.sum()), len(a)
+    spread = math.sqrt(k / (k - 1) * float(((a - value * b) ** 2).sum())) / float(b.sum()) if k > 1 else None
+    return value, spread
+
+
+def _over(
+    workshop: Workshop, pairs: Sequence[tuple[float, float]], unit: str, n: int, source: Source, metric: str, **protocol: Any
+) -> Measurement:
+    value, spread = _pooled(pairs)
+    about = {"metric": metric, "on": source, "matrices": len(pairs), "weights": n, **protocol}
+    seed = 0 if source == "gaussian" else None
+    return Measurement(value, unit, spread, n, about, seed, {"model": workshop.model.fingerprint})
+
+
+def _squares(weight: torch.Tensor) -> float:
+    return float(weight.double().square().sum())
+
+
+def _error(coder: Coder, weight: torch.Tensor, seed: int) -> float:
+    """Squared error relative to the squared weights."""
+    return _squares(coder.approximate(weight, seed) - weight) / _squares(weight)
+
+
+@probe
+def relative_error(
+    workshop: Workshop, coder: str, source: Source, rows: int = 0, columns: int = 256, std: float = 1.0
+) -> Measurement:
+    """Squared error relative to the squared weights, mean over matrices; zeros have 1."""
+    made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns, std))
+    pairs = [(_error(made, weight, seed), 1.0) for weight, seed in weights]
+    n = sum(weight.numel() for weight, _ in weights)
+    return _over(workshop, pairs, "share of squared weights", n, source, "relative squared error", coder=coder, std=std)
+
+
+@probe
+def explained(workshop: Workshop, coder: str, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
+    """R2, 1 - squared error over squared deviation from the mean, mean over matrices: the audited code's quality."""
+    made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns))
+    pairs = [(1 - _squares(made.approximate(w, s) - w) / _squares(w - w.double().mean()), 1.0) for w, s in weights]
+    return _over(workshop, pairs, "R2", sum(w.numel() for w, _ in weights), source, "explained variance", coder=coder)
+
+
+@probe
+def error_ratio(
+    workshop: Workshop, coder: str, reference: str, source: Source, rows: int = 0, columns: int = 256
+) -> Measurement:
+    """Relative squared error of one coder over that of another, on the same weights, in pairs."""
+    ours, theirs = coder_of(coder), coder_of(reference)
+    weights = list(_weights(workshop, source, rows, columns))
+    pairs = [(_error(ours, weight, seed), _error(theirs, weight, seed)) for weight, seed in weights]
+    n = sum(weight.numel() for weight, _ in weights)
+    return _over(workshop, pairs, "x of the error", n, source, "ratio of squared errors", coder=coder, reference=reference)
+
+
+@probe
+def code_retention(
+    workshop: Workshop, coder: str, source: Source, rows: int = 0, columns: int = 256, preserved: bool = False
+) -> Measurement:
+    """1 - mean |w - w'| / max |w|, mean over matrices: "retention" in the audited SeedLM.
+
+    preserved: averaged, as there, with 1 for each of the model's tensors that no stage touches.
+    """
+    made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns))
+    kept = [1 - float((made.approximate(w, s) - w).abs().double().mean() / w.abs().max()) for w, s in weights]
+    if preserved:
+        touched, all_tensors = len(workshop.model.weights()), len(workshop.model.entries)
+        kept = [(touched * value + all_tensors - touched) / all_tensors for value in kept]
+    n = sum(weight.numel() for weight, _ in weights)
+    return _over(workshop, [(value, 1.0) for value in kept], "share", n, source, "1 - L1 / max", coder=coder)
+
+
+@probe
+def coded_bits(
+    workshop: Workshop, coder: str, source: Source = "sample", rows: int = 256, columns: int = 256
+) -> Measurement:
+    """Bits a weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
+    shapes = _shapes(workshop, source, rows, columns)
+    bits, n = sum(map(coder_of(coder).bits, shapes)), sum(map(math.prod, shapes))
+    return workshop.exact(bits / n, "bits/weight", n, "bits of all that is stored", coder=coder, on=source)
+
+
+@probe
+def coded_ratio(
+    workshop: Workshop, coder: str, source: Source = "sample", rows: int = 256, columns: int = 256
+) -> Measurement:
+    """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
+    bits = coded_bits(workshop, coder, source, rows, columns)
+    return workshop.exact(32 / bits.value, "x", bits.n, "32 bits over all that is stored", coder=coder, on=source)
+
+
+@probe
+def zeros(
+    workshop: Workshop, tau: float, source: Source, rows: int = 0, columns: int = 256, absolute: bool = False
+) -> Measurement:
+    """Share of weights below tau times their row's mean |w|, or below tau itself."""
+    pairs = []
+    for weight, _ in _weights(workshop, source, rows, columns):
+        limit = torch.tensor(tau) if absolute else tau * weight.abs().double().mean(1, keepdim=True)
+        pairs.append((float((weight.abs() < limit).sum()), float(weight.numel())))
+    n = int(sum(count for _, count in pairs))
+    return _over(workshop, pairs, "share of weights", n, source, "weights below a threshold", tau=tau, absolute=absolute)
+
+
+@probe
+def threshold_for_zeros(workshop: Workshop, share: float, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
+    """The threshold, in units of a row's mean |w|, below which this share of a matrix lies; mean over matrices."""
+    pairs, n = [], 0
+    for weight, _ in _weights(workshop, source, rows, columns):
+        relative = weight.abs().double() / weight.abs().double().mean(1, keepdim=True)
+        pairs.append((float(np.quantile(relative.numpy(), share)), 1.0))
+        n += weight.numel()
+    return _over(workshop, pairs, "of mean |w|", n, source, "threshold for a share of zeros", share=share)
+
+
+@probe
+def codes_entropy(workshop: Workshop, stage: str) -> Measurement:
+    """-sum p log2 p of the frequencies of a ternary stage's codes, over the sampled matrices."""
+    ternary, counts = stages.parse(stage), torch.zeros(3, dtype=torch.float64)
+    for weight, _ in _weights(workshop, "sample", 0):
+        counts += torch.bincount(ternary.encode(weight)["codes"].reshape(-1).to(torch.int64), minlength=3)
+    return workshop.exact(_entropy(counts), "bits/weight", int(counts.sum()), "entropy of the codes", stage=stage)
+
+
+def _entropy(counts: torch.Tensor) -> float:
+    p = counts[counts > 0].double() / counts.sum()
+    return float(-(p * p.log2()).sum())
+
+
+@probe
+def sparse_gain(workshop: Workshop, tau: float) -> Measurement:
+    """A byte a weight over a bit a weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
+    share = zeros(workshop, tau, "sample")
+    return workshop.exact(8 / (1 + 8 * (1 - share.value)), "x", share.n, "int8 over a bitmap and int8", tau=tau)
+
+
+@probe
+def requantised(workshop: Workshop, stage: str, times: int) -> Measurement:
+    """Share of the norm of what a stage decodes to that encoding and decoding it so many times more takes away."""
+    made, pairs, n = coder_of(stage), [], 0
+    for weight, seed in _weights(workshop, "sample", 0):
+        first = again = made.approximate(weight, seed)
+        for _ in range(times):
+            again = made.approximate(again, seed)
+        pairs.append((1 - math.sqrt(_squares(again) / _squares(first)), 1.0))
+        n += weight.numel()
+    return _over(workshop, pairs, "share of the norm", n, "sample", "norm lost", stage=stage, times=times)
+
+
+@probe
+def explained_at(workshop: Workshop, bits: float, rows: int = 192) -> Measurement:
+    """R2 of rounding to the mean of each cell, its step such that the codes' entropy is `bits` a weight; mean over matrices.
+
+    Nothing but the entropy is counted, which no real coder reaches, so that this flatters the claim.
+    """
+    pairs, n = [], 0
+    for weight, _ in _weights(workshop, "sample", rows):
+        flat = weight.double().reshape(-1) - weight.double().mean()
+        low, high = float(flat.std()) * 1e-3, 4 * float(flat.abs().max())
+        for _ in range(20):  # the entropy falls as the step grows
+            step = math.sqrt(low * high)
+            low, high = (step, high) if _entropy(torch.bincount(_cells(flat, step))) > bits else (low, step)
+        cells = _cells(flat, high)
+        counts, sums = torch.bincount(cells), torch.bincount(cells, weights=flat)
+        pairs.append((float((sums.square() / counts.clamp(min=1)).sum()) / _squares(flat), 1.0))
+        n += flat.numel()
+    return _over(workshop, pairs, "R2", n, "sample", "explained variance at an entropy", bits=bits)
+
+
+def _cells(values: torch.Tensor, step: float) -> torch.Tensor:
+    codes = (values / step).round().to(torch.int64)
+    return codes - codes.min()
+
+
+@probe
+def decode_time(workshop: Workshop, stage: str, weights: int, rows: int) -> Measurement:
+    """Milliseconds to decode so many weights, from the time for some rows of each sampled matrix, three rounds."""
+    made, times = stages.parse(stage), []
+    encoded = [made.encode(weight) for weight, _ in _weights(workshop, "sample", rows)]
+    n = sum(math.prod(packed.shape) for packed in encoded)
+    for _ in range(4):
+        began = time.perf_counter()
+        for packed in encoded:
+            made.decode(packed)
+        times.append(1e3 * (time.perf_counter() - began) * weights / n)
+    # The first round warms up what the others use.
+    value, spread = _pooled([(one, 1.0) for one in times[1:]])
+    protocol = {"metric": "time to decode", "stage": stage, "weights": weights, "threads": torch.get_num_threads()}
+    return Measurement(value, "ms", spread, n, protocol, inputs={"model": workshop.model.fingerprint})
+
+
+# The papers' and the audited code's own arithmetic
+
+
+@probe
+def mismatched_decode(workshop: Workshop, count: int, segments: int, degree: int) -> Measurement:
+    """R2 of polynomials fitted to segments of a smooth wave, less that of what the audited code decodes from them.
+
+    Its segments have floor(count / segments) values, and there is one more where some are left; it decodes as many as it
+    stored, of equal lengths rounded up.
+    """
+    wave = np.sin(np.linspace(0, 6 * np.pi, count)) + 0.5 * np.cos(np.linspace(0, 10 * np.pi, count))
+    short = count // segments
+    parts = [wave[first : first + short] for first in range(0, count, short)]
+    curves = [_polynomial(part, degree) for part in parts]
+    fitted = [curve(np.linspace(-1, 1, len(part))) for curve, part in zip(curves, parts, strict=True)]
+    decoded = [curve(np.linspace(-1, 1, math.ceil(count / len(parts)))) for curve in curves]
+    after, before = (float(((np.concatenate(made)[:count] - wave) ** 2).mean() / wave.var()) for made in (decoded, fitted))
+    about = {"segments": segments, "degree": degree, "R2 fitted": 1 - before, "R2 decoded": 1 - after}
+    return workshop.exact(after - before, "R2", count, "R2 lost by decoding", **about)
+
+
+def _polynomial(values: np.ndarray, degree: int) -> np.polynomial.Polynomial:
+    x = np.linspace(-1, 1, len(values))
+    return np.polynomial.Polynomial.fit(x, values, min(degree, len(values) - 1), domain=[-1, 1])
+
+
+@probe
+def lfsr_states(workshop: Workshop, K: int, seed: int, states: list[int]) -> Measurement:
+    """Share of printed states of a shift register that this project's has, too, at the same place."""
+    same = int((lfsr(K, seed, len(states)) == np.array(states)).sum())
+    return workshop.exact(same / len(states), "share of states", len(states), "equal states", K=K, from_seed=seed)
+
+
+@probe
+def full_periods(workshop: Workshop) -> Measurement:
+    """Share of Table 6's registers that come back to their seed after 2^K - 1 steps and not before."""
+    full = sum(int(np.argmax(lfsr(K, 1, (1 << K) - 1) == 1)) == (1 << K) - 2 for K in TAPS)
+    return workshop.exact(full / len(TAPS), "share of registers", len(TAPS), "full period", K=[min(TAPS), max(TAPS)])
+
+
+# Hidden size, feed-forward size, and outputs of k and v; all blocks of a model are alike.
+LLAMAS = {
+    "llama2-7b": (4096, 11008, 4096),
+    "llama2-13b": (5120, 13824, 5120),
+    "llama3-70b": (8192, 28672, 1024),
+}
+
+
+@probe
+def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) -> Measurement:
+    """Bits a weight as the VPTQ paper counts them, over the linear layers of a Llama, of one matrix, or of this model."""
+    if shapes == "here":
+        layers = [weight.shape for weight in workshop.model.weights()]
+    elif shapes == "square-4096":
+        layers = [(4096, 4096)]
+    elif shapes in LLAMAS:
+        wide, inner, narrow = LLAMAS[shapes]
+        layers = [(wide, wide), (narrow, wide), (narrow, wide), (wide, wide), (inner, wide), (inner, wide), (wide, inner)]
+    else:
+        raise BadInput(f"vptq_bits: shapes={shapes!r}; expected here, square-4096, {', '.join(LLAMAS)}")
+    value, n = paper_bits(layers, v, k, **settings), sum(map(math.prod, layers))
+    return workshop.exact(value, "bits/weight", n, "bits by Equations 3 to 5", shapes=shapes, v=v, k=k, **settings)
+
+
+@probe
+def trajectory_ratio(workshop: Workshop, stage: str, bits: int) -> Measurement:
+    """`bits` a weight over what the Hyper-Compression paper counts, over the sampled matrices."""
+    made, counted, n = stages.parse(stage), 0.0, 0
+    for weight, _ in _weights(workshop, "sample", 0):
+        counted += paper_bits_per_weight(made.encode(weight)) * weight.numel()
+        n += weight.numel()
+    return workshop.exact(bits * n / counted, "x", n, "ratio by largest index", stage=stage, against=bits)
+
+
+@probe
+def output_error_ratio(workshop: Workshop, stage: str, reference: str, rows: int) -> Measurement:
+    """tr(dW H dW^T) relative to tr(W H W^T) of one stage over that of another, on some rows of the sampled matrices."""
+    ours, theirs = stages.parse(stage), stages.parse(reference)
+    statistics, pairs, n = _statistics(workshop), [], 0
+    for weight in workshop.sample():
+        dense = weight.load().to(torch.float32)
+        dense, stats = dense[_spread(len(dense), rows)], statistics[weight.name]
+        lost = [_output_error(made.decode(made.encode(dense, stats)) - dense, stats) for made in (ours, theirs)]
+        whole = _output_error(dense, stats)
+        pairs.append((lost[0] / whole, lost[1] / whole))
+        n += dense.numel()
+    about = {"stage": stage, "reference": reference, "tokens": STATISTICS_TOKENS, "text": "selftext/calibration"}
+    return _over(workshop, pairs, "x of the error", n, "sample", "ratio of output errors", **about)
+
+
+def _output_error(gap: torch.Tensor, stats: InputStatistics) -> float:
+    return float(((gap @ stats.hessian) * gap).sum(dtype=torch.float64))
+
+
+_COLLECTED: dict[str, dict[str, InputStatistics]] = {}
+
+
+def _statistics(workshop: Workshop) -> dict[str, InputStatistics]:
+    """Input statistics of the sampled layers, of the last model that asked for them."""
+    names = [weight.name for weight in workshop.sample()]
+    key = f"{workshop.model.fingerprint} {names}"
+    if key not in _COLLECTED:
+        calibration = Calibration(tokens=STATISTICS_TOKENS, context=min(STATISTICS_TOKENS, workshop.context))
+        found = collect(workshop.model, calibration, progress=workshop.progress)
+        _COLLECTED.clear()  # one model's are enough to hold
+        _COLLECTED[key] = {name: found[name] for name in names}
+    return _COLLECTED[key]
+
+
+# The model
+
+
+@probe
+def quantised_share(workshop: Workshop, kept: bool = False) -> Measurement:
+    """Share of the model's parameters that stages may touch, or that are kept; tied ones count once."""
+    total = workshop.model.parameters
+    touched = sum(math.prod(weight.shape) for weight in workshop.model.weights())
+    value = (total - touched if kept else touched) / total
+    return workshop.exact(value, "share of parameters", total, "kept" if kept else "quantised")
+
+
+@probe
+def memory_saved(workshop: Workshop) -> Measurement:
+    """1 - bytes of the running packed ternary model's tensors over those of its parameters in float32."""
+    packed = load(workshop.artifact("ternary:rule=absmean").path, runtime="packed").model
+    # Embedding and head may be two names for the same memory.
+    held = sum({tensor.data_ptr(): tensor.nbytes for tensor in [*packed.parameters(), *packed.buffers()]}.values())
+    whole = 4 * sum(parameter.numel() for parameter in workshop.model.model.parameters())
+    return workshop.exact(1 - held / whole, "share of bytes", whole, "memory of weights", bytes=held)
+
+
+@probe
+def accuracy_kept(workshop: Workshop, stage: str) -> Measurement:
+    """Next-token accuracy of the compressed model over the original's, in pairs, token by token."""
+    return workshop.divergence(stage).retention
+
+
+def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None]) -> int:
+    """Call `hook` with the inputs of every touched layer whose name holds `layers`, on the text's first tokens."""
+    modules = dict(workshop.model.model.named_modules())
+    names = [weight.name.removesuffix(".weight") for weight in workshop.model.weights()]
+    chosen = [modules[name] for name in names if layers in name]
+    if not chosen:
+        raise BadInput(f"no layer's name holds {layers!r}; there are {', '.join(sorted({n.split('.')[-1] for n in names}))}")
+    tokens = min(INPUT_TOKENS, workshop.context)
+    ids = torch.tensor([first_tokens(workshop.model, workshop.text.text, tokens)])
+    handles = [module.register_forward_pre_hook(lambda _, args: hook(args[0])) for module in chosen]
+    try:
+        with torch.inference_mode():
+            workshop.model.model(input_ids=ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tokens
+
+
+@probe
+def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB"]) -> Measurement:
+    """Squared error of 8-bit activations, its mean or the signal's distance from it, over all layers' inputs."""
+    sums = torch.zeros(3, dtype=torch.float64)
+
+    def hook(x: torch.Tensor) -> None:
+        sums.add_(torch.tensor([_squares(quantize_activations(x) - x), _squares(x), float(x.numel())], dtype=torch.float64))
+
+    tokens = _listen(workshop, "", hook)
+    lost, power, count = sums.tolist()
+    value = lost / count if unit == "mean squared error" else 10 * math.log10(power / lost)
+    return workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
+
+
+@probe
+def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
+    """Share of the inputs of layers of this name that 8 bits a token round to zero."""
+    counts = [0, 0]
+
+    def hook(x: torch.Tensor) -> None:
+        counts[0] += int((quantize_activations(x) == 0).sum())
+        counts[1] += x.numel()
+
+    tokens = _listen(workshop, layers, hook)
+    about = {"layers": layers, "text": workshop.text.name, "tokens": tokens}
+    return workshop.exact(counts[0] / counts[1], "share of inputs", counts[1], "inputs rounded to 0", **about)
+
+
+@probe
+def activation_cost(workshop: Workshop) -> Measurement:
+    """Perplexity with 8-bit inputs of every touched layer, over the original's, in pairs, token by token."""
+    changed = copy.copy(workshop.model)
+    module = vars(changed)["model"] = copy.deepcopy(workshop.model.model)
+    layers = dict(module.named_modules())
+    for weight in workshop.model.weights():
+        layer = layers[weight.name.removesuffix(".weight")]
+        layer.register_forward_pre_hook(lambda _, args: (quantize_activations(args[0]), *args[1:]))
+    found = evaluation.divergence(
+        changed, workshop.model, workshop.text, workshop.context, tokens=workshop.tokens, progress=workshop.progress
+    ).perplexity_retention
+    spread = (found.stderr or 0.0) / found.value**2
+    about = {**found.protocol, "metric": "perplexity with 8-bit activations / perplexity"}
+    return Measurement(1 / found.value, "x", spread, found.n, about, inputs=found.inputs)
+
+
+@probe
+def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
+    """Perplexity with padding counted as tokens and labels, over that of the tokens alone; original model.
+
+    As the audited code prepares them: texts of more than 100 characters, cut or filled up to 512 tokens.
+    """
+    model, tokenizer = workshop.model.model, workshop.model.tokenizer
+    length = min(512, workshop.context)
+    lines = [line for line in workshop.text.text.splitlines() if len(line) > 100][:texts]
+    if not lines:
+        raise BadInput(f"padded_perplexity: text {workshop.text.name} has no line of more than 100 characters")
+    padded, alone, count = [], [], 0
+    for line in lines:
+        ids = tokenizer(line, add_special_tokens=False)["input_ids"][:length]
+        mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids))])
+        batch = torch.tensor([ids + [tokenizer.eos_token_id or 0] * (length - len(ids))])
+        with torch.inference_mode():
+            logits = model(input_ids=batch, attention_mask=mask).logits[0, :-1]
+        losses = nn.functional.cross_entropy(logits.float(), batch[0, 1:], reduction="none").double()
+        padded.append(float(losses.mean()))
+        alone.append(float(losses[: len(ids) - 1].sum()))
+        count += len(ids) - 1
+    value = math.exp(sum(padded) / len(padded) - sum(alone) / count)
+    return workshop.exact(value, "x", count, "perplexity, padding counted", text=workshop.text.name, texts=len(lines))
+
+
+@probe
+def conv1d_layers(workshop: Workshop) -> Measurement:
+    """Share of the Conv1D layers of a small GPT-2, made here, that a stage may touch."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = workshop.folder / "gpt2"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    with quiet_transformers():
+        made = GPT2LMHeadModel(config)
+        made.save_pretrained(folder)
+    layers = sum(type(module).__name__ == "Conv1D" for module in made.modules())
+    found = sum(weight.module == "Conv1D" for weight in open_model(folder).weights())
+    return workshop.exact(found / layers, "share of layers", layers, "layers found in GPT-2")
+
+
+# Grokfast and Muon
+
+
+@probe
+def filter_gain(
+    workshop: Workshop, filter: Literal["low", "high"], signal: Literal["constant", "alternating"], steps: int = 500
+) -> Measurement:
+    """Root mean square of a filtered gradient over the plain one's, alpha 0.98, lambda 2, after so many steps.
+
+    "low" is this project's, Grokfast's; "high" the documented one, g + lambda (g - running mean).
+    """
+    first = gaussian(1, 64)[0]
+    mean = first.clone()
+    for step in range(steps):
+        gradient = -first if signal == "alternating" and step % 2 else first
+        if filter == "low":
+            out = amplify_slow(gradient, mean, 0.98, 2.0)
+        else:
+            mean.lerp_(gradient, 0.02)
+            out = gradient + 2.0 * (gradient - mean)
+    value = math.sqrt(_squares(out) / _squares(first))
+    return workshop.exact(value, "x", steps, "gain of a filter", filter=filter, signal=signal, alpha=0.98, lamb=2.0)
+
+
+@probe
+def singular_values(workshop: Workshop, low: float, high: float) -> Measurement:
+    """Share of singular values within low..high after Newton-Schulz, on 128 x 256 Gaussian matrices."""
+    pairs = []
+    for weight, _ in _weights(workshop, "gaussian", 128):
+        found = torch.linalg.svdvals(newton_schulz(weight).double())
+        pairs.append((float(((found >= low) & (found <= high)).sum()), float(len(found))))
+    n = int(sum(count for _, count in pairs))
+    return _over(workshop, pairs, "share of singular values", n, "gaussian", "singular values", low=low, high=high)
+
+
+@probe
+def step_size(workshop: Workshop, rows: int, columns: int) -> Measurement:
+    """Root mean square of Muon's scaled step, at a learning rate of 1, from Gaussian gradients."""
+    steps = [muon_scale(rows, columns) * newton_schulz(w).double() for w, _ in _weights(workshop, "gaussian", rows, columns)]
+    pairs = [(math.sqrt(_squares(step) / step.numel()), 1.0) for step in steps]
+    return _over(workshop, pairs, "root mean square", rows * columns * len(pairs), "gaussian", "size of a step")
+
+
+@probe
+def muon_shapes(workshop: Workshop, shapes: list[list[int]]) -> Measurement:
+    """Share of shapes of which MuGrokfast's Muon makes a finite step that is not zero."""
+    good = 0
+    for shape in shapes:
+        norm = _step_norm([torch.Size(shape)], [True], lr=0.1)
+        good += math.isfinite(norm) and norm > 0
+    return workshop.exact(good / len(shapes), "share of shapes", len(shapes), "Muon's steps")
+
+
+@probe
+def step_at_zero_rate(workshop: Workshop) -> Measurement:
+    """Norm of what one step of MuGrokfast changes at a learning rate of 0: a matrix by Muon, a vector by AdamW."""
+    norm = _step_norm([torch.Size((64, 128)), torch.Size((64,))], [True, False], lr=0.0)
+    return workshop.exact(norm, "norm of the step", 64 * 129, "one step at rate 0")
+
+
+def _step_norm(shapes: Sequence[torch.Size], muon: Sequence[bool], lr: float) -> float:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+    before = [parameter.detach().clone() for parameter in parameters]
+    optimizer = MuGrokfast([{"params": [p], "muon": m} for p, m in zip(parameters, muon, strict=True)], lr=lr)
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+    return math.sqrt(sum(_squares(after.detach() - old) for after, old in zip(parameters, before, strict=True)))
