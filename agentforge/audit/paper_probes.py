@@ -182,7 +182,7 @@ def explained(workshop: Workshop, coder: str, source: Source, rows: int = 0, col
 
 
 @probe
-def error_ratio(
+def errors_compared(
     workshop: Workshop, coder: str, reference: str, source: Source, rows: int = 0, columns: int = 256
 ) -> Measurement:
     """Relative squared error of one coder over that of another, on the same weights, in pairs."""
@@ -404,7 +404,7 @@ def trajectory_ratio(workshop: Workshop, stage: str, bits: int) -> Measurement:
 
 
 @probe
-def output_error_ratio(workshop: Workshop, stage: str, reference: str, rows: int) -> Measurement:
+def output_errors_compared(workshop: Workshop, stage: str, reference: str, rows: int) -> Measurement:
     """tr(dW H dW^T) relative to tr(W H W^T) of one stage over that of another, on some rows of the sampled matrices."""
     ours, theirs = stages.parse(stage), stages.parse(reference)
     statistics, pairs, n = _statistics(workshop), [], 0
@@ -458,12 +458,6 @@ def memory_saved(workshop: Workshop) -> Measurement:
     held = sum({tensor.data_ptr(): tensor.nbytes for tensor in [*packed.parameters(), *packed.buffers()]}.values())
     whole = 4 * sum(parameter.numel() for parameter in workshop.model.model.parameters())
     return workshop.exact(1 - held / whole, "share of bytes", whole, "memory of weights", bytes=held)
-
-
-@probe
-def accuracy_kept(workshop: Workshop, stage: str) -> Measurement:
-    """Next-token accuracy of the compressed model over the original's, in pairs, token by token."""
-    return workshop.divergence(stage).retention
 
 
 def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None]) -> int:

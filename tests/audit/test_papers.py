@@ -18,7 +18,8 @@ from agentforge import audit, evaluation, stages
 from agentforge.audit import paper_probes, probes
 from agentforge.audit.claims import ClaimsFile
 from agentforge.audit.documented import DOCUMENTED, coder_of
-from agentforge.audit.probes import PROBES, Effort, Workshop
+from agentforge.audit.probes import PROBES
+from agentforge.audit.workshop import Effort, Workshop
 from agentforge.errors import BadInput
 from agentforge.evaluation.rate_distortion import gaussian
 from agentforge.stages import seedlm
@@ -240,7 +241,7 @@ def test_errors_are_pooled_with_their_spread(workshop: Workshop) -> None:
     resampled = np.array(pairs)[draws].sum(1)
     assert spread == pytest.approx((resampled[:, 0] / resampled[:, 1]).std() * math.sqrt(3 / 2), rel=0.15)
     assert paper_probes._pooled(pairs[:1]) == (0.5, None)
-    same = probes.run(workshop, "error_ratio", {"coder": ABSMEAN, "reference": ABSMEAN, "source": "sample", "rows": 8})
+    same = probes.run(workshop, "errors_compared", {"coder": ABSMEAN, "reference": ABSMEAN, "source": "sample", "rows": 8})
     assert (same.value, same.stderr) == (1.0, 0.0)
     with pytest.raises(BadInput, match="sample or gaussian"):
         value(workshop, "relative_error", coder=ABSMEAN, source="sampled")
@@ -383,7 +384,7 @@ def test_output_errors_against_sums_over_statistics(workshop: Workshop) -> None:
             shares.append(np.einsum("ij,jk,ik", d, H, d) / np.einsum("ij,jk,ik", w, H, w))
         lost.append(sum(shares))
     parameters = {"stage": "rounding:bits=3,group=0", "reference": "rounding:bits=4,group=0", "rows": 1000}
-    assert value(workshop, "output_error_ratio", **parameters) == pytest.approx(lost[0] / lost[1], rel=1e-3)
+    assert value(workshop, "output_errors_compared", **parameters) == pytest.approx(lost[0] / lost[1], rel=1e-3)
 
 
 def test_shares_and_memory_against_the_modules(workshop: Workshop) -> None:
@@ -394,11 +395,6 @@ def test_shares_and_memory_against_the_modules(workshop: Workshop) -> None:
     assert value(workshop, "quantised_share", kept=True) == pytest.approx(1 - linear / total)
     expected = 1 - (linear / 4 + 2 * (total - linear)) / (4 * total)
     assert value(workshop, "memory_saved") == pytest.approx(expected, abs=0.05)
-
-
-def test_what_was_scored_is_not_scored_again(workshop: Workshop) -> None:
-    stage = "rounding:bits=8,group=64"
-    assert value(workshop, "accuracy_kept", stage=stage) == workshop.divergence(stage).retention.value
 
 
 def rounded(x: torch.Tensor) -> torch.Tensor:
