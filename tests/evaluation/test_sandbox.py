@@ -153,7 +153,7 @@ def test_no_file_is_written_outside_of_an_empty_folder(tmp_path: Path) -> None:
             folder.chmod(0o755)
     attack = (
         "done = []\n"
-        f"for path in ({str(victim)!r}, {str(tmp_path / 'new')!r}, '/new', '/usr/new', '/lib/new', '/etc/new', '/dev/shm/new'):\n"
+        f"for path in ({str(victim)!r}, {str(tmp_path / 'new')!r}, '/new', '/usr/new', '/etc/new', '/dev/shm/new'):\n"
         "    try:\n        open(path, 'w').write('after'); done.append(path)\n    except OSError: pass\n"
         "return done"
     )
