@@ -99,11 +99,11 @@ def check(
     ) as process:
         try:
             answer = process.communicate(message, timeout=seconds + GRACE)[0]
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
+            os.killpg(process.pid, signal.SIGKILL)  # judge and candidate go with it
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
             return Verdict(False, "timeout", f"still running after {seconds:g} s", "", ())
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
     try:
         status, detail, output, unenforced = json.loads(answer)
     except ValueError:

@@ -172,6 +172,8 @@ def test_no_file_but_pythons_is_seen() -> None:
     assert told(f"return os.path.exists({__file__!r}), os.path.exists('/etc/passwd'), os.listdir('/tmp')") == (
         "(False, False, [])"
     )
+    mounts = "[bool(os.statvfs(path).f_flag & os.ST_RDONLY) for path in ('/', '/usr', sys.base_prefix, '/tmp')]"
+    assert told(f"return {mounts}") == "[True, True, True, False]"
     assert told("import decimal, json, hashlib, zlib; return hashlib.md5(b'').hexdigest()[:4]") == "'d41d'"
 
 
@@ -204,7 +206,7 @@ def test_there_is_no_network() -> None:
 @confined
 def test_environment_and_parents_are_out_of_sight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AGENTFORGE_SECRET", "xyzzy")
-    assert "xyzzy" not in told("return dict(os.environ)")
+    assert told("return [name for name in os.environ if name != 'LC_CTYPE']") == "[]"  # Python sets that one by itself
     environ = "try: return open(f'/proc/{x}/environ').read()\nexcept OSError: return 'none'"
     assert told(environ.replace("{x}", str(os.getpid()))) == "'none'"
     kill = f"try: os.kill({os.getpid()}, 9); return 'killed'\nexcept OSError: return 'none'"

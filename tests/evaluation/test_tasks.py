@@ -347,6 +347,62 @@ def test_local_files_need_no_network(tiny: LanguageModel, folder: Path, monkeypa
     assert found.accuracy.protocol["data"] == "AGENTFORGE_DATA/winogrande"
 
 
+HUB: dict[str, dict[str, list[dict[str, Any]]]] = {
+    "Rowan/hellaswag": {
+        split: [
+            {
+                "activity_label": "Cooking",
+                "ctx_a": f"Somebody {split}s {word}.",
+                "ctx_b": "then she",
+                "endings": list(WORDS[:4]),
+                "label": str(i % 4),
+            }
+            for i, word in enumerate(WORDS)
+        ]
+        for split in ("train", "validation")
+    },
+    "cais/mmlu": {
+        split: [{"question": f"{split} {i}?", "choices": list(WORDS[:4]), "answer": i % 4} for i in range(count)]
+        for split, count in (("test", 2), ("dev", 5))
+    },
+    "openai/openai_humaneval": {"test": HUMANEVAL},
+}
+
+
+def test_hub_data_are_asked_as_lm_eval_asks_them(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The hub's rows, given in its stead: lm-eval's own splits, examples and prompts, as many examples as documented."""
+    import datasets
+
+    wanted: list[tuple[str, str | None]] = []
+
+    def load(path: str, name: str | None = None, **_: object) -> dict[str, Any]:
+        wanted.append((path, name))
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split, rows in HUB[path].items()})
+
+    nowhere(monkeypatch, tmp_path)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    found, protocol = tasks._prepared("hellaswag", None, None, 128)
+    assert (protocol["data"], protocol["shots"], wanted) == ("hub:Rowan/hellaswag", 10, [("Rowan/hellaswag", None)])
+    task = found["hellaswag"]
+    assert tasks._draw(found, 5, 0) == {"items": 5, "of": 12, "drawn_with_seed": 0}
+    prompt = task.fewshot_context(task.eval_docs[0], 10)
+    *examples, question = prompt.split("\n\n")
+    assert len(examples) == 10 and all(text.startswith("Cooking: Somebody trains ") for text in examples)
+    assert question.startswith("Cooking: Somebody validations ") and question.endswith(". Then she")
+
+    found, protocol = tasks._prepared("mmlu", None, None, 128)
+    assert (len(found), protocol["shots"]) == (57, 5)
+    assert wanted[1:] == [("cais/mmlu", name.removeprefix("mmlu_")) for name in found]
+    tasks._draw(found, 60, 0)
+    assert sorted(len(task.eval_docs) for task in found.values()) == [1] * 54 + [2] * 3
+
+    found, protocol = tasks._prepared("humaneval", None, None, 128)
+    assert (protocol["data"], [doc["prompt"] for doc in found["humaneval"].eval_docs]) == (
+        "hub:openai/openai_humaneval",
+        [row["prompt"] for row in HUMANEVAL],
+    )
+
+
 @pytest.mark.parametrize("name", sorted(tasks.SUITES))
 def test_data_that_is_nowhere(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     nowhere(monkeypatch, tmp_path)
