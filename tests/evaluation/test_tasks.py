@@ -624,9 +624,9 @@ def test_the_real_model_on_real_questions(smollm2: LanguageModel) -> None:
     """Against our own log-likelihoods, item by item, and against guessing."""
     if not (taskfiles.find("hellaswag") and taskfiles.find("arc_easy")):
         pytest.skip("HellaSwag and ARC are neither in AGENTFORGE_DATA nor in ../shared/data")
-    result = evaluate_tasks(smollm2, ["hellaswag", "arc_easy"], limit=24, progress=False)
+    result = evaluate_tasks(smollm2, ["hellaswag", "arc_easy"], limit=16, progress=False)
     prepared, _ = tasks._prepared("arc_easy", None, None, 2048)
-    tasks._draw(prepared, 24, 0)
+    tasks._draw(prepared, 16, 0)
     items = [
         normed(
             f"Question: {doc['question']}\nAnswer:", doc["choices"]["text"], doc["choices"]["label"].index(doc["answerKey"])
@@ -634,6 +634,6 @@ def test_the_real_model_on_real_questions(smollm2: LanguageModel) -> None:
         for doc in prepared["arc_easy"].eval_docs
     ]
     assert result["arc_easy"].accuracy.value == pytest.approx(hits_of(smollm2, items).mean())
-    assert [result[name].accuracy.n for name in result] == [24, 24]
+    assert [result[name].accuracy.n for name in result] == [16, 16]
     # It gets 0.5 of ARC-Easy and 0.45 of HellaSwag right, on 200 items: far from nothing, and from everything.
-    assert all(0.15 < result[name].accuracy.value < 0.85 for name in result)
+    assert all(0.1 < result[name].accuracy.value < 0.9 for name in result)
