@@ -15,6 +15,7 @@ _HOMES = {
     "fit": "allocation",
     "perplexity": "evaluation",
     "divergence": "evaluation",
+    "evaluate_tasks": "evaluation",
     "accuracy": "evaluation",
 }
 _MODULES = (
@@ -30,7 +31,18 @@ _MODULES = (
     "stages",
     "statistics",
 )
-__all__ = ["accuracy", "audit", "compress", "divergence", "fit", "load", "open_model", "perplexity", "stages"]
+__all__ = [
+    "accuracy",
+    "audit",
+    "compress",
+    "divergence",
+    "evaluate_tasks",
+    "fit",
+    "load",
+    "open_model",
+    "perplexity",
+    "stages",
+]
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -40,7 +52,7 @@ if TYPE_CHECKING:
     from .allocation import fit
     from .artifact import Artifact, load
     from .chain import Chain
-    from .evaluation import accuracy, divergence, perplexity
+    from .evaluation import accuracy, divergence, evaluate_tasks, perplexity
     from .models import LanguageModel, open_model
     from .stages import Stage
 

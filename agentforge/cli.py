@@ -318,15 +318,44 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
     bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
     runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (ternary layers stay packed).")] = "dense",
+    tasks: Annotated[
+        str | None, typer.Option(help="Task suites in place of a text, with commas: hellaswag,arc_easy,mmlu,gsm8k,...")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Items a task, drawn at random (default: all).")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Folder of the tasks' files (default: AGENTFORGE_DATA, ../shared/data, the hub).")
+    ] = None,
+    allow_generated_code: Annotated[
+        bool, typer.Option("--allow-generated-code", help="Run the code that the model writes for humaneval, in a sandbox.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model as it is loaded back from disk: perplexity, or accuracy for digits-mlp."""
+    """Measure a model as it is loaded back from disk: perplexity, accuracy on tasks, or accuracy for digits-mlp."""
     from . import evaluation
     from .artifact import load
+    from .errors import BadInput
     from .models import open_model
 
+    if tasks is None and (limit is not None or data is not None or allow_generated_code):
+        raise BadInput("--limit, --data and --allow-generated-code are for tasks; name some with --tasks")
     opened = open_model(model) if runtime == "dense" else load(model, runtime)
     original = open_model(against) if against else None
+    if tasks is not None:
+        results = evaluation.evaluate_tasks(
+            opened,
+            [name.strip() for name in tasks.split(",") if name.strip()],
+            original=original,
+            limit=limit,
+            data=data,
+            unsafe_code=allow_generated_code,
+            progress=not as_json,
+        )
+        _show(
+            {"model": opened.name, "tasks": {name: result.to_json() for name, result in results.items()}},
+            as_json,
+            lambda: _task_table(results),
+        )
+        return
     measured: dict[str, evaluation.Measurement] = {}
     if opened.is_classifier:
         measured["accuracy"] = evaluation.accuracy(opened)
@@ -370,6 +399,37 @@ def evaluate(
                 f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer")
             ),
         ),
+    )
+
+
+def _task_table(results: dict[str, Any]) -> None:
+    from .evaluation.tasks import NO_SIGNAL
+
+    rows = []
+    for name, result in results.items():
+        protocol, kept = result.accuracy.protocol, result.retention
+        values = [result.accuracy, result.original_accuracy, kept]
+        cells = ["-" if m is None else f"{m.value:.3f} ± {m.stderr:.3f}" for m in values]
+        interval = "-" if kept is None else f"{kept.value - 1.96 * kept.stderr:.3f} to {kept.value + 1.96 * kept.stderr:.3f}"
+        notes = [] if result.signal else [NO_SIGNAL]
+        if truncated := protocol["truncated_items"]:
+            notes.append(f"{truncated} items did not fit into the context")
+        what = f"{protocol['metric']}, {protocol['shots']} shots"
+        rows.append([name, what, f"{result.accuracy.n:,}", *cells, interval, f"{result.chance:.3f}", "; ".join(notes)])
+    _table(
+        "task",
+        "metric",
+        "n",
+        "accuracy",
+        "original",
+        "retention",
+        "95% interval",
+        "chance",
+        "",
+        rows=rows,
+        right=(2, 3, 4, 5, 6, 7),
+        caption="± standard error; of retention for pairs of the same items. Questions: "
+        + ", ".join(dict.fromkeys(result.accuracy.protocol["data"] for result in results.values())),
     )
 
 

@@ -25,10 +25,9 @@ def locked() -> dict[str, str]:
 def direct() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    names = [
-        re.match(r"[\w.-]+", line) for line in [*project["dependencies"], *extras["lab"], *extras["dask"], *extras["dev"]]
-    ]
-    return [re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name]
+    chosen = [line for extra in ("lab", "dask", "tasks", "dev") for line in extras[extra]]
+    names = [re.match(r"[\w.-]+", line) for line in [*project["dependencies"], *chosen]]
+    return sorted({re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name})
 
 
 def test_every_direct_dependency_is_pinned_and_torch_exactly() -> None:
@@ -44,7 +43,7 @@ def test_environment_yml_is_the_same_environment() -> None:
     assert pip[0] == "--constraint requirements.lock"
     pins = dict(line.partition(";")[0].split("==") for line in pip if not line.startswith("--"))
     pins = {re.sub(r"[-_.]+", "-", name.split("[")[0]).lower(): version for name, version in pins.items()}
-    assert sorted(pins) == sorted(direct())
+    assert sorted(pins) == direct()
     assert all(locked()[name] == version for name, version in pins.items())
     python = next(entry for entry in conda["dependencies"] if str(entry).startswith("python="))
     assert python.removeprefix("python=") in ("3.11", "3.12", "3.13")

@@ -135,6 +135,13 @@ def _data_folders() -> list[tuple[str, Path]]:
 
 def _wikitext2_from_hub(split: str) -> list[str]:
     from datasets import load_dataset
+
+    reach_hub()
+    return list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
+
+
+def reach_hub() -> None:
+    """Raise OSError where the hub does not answer; nothing is asked where a proxy, or HF_HUB_OFFLINE, is set."""
     from huggingface_hub import constants
 
     # The hub's client tries for most of a minute before it gives up; without a network we want to know at once.
@@ -142,4 +149,3 @@ def _wikitext2_from_hub(split: str) -> list[str]:
     if not any(os.environ.get(name) for name in free):
         endpoint = urlsplit(constants.ENDPOINT)
         socket.create_connection((endpoint.hostname or "", endpoint.port or 443), timeout=3).close()
-    return list(load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)["text"])
