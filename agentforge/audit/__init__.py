@@ -14,6 +14,7 @@ from . import (  # noqa: F401  (their probes register themselves)
     paper_probes,
     project_probes,
     subject_probes,
+    task_probes,
     training_probes,
 )
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims

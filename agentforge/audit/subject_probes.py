@@ -19,7 +19,11 @@ from .probes import probe
 from .workshop import Workshop
 
 
-def _subject(workshop: Workshop, compares: bool = True) -> LanguageModel:
+def subject_of(workshop: Workshop, compares: bool = True) -> LanguageModel:
+    """The model that is audited.  compares: whether it has to be another one than its original.
+
+    Raises BadInput where there is none.
+    """
     if workshop.subject is None:
         raise BadInput("this probe is about a model that was made elsewhere; run it with --claims and --model")
     if compares and workshop.subject.fingerprint == workshop.model.fingerprint:
@@ -35,7 +39,7 @@ def disk_bytes(model: LanguageModel) -> int:
 
 
 def _divergence(workshop: Workshop) -> Divergence:
-    subject = _subject(workshop)
+    subject = subject_of(workshop)
 
     def make() -> dict[str, Any]:
         found = evaluation.divergence(
@@ -55,7 +59,7 @@ def _divergence(workshop: Workshop) -> Divergence:
 @probe
 def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
     """The original's parameters at `bits` each over the bytes of the subject's weight files, headers included."""
-    subject = _subject(workshop)
+    subject = subject_of(workshop)
     original = workshop.model.parameters * bits // 8
     return _size(
         workshop, original / disk_bytes(subject), "x", f"all {workshop.model.parameters:,} parameters at {bits} bits"
@@ -65,7 +69,7 @@ def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
 @probe
 def bits_on_disk(workshop: Workshop) -> Measurement:
     """Bits of the subject's weight files over the original's number of parameters (its own, where no original is named)."""
-    subject = _subject(workshop, compares=False)
+    subject = subject_of(workshop, compares=False)
     count = workshop.model.parameters
     return _size(workshop, 8 * disk_bytes(subject) / count, "bits/parameter", f"all {count:,} parameters")
 
@@ -73,7 +77,7 @@ def bits_on_disk(workshop: Workshop) -> Measurement:
 @probe
 def megabytes_on_disk(workshop: Workshop) -> Measurement:
     """Bytes of the subject's weight files, in millions."""
-    return _size(workshop, disk_bytes(_subject(workshop, compares=False)) / 1e6, "MB", "none")
+    return _size(workshop, disk_bytes(subject_of(workshop, compares=False)) / 1e6, "MB", "none")
 
 
 def _size(workshop: Workshop, value: float, unit: str, denominator: str) -> Measurement:
@@ -87,7 +91,7 @@ def _size(workshop: Workshop, value: float, unit: str, denominator: str) -> Meas
 @probe
 def perplexity(workshop: Workshop) -> Measurement:
     """The subject's perplexity on the workshop's text."""
-    subject = _subject(workshop, compares=False)
+    subject = subject_of(workshop, compares=False)
     context = min(workshop.context, subject.usual_context)
     return evaluation.perplexity(subject, workshop.text, context=context, tokens=workshop.tokens, progress=workshop.progress)
 
@@ -107,7 +111,7 @@ def same_top_token(workshop: Workshop) -> Measurement:
 @probe
 def accuracy_kept(workshop: Workshop) -> Measurement:
     """Accuracy over the original's: of the next token, or of digits for classifiers; the error is that of pairs."""
-    subject = _subject(workshop)
+    subject = subject_of(workshop)
     if subject.is_classifier:
         return evaluation.accuracy_retention(subject, workshop.model)
     return _divergence(workshop).retention
@@ -122,14 +126,14 @@ def perplexity_kept(workshop: Workshop) -> Measurement:
 @probe
 def tokens_a_second(workshop: Workshop, tokens: int = 32, runs: int = 5) -> Measurement:
     """Tokens that the subject generates a second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
-    rates = _rates(workshop, _subject(workshop, compares=False), tokens, runs)
+    rates = _rates(workshop, subject_of(workshop, compares=False), tokens, runs)
     return _speed(workshop, rates, "tokens/s", tokens)
 
 
 @probe
 def times_as_fast(workshop: Workshop, tokens: int = 32, runs: int = 5) -> Measurement:
     """Tokens a second of the subject over those of its original, both as they are loaded; median of pairs of runs."""
-    subject, original = _subject(workshop), workshop.on_device(workshop.model)
+    subject, original = subject_of(workshop), workshop.on_device(workshop.model)
     pairs = [(_rates(workshop, subject, tokens, 1)[0], _rates(workshop, original, tokens, 1)[0]) for _ in range(runs)]
     return _speed(workshop, [ours / theirs for ours, theirs in pairs], "x", tokens)
 

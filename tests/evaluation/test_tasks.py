@@ -15,7 +15,9 @@ import pytest
 import torch
 
 import agentforge
-from agentforge import cli
+from agentforge import audit, cli
+from agentforge.audit import probes
+from agentforge.audit import workshop as audit_workshop
 from agentforge.errors import BadInput
 from agentforge.evaluation import evaluate_tasks, sandbox, taskfiles, tasks, texts
 from agentforge.evaluation.tasks import NO_SIGNAL, _result, _Run
@@ -637,3 +639,40 @@ def test_the_real_model_on_real_questions(smollm2: LanguageModel) -> None:
     assert [result[name].accuracy.n for name in result] == [16, 16]
     # It gets 0.5 of ARC-Easy and 0.45 of HellaSwag right, on 200 items: far from nothing, and from everything.
     assert all(0.1 < result[name].accuracy.value < 0.9 for name in result)
+
+
+def shop(model: LanguageModel, place: Path, subject: LanguageModel | None = None) -> audit.Workshop:
+    text = texts.find_text("selftext")
+    return audit.Workshop(model, place, text, 127, 128, False, audit_workshop.EFFORTS["smoke"], subject=subject)
+
+
+def test_the_audit_says_which_suites_measure(
+    tiny: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTFORGE_DATA", str(folder))
+    found = probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["hellaswag", "arc_easy", "humaneval"]})
+    assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
+    assert list(found.protocol["lacking"]) == ["humaneval"]
+    assert "--allow-generated-code" in found.protocol["lacking"]["humaneval"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(audit.Unmeasured, match="lm-eval"):
+        probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["hellaswag"]})
+
+
+def test_the_audit_measures_a_subject_on_a_suite(
+    tiny: LanguageModel, other: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENTFORGE_DATA", str(folder))
+    expected = evaluate_tasks(other, ["hellaswag"], original=tiny, data=folder, progress=False)["hellaswag"]
+    workshop = shop(tiny, tmp_path, other)
+    assert probes.run(workshop, "task_accuracy", {"task": "hellaswag"}).value == expected.accuracy.value
+    if expected.signal:
+        kept = probes.run(workshop, "task_accuracy_kept", {"task": "hellaswag"})
+        assert expected.retention is not None and kept.value == expected.retention.value
+    else:
+        with pytest.raises(audit.Unmeasured, match="above chance"):
+            probes.run(workshop, "task_accuracy_kept", {"task": "hellaswag"})
+    monkeypatch.setenv("AGENTFORGE_DATA", str(tmp_path))
+    monkeypatch.setattr(texts, "CHECKOUT", tmp_path)
+    with pytest.raises(audit.Unmeasured, match="neither in AGENTFORGE_DATA"):
+        probes.run(workshop, "task_accuracy", {"task": "winogrande"})

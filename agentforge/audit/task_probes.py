@@ -1,0 +1,72 @@
+"""Probes that run task suites: which of them give a measurement here, and what a model keeps of one."""
+
+from __future__ import annotations
+
+import math
+
+from ..artifact import load
+from ..errors import BadInput
+from ..evaluation import Measurement
+from ..evaluation.tasks import TaskResult, evaluate_tasks
+from ..models import LanguageModel
+from .probes import probe
+from .subject_probes import subject_of
+from .workshop import Unmeasured, Workshop
+
+QUESTIONS = {"smoke": 8, "standard": 24, "full": 200}
+
+
+@probe
+def suites_that_measure(workshop: Workshop, tasks: list[str]) -> Measurement:
+    """Share of the suites that give the original's accuracy with a finite standard error, from two questions each; what
+    the others lack stands in the protocol."""
+    lacking = {}
+    for task in tasks:
+        try:
+            found = evaluate_tasks(workshop.model, [task], limit=2, shots=0, progress=False)[task].accuracy
+        except BadInput as error:
+            lacking[task] = str(error)
+            continue
+        if found.n != 2 or found.stderr is None or not math.isfinite(found.stderr):
+            lacking[task] = f"n = {found.n}, standard error {found.stderr}"
+    if len(lacking) == len(tasks) and any("lm-eval" in why for why in lacking.values()):
+        raise Unmeasured("lm-eval: pip install 'agentforge[tasks]'")
+    value = 1 - len(lacking) / len(tasks)
+    return workshop.exact(value, "share of suites", len(tasks), "suites that measure", tasks=tasks, lacking=lacking)
+
+
+@probe
+def suite_retention(workshop: Workshop, task: str, stage: str) -> Measurement:
+    """Accuracy on a suite that the model compressed with `stage` keeps, in pairs; as many questions as the effort says."""
+    compressed = load(workshop.artifact(stage).path)
+    found = _on_suite(workshop, compressed, task, QUESTIONS[workshop.effort.name], workshop.model)
+    return _kept(found, task)
+
+
+@probe
+def task_accuracy(workshop: Workshop, task: str, limit: int | None = None) -> Measurement:
+    """The subject's accuracy on a suite by name (`evaluation.tasks.SUITES`), with its binomial standard error."""
+    return _on_suite(workshop, subject_of(workshop, compares=False), task, limit, None).accuracy
+
+
+@probe
+def task_accuracy_kept(workshop: Workshop, task: str, limit: int | None = None) -> Measurement:
+    """The subject's accuracy on a suite over its original's; the error is that of pairs."""
+    return _kept(_on_suite(workshop, subject_of(workshop), task, limit, workshop.model), task)
+
+
+def _on_suite(
+    workshop: Workshop, model: LanguageModel, task: str, limit: int | None, original: LanguageModel | None
+) -> TaskResult:
+    try:
+        return evaluate_tasks(model, [task], original=original, limit=limit, progress=False)[task]
+    except BadInput as error:
+        if "not installed" in str(error) or "is neither in" in str(error):
+            raise Unmeasured(str(error)) from None
+        raise
+
+
+def _kept(found: TaskResult, task: str) -> Measurement:
+    if found.retention is None or not found.signal:
+        raise Unmeasured(f"an original that is above chance on {task}: of what it guesses nothing can be kept")
+    return found.retention
