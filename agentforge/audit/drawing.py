@@ -119,11 +119,11 @@ def stage_table(record: dict[str, Any]) -> str:
 
 
 def _with_error(measured: dict[str, Any]) -> str:
-    """Value and standard error, both to the error's first digit but no fewer than two of the value."""
+    """Value and standard error, both to the error's first two digits."""
     value, error = measured["value"], measured["stderr"] or 0.0
-    if not 1e-4 <= abs(value) < 1e5 or not 0 < error < 1e5:
-        return f"{value:.4g} ± {error:.1g}"
-    places = max(0, min(-math.floor(math.log10(error)), 1 - math.floor(math.log10(abs(value))) + 4))
+    if not 1e-4 <= abs(value) < 1e5 or not 1e-9 < error < 1e5:
+        return f"{value:.4g} ± {error:.2g}"
+    places = max(0, 1 - math.floor(math.log10(error)))
     return f"{value:.{places}f} ± {error:.{places}f}"
 
 

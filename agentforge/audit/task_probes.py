@@ -13,7 +13,7 @@ from .probes import probe
 from .subject_probes import subject_of
 from .workshop import Unmeasured, Workshop
 
-QUESTIONS = {"smoke": 8, "standard": 24, "full": 200}
+QUESTIONS = {"smoke": 8, "standard": 12, "full": 200}
 
 
 @probe

@@ -48,7 +48,7 @@ class Effort:
     seeds: int
 
 
-EFFORTS = {e.name: e for e in (Effort("smoke", 511, 42, 2), Effort("standard", 2047, 14, 2), Effort("full", 6141, 1, 5))}
+EFFORTS = {e.name: e for e in (Effort("smoke", 511, 42, 2), Effort("standard", 2047, 14, 2), Effort("full", 6141, 5, 5))}
 
 
 @dataclass
