@@ -6,18 +6,23 @@ BIN := $(VENV)/bin
 BUDGET ?= standard
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: audit test lint readme clean
+.PHONY: audit test notebooks lint readme clean
 
 audit: $(VENV)/.lab
 	$(BIN)/agentforge audit --budget $(BUDGET)
 	$(BIN)/python tools/readme.py
 	@echo "reports: reports/*/*.html (also .md, .ipynb, .sarif and .json)"
 
-# -m "" runs the slow tests, too; notebooks are run cell by cell and fail where a cell does.
+# -m "" runs the slow tests, too; notebooks are run cell by cell and fail where a cell does, or where the output of a
+# cell tagged nbval-check-output is another one.
 # (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)
 test: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -m "" -q --durations=15 \
 		--nbval-lax --nbval-current-env --nbval-cell-timeout=600 tests notebooks
+
+# Every notebook in smoke mode, by papermill, in a temporary folder.
+notebooks: $(VENV)/.lab
+	$(BIN)/python tools/notebooks.py --smoke
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

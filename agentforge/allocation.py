@@ -164,8 +164,14 @@ def candidates(
             rows.append((size, damage(dense, stage.decode(packed), stats)))
         return weight.name, rows
 
-    bar = tqdm(total=len(weights), initial=len(weights) - len(todo), unit="weight", leave=False, desc="candidates")
-    bar.disable = bar.disable or not progress
+    bar = tqdm(
+        total=len(weights),
+        initial=len(weights) - len(todo),
+        unit="weight",
+        leave=False,
+        desc="candidates",
+        disable=None if progress else True,
+    )
     journal.parent.mkdir(parents=True, exist_ok=True)
     with bar, open(journal, "a", encoding="utf-8") as lines, ThreadPoolExecutor(workers or cpu_count() or 1) as pool:
         try:

@@ -170,8 +170,13 @@ def refine(
             writer.put_shared(stage, stage.refine(artifact.shared))
         shared = read_shared(writer.shared_piece, stage) if stage.shared_layout() else None
         weights = {weight.name: weight for weight in original.weights(embeddings=True)}
-        bar = tqdm(artifact.rows, unit="tensor", leave=False, desc=f"refining: {original.name}")
-        bar.disable = bar.disable or not progress
+        bar = tqdm(
+            artifact.rows,
+            unit="tensor",
+            leave=False,
+            desc=f"refining: {original.name}",
+            disable=None if progress else True,
+        )
         for index, row in enumerate(bar):
             if writer.has(index):
                 continue

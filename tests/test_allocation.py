@@ -106,10 +106,11 @@ def test_sensitivity_is_that_of_a_softmax_behind_a_relu(digits: LanguageModel, m
 
 
 def test_candidates_are_taken_up_from_their_journal(
-    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     statistics = collect(tiny, CALIBRATION, progress=False)
     first = candidates(tiny, statistics, CALIBRATION, LADDER, progress=False)
+    assert capsys.readouterr().err == ""  # no bar that nobody asked for
     for weight in tiny.weights():
         for one in first[weight.name]:
             packed = one.stage.encode(weight.load(), statistics[weight.name])

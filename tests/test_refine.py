@@ -65,11 +65,12 @@ def test_a_lossy_refinement_changes_the_named_plane_alone(digits: LanguageModel,
         assert not torch.equal(first.decode(row), second.decode(other))
 
 
-def test_shared_codebooks_are_refined_once(tiny_llama: Path, tmp_path: Path) -> None:
+def test_shared_codebooks_are_refined_once(tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tiny = af.open_model(tiny_llama)
     stage = "vptq:v=4,k=16,shared=true"
     first = af.compress(tiny, stage, tmp_path / "first", progress=False)
     second = refine(first, "entropy", tmp_path / "second", original=tiny, progress=False)
+    assert capsys.readouterr().err == ""  # no bar that nobody asked for
     second.verify()
     assert same_weights(first, second)
     assert second.manifest["shared"]["bytes"] > 0
