@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUDGET ?= standard
 export TOKENIZERS_PARALLELISM := false
+# Threads that wait give the core to those that work: else several processes at once hold each other up.
+export OMP_WAIT_POLICY := PASSIVE
 
 .PHONY: audit test notebooks lint readme clean
 

@@ -279,7 +279,7 @@ def codebooks_recovered(workshop: Workshop, steps: int) -> Measurement:
     left = float(after.mean() / before.mean())
     spread = standard_error(after - left * before) / float(before.mean())  # of pairs, picture by picture
     protocol = {"metric": "1 - KL after / KL before", "model": "digits-mlp", "stage": CODEBOOKS, "steps": steps, "lr": 1e-3}
-    return Measurement(1 - left, "share of KL", spread, len(after), protocol, seed=0)
+    return Measurement(1 - left, "share of KL", spread, len(after), protocol, seed=0, inputs=_digits())
 
 
 @probe
@@ -291,7 +291,11 @@ def codebook_gain_of_filter(workshop: Workshop, steps: int) -> Measurement:
         found.append(on / off)
     protocol = {"metric": "KL with over without the filter", "model": "digits-mlp", "stage": CODEBOOKS, "by seed": found}
     spread = standard_error(torch.tensor(found, dtype=torch.float64))
-    return Measurement(statistics.median(found), "x", spread, len(found), {**protocol, "steps": steps})
+    return Measurement(statistics.median(found), "x", spread, len(found), {**protocol, "steps": steps}, inputs=_digits())
+
+
+def _digits() -> dict[str, Any]:
+    return {"model": open_model("digits-mlp").fingerprint}
 
 
 # ---- what goes wrong

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, Judged, claims_sha256, judge, verdict_of
 from .probes import bits_per_weight, run
-from .workshop import Unmeasured, Workshop
+from .workshop import Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 2
 SCHEMA = Path(__file__).parent / "record.schema.json"
@@ -123,7 +124,9 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return None, text[:300], "", time.perf_counter() - began
-    return Measurement(**kept["measured"]), "", "", kept.get("seconds", time.perf_counter() - began)
+    measured = Measurement(**kept["measured"])
+    measured = replace(measured, inputs={"source": source_sha256(), **measured.inputs})
+    return measured, "", "", kept.get("seconds", time.perf_counter() - began)
 
 
 def _model(model: Any) -> dict[str, Any]:

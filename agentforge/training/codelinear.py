@@ -2,8 +2,8 @@
 
 A weight is gain_r * step_rc * q(u_rc), q rounding to a whole number with a dead zone (`stages.ecsq`).  The steps stay as
 they were fitted.  What is trained is u, straight through q: dL/du = dL/dw * gain * step; and the gain of each row, for
-which the derivative is exact.  At the start u is the value nearest to the original weight that has the fitted code, so
-that weights near the border of two codes are the first to change theirs.
+which the derivative is exact.  At the start u is the value nearest to the original weight that has the fitted code and
+keeps a distance from its border.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from ..stages.base import from_json
 from ..stages.ecsq import ECSQ, LARGEST, factors, unzigzag, zigzag
 
 SPAN = 5.0  # steps in a unit of the latent parameter: one learning rate serves codes, gains and norms
-MARGIN = 0.02  # of a step, between a latent value and the border of its code at the start
+# Of a step, between a latent value and the border of its code at the start.  The fitted codes make up for each other's
+# errors: with a small margin, noise in the first steps of training turns over the codes at the border and undoes that.  With
+# this one a code changes only after the gradients of many steps have agreed on it.
+MARGIN = 0.2
 
 
 class CodeLinear(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -35,10 +36,12 @@ def test_no_verdict_without_a_measurement_and_no_measurement_without_its_circums
         measured = row["measured"]
         assert measured["n"] >= 1 and measured["unit"] and measured["protocol"]["metric"], row["id"]
         assert "stderr" in measured, row["id"]
-        hashes = [v for v in measured["inputs"].values() if isinstance(v, str)] + list(
-            measured["inputs"]["artifacts"].values()
-        )
-        assert hashes and all(len(value) >= 16 for value in hashes), row["id"]
+        inputs = dict(measured["inputs"])
+        assert re.fullmatch("[0-9a-f]{64}", inputs.pop("source")), row["id"]  # of the code that measured
+        hashes = [*inputs.pop("artifacts").values(), *(v for v in inputs.values() if isinstance(v, str))]
+        assert all(len(value) >= 16 for value in hashes), row["id"]
+        # What is sampled is sampled from something: a file with a hash, or a generator with a seed.
+        assert measured["stderr"] is None or hashes or measured["seed"] is not None, row["id"]
         assert row["protocol"], row["id"]
 
 
