@@ -100,9 +100,10 @@ def call_text(row: dict[str, Any]) -> str:
 
 
 def stage_table(record: dict[str, Any]) -> str:
-    """What each stage made of the model, as a Markdown table; the original is the first row."""
+    """What each stage made of the model, as a Markdown table, ratios against 16 bits; the original is the first row."""
     lines = [
-        "| Stage | Bits a weight | Touched tensors | Whole model | Perplexity | KL (nats/token) | Same top token |",
+        "| Stage | Bits a weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Perplexity | KL (nats/token) "
+        "| Same top token |",
         "|---|---|---|---|---|---|---|",
     ]
     rows = record["stages"]
