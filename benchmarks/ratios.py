@@ -204,12 +204,9 @@ def points_of_chains(runs: list[Row], model: str) -> list[Row]:
 def _short(text: str) -> str:
     """A stage's text with the settings that are not its defaults; text of another form as it is."""
     try:
-        stage = stages.parse(text)
-        default = stages.get(stage.name).to_json()
-        settings = [f"{k}={v}" for k, v in stage.to_json().items() if v != default[k]]
-    except (agentforge.errors.BadInput, KeyError):
+        return stages.parse(text).brief()
+    except agentforge.errors.BadInput:
         return text
-    return f"{stage.name}:{','.join(settings)}" if settings else stage.name
 
 
 def decide(point: Row) -> str:

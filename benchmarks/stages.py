@@ -244,10 +244,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
 
 def _name(row: Row) -> str:
     """The stage with the settings that are not its defaults."""
-    settings = row["recipe"]["stage"]
-    default = stages.get(settings["stage"]).to_json()
-    changed = ",".join(f"{key}={value}" for key, value in settings.items() if value != default[key])
-    return f"{settings['stage']}:{changed}" if changed else str(settings["stage"])
+    return stages.from_json(row["recipe"]["stage"]).brief()
 
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:

@@ -166,6 +166,12 @@ class Stage:
         settings = ",".join(f"{k}={v}" for k, v in dataclasses.asdict(self).items())
         return f"{self.name}:{settings}" if settings else self.name
 
+    def brief(self) -> str:
+        """The stage's text without the settings that are at their defaults, which `parse` takes back."""
+        usual = type(self)()
+        pairs = [(key, value) for key, value in dataclasses.asdict(self).items() if value != getattr(usual, key)]
+        return self.name + (":" + ",".join(f"{key}={value}" for key, value in pairs) if pairs else "")
+
     def _check(self) -> None:
         """Ranges and combinations of settings; overridden where there are any."""
 

@@ -74,6 +74,11 @@ class Refined(Stage):
     def __str__(self) -> str:
         return " | ".join([str(self.first), *(f"{plane}={by}" for plane, by in self.planes), *["entropy"] * self.entropy])
 
+    def brief(self) -> str:
+        """All its stages' texts without the settings that are at their defaults, which `parse` takes back."""
+        planes = (f"{plane}={by.brief()}" for plane, by in self.planes)
+        return " | ".join([self.first.brief(), *planes, *["entropy"] * self.entropy])
+
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Coding and shape of each plane; those of a refined plane have its name before theirs."""
         first = self.first.layout(shape)

@@ -15,6 +15,24 @@ def test_the_registry_lists_its_stages() -> None:
     assert all(stages.get(name).name == name for name in stages.names())
 
 
+@pytest.mark.parametrize(
+    ("text", "brief"),
+    [
+        *((name, name) for name in stages.names() if name != "refined"),
+        ("rounding:bits=4,group=64,clip=mse,symmetric=false", "rounding:clip=mse"),
+        ("vptq:bits=2,shared=true", "vptq:bits=2,shared=True"),
+        (
+            "vptq:v=4,k=256|codebook=rounding:bits=8,group=0|entropy",
+            "vptq:v=4,k=256 | codebook=rounding:bits=8,group=0 | entropy",
+        ),
+    ],
+)
+def test_a_brief_text_says_what_differs_and_is_taken_back(text: str, brief: str) -> None:
+    stage = stages.parse(text)
+    assert stage.brief() == brief
+    assert stages.parse(brief) == stage
+
+
 def test_unknown_stage() -> None:
     with pytest.raises(BadInput, match=rf"stage 'gptq' does not exist; there are {', '.join(stages.names())}"):
         stages.get("gptq")
