@@ -119,6 +119,7 @@ def test_notebooks_have_one_structure(path: Path) -> None:
         assert after.startswith("**What the plot shows.**"), source(cells[i])[:80]
     assert source(code[-1]).startswith("# What this notebook stands for, asserted.")
     assert source(code[-1]).count("assert ") >= 3
+    assert sum("assert " in source(cell) for cell in code) >= 2
     assert any("nbval-check-output" in cell["metadata"].get("tags", []) for cell in code)
 
 

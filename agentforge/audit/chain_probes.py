@@ -294,7 +294,8 @@ def codebook_gain_of_filter(workshop: Workshop, steps: int) -> Measurement:
     return Measurement(statistics.median(found), "x", spread, len(found), {**protocol, "steps": steps}, inputs=_digits())
 
 
-def _digits() -> dict[str, Any]:
+def _digits() -> dict[str, str]:
+    """The hash of the model that these probes train."""
     return {"model": open_model("digits-mlp").fingerprint}
 
 

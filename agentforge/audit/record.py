@@ -10,7 +10,6 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +123,8 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return None, text[:300], "", time.perf_counter() - began
-    measured = Measurement(**kept["measured"])
-    measured = replace(measured, inputs={"source": source_sha256(), **measured.inputs})
-    return measured, "", "", kept.get("seconds", time.perf_counter() - began)
+    inputs = {"source": source_sha256(), **kept["measured"]["inputs"]}
+    return Measurement(**kept["measured"] | {"inputs": inputs}), "", "", kept.get("seconds", time.perf_counter() - began)
 
 
 def _model(model: Any) -> dict[str, Any]:

@@ -78,7 +78,9 @@ def environment() -> dict[str, Any]:
     import torch
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {**_static_environment(), "threads": torch.get_num_threads(), "gpu": gpu}
+    known = _static_environment()
+    packages = known["packages"] | {"torch": torch.__version__}  # which build it is, too: +cpu or a CUDA one
+    return {**known, "packages": packages, "threads": torch.get_num_threads(), "gpu": gpu}
 
 
 def peak_memory() -> int:

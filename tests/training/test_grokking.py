@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -207,7 +206,7 @@ def test_smoke_and_resume(grokking: ModuleType, tmp_path: Path, capsys: pytest.C
         ("MuGrokfast", 0.0, 0),
         ("MuGrokfast", 0.0, 1),
     ]
-    assert rows[0]["environment"]["packages"]["torch"] == version("torch")
+    assert rows[0]["environment"]["packages"]["torch"] == torch.__version__
     capsys.readouterr()
     assert grokking.main(arguments) == 0
     assert capsys.readouterr().err.count(" steps, ") == 16  # of 9 arms with 2 seeds, 2 were there
