@@ -37,7 +37,8 @@ from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import open_model
 from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic
-from agentforge.training.recover import Settings
+from agentforge.training.codelinear import MARGIN, SPAN
+from agentforge.training.recover import Settings, schedule
 
 BITS = (8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114)
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
@@ -214,8 +215,8 @@ def _recovered(rows: list[Row], trained: list[Row]) -> list[str]:
         "",
         "## With recovery",
         "",
-        "The codes are trained on selftext, by distillation from the original, straight through their rounding; a half "
-        "float a row is added, and all of it has to fit into the same bits.",
+        "Trained on selftext, by distillation from the original, are the norms, a gain a row (a half float, within the same "
+        "bits) and, straight through their rounding, the codes.  " + "  ".join(dict.fromkeys(map(_travel, trained))),
         "",
         "| asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -241,6 +242,16 @@ def _recovered(rows: list[Row], trained: list[Row]) -> list[str]:
     return lines
 
 
+def _travel(row: Row) -> str:
+    """How far the codes of a row can have come."""
+    training = row["recipe"]["recovery"]
+    factors = (math.prod(schedule(step, training["steps"], training["warmup"])) for step in range(training["steps"]))
+    path = training["lr"] * SPAN * sum(factors)
+    text = f"In {training['steps']} steps the learning rates add up to {path:.2f} of a quantisation step; at the start no "
+    text += f"latent value is nearer than {MARGIN:g} to the border of its code"
+    return text + (": what is shown is the work of gains and norms." if path < MARGIN else ".")
+
+
 def _cell(measured: Row) -> str:
     return f"{measured['value']:.4g} ± {measured['stderr'] or 0.0:.2g}"
 
@@ -262,7 +273,7 @@ def picture(rows: list[Row], others: list[tuple[str, float, float, float]]) -> b
     rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: row["bits"])
     if trained:
         points = [(row["bits"], row["kl"]["value"]) for row in trained]
-        axes.plot(*zip(*points, strict=True), "mD-", ms=8, label="fit, codes trained")
+        axes.plot(*zip(*points, strict=True), "mD-", ms=8, label="fit, then trained")
     bits, kl = [row["bits"] for row in rows], [row["kl"]["value"] for row in rows]
     spread = [2 * (row["kl"]["stderr"] or 0.0) for row in rows]
     axes.errorbar(bits, kl, spread, fmt="r*-", ms=10, capsize=3, label="fit (± 2 standard errors)")
@@ -286,7 +297,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--bits", type=float, nargs="*", default=BITS)
     parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/fit"))
-    parser.add_argument("--recover", type=int, default=0, help="steps to train the codes for; 0 trains nothing")
+    parser.add_argument("--recover", type=int, default=0, help="steps to train for; 0 trains nothing")
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens a step of training")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-fit")
     parser.add_argument("--report", action="store_true", help="write tables and picture again, measure nothing")
