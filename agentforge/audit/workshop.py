@@ -27,6 +27,7 @@ from ..execution import device_named
 from ..models import LanguageModel, Weight, cache_dir, open_model
 from ..pipeline import compress
 from ..planes import Packed
+from ..statistics import Calibration
 from ..tensorfiles import write_atomic
 
 PACKAGE = Path(__file__).parent.parent
@@ -40,15 +41,19 @@ class Unmeasured(AgentForgeError):
 @dataclass(frozen=True)
 class Effort:
     """How much is measured.  tokens: scored for likelihoods.  every: of the model's matrices, one in so many is in the
-    sample that slow probes take.  seeds: of probes with randomness."""
+    sample that slow probes take.  seeds: of probes with randomness.  calibration: tokens that stages look at inputs on."""
 
     name: str
     tokens: int
     every: int
     seeds: int
+    calibration: int = Calibration().tokens
 
 
-EFFORTS = {e.name: e for e in (Effort("smoke", 511, 42, 2), Effort("standard", 2047, 14, 2), Effort("full", 6141, 5, 5))}
+EFFORTS = {
+    effort.name: effort
+    for effort in (Effort("smoke", 511, 42, 2, 2048), Effort("standard", 2047, 14, 2, 4096), Effort("full", 6141, 5, 5))
+}
 
 
 @dataclass
@@ -86,6 +91,7 @@ class Workshop:
             device=self.device,
             overwrite=True,
             progress=self.progress,
+            calibration=Calibration(tokens=self.effort.calibration),
         )
         self.used[f"{stage}{', embeddings too' if embeddings else ''}"] = made.sha256
         return made
