@@ -42,7 +42,7 @@ $(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml
 		{ echo "agentforge needs Python 3.11 or newer, $(PYTHON) is older; run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[lab$(COMMA)tasks$(if $(filter %.dev,$@),$(COMMA)dask$(COMMA)dev)]'
+		--editable '.[lab$(COMMA)tasks$(COMMA)registry$(COMMA)dashboard$(if $(filter %.dev,$@),$(COMMA)dask$(COMMA)docs$(COMMA)dev)]'
 	touch $@
 	$(if $(filter %.dev,$@),touch $(VENV)/.lab)
 
