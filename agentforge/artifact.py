@@ -317,20 +317,15 @@ def _opened(path: Path, sha256: str) -> tuple[Artifact, dict[str, dict[str, Any]
 
 
 def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
-    """The model in an artifact, every encoded weight decoded to float32 (runtime="dense"), or linear layers that compute
-    with the planes (runtime="packed": stage ternary, activations of 8 bits, see `runtime.TernaryLinear`).
+    """The model in an artifact, every encoded weight decoded to float32 (runtime="dense"), or layers that hold the planes
+    and compute from them (runtime="packed": `runtime.TernaryLinear`, with activations of 8 bits, for stage ternary; for any
+    other stage, layers that decode as they compute, `runtime.PackedLinear`).
 
-    Raises BadInput for another runtime, or one that does not compute what is encoded; BadArtifact for a folder that is none
-    of ours or damaged.
+    Raises BadInput for another runtime, BadArtifact for a folder that is none of ours or damaged.
     """
     if runtime not in RUNTIMES:
         raise BadInput(f"runtime {runtime!r} does not exist; there are {', '.join(RUNTIMES)}")
-    opened = _ArtifactModel(Artifact(path), runtime)
-    if runtime == "packed":
-        from .runtime import packed
-
-        packed.check(opened, opened.artifact)
-    return opened
+    return _ArtifactModel(Artifact(path), runtime)
 
 
 def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:

@@ -162,7 +162,7 @@ def adopt(module: Any) -> None:
     """Put these in the place of a model's embedding and head, where they are plain and their weights have 16 bits."""
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     halves = torch.float16, torch.bfloat16
-    tied = head is not None and head.weight is embedding.weight
+    tied = head is not None and getattr(head, "weight", None) is embedding.weight
     plain_embedding = type(embedding) is nn.Embedding and embedding.max_norm is None and embedding.weight.dtype in halves
     plain_head = type(head) is nn.Linear and head.bias is None and head.weight.dtype in halves
     if tied and not (plain_embedding and plain_head):

@@ -1,4 +1,4 @@
-"""An artifact as a model whose ternary layers stay packed: built around the planes, never from dense matrices."""
+"""An artifact as a model whose weights stay packed: built around the planes, never from dense matrices."""
 
 from __future__ import annotations
 
@@ -8,35 +8,20 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from ..errors import BadArtifact, BadInput
+from .. import stages
+from ..errors import BadArtifact
 from ..planes import Packed
+from .decoding import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes
 from .linear import TernaryLinear
 
 if TYPE_CHECKING:
     from ..artifact import Artifact
     from ..models import LanguageModel
 
-STAGES = ("ternary",)  # that have a layer of their own here
-
-
-def check(opened: LanguageModel, artifact: Artifact) -> None:
-    """Raise BadInput where something is encoded for which there is no packed layer."""
-    linear = {weight.name for weight in opened.weights(embeddings=True) if weight.module != "Embedding"}
-    for row in artifact.rows:
-        if row["stage"] is None:
-            continue
-        name, stage = row["name"], row["stage"]["stage"]
-        if stage not in STAGES or name not in linear:
-            what = f"encoded by {stage}" if stage not in STAGES else "encoded and not the weight of a linear layer"
-            raise BadInput(
-                f"{artifact.path}: tensor {name} is {what}; runtime packed computes linear layers of {', '.join(STAGES)}, "
-                "runtime dense decodes everything"
-            )
-
 
 def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
-    """The torch module of an artifact that `check` let through, on the CPU: TernaryLinear where a weight is encoded,
-    embedding and head in the 16 bits in which they were kept, everything else in float32."""
+    """The torch module of an artifact, on the CPU: TernaryLinear where a weight is ternary, layers that decode as they
+    compute for every other stage, embedding and head in the 16 bits in which they were kept, all else in float32."""
     opened.check()
     if not opened.is_classifier:
         from . import half, llama  # only here: it imports transformers
@@ -48,23 +33,57 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
     for row in artifact.rows:
         if row["stage"] is None:
             kept[row["name"]] = artifact.decode(row)
+    shared = shared_planes(artifact)
+    if shared is not None:
+        module.add_module("agentforge", nn.Module())
+        module.get_submodule("agentforge").add_module("shared", shared)
     for row in artifact.rows:
         if row["stage"] is not None:
             path = row["name"].removesuffix(".weight")
             parent, _, leaf = path.rpartition(".")
-            packed = artifact.read(row)
-            assert isinstance(packed, Packed)
-            try:
-                layer = TernaryLinear.from_packed(packed, kept.pop(f"{path}.bias", None))
-            except BadArtifact as error:
-                raise BadArtifact(f"{artifact.path}: tensor {row['name']}: {error}") from None
+            layer = _layer(artifact, row, module.get_submodule(path), kept.pop(f"{path}.bias", None), shared)
             setattr(module.get_submodule(parent), leaf, layer)
     module.load_state_dict(kept, strict=False, assign=True)
     if not opened.is_classifier:
-        module.tie_weights()  # type: ignore[operator]
+        _tie(module, opened._hf_config)
         half.adopt(module)
         llama.adopt(module)
     return module.float().requires_grad_(False).eval()
+
+
+def shared_planes(artifact: Artifact) -> SharedPlanes | None:
+    """The planes that all encoded weights share, None where there are none."""
+    about = artifact.manifest["shared"]
+    if about is None:
+        return None
+    return SharedPlanes(stages.from_json(about["stage"]), {plane.name: plane.stored() for plane in artifact.shared})
+
+
+def _layer(
+    artifact: Artifact, row: dict[str, Any], replaced: nn.Module, bias: torch.Tensor | None, shared: SharedPlanes | None
+) -> nn.Module:
+    """The packed layer of a row, in the place of the module `replaced`."""
+    packed, stage = artifact.read(row), stages.from_json(row["stage"])
+    assert isinstance(packed, Packed)
+    embedding = isinstance(replaced, nn.Embedding)
+    if stage.name == "ternary" and not embedding:
+        try:
+            return TernaryLinear.from_packed(packed, bias)
+        except BadArtifact as error:
+            raise BadArtifact(f"{artifact.path}: tensor {row['name']}: {error}") from None
+    weight = PackedWeight(
+        stage, packed.shape, {plane.name: plane.stored() for plane in packed}, shared if stage.shared_layout() else None
+    )
+    return PackedEmbedding(weight) if embedding else PackedLinear(weight, bias)
+
+
+def _tie(module: Any, config: Any) -> None:
+    """Give the head the embedding's weight where the configuration says so, packed or not."""
+    embedding = module.get_input_embeddings()
+    if not isinstance(embedding, PackedEmbedding):
+        module.tie_weights()
+    elif config.get_text_config().tie_word_embeddings:
+        module.set_output_embeddings(PackedLinear(embedding.weight))
 
 
 class _EmptyOnMeta(TorchFunctionMode):
