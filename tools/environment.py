@@ -33,7 +33,7 @@ def text() -> str:
     """The content of environment.yml: Python and pip by conda, each direct dependency as pinned, the rest constrained."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    direct = {*project["dependencies"], *extras["lab"], *extras["dask"], *extras["tasks"], *extras["dev"]}
+    direct = {*project["dependencies"], *(one for extra in extras.values() for one in extra)}
     pins = locked()
     lines = [
         "# Written by tools/environment.py from pyproject.toml and requirements.lock.",
