@@ -39,7 +39,7 @@ def locked() -> dict[str, str]:
 def direct() -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    chosen = [line for extra in ("lab", "dask", "tasks", "dev") for line in extras[extra]]
+    chosen = [line for lines in extras.values() for line in lines]
     names = [re.match(r"[\w.-]+", line) for line in [*project["dependencies"], *chosen]]
     return sorted({re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name})
 
