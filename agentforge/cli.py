@@ -560,6 +560,9 @@ def audit(
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A claim's id: measure this one and write no report.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure all again; off: only what anything has changed for.")] = False,
+    keep: Annotated[
+        bool, typer.Option(help="What the report has measured stays; measure claims that are new or changed.")
+    ] = False,
     check: Annotated[bool, typer.Option(help="Measure nothing: is each report what its record gives?")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -581,7 +584,7 @@ def audit(
         rows = room.only(names[0], only, settings)
         _show({"claims": rows}, as_json, lambda: _claims(rows))
         return
-    made = [room.run(name, out=out_dir, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
+    made = [room.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
     found = [{"path": str(folder), **_summary(folder)} for folder in made]
     _show(
         {"reports": found},

@@ -37,6 +37,12 @@ def provenance(record: dict[str, Any]) -> str:
     dirty = ", with uncommitted changes" if git["dirty"] else ""
     artifacts = "\n".join(f"| `{stage}` | `{sha256[:16]}` |" for stage, sha256 in record["artifacts"].items())
     made = f"\n\n| artifact that was measured | sha256 of its manifest |\n|---|---|\n{artifacts}" if artifacts else ""
+    kept = ""
+    if record.get("kept"):
+        kept = (
+            f"\n* **Kept**: {record['kept']['rows']} measurements of the record of {record['kept']['created']} (commit "
+            f"`{record['kept']['commit']}`);\n  in the record each row names, by its hash, the source that measured it."
+        )
     return f"""## How it was measured
 
 * **Text**: {text["name"]}, {text["split"]}, from {text["origin"]}, sha256 `{text["sha256"][:16]}`; skipped before it:
@@ -50,7 +56,7 @@ def provenance(record: dict[str, Any]) -> str:
   within two standard errors of a threshold is marked as close.
 * **Machine**: {machine["cpu"]}, {machine["threads"]} threads, {machine["platform"]}, Python {machine["python"]}, device
   {record["device"]}; {packages}. Peak memory {record["peak_memory_bytes"] / 1e6:,.0f} MB.
-* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.
+* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.{kept}
 * **Again**: `agentforge audit {record["report"]} --budget {record["budget"]} --tokens {text["scored_tokens"]}`; the
   record is `{record["report"]}.json`.{made}"""
 

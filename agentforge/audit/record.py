@@ -31,26 +31,34 @@ NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
 Taken = tuple[Measurement | None, str, str, float]  # measurement, failure, what was missing, seconds
 
 
-def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[str, Any]:
+def measure(
+    claims: ClaimsFile, workshop: Workshop, say: Any = print, before: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Measure every claim that has a probe, judge all of them, and return the record.
 
     A probe with the same parameters runs once, however many claims rest on it.  Scores come last: they are computed from
     the other rows.  say: called with a line of progress for each claim measured, with an estimate of what is left.
+    before: a record (checked) whose measurements are kept where a claim asks for the same.
+
+    Raises BadInput where `before` was made from another model, text or budget.
     """
     start = time.perf_counter()
-    scored = [c.parameters["stage"] for c in claims.claims if c.probe in COMPARING]
-    compared = list(dict.fromkeys([*claims.baselines, *scored]))
-    if compared:
-        say(f"[0/{len(compared)}] scoring the original and {len(compared)} compressed models on the text", flush=True)
-        workshop.compare(compared)
-    taken: dict[str, Taken] = {}
+    taken = _kept(before, claims, workshop) if before else {}
+    kept = {"rows": len(taken), "commit": before["git"]["commit"], "created": before["created"]} if before else {}
+    stages_before = {row["stage"]: row for row in before["stages"]} if before else {}
+    comparing = [claim for claim in claims.claims if claim.probe in COMPARING]
+    compared = list(dict.fromkeys([*claims.baselines, *(claim.parameters["stage"] for claim in comparing)]))
+    asked = {claim.parameters["stage"] for claim in comparing if _key(claim) not in taken}
+    new = [stage for stage in compared if stage in asked or stage not in stages_before]
+    if new:
+        say(f"[0/{len(new)}] scoring the original and {len(new)} compressed models on the text", flush=True)
+        workshop.compare(new)
     rows = {claim.id: _row(judge(claim, None), 0.0) for claim in claims.claims if not claim.probe}
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
     for done, claim in enumerate(probed, 1):
         workshop.rows = list(rows.values())
-        key = f"{claim.probe} {json.dumps(claim.parameters, sort_keys=True)}"
-        if key not in taken:
+        if (key := _key(claim)) not in taken:
             taken[key] = take(workshop, claim)
         measured, failure, missing, seconds = taken[key]
         rows[claim.id] = _row(judge(claim, measured, failure, missing), seconds)
@@ -59,7 +67,10 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
         found = measured or failure or missing
         say(f"[{done}/{len(probed)}] {claim.id}: {found}   {elapsed:.0f} s, about {left:.0f} s left", flush=True)
     ordered = [rows[claim.id] for claim in claims.claims]
-    stage_rows = [workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) for stage in compared]
+    stage_rows = [
+        workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) if stage in new else stages_before[stage]
+        for stage in compared
+    ]
     artifacts: dict[str, str] = {}
     for row in ordered:
         artifacts |= (row["measured"] or {}).get("inputs", {}).get("artifacts", {})
@@ -75,6 +86,7 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
         "seconds": round(time.perf_counter() - start, 1),
         "peak_memory_bytes": peak_memory(),
         "git": git_state(),
+        **({"kept": kept} if kept else {}),
         "environment": environment(),
         "device": workshop.device,
         "model": _model(workshop.model),
@@ -94,6 +106,34 @@ def measure(claims: ClaimsFile, workshop: Workshop, say: Any = print) -> dict[st
         "summary": {verdict: Counter(row["verdict"] for row in ordered)[verdict] for verdict in COLOURS},
         "claims": ordered,
     }
+
+
+def _key(claim: Claim) -> str:
+    return f"{claim.probe} {json.dumps(claim.parameters, sort_keys=True)}"
+
+
+def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dict[str, Taken]:
+    """What the record of before has measured and the claims still ask for, with the source and the machine that took it."""
+    text = before["text"]
+    for what, found, wanted in (
+        ("model", before["model"]["fingerprint"], workshop.model.fingerprint),
+        ("text", text["sha256"], workshop.text.sha256),
+        ("tokens", (text["scored_tokens"], text["context"]), (workshop.tokens, workshop.context)),
+        ("budget", before["budget"], workshop.effort.name),
+        ("device", before["device"], workshop.device),
+    ):
+        if found != wanted:
+            raise BadInput(f"report {before['report']}: its {what} is {found}, asked for is {wanted}; run without --keep")
+    rows = {
+        (row["probe"], json.dumps(row["parameters"], sort_keys=True)): row for row in before["claims"] if row["measured"]
+    }
+    taken: dict[str, Taken] = {}
+    for claim in claims.claims:
+        row = rows.get((claim.probe, json.dumps(claim.parameters, sort_keys=True)))
+        if row and claim.probe not in NEVER_KEPT:
+            measured = {"environment": before["environment"], **row["measured"]}
+            taken[_key(claim)] = Measurement(**measured), "", "", row["seconds"]
+    return taken
 
 
 def take(workshop: Workshop, claim: Claim) -> Taken:

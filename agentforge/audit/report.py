@@ -49,6 +49,7 @@ def run(
     device: str = "cpu",
     out: str | Path | None = None,
     fresh: bool = False,
+    keep: bool = False,
     progress: bool = True,
 ) -> Path:
     """Run a report's notebook and write the report; returns its folder.
@@ -58,7 +59,8 @@ def run(
     likelihoods are measured on (default: the first text that is there, as much as the budget says).  budget: smoke,
     standard or full.  device: cpu or cuda.  out: the folder for reports (default: reports/ of the checkout, else here).
     fresh: measure everything again, and keep nothing.  Compressed models are made anew, in a temporary folder; what nothing
-    has changed for is taken from the cache of measurements.
+    has changed for is taken from the cache of measurements.  keep: what the report in `out` has measured stays, where its
+    claim is the same; the report says how many rows these are, and each names the source that measured it.
 
     Raises BadInput for an unknown report and unusable settings, AgentForgeError where a cell of the notebook fails.
     """
@@ -66,6 +68,11 @@ def run(
     check_settings(tokens, budget, device)
     own = _claims_path(report)
     folder = (Path(out) if out is not None else reports_folder()) / claims.report
+    before = folder / f"{claims.report}.json"
+    if keep and not before.is_file():
+        raise BadInput(f"{before}: there is no report to keep anything of; run without --keep")
+    if keep:
+        check_record(read_json(before))
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch:
         made = Path(scratch) / claims.report
@@ -79,6 +86,7 @@ def run(
             "budget": budget,
             "device": device,
             "fresh": fresh,
+            "keep": str(before.resolve()) if keep else None,
             "record_path": str((made / f"{claims.report}.json").resolve()),
             "artifacts": str((Path(scratch) / "artifacts").resolve()),
         }
@@ -95,7 +103,7 @@ def run(
 def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The record that a template draws: of `record_path` where it is there already, else measured now and written there.
 
-    settings: report, model, against, text, tokens, budget, device and fresh, as `run` has them.
+    settings: report, model, against, text, tokens, budget, device and fresh, as `run` has them; keep, the path of a record.
     """
     if record_path and Path(record_path).is_file():
         record: dict[str, Any] = read_json(Path(record_path))
@@ -104,10 +112,15 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
     with contextlib.ExitStack() as stack:
         folder = Path(artifacts or stack.enter_context(tempfile.TemporaryDirectory()))
         workshop = _workshop(claims, folder, settings)
-        record = measure(claims, workshop)
+        before: Any = read_json(Path(settings["keep"])) if settings.get("keep") else None
+        record = measure(claims, workshop, before=before)
         for figure in FIGURES.get(claims.report, ()):
-            found = workshop.remember(f"figure {figure.__name__}", {}, partial(figure, workshop))
-            record["figures"][figure.__name__] = {key: value for key, value in found.items() if key != "seconds"}
+            name = figure.__name__
+            if before and name in before["figures"]:
+                record["figures"][name] = before["figures"][name]
+                continue
+            found = workshop.remember(f"figure {name}", {}, partial(figure, workshop))
+            record["figures"][name] = {key: value for key, value in found.items() if key != "seconds"}
     record = json.loads(json.dumps(record))  # what is drawn is what is written
     if record_path:
         write_json(Path(record_path), record)

@@ -273,6 +273,42 @@ def test_only_a_few_claims(tmp_path: Path) -> None:
         report.only(path, ["nought"], settings)
 
 
+def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thresholds judge again, rows without a measurement are measured, and the rest keeps value, source and machine."""
+    before = json.loads(json.dumps(record))
+    row_of(before, "zeros")["measured"]["inputs"]["source"] = "0" * 64
+    before["environment"]["cpu"] = "another"
+    rows = [dict(row) for row in CLAIMS]
+    rows[1] |= {"confirmed": [0, 1.7]}
+    rows[5] = {"id": "later", "probe": {"name": "zero_share", "parameters": {"stage": "ternary:rule=threshold"}},
+               "confirmed": [0, 1]}  # fmt: skip
+    taken: list[str] = []
+    monkeypatch.setattr(
+        "agentforge.audit.record.run",
+        lambda shop, name, given: taken.append(f"{name} {given}") or probes.run(shop, name, given),
+    )
+    again = measure(read_claims(claims_file(tmp_path, rows)), shop(tmp_path / "artifacts"), quiet, before)
+    assert sorted(taken) == sorted([
+        "zero_share {'stage': 'magic'}", "nothing_here {}", "zero_share {'stage': 'ternary:rule=threshold'}",
+        "score {'sections': ['S']}",
+    ])  # fmt: skip
+    assert [row["verdict"] for row in again["claims"][:3]] == ["confirmed", "confirmed", "refuted"]
+    assert row_of(again, "later")["verdict"] == "confirmed"
+    zeros = row_of(again, "zeros")["measured"]
+    assert zeros["inputs"]["source"] == "0" * 64 and zeros["environment"]["cpu"] == "another"
+    assert again["kept"] == {"rows": 2, "commit": before["git"]["commit"], "created": before["created"]}
+    check_record(json.loads(json.dumps(again, allow_nan=False)))
+    with pytest.raises(
+        BadInput, match=r"report mine: its tokens is \(127, 128\), asked for is \(63, 64\); run without --keep"
+    ):
+        measure(
+            read_claims(claims_file(tmp_path)),
+            audit.workshop_for("digits-mlp", tmp_path, "selftext", 63, progress=False),
+            quiet,
+            before,
+        )
+
+
 @pytest.mark.slow
 def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Path) -> None:
     path = claims_file(tmp_path, [row for row in CLAIMS if row["id"] != "absent"])
@@ -280,6 +316,11 @@ def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Pa
     assert sorted(file.name for file in folder.iterdir()) == [f"mine.{e}" for e in ("html", "ipynb", "json", "md", "sarif")]
     claims = read_claims(path)
     report.check(folder, claims)
+    report.run(path, text="selftext", tokens=127, out=tmp_path / "reports", keep=True, progress=False)
+    report.check(folder, claims)
+    assert "**Kept**: 2 measurements of the record of" in (folder / "mine.md").read_text()
+    with pytest.raises(BadInput, match="there is no report to keep anything of; run without --keep"):
+        report.run(path, text="selftext", tokens=127, out=tmp_path / "elsewhere", keep=True, progress=False)
     made = {file.name: file.read_text() for file in folder.iterdir()}
     sha256 = record_sha256(json.loads(made["mine.json"]))
     assert all(sha256 in text for name, text in made.items() if name != "mine.json")
