@@ -23,7 +23,6 @@ test: $(VENV)/.dev
 # (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)
 test-code: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -m "" -q --durations=25 tests
-	$(BIN)/python -m coverage report --skip-covered
 
 # Cell by cell: fails where a cell does, or where the output of a cell tagged nbval-check-output is another one.
 test-notebooks: $(VENV)/.dev
