@@ -125,6 +125,8 @@ def check_handoff(
     where something is not as it should be.
     """
     folder = Path(folder).expanduser()
+    if to is not None:
+        contract(phase, to)
 
     def refuse(what: str) -> BadInput:
         return BadInput(f"{folder}/{HANDOFF}: {what}; run phase {phase} again")
@@ -134,7 +136,7 @@ def check_handoff(
         raise refuse(f"is no hand-off of phase {phase} in format {FORMAT}")
     if not data["models"]:
         raise refuse("hands over no model")
-    contract(phase, to)
+    contract(phase)
     for name in data["models"]:
         plain_file(folder, name)
     try:
