@@ -142,13 +142,13 @@ def registry_uri(given: str | None = None) -> str:
     """
     uri = given or os.environ.get("AGENTFORGE_REGISTRY") or f"sqlite:///{cache_dir().absolute() / 'registry/mlflow.db'}"
     if not re.fullmatch(r"sqlite:///[^?#]+|(?!sqlite:)[a-z][a-z0-9+.-]*://.+", uri):
-        raise BadInput(f"registry {uri:.80!r}; expected a URI such as sqlite:////folder/mlflow.db or http://host:5000")
+        raise BadInput(f"registry {uri[:80]!r}; expected a URI such as sqlite:////folder/mlflow.db or http://host:5000")
     return uri
 
 
 def _checked(value: str, pattern: str, what: str, expected: str) -> str:
     if not re.fullmatch(pattern, value, re.ASCII):
-        raise BadInput(f"{what} {value:.80!r}; expected {expected}")
+        raise BadInput(f"{what} {value[:80]!r}; expected {expected}")
     return value
 
 

@@ -113,11 +113,7 @@ class Run:
         where they are.  The same metadata is a line of artifacts.jsonl.
         """
         original = artifact.manifest["original"]
-        about = {
-            "manifest_sha256": artifact.sha256,
-            "original_sha256": original.get("fingerprint"),
-            "files": {file: entry["sha256"] for file, entry in artifact.manifest["files"].items()},
-        }
+        about = {"manifest_sha256": artifact.sha256, "original_sha256": original.get("fingerprint")}
         with open(self.folder / "artifacts.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps({"name": name, **about}) + "\n")
         if self._run is not None:
