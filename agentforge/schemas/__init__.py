@@ -20,7 +20,8 @@ def problem(name: str, data: Any) -> str:
     if found is None:
         return ""
     where = ", ".join(f"{part}"[:80] for part in found.absolute_path) or "top level"
-    return f"{where}: {found.message[:200]}"
+    message = found.message  # it begins with the value, and ends with what is wrong with it
+    return f"{where}: {message if len(message) <= 240 else f'{message[:120]} ... {message[-100:]}'}"
 
 
 @functools.cache
