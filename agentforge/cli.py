@@ -80,8 +80,8 @@ def models(
     if registered or registry:
         from .registry import registered as versions
 
-        rows = [row for row in versions(registry) if model in (None, row["name"])]
-        _show({"registered": rows}, as_json, lambda: _registered_table(rows))
+        found = [row for row in versions(registry) if model in (None, row["name"])]
+        _show({"registered": found}, as_json, lambda: _registered_table(found))
         return
     if model is None:
         _show(

@@ -190,8 +190,10 @@ def _talking(uri: str) -> Iterator[None]:
     try:
         yield
     except (mlflow.MlflowException, SQLAlchemyError) as error:
-        why = " ".join(str(error).split())[:300]
-        raise BadInput(f"registry {uri:.200}: {why}; check the registry and run the same command again") from None
+        message = (
+            f"registry {uri:.200}: {' '.join(str(error).split())[:300]}; check the registry and run the same command again"
+        )
+        raise BadInput(re.sub(r"//[^/@ ]*@", "//", message)) from None  # no user and password on the screen
 
 
 @contextlib.contextmanager
@@ -204,7 +206,7 @@ def _opened(uri: str) -> Iterator[Any]:
     with _talking(uri), open(lock, "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         if file is not None and not file.exists():
-            # Made beside and renamed: a kill among MLflow's forty migrations would leave a database that none can open.
+            # Made beside and renamed: a kill among MLflow's migrations would leave a database that none can open.
             partial = file.with_name(file.name + ".partial")
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
@@ -300,9 +302,14 @@ def _about(artifact: Artifact, sha256: str, folder: Path, fingerprint: str) -> d
 
 
 def _lineage(client: Any, artifact: Artifact) -> dict[str, str]:
-    """The model that an artifact comes from, and the one that it was made from where that is another one."""
+    """The model that an artifact comes from, and what it was made from.
+
+    A chain's later steps name the step before alone: their base is known once that is registered, too.
+    """
     original, recipe = artifact.manifest["original"], artifact.manifest["recipe"]
-    parent, base = recipe.get("artifact", original.get("fingerprint")), original.get("fingerprint")
+    parent, base, source = recipe.get("artifact", original.get("fingerprint")), original.get("fingerprint"), original
+    while isinstance(source, dict) and "fingerprint" in source:
+        base, source = source["fingerprint"], source.get("source")
     tags = {"base": _name_of(artifact), "base_sha256": str(base)}
     if isinstance(parent, str) and _SHA256.fullmatch(parent):
         tags["parent_sha256"] = parent

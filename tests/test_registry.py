@@ -158,6 +158,12 @@ def test_metrics_lineage_and_aliases_come_back(crowded: str, digits: LanguageMod
     assert child["tags"]["parent_sha256"] == first.sha256 and "parent_version" not in packed["tags"]
     assert json.loads(packed["tags"]["settings"]) == first.manifest["recipe"]
     assert json.loads(packed["tags"]["ratios"]) == [ratio.to_json() for ratio in first.ratios]
+    step = af.compress(digits, "rounding:bits=6,group=64", tmp_path / "step", progress=False)
+    last = af.compress(load(step.path), "ternary", tmp_path / "last", progress=False)
+    registry.register(last.path, uri=crowded, name="of-an-unknown-step")
+    tags = versions(crowded, "of-an-unknown-step")[0]["tags"]
+    assert (tags["base_sha256"], tags["parent_sha256"]) == (digits.fingerprint, step.sha256)
+    assert "parent_version" not in tags
     # Measured on the other form: it goes to that version, and the artifact stays one version.
     record.write_text(json.dumps({"measurements": {"accuracy": af.accuracy(open_model(dense["source"])).to_json()}}))
     assert registry.register(first.path, uri=crowded, record=record) == (*one[:3], False)
