@@ -204,7 +204,7 @@ def run_chain(
         finished = run.steps()
         result = Result(run.hand_over(), journal.attempts, finished)
     if track is not None:
-        tracking.track_chain(Path(track).expanduser(), model, recipe, result.attempts, finished)
+        tracking.track_chain(Path(track).expanduser(), model, recipe, result.attempts, finished, result.artifact)
     return result
 
 

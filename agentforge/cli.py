@@ -25,12 +25,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Compress a language model, load it back from disk, and prove what was measured.",
 )
+handoff_app = typer.Typer(no_args_is_help=True, help="Write and check what one phase leaves for the next.")
+app.add_typer(handoff_app, name="handoff")
 out = Console(soft_wrap=True)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TextName = Annotated[
     str | None,
     typer.Option("--text", help="wikitext2, selftext or a text file (default: the first of these that is there)."),
+]
+RegistryURI = Annotated[
+    str | None,
+    typer.Option("--registry", help="URI of MLflow's registry (default: AGENTFORGE_REGISTRY, or a file in the cache)."),
 ]
 
 
@@ -64,11 +70,19 @@ def models(
         str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why not.")
     ] = None,
     embeddings: Annotated[bool, typer.Option(help="Count embeddings and output head among what may be touched.")] = False,
+    registered: Annotated[bool, typer.Option("--registered", help="List the versions in the registry.")] = False,
+    registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models that agentforge knows by name, or one model's tensors."""
+    """List the models that agentforge knows by name, one model's tensors, or what is registered."""
     from .models import NAMED, open_model
 
+    if registered or registry:
+        from .registry import registered as versions
+
+        found = [row for row in versions(registry) if model in (None, row["name"])]
+        _show({"registered": found}, as_json, lambda: _registered_table(found))
+        return
     if model is None:
         _show(
             {"models": NAMED},
@@ -305,6 +319,83 @@ def verify(
         {"path": str(artifact_dir), "ok": True, "checked": checks},
         as_json,
         lambda: out.print(f"sound: {artifact_dir}\n" + "\n".join(f"  {check}" for check in checks), markup=False),
+    )
+
+
+@app.command()
+def register(
+    artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+    name: Annotated[str | None, typer.Option(help="Of the registered model (default: the base model's).")] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Measurements of it: an audit's record, or what evaluate --json printed.")
+    ] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="That shall lead to this version, such as champion.")] = None,
+    handed: Annotated[
+        Path | None, typer.Option("--handoff", help="Folder of a hand-off that it is part of: checked, and recorded.")
+    ] = None,
+    registry: RegistryURI = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check an artifact and register it, packed and dequantised, with where it comes from; the same one only once."""
+    from .registry import register as run
+
+    found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
+    what = "registered as" if found.new else "is already there:"
+    _show(
+        found._asdict(),
+        as_json,
+        lambda: out.print(
+            f"{artifact_dir} {what} {found.name}, version {found.packed} (dequantised: version {found.dequantised})",
+            markup=False,
+        ),
+    )
+
+
+def _registered_table(rows: list[dict[str, Any]]) -> None:
+    def cells(row: dict[str, Any]) -> list[str]:
+        tags = row["tags"]
+        metrics = ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
+        about = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
+        about += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
+        return [*about, ", ".join(row["aliases"]) or "-", tags["handoff"]]
+
+    columns = ["name", "version", "form", "other form", "manifest", "bytes", "made from", "measured", "aliases", "hand-off"]
+    _table(*columns, rows=[cells(row) for row in rows], right=(1, 3, 5))
+
+
+@handoff_app.command("write")
+def handoff_write(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Holds the models as subfolders; a chain's folder from 8.")],
+    phase: Annotated[int, typer.Option("--from", help="The phase that hands over.")],
+    to: Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")],
+    text: TextName = None,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens to measure quality on.")] = 2047,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the models of a folder, and write its handoff.json."""
+    from . import handoff as room
+
+    room.contract(phase, to)
+    path = room.measure_and_write(folder, phase, text, tokens, progress=not as_json)
+    _show({"path": str(path)}, as_json, lambda: out.print(f"written: {path}", markup=False))
+
+
+@handoff_app.command("check")
+def handoff_check(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What the phase before has left.")],
+    phase: Annotated[int, typer.Option("--from", help="The phase that hands over.")],
+    to: Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")],
+    text: TextName = None,
+    as_json: AsJson = False,
+) -> None:
+    """Count, hash and measure again what another phase hands over; what is not as it says is refused (exit code 2)."""
+    from . import handoff as room
+
+    checks = room.check_handoff(folder, phase, text, progress=not as_json, to=to)
+    _show(
+        {"path": str(folder), "checked": checks},
+        as_json,
+        lambda: out.print(f"accepted: {folder}\n" + "\n".join(f"  {check}" for check in checks), markup=False),
     )
 
 

@@ -1,8 +1,11 @@
-"""Hand-offs: what one phase must leave for the next, written down and checked on both sides.
+"""Hand-offs: what one phase must leave for the next, written down as contracts and checked on both sides.
 
-A hand-off is a folder with `handoff.json`: which phase wrote it, the models in it (subfolders), and for each its files'
-hashes, its special tokens, and the perplexity it had when it was handed over, with the protocol it was measured by.
-The receiver measures again; it does not believe.
+A hand-off is a folder with `handoff.json`: which phase wrote it and which one receives it, the models in it (subfolders),
+and for each its files with bytes and hashes, its special tokens, and the quality that it had when it was handed over, with
+the protocol it was measured by.  The receiver measures again; it does not believe.
+
+There is one format.  `CONTRACTS` names who may hand over to whom, and agentforge/schemas/ says what each of them takes; its
+README.md says how the documentation's contradictory formats became one.
 """
 
 from __future__ import annotations
@@ -10,75 +13,163 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from . import evaluation
+from . import evaluation, schemas
+from .artifact import MANIFEST, Artifact
 from .errors import BadInput
 from .evaluation import Measurement, Text
 from .models import LanguageModel, open_model
 from .tensorfiles import plain_file, read_json, sha256_file, write_json
 
 HANDOFF = "handoff.json"
-FORMAT = 1
+FORMAT = 2
+LARGEST = 4 << 20  # bytes of a handoff.json
 TOLERANCE = 0.01  # how far a perplexity may be from the one that was handed over, relatively: kernels differ
+GRADIENT_TOKENS = 128
+
+
+class Contract(NamedTuple):
+    """to: the phase that receives.  models: the subfolders that are handed over; empty: one, of any name."""
+
+    to: int | str
+    models: tuple[str, ...] = ()
+
+
+CONTRACTS: dict[int, Contract] = {
+    3: Contract(4),
+    4: Contract(5, ("quantized", "dequantized")),
+    7: Contract(8),
+    8: Contract("deployment", ("artifact",)),
+}
 
 
 def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measurement], **facts: Any) -> Path:
     """Write folder/handoff.json.
 
     phase: the number of the phase that hands over.  models: name of a subfolder -> its perplexity (accuracy for a
-    classifier).  facts: anything else that the next phase should know.  Raises BadInput where a model cannot be opened.
+    classifier).  facts: anything else that the next phase should know.  Raises BadInput where a model cannot be opened, or
+    where what is handed over is not what the contract of this phase asks for.
     """
     folder = Path(folder)
     about = {}
     for name, measured in models.items():
-        model = open_model(folder / name)
-        files = sorted(file for file in (folder / name).iterdir() if file.is_file())
+        model = open_model(plain_file(folder, name))
+        packed = _is_packed(model)
         about[name] = {
-            "files": {file.name: sha256_file(file) for file in files},
+            "form": "packed" if packed else "dense",
+            "dtypes": model.dtypes,
+            "vocabulary": None if model.is_classifier else _vocabulary(model),
             "special_tokens": None if model.is_classifier else _special_tokens(model),
+            "files": {
+                file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in _files(folder / name)
+            },
             "quality": measured.to_json(),
+            **({"ratios": [ratio.to_json() for ratio in Artifact(model.path).ratios]} if packed else {}),
         }
+    to = contract(phase).to
+    data = {"format": FORMAT, "phase": phase, "to": to, "models": about, "facts": facts}
+    if wrong := schemas.problem(_schema(phase), _finite(data, 1.0)):
+        raise BadInput(f"{folder}: cannot be handed over from phase {phase} to {to}: {wrong}")
     path = folder / HANDOFF
-    write_json(path, {"format": FORMAT, "phase": phase, "models": about, "facts": facts})
+    # JSON has no word for what is not finite: as a quality the receiver refuses the null, a gate that failed may have it.
+    write_json(path, _finite(data))
     return path
 
 
-def check_handoff(folder: str | Path, phase: int, text: str | Text | None = None, progress: bool = True) -> list[str]:
-    """Check what a phase left: files and hashes, tensors finite, tokenizer and special tokens, quality measured again.
+def measure_and_write(
+    folder: str | Path, phase: int, text: str | Text | None = None, tokens: int | None = None, progress: bool = True
+) -> Path:
+    """Write the hand-off of a folder that lies there: each model that the contract names is measured as it is on disk, and
+    from phase 8 on, the gates that it passed are those of the chain's journal.
 
-    text: where it is the one that the quality was measured on, it is measured again.  Returns what was checked.
-    Raises BadInput with the reason where something is not as it should be.
+    Raises BadInput where a model is missing, or where the journal is not the artifact's.
     """
-    folder = Path(folder)
-    data: Any = read_json(folder / HANDOFF)
+    folder = Path(folder).expanduser()
+    names = contract(phase).models
+    if not names:
+        names = tuple(sorted(path.parent.name for path in folder.glob("*/config.json")))
+        if len(names) != 1:
+            raise BadInput(f"{folder}: holds {len(names)} models in subfolders; expected one, phase {phase}'s")
+    facts = {"gates": _gates_passed(folder)} if phase == 8 else {}
+    models = {}
+    for name in names:
+        model = open_model(plain_file(folder, name))
+        if model.is_classifier:
+            models[name] = evaluation.accuracy(model)
+        else:
+            models[name] = evaluation.perplexity(model, text, context=model.usual_context, tokens=tokens, progress=progress)
+    return write_handoff(folder, phase, models, **facts)
+
+
+def contract(phase: int, to: str | None = None) -> Contract:
+    """What `phase` must leave.  Raises BadInput where there is no hand-off from there, or none to `to`."""
+    found = CONTRACTS.get(phase)
+    if found is None or to not in (None, str(found.to)):
+        known = ", ".join(f"{one} to {other.to}" for one, other in CONTRACTS.items())
+        raise BadInput(f"there is no hand-off from phase {phase}{f' to {to:.40}' if to else ''}; there are {known}")
+    return found
+
+
+def check_handoff(
+    folder: str | Path, phase: int, text: str | Text | None = None, progress: bool = True, to: str | None = None
+) -> list[str]:
+    """Check what a phase left: files and hashes, tensors finite, tokenizer and special tokens, quality measured again, and
+    what its contract asks for: from 4 to 5 that the dense model is what the packed one decodes to and that gradients reach
+    all of it, from 8 on that every gate was passed.
+
+    text: that the quality was measured on, where it is none of agentforge's own; without it such a quality is not measured
+    again.  to: who receives, where that is to be checked, too.  Returns what was checked.  Raises BadInput with the reason
+    where something is not as it should be.
+    """
+    folder = Path(folder).expanduser()
+    if to is not None:
+        contract(phase, to)
 
     def refuse(what: str) -> BadInput:
         return BadInput(f"{folder}/{HANDOFF}: {what}; run phase {phase} again")
 
+    data: Any = read_json(folder / HANDOFF, LARGEST)
     if data.get("format") != FORMAT or data.get("phase") != phase or not isinstance(data.get("models"), dict):
         raise refuse(f"is no hand-off of phase {phase} in format {FORMAT}")
     if not data["models"]:
         raise refuse("hands over no model")
-    checks = []
+    contract(phase)
+    for name in data["models"]:
+        plain_file(folder, name)
+    try:
+        if _finite(data) != data:
+            raise refuse("holds numbers that are not finite")
+    except RecursionError:
+        raise refuse("is nested too deeply") from None
+    if wrong := schemas.problem(_schema(phase), data):
+        raise refuse(wrong)
+    checks, models = [], {}
     for name, about in data["models"].items():
-        where = plain_file(folder, name)
-        if not isinstance(about, dict) or not isinstance(about.get("files"), dict) or "quality" not in about:
-            raise refuse(f"model {name!r} lacks files or quality")
-        for file, digest in about["files"].items():
-            path = plain_file(where, file)
-            if not path.is_file():
-                raise refuse(f"{name}/{file} is missing")
-            if sha256_file(path) != digest:
-                raise refuse(f"{name}/{file} is not the file that was handed over")
-        model = open_model(where)
+        _check_files(folder, name, about["files"], refuse)
+        model = models[name] = open_model(folder / name)
         checks.append(f"{name}: {len(about['files'])} files, each as it was written")
+        if _is_packed(model):
+            checks += [f"{name}: {check}" for check in _check_artifact(Artifact(model.path), name, about, refuse)]
+        elif about["form"] == "packed":
+            raise refuse(f"{name} is no artifact of agentforge")
         checks += [f"{name}: {check}" for check in check_model(model)]
-        if not model.is_classifier and (found := _special_tokens(model)) != about.get("special_tokens"):
-            raise refuse(f"{name}: special tokens are {found}, handed over were {about.get('special_tokens')}")
+        if not model.is_classifier and (found := _special_tokens(model)) != about["special_tokens"]:
+            raise refuse(f"{name}: special tokens are {found}, handed over were {about['special_tokens']}")
+        vocabulary = None if model.is_classifier else _vocabulary(model)
+        for key, measured in (("dtypes", model.dtypes), ("vocabulary", vocabulary)):
+            if measured != about[key]:
+                raise refuse(f"{name}: {key} is {measured}, handed over was {about[key]!s:.80}")
         checks += _quality(model, name, about["quality"], text, refuse, progress)
+    if phase == 4:
+        checks += _check_two_forms(models["quantized"], models["dequantized"], refuse)
+        checks += [
+            f"gate {gate['name']}: {'passed' if gate['passed'] else 'FAILED'}" for gate in data["facts"].get("gates", [])
+        ]
+    if phase == 8:
+        checks += _check_gates(Artifact(models["artifact"].path), data["facts"]["gates"], refuse)
     return checks
 
 
@@ -93,6 +184,126 @@ def check_model(model: LanguageModel) -> list[str]:
     if not model.is_classifier:
         checks.append(f"{len(_special_tokens(model))} special tokens, each one token of the vocabulary")
     return checks
+
+
+def _schema(phase: int) -> str:
+    return f"handoff-{phase}-{contract(phase).to}"
+
+
+def _is_packed(model: LanguageModel) -> bool:
+    return (model.path / MANIFEST).is_file()
+
+
+def _vocabulary(model: LanguageModel) -> int | None:
+    rows = model.config.get("vocab_size")
+    return rows if isinstance(rows, int) else None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.iterdir() if file.is_file())
+
+
+def _finite(data: Any, instead: float | None = None) -> Any:
+    """The same data with `instead` for every number that is not finite."""
+    if isinstance(data, dict):
+        return {key: _finite(value, instead) for key, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [_finite(value, instead) for value in data]
+    return instead if isinstance(data, float) and not math.isfinite(data) else data
+
+
+def _check_files(folder: Path, name: str, files: Mapping[str, Any], refuse: Any) -> None:
+    """Every file that is named lies in the subfolder with its bytes and its hash, and no other one does."""
+    where = plain_file(folder, name)
+    if not where.is_dir() or where.resolve().parent != folder.resolve():
+        raise refuse(f"model {name!r:.80} is no subfolder")
+    for file, about in files.items():
+        path = plain_file(where, file)
+        if not path.is_file():
+            raise refuse(f"{name}/{file} is missing")
+        if path.resolve().parent != where.resolve():
+            raise refuse(f"{name}/{file} leads out of the folder")
+        if path.stat().st_size != about["bytes"]:
+            raise refuse(f"{name}/{file} has {path.stat().st_size} bytes, handed over were {about['bytes']}")
+        if sha256_file(path) != about["sha256"]:
+            raise refuse(f"{name}/{file} is not the file that was handed over")
+    if odd := [file.name for file in _files(where) if file.name not in files]:
+        raise refuse(f"{name}/{odd[0]} was not handed over")
+
+
+def _check_artifact(artifact: Artifact, name: str, about: Mapping[str, Any], refuse: Any) -> list[str]:
+    if about["form"] != "packed":
+        raise refuse(f"{name} is an artifact, handed over was a dense model")
+    checks = artifact.verify()
+    ratios = [ratio.to_json() for ratio in artifact.ratios]
+    if ratios != about["ratios"]:
+        raise refuse(f"{name}: the ratios are not those of the bytes on disk")
+    return [*checks, *(f"{r['what']}: {r['bytes']:,} bytes, {r['ratio']:.3f}x against {r['denominator']}" for r in ratios)]
+
+
+def _check_two_forms(packed: LanguageModel, dense: LanguageModel, refuse: Any) -> list[str]:
+    """The dense model is tensor by tensor what the packed one decodes to, in the dense one's dtype, and can be trained."""
+    from .training.gates import gradient_flow
+    from .training.recover import windows
+
+    if set(dense.entries) != set(packed.entries):
+        raise refuse(f"dequantized: tensor {sorted(set(dense.entries) ^ set(packed.entries))[0]} is not in both models")
+    for name in packed.entries:
+        stored = dense.tensor(name)
+        if not torch.equal(packed.tensor(name).to(stored.dtype), stored):
+            raise refuse(f"dequantized: tensor {name} is not what the packed one decodes to")
+    batch = windows(dense, "selftext", 1, min(dense.usual_context, GRADIENT_TOKENS))
+    module = dense.model.requires_grad_(True)
+    flow = gradient_flow(module, batch)
+    module.requires_grad_(False)
+    if not flow.passed:
+        raise refuse(f"dequantized: {flow}")
+    return [f"dequantized: {len(packed.entries)} tensors, each what the packed one decodes to", f"dequantized: {flow}"]
+
+
+def _check_gates(artifact: Artifact, gates: list[Any], refuse: Any) -> list[str]:
+    """Every gate is decided again by what was measured; those of the last step are this artifact's."""
+    from .chain import Condition
+
+    last = gates[-1]["step"]
+    for gate in gates:
+        try:
+            condition = Condition.parse(gate["condition"])
+        except ValueError as error:
+            raise refuse(str(error)) from None
+        measured = Measurement(**gate["measured"])
+        if (decision := condition.decide(measured)) != "passed":
+            raise refuse(f"{gate['step']}: gate {condition}: {decision} ({measured})")
+        if gate["step"] != last:
+            continue
+        if measured.inputs.get("model") != artifact.sha256:
+            raise refuse(f"{last}: gate {condition} was measured on another model")
+        bits = measured.protocol.get("bits")
+        found: float | None = artifact.weight_bytes if condition.quantity == "bytes" else None
+        if condition.quantity == "ratio" and bits in (16, 32):
+            found = artifact.ratio_to(int(bits))
+        if found is not None and found != measured.value:
+            raise refuse(f"{last}: gate {condition} says {measured.value}, on disk it is {found}")
+    return [f"{len(gates)} gates, all passed by what was measured"]
+
+
+def _gates_passed(folder: Path) -> list[dict[str, Any]]:
+    """The gates of every accepted step of a chain, from its journal, in order."""
+    from .chain import Condition
+
+    journal: Any = read_json(folder / "journal.json")
+    accepted = [row for row in journal.get("attempts", []) if row.get("decision") == "accepted"]
+    artifact = Artifact(folder / "artifact")
+    if not accepted or accepted[-1].get("artifact") != artifact.sha256:
+        raise BadInput(f"{folder}: its journal is not that of the artifact beside it; run the chain again")
+    gates = [
+        {"step": row["name"], "condition": gate, "measured": row["measured"][Condition.parse(gate).quantity]}
+        for row in accepted
+        for gate in row["gates"]
+    ]
+    if not gates:
+        raise BadInput(f"{folder}: its chain has no gates, so that nothing was passed; give it some and run it again")
+    return gates
 
 
 def _special_tokens(model: LanguageModel) -> dict[str, int]:
@@ -113,20 +324,16 @@ def _special_tokens(model: LanguageModel) -> dict[str, int]:
 def _quality(
     model: LanguageModel, name: str, recorded: Any, text: str | Text | None, refuse: Any, progress: bool
 ) -> list[str]:
-    try:
-        measured = Measurement(**recorded)
-        value = float(measured.value)
-    except (TypeError, ValueError):
-        raise refuse(f"{name}: its quality is no measurement") from None
-    if not math.isfinite(value) or value <= 0:
-        raise refuse(f"{name}: its quality is {value}")
+    measured = Measurement(**recorded)
     if model.is_classifier:
         again = evaluation.accuracy(model)
     else:
-        found = evaluation.find_text(text) if text is not None else None
         protocol = measured.protocol
-        if found is None or found.sha256 != protocol.get("text_sha256"):
-            return [f"{name}: quality not measured again (its text is {protocol.get('text')})"]
+        found = _text_of(protocol, text)
+        if found is None:
+            return [f"{name}: quality not measured again (its text is {protocol.get('text')!s:.80})"]
+        if lacking := [key for key in ("context", "stride", "scored_tokens", "bos") if key not in protocol]:
+            raise refuse(f"{name}: the protocol of its quality lacks {', '.join(lacking)}")
         again = evaluation.perplexity(
             model,
             found,
@@ -136,6 +343,21 @@ def _quality(
             bos=protocol["bos"],
             progress=progress,
         )
-    if abs(again.value / value - 1) > TOLERANCE:
-        raise refuse(f"{name}: measured {again}, handed over was {value:.4g}")
+    if again.unit != measured.unit or abs(again.value / measured.value - 1) > TOLERANCE:
+        raise refuse(f"{name}: measured {again}, handed over was {measured.value:.4g} {measured.unit:.40}")
     return [f"{name}: {again}, as handed over"]
+
+
+def _text_of(protocol: Mapping[str, Any], text: str | Text | None) -> Text | None:
+    """The text that a quality was measured on: the one given, or one of agentforge's own; None where it is not there."""
+    if text is None:
+        name, split = protocol.get("text"), protocol.get("split")
+        if name not in evaluation.texts.SPLITS:  # a path from a file is not followed
+            return None
+        try:
+            found = evaluation.find_text(name, split)
+        except BadInput:
+            return None
+    else:
+        found = evaluation.find_text(text)
+    return found if found.sha256 == protocol.get("text_sha256") else None

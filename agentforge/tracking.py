@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from .errors import BadInput
 
 if TYPE_CHECKING:
+    from .artifact import Artifact
     from .models import LanguageModel
 
 METRICS = (
@@ -50,7 +51,8 @@ METRICS = (
 class Run:
     """A tracked run: use as a context manager.
 
-    folder: gets metrics.jsonl, a line a call of `log`, and W&B's own offline files where the package wandb is installed.
+    folder: gets metrics.jsonl, a line a call of `log`, artifacts.jsonl where any are logged, and W&B's own offline files
+    where the package wandb is installed.
     config: what the run depends on.
     """
 
@@ -58,6 +60,7 @@ class Run:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (closed with the run)
+        (self.folder / "artifacts.jsonl").unlink(missing_ok=True)
         self._run: Any = None
         try:
             import wandb
@@ -102,6 +105,23 @@ class Run:
             import wandb
 
             self._run.log({name: wandb.Image(str(path))})
+
+    def artifact(self, name: str, artifact: Artifact) -> None:
+        """Log an artifact by the hashes that the registry knows it by.
+
+        W&B gets its manifest, which holds the hashes of all files, and in the metadata the manifest's own; the weights stay
+        where they are.  The same metadata is a line of artifacts.jsonl.
+        """
+        original = artifact.manifest["original"]
+        about = {"manifest_sha256": artifact.sha256, "original_sha256": original.get("fingerprint")}
+        with open(self.folder / "artifacts.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"name": name, **about}) + "\n")
+        if self._run is not None:
+            import wandb
+
+            logged = wandb.Artifact(name, type="model", metadata=about)
+            logged.add_file(str(artifact.path / "agentforge.json"), policy="immutable")
+            self._run.log_artifact(logged)
 
 
 def read(folder: str | Path) -> dict[str, float]:
@@ -151,13 +171,18 @@ _HYPER = ("trajectory", "curves")
 
 
 def track_chain(
-    folder: Path, model: LanguageModel, recipe: Mapping[str, Any], attempts: Sequence[Mapping[str, Any]], finished: bool
+    folder: Path,
+    model: LanguageModel,
+    recipe: Mapping[str, Any],
+    attempts: Sequence[Mapping[str, Any]],
+    finished: bool,
+    artifact: Artifact | None = None,
 ) -> None:
     """Log a chain's attempts, in their order, and what came out, as a run in `folder`.
 
-    recipe, attempts: as in the chain's journal.  Beside the metrics there are attempts.csv, and frontier.png where
-    matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured is not logged: after a
-    stage that failed to encode there is none of its sizes.
+    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  Beside the metrics there are attempts.csv,
+    and frontier.png where matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured
+    is not logged: after a stage that failed to encode there is none of its sizes.
     """
     with Run(folder, f"chain-{recipe['chain']['name']}", recipe) as run:
         before, failures, passed = model.bytes_on_disk / 1e6, 0, None
@@ -168,6 +193,8 @@ def track_chain(
             if accepted:
                 before, passed = row["measured"]["bytes"]["value"] / 1e6, row
         run.log(_of_chain(model, attempts, passed, finished))
+        if artifact is not None:
+            run.artifact("artifact", artifact)
         columns, rows = attempts_table(attempts)
         run.table("attempts", columns, rows)
         if frontier(attempts, folder / "frontier.png"):

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 import re
+import tempfile
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import evaluation, registry
+from ..artifact import Artifact, load
+from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.texts import CHECKOUT
+from ..models import open_model
+from ..pipeline import compress
+from ..tensorfiles import write_json
 from .probes import bits_per_weight, probe
 from .workshop import PACKAGE, Unmeasured, Workshop
 
@@ -106,6 +117,61 @@ def _sizes(workshop: Workshop, stage: str) -> dict[str, Any]:
 def _near(printed: str, measured: Measurement) -> bool:
     value, spread = (float(part) for part in printed.split("±"))
     return abs(value - measured.value) <= 2 * math.hypot(spread, measured.stderr or 0.0)
+
+
+@probe
+def registry_facts(workshop: Workshop) -> Measurement:
+    """Share of facts that MLflow's own client reads back of two artifacts of digits-mlp, the second made from the first.
+
+    In a registry of their own: both forms there, each naming the other, hash, base, parent, a measured accuracy, sources
+    that hold what the hashes say, and no second version when the first is registered again."""
+    model = open_model("digits-mlp")
+    first = compress(model, "rounding:bits=4,group=64", workshop.folder / "registry-a", overwrite=True, progress=False)
+    second = compress(load(first.path), "ternary", workshop.folder / "registry-b", overwrite=True, progress=False)
+    right: list[bool] = []
+    with tempfile.TemporaryDirectory(dir=workshop.folder) as scratch:
+        uri = f"sqlite:///{Path(scratch).absolute() / 'mlflow.db'}"
+        for artifact, parent in ((first, None), (second, "digits-mlp/1"), (first, None)):
+            measured = evaluation.accuracy(load(artifact.path))
+            record = Path(scratch) / "record.json"
+            write_json(record, {"measurements": {"accuracy": measured.to_json()}})
+            try:
+                registry.register(artifact.path, uri=uri, record=record)
+            except BadInput as error:
+                if "the registry needs the package" in str(error):
+                    raise Unmeasured("MLflow: pip install 'agentforge[registry]'") from None
+                raise
+            right += _facts_read_back(uri, artifact, model.fingerprint, parent, measured.value)
+        versions = _mlflow_client(uri).search_model_versions("name = 'digits-mlp'")
+        right.append(len(versions) == 4)
+    return workshop.exact(sum(right) / len(right), "share of facts", len(right), "facts read back", model="digits-mlp")
+
+
+def _mlflow_client(uri: str) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(uri, uri)
+
+
+def _facts_read_back(uri: str, artifact: Artifact, base: str, parent: str | None, accuracy: float) -> list[bool]:
+    """What stands in the registry of both forms of an artifact, a truth value a fact; all false where one is missing."""
+    found = _mlflow_client(uri).search_model_versions(f"tags.manifest_sha256 = '{artifact.sha256}'")
+    forms = {version.tags["form"]: version for version in found}
+    if set(forms) != {"packed", "dequantised"}:
+        return [False] * 10
+    packed, dense = forms["packed"], forms["dequantised"]
+    pairs = ((packed, dense), (dense, packed))
+    same = load(artifact.path).state_dict()
+    opened = open_model(dense.source)
+    return [
+        *(version.tags["partner"] == str(other.version) for version, other in pairs),
+        *(version.tags["base_sha256"] == base for version, _ in pairs),
+        *(version.tags.get("parent_version") == parent for version, _ in pairs),
+        json.loads(packed.tags["metric.accuracy"])["value"] == accuracy,
+        Artifact(packed.source).sha256 == artifact.sha256,
+        opened.fingerprint == dense.tags["fingerprint"],
+        all(torch.equal(opened.tensor(name), tensor.float()) for name, tensor in same.items()),
+    ]
 
 
 @probe

@@ -275,11 +275,12 @@ def triggers_that_are_right(workshop: Workshop) -> Measurement:
 def handoff_faults_refused(workshop: Workshop) -> Measurement:
     """Share of hand-offs judged rightly: a sound one accepted, and one refused for each of six injected faults."""
     sound = _digits_phase(workshop).path
+    absent = {"absent.json": {"bytes": 1, "sha256": "0" * 64}}
     faults: list[Callable[[Path, Any], Any]] = [
         lambda folder, data: data.update(phase=3),
         lambda folder, data: data.update(models={}),
         lambda folder, data: data["models"]["quantized"]["quality"].update(value=0.5),
-        lambda folder, data: data["models"]["dequantized"]["files"].update({"absent.json": "0"}),
+        lambda folder, data: data["models"]["dequantized"]["files"].update(absent),
         lambda folder, data: (folder / "quantized/model.safetensors").write_bytes(b"0"),
         lambda folder, data: data["models"].update({"../outside": data["models"].pop("quantized")}),
     ]

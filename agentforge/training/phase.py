@@ -154,6 +154,7 @@ def phase(
     config = {"model": model.name, "fingerprint": model.fingerprint, "stage": stage.to_json(), "trained": trained}
     with tracking.Run(out / "tracking", f"phase4-{Path(model.name).name}", config) as run:
         run.log({name: metrics[name] for name in tracking.METRICS})
+        run.artifact("quantized", artifact)
     facts = {"gates": [gate.to_json() for gate in checks], "ratio_to_32_bits": ratio, "gradient_flow": str(flow)}
     again = evaluation.perplexity(dense, found, **protocol) if found else evaluation.accuracy(dense)
     write_handoff(out, 4, {"quantized": _as_quality(model, after, artifact), "dequantized": again}, **facts)

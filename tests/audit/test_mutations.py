@@ -17,7 +17,7 @@ import pytest
 import torch
 from numba import njit
 
-from agentforge import audit, chain, stages
+from agentforge import audit, chain, registry, stages
 from agentforge.artifact import Artifact, Ratio
 from agentforge.audit import probes
 from agentforge.audit import workshop as workshop_room
@@ -163,6 +163,12 @@ def shifted_targets(rows: Any, *args: Any) -> Any:
     return ((logits, targets.roll(1)) for logits, targets in rows(*args))
 
 
+def without_partner(register: Any, path: Path, *, uri: str, **more: Any) -> Any:
+    found = register(path, uri=uri, **more)
+    registry._client(uri).delete_model_version(found.name, str(found.dequantised))
+    return found
+
+
 FAULTS: dict[str, Fault] = {
     "LFSR: a wrong tap": Fault(
         lambda to: to.setitem(seedlm.TAPS, 8, (0, 2, 3, 5)),
@@ -228,6 +234,13 @@ FAULTS: dict[str, Fault] = {
     ),
     "artifact: nothing is checked": Fault(
         lambda to: to.setattr(Artifact, "verify", lambda _: ["everything"]), ("production.errors",)
+    ),
+    "registry: the dequantised version is dropped": Fault(
+        wrapped(registry, "register", without_partner), ("features.registry", "recommendations.registry")
+    ),
+    "registry: the base is the artifact itself": Fault(
+        wrapped(registry, "_lineage", lambda lineage, client, a: {**lineage(client, a), "base_sha256": a.sha256}),
+        ("features.registry",),
     ),
     "Grokfast: the opposite filter": Fault(
         wrapped(mugrokfast, "amplify_slow", lambda slow, g, ema, alpha, lamb: (2 + lamb) * g - slow(g, ema, alpha, lamb)),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import copy
+import hashlib
 import json
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -96,25 +99,57 @@ def test_nineteen_metrics_are_there_and_can_be_read_back(tmp_path: Path, monkeyp
 
 
 def history(file: Path) -> list[dict[str, float]]:
-    """The rows that were logged, from W&B's own offline file: records in blocks of 32 KiB, as LevelDB's log has them."""
+    """The rows that were logged, from W&B's own offline file."""
+    rows = [record.history.item for record in records(file, "history")]
+    return [{item.key or item.nested_key[0]: json.loads(item.value_json) for item in row} for row in rows]
+
+
+def records(file: Path, kind: str) -> list[Any]:
+    """The records of one kind in W&B's own offline file: in blocks of 32 KiB, as LevelDB's log has them."""
     from wandb.proto import wandb_internal_pb2
 
-    data, place, part, rows = file.read_bytes(), 7, b"", []
+    data, place, part, found = file.read_bytes(), 7, b"", []
     while place < len(data):
         left = 32768 - place % 32768
         if left < 7:
             place += left
             continue
-        _, size, kind = struct.unpack("<IHB", data[place : place + 7])
+        _, size, fragment = struct.unpack("<IHB", data[place : place + 7])
         part += data[place + 7 : place + 7 + size]
         place += 7 + size
-        if kind in (1, 4):
+        if fragment in (1, 4):
             record = wandb_internal_pb2.Record()
             record.ParseFromString(part)
             part = b""
-            if record.WhichOneof("record_type") == "history":
-                rows.append({item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item})
-    return rows
+            if record.WhichOneof("record_type") == kind:
+                found.append(record)
+    return found
+
+
+def test_a_run_names_the_artifact_by_the_registrys_hashes(
+    digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    artifact = af.compress(digits, "rounding:bits=4,group=64", tmp_path / "artifact", progress=False)
+    with tracking.Run(tmp_path / "run", "test") as run:
+        run.artifact("artifact", artifact)
+    about = {"manifest_sha256": artifact.sha256, "original_sha256": digits.fingerprint}
+    assert json.loads((tmp_path / "run/artifacts.jsonl").read_text()) == {"name": "artifact", **about}
+    pytest.importorskip("wandb")
+    (file,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
+    found: list[Any] = []
+    until = time.monotonic() + 30
+    while not found and time.monotonic() < until:
+        found = [record.request.log_artifact.artifact for record in records(file, "request")]
+        found += [record.artifact for record in records(file, "artifact")]
+        time.sleep(0.1)
+    (logged,) = found
+    assert json.loads(logged.metadata) == about
+    (entry,) = logged.manifest.contents
+    manifest = (artifact.path / "agentforge.json").read_bytes()
+    assert hashlib.sha256(manifest).hexdigest() == artifact.sha256
+    assert (entry.path, entry.size) == ("agentforge.json", len(manifest))
+    assert base64.b64decode(entry.digest) == hashlib.md5(manifest, usedforsecurity=False).digest()
 
 
 QUICK = Settings(steps=30, batch=4, context=32, lr=3e-3, evaluate=15, heldout=64)

@@ -1,0 +1,32 @@
+"""JSON Schemas (draft 2020-12) of what one program writes and another one reads, and the check against them."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+from referencing import Registry, Resource
+
+FOLDER = Path(__file__).parent
+
+
+def problem(name: str, data: Any) -> str:
+    """What is wrong with `data` under the schema of this name, and where, in one line; "" where nothing is."""
+    validator = _validator(name)
+    found = jsonschema.exceptions.best_match(validator.iter_errors(data))
+    if found is None:
+        return ""
+    where = ", ".join(f"{part}"[:80] for part in found.absolute_path) or "top level"
+    message = found.message  # it begins with the value, and ends with what is wrong with it
+    return f"{where}: {message if len(message) <= 240 else f'{message[:120]} ... {message[-100:]}'}"
+
+
+@functools.cache
+def _validator(name: str) -> Any:
+    """The validator of a schema; what it refers to lies beside it, and nothing is fetched from anywhere."""
+    contents = {path.name: json.loads(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")}
+    registry: Any = Registry().with_resources((key, Resource.from_contents(schema)) for key, schema in contents.items())
+    return jsonschema.Draft202012Validator(contents[f"{name}.json"], registry=registry)
