@@ -82,9 +82,7 @@ def _run(model: LanguageModel, batch: Sequence[_Row]) -> list[torch.Tensor]:
     mask = torch.tensor([[1] * len(row.ids) + [0] * (width - len(row.ids)) for row in batch], device=device)
     with torch.inference_mode():
         logits: Any = module(input_ids=ids, attention_mask=mask, use_cache=False).logits
-    return [
-        logits[i, row.first - 1 : len(row.ids)].float().log_softmax(-1).cpu() for i, row in enumerate(batch)
-    ]
+    return [logits[i, row.first - 1 : len(row.ids)].float().log_softmax(-1).cpu() for i, row in enumerate(batch)]
 
 
 def _tokens(model: LanguageModel, text: str) -> list[int]:

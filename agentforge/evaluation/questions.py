@@ -8,8 +8,8 @@ Four families take turns, so that no single skill is the level; in each of them 
   words       "The list: cow, cat, cow, cat, cow," longer lists, twice and again, then forwards and backwards
 
 Level 1 is counting, adding ones, the alphabet and one word again and again: a model of 135 M parameters does it.  At level
-100 five numbers of seven digits are to be added in the head.  Wrong options are near the right one and as long as it is; guessing
-gives a quarter.
+100 five numbers of seven digits are to be added in the head.  Wrong options are near the right one and as long as it is;
+guessing gives a quarter.
 """
 
 from __future__ import annotations
@@ -23,11 +23,28 @@ from ..errors import BadInput
 LEVELS = range(1, 101)
 OPTIONS = 4
 CHANCE = 1 / OPTIONS
-WORDS = "dog cat fox cow bear wolf fish bird horse mouse sheep goat lion tiger frog duck".split()
+WORDS = (
+    "dog",
+    "cat",
+    "fox",
+    "cow",
+    "bear",
+    "wolf",
+    "fish",
+    "bird",
+    "horse",
+    "mouse",
+    "sheep",
+    "goat",
+    "lion",
+    "tiger",
+    "frog",
+    "duck",
+)
 
 
 class Question(NamedTuple):
-    """prompt: what stands before the answer.  options: OPTIONS texts that could follow it.  answer: index of the right one."""
+    """prompt: what stands before the answer.  options: OPTIONS texts that could follow.  answer: index of the right one."""
 
     family: str
     level: int
