@@ -134,11 +134,11 @@ def edge_of_chaos(
     found = _curve(first, asked, seed, progress)
     at = round(found[0].value)
     gate = questions(at, items, 2 * seed + 1)
-    hits = _hits(first, gate, progress)
+    hits = right_answers(first, gate, progress)
     mine = _edge(first, found, at, hits, gate, seed)
     if original is None:
         return mine
-    kept = _hits(model, gate, progress)
+    kept = right_answers(model, gate, progress)
     result = _edge(model, _curve(model, asked, seed, progress), at, kept, gate, seed)
     inputs = {"model": model.fingerprint, "original": original.fingerprint}
     protocol = result.accuracy.protocol
@@ -233,7 +233,7 @@ def _curve(
     model: LanguageModel, asked: list[Question], seed: int, progress: bool
 ) -> tuple[Measurement, dict[int, Measurement]]:
     """The level, and the shares of right answers that it is fitted to."""
-    levels, hits = [question.level for question in asked], _hits(model, asked, progress)
+    levels, hits = [question.level for question in asked], right_answers(model, asked, progress)
     inputs = {"model": model.fingerprint}
     protocol = {
         "metric": f"level with {TARGET:.0%} right answers, logistic fit above chance",
@@ -272,7 +272,7 @@ def _edge(
     return EdgeOfChaos(*found, at, accuracy, BAND[0] <= accuracy.value <= BAND[1])
 
 
-def _hits(model: LanguageModel, asked: Sequence[Question], progress: bool) -> torch.Tensor:
+def right_answers(model: LanguageModel, asked: Sequence[Question], progress: bool) -> torch.Tensor:
     """1 for each question whose right option is the likeliest, else 0: float64[n]."""
     found = likelihoods(model, [(question.prompt, question.options) for question in asked], progress)
     right = [
