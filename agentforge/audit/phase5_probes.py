@@ -12,8 +12,8 @@ from ..artifact import load
 from ..evaluation import Measurement, edge_of_chaos, eudaimonia
 from ..evaluation.choices import likelihoods
 from ..evaluation.likelihood import retention
-from ..evaluation.phase5 import CHANCE, RULES, eudaimonia_items, right_answers
-from ..evaluation.questions import questions
+from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
+from ..evaluation.questions import CHANCE, questions
 from ..models import LanguageModel
 from .probes import probe
 from .workshop import Workshop
@@ -34,7 +34,9 @@ def phase5_checks(workshop: Workshop) -> Measurement:
         items = [item for item in eudaimonia_items() if item.rule == rule][:4]
         sound[rule] = _is_sound(model, scores[rule], [(i.situation, (f" {i.keeps}", f" {i.breaks}")) for i in items])
     lacking = [name for name, good in sound.items() if not good]
-    return workshop.exact(1 - len(lacking) / len(sound), "share of checks", len(sound), "checks that measure", lacking=lacking)
+    return workshop.exact(
+        1 - len(lacking) / len(sound), "share of checks", len(sound), "checks that measure", lacking=lacking
+    )
 
 
 @probe

@@ -59,6 +59,22 @@ class EdgeOfChaos(NamedTuple):
     change: Measurement | None = None
     retention: Measurement | None = None
 
+    @property
+    def summary(self) -> str:
+        """Whether the accuracy is in the band, and whether the level is on the scale, in words."""
+        within = "within" if self.in_band else "outside of"
+        off = "" if self.level.protocol["on_scale"] else f"; no level from 1 to 100 has {TARGET:.0%} right answers"
+        return f"at level {self.at} the model is {within} {BAND[0]:.0%} to {BAND[1]:.0%}{off}"
+
+    def named(self) -> dict[str, Measurement]:
+        """What there is to show, by name."""
+        found = {"edge of chaos": self.level, f"accuracy at level {self.at}": self.accuracy}
+        if self.original is not None and self.change is not None and self.retention is not None:
+            found["edge of chaos of the original"] = self.original.level
+            found[f"accuracy of the original at level {self.at}"] = self.original.accuracy
+            found |= {"change of accuracy": self.change, "accuracy kept": self.retention}
+        return found
+
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for json.dump."""
         return {
@@ -75,6 +91,12 @@ class Eudaimonia(NamedTuple):
     score: dict[str, Measurement]
     original_score: dict[str, Measurement] | None = None
     retention: dict[str, Measurement] | None = None
+
+    def named(self) -> dict[str, Measurement]:
+        """What there is to show, by name."""
+        found = dict(self.score)
+        found |= {f"{rule} of the original": m for rule, m in (self.original_score or {}).items()}
+        return found | {f"{rule} kept": m for rule, m in (self.retention or {}).items()}
 
     def to_json(self) -> dict[str, Any]:
         """All fields, ready for json.dump."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +25,7 @@ from agentforge.audit import probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.errors import AgentForgeError
-from agentforge.evaluation import likelihood
+from agentforge.evaluation import choices, likelihood
 from agentforge.planes import FLOATS, Packed, Plane
 from agentforge.stages import curves, entropy, rounding, seedlm, ternary, trajectory, vptq
 from agentforge.training import mugrokfast
@@ -163,6 +165,11 @@ def shifted_targets(rows: Any, *args: Any) -> Any:
     return ((logits, targets.roll(1)) for logits, targets in rows(*args))
 
 
+def blind(run: Any, *args: Any) -> Any:
+    """A scorer that ignores the model: every token is as likely as the next."""
+    return [torch.zeros_like(logs).log_softmax(-1) for logs in run(*args)]
+
+
 FAULTS: dict[str, Fault] = {
     "LFSR: a wrong tap": Fault(
         lambda to: to.setitem(seedlm.TAPS, 8, (0, 2, 3, 5)),
@@ -234,6 +241,11 @@ FAULTS: dict[str, Fault] = {
         ("features.grokfast",),
     ),
     "perplexity: padding is counted": Fault(wrapped(likelihood, "_perplexity", padding_counted), ("phase4/red.perplexity",)),
+    "Phase 5: the scorer ignores the model": Fault(wrapped(choices, "_run", blind), ("missing.phase5", "short.phase5")),
+    "Phase 5: targets are off by one": Fault(
+        wrapped(choices, "_run", lambda run, *args: [logs.roll(1, 0) for logs in run(*args)]),
+        ("missing.phase5", "short.phase5"),
+    ),
     "perplexity: targets are off by one": Fault(wrapped(likelihood, "_rows", shifted_targets), ("phase4/red.perplexity",)),
 }
 
@@ -242,6 +254,15 @@ def caches_cleared() -> None:
     """What was computed with a fault, or without it, is not taken for the other."""
     for function in (seedlm._tables, curves._matrices, trajectory._lattice):
         function.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def wide_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny Llama, of a byte a token, with room for the questions of the Phase 5 checks."""
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("wide") / "wide-llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return folder
 
 
 def verdict(row: str, model: Path, folder: Path) -> str:
@@ -256,19 +277,19 @@ def verdict(row: str, model: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_fault_turns_its_rows_red(name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fault_turns_its_rows_red(name: str, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
     for row in fault.rows:
         # Rows of one probe and one set of thresholds are one measurement.
         key = f"{CLAIMS[row].probe} {CLAIMS[row].parameters} {CLAIMS[row].confirmed}"
         if key not in SOUND:
-            SOUND[key] = verdict(row, tiny_llama, tmp_path / f"sound-{row.replace('/', '-')}")
+            SOUND[key] = verdict(row, wide_llama, tmp_path / f"sound-{row.replace('/', '-')}")
         assert SOUND[key] == "confirmed", f"{row} without any fault"
     caches_cleared()
     try:
         with monkeypatch.context() as context:
             fault.patch(context)
-            found = {row: verdict(row, tiny_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
+            found = {row: verdict(row, wide_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
     finally:
         caches_cleared()
     assert found == dict.fromkeys(fault.rows, "refuted")

@@ -266,7 +266,9 @@ def baseline(value: Any) -> dict[str, float]:
 
 
 def test_neither_length_nor_frequent_words_score_anything_but_one_half() -> None:
-    words = collections.Counter(w for i in eudaimonia_items() for w in re.findall(r"\w+", f"{i.situation} {i.keeps}".lower()))
+    words = collections.Counter(
+        w for i in eudaimonia_items() for w in re.findall(r"\w+", f"{i.situation} {i.keeps}".lower())
+    )
     half = dict.fromkeys(RULES, 0.5)
     assert baseline(len) == baseline(lambda text: -len(text)) == half
     assert baseline(lambda text: np.mean([words[w] for w in re.findall(r"\w+", text.lower())])) == half
@@ -301,7 +303,5 @@ def test_scores_are_mean_likelihoods_of_a_token(wide: LanguageModel) -> None:
 def test_smollm2_falls_with_the_level() -> None:
     """Measured with 100 questions each: 0.97 at level 1, 0.72 at 21, 0.32 at 46."""
     model = af.open_model("smollm2-135m")
-    easy, middle, hard = (
-        float(phase5.right_answers(model, questions(level, 40), False).mean()) for level in (1, 21, 46)
-    )
+    easy, middle, hard = (float(phase5.right_answers(model, questions(level, 40), False).mean()) for level in (1, 21, 46))
     assert easy > 0.85 > middle > 0.5 > hard
