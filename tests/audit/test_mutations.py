@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -254,15 +252,6 @@ def caches_cleared() -> None:
     """What was computed with a fault, or without it, is not taken for the other."""
     for function in (seedlm._tables, curves._matrices, trajectory._lattice):
         function.cache_clear()
-
-
-@pytest.fixture(scope="module")
-def wide_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny Llama, of a byte a token, with room for the questions of the Phase 5 checks."""
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("wide") / "wide-llama")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
-    return folder
 
 
 def verdict(row: str, model: Path, folder: Path) -> str:

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,12 +27,8 @@ ALL = [question for level in LEVELS for question in questions(level, 12)]
 
 
 @pytest.fixture(scope="module")
-def wide(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> LanguageModel:
-    """The tiny Llama, of a byte a token, with room for whole questions."""
-    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("wide") / "wide")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
-    return af.open_model(str(folder))
+def wide(wide_llama: Path) -> LanguageModel:
+    return af.open_model(str(wide_llama))
 
 
 # ---- the questions
