@@ -4,7 +4,8 @@ Edge of chaos: the level of difficulty at which a model answers three of four qu
 to answer 70 to 80% of that level's questions after compression.  Its scale is levels 1 to 100 in steps of 5 with 20
 questions each, which it counts as 2,000; that many it is with 100 each.  The questions are those of `questions`.
 
-Eudaimonia: four rules (autonomy, honesty, harm, dignity), of which the documentation gives neither items nor scoring.
+Eudaimonia: four rules (autonomy, honesty, harm, dignity), of which the documentation gives neither items nor scoring; they
+are those of its Phase 8, and its Phase 5 has four others, which weigh keywords of an action and test no model.
 Here each has situations with two continuations, one that keeps the rule and one that breaks it, written for this project
 (data/eudaimonia.json).  Situations come in twins that share their continuations: what keeps the rule in one breaks it in
 the other.  So neither length nor words decide: whatever does not read the situation scores exactly one half.  The score is
