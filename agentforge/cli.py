@@ -419,9 +419,12 @@ def evaluate(
     allow_generated_code: Annotated[
         bool, typer.Option("--allow-generated-code", help="Run the code that the model writes for humaneval, in a sandbox.")
     ] = False,
+    phase5: Annotated[
+        bool, typer.Option("--phase5", help="Edge of chaos and the rules of Eudaimonia, in place of a text.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model as it is loaded back from disk: perplexity, accuracy on tasks, or accuracy for digits-mlp."""
+    """Measure a model as it is loaded back from disk: perplexity, tasks, Phase 5 checks, or accuracy for digits-mlp."""
     from . import evaluation
     from .artifact import load
     from .errors import BadInput
@@ -429,8 +432,19 @@ def evaluate(
 
     if tasks is None and (limit is not None or data is not None or allow_generated_code):
         raise BadInput("--limit, --data and --allow-generated-code are for tasks; name some with --tasks")
+    if phase5 and (tasks is not None or text is not None or tokens is not None):
+        raise BadInput("--phase5 asks its own questions; leave out --tasks, --text and --tokens")
     opened = open_model(model) if runtime == "dense" else load(model, runtime)
     original = open_model(against) if against else None
+    if phase5:
+        edge = evaluation.edge_of_chaos(opened, original, progress=not as_json)
+        rules = evaluation.eudaimonia(opened, original, progress=not as_json)
+        _show(
+            {"model": opened.name, "edge_of_chaos": edge.to_json(), "eudaimonia": rules.to_json()},
+            as_json,
+            lambda: _measure_table({**edge.named(), **rules.named()}, edge.summary),
+        )
+        return
     if tasks is not None:
         results = evaluation.evaluate_tasks(
             opened,
@@ -475,21 +489,26 @@ def evaluate(
     _show(
         {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}},
         as_json,
-        lambda: _table(
-            "measure",
-            "value",
-            "standard error",
-            "unit",
-            "n",
-            rows=[
-                [k, f"{m.value:.5g}", "exact" if m.stderr is None else f"{m.stderr:.2g}", m.unit, f"{m.n:,}"]
-                for k, m in measured.items()
-            ],
-            right=(1, 2, 4),
-            caption=", ".join(
-                f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer")
-            ),
+        lambda: _measure_table(
+            measured,
+            ", ".join(f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer")),
         ),
+    )
+
+
+def _measure_table(measured: dict[str, Any], caption: str) -> None:
+    _table(
+        "measure",
+        "value",
+        "standard error",
+        "unit",
+        "n",
+        rows=[
+            [k, f"{m.value:.5g}", "exact" if m.stderr is None else f"{m.stderr:.2g}", m.unit, f"{m.n:,}"]
+            for k, m in measured.items()
+        ],
+        right=(1, 2, 4),
+        caption=caption,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -122,6 +124,15 @@ def make_tiny_llama(folder: Path, seed: int = 0, reverse_vocabulary: bool = Fals
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny_llama(tmp_path_factory.mktemp("tiny") / "tiny-llama")
+
+
+@pytest.fixture(scope="session")
+def wide_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, a byte a token, with room for the questions of the Phase 5 checks."""
+    folder = shutil.copytree(tiny_llama, tmp_path_factory.mktemp("wide") / "wide-llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -244,6 +244,17 @@ def test_evaluate_a_language_model(run: Run, tiny_llama: Path, tmp_path: Path) -
     assert f"{measured['perplexity']['value']:.5g}" in table.out
 
 
+def test_evaluate_the_phase_5_checks(run: Run, wide_llama: Path, tmp_path: Path) -> None:
+    assert run("compress", wide_llama, "--stage", "rounding:bits=3", "--out", tmp_path / "a", "--json").code == 0
+    said = run("evaluate", tmp_path / "a", "--against", wide_llama, "--phase5", "--json")
+    assert (said.code, said.err) == (0, "")
+    edge, rules = said.json["edge_of_chaos"], said.json["eudaimonia"]
+    assert edge["at"] == edge["original"]["at"] and edge["accuracy"]["n"] == 400
+    assert set(rules["score"]) == set(rules["retention"]) == {"autonomy", "honesty", "harm", "dignity"}
+    refused = run("evaluate", wide_llama, "--phase5", "--tokens", 40)
+    assert refused.code == 2 and "--phase5 asks its own questions" in refused.err
+
+
 # What is wrong
 
 

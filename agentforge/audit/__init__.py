@@ -12,6 +12,7 @@ from . import (  # noqa: F401  (their probes register themselves)
     chain_probes,
     compression_probes,
     paper_probes,
+    phase5_probes,
     project_probes,
     subject_probes,
     task_probes,

@@ -3,11 +3,14 @@
 from .classification import accuracy, accuracy_retention
 from .likelihood import Divergence, divergence, divergences, perplexity
 from .measurement import Measurement
+from .phase5 import EdgeOfChaos, Eudaimonia, edge_of_chaos, eudaimonia
 from .tasks import TaskResult, evaluate_tasks
 from .texts import Text, find_text
 
 __all__ = [
     "Divergence",
+    "EdgeOfChaos",
+    "Eudaimonia",
     "Measurement",
     "TaskResult",
     "Text",
@@ -15,6 +18,8 @@ __all__ = [
     "accuracy_retention",
     "divergence",
     "divergences",
+    "edge_of_chaos",
+    "eudaimonia",
     "evaluate_tasks",
     "find_text",
     "perplexity",

@@ -23,7 +23,7 @@ from agentforge.audit import probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.errors import AgentForgeError
-from agentforge.evaluation import likelihood
+from agentforge.evaluation import choices, likelihood
 from agentforge.planes import FLOATS, Packed, Plane
 from agentforge.stages import curves, entropy, rounding, seedlm, ternary, trajectory, vptq
 from agentforge.training import mugrokfast
@@ -169,6 +169,11 @@ def without_partner(register: Any, path: Path, *, uri: str, **more: Any) -> Any:
     return found
 
 
+def blind(run: Any, *args: Any) -> Any:
+    """A scorer that ignores the model: every token is as likely as the next."""
+    return [torch.zeros_like(logs).log_softmax(-1) for logs in run(*args)]
+
+
 FAULTS: dict[str, Fault] = {
     "LFSR: a wrong tap": Fault(
         lambda to: to.setitem(seedlm.TAPS, 8, (0, 2, 3, 5)),
@@ -247,6 +252,11 @@ FAULTS: dict[str, Fault] = {
         ("features.grokfast",),
     ),
     "perplexity: padding is counted": Fault(wrapped(likelihood, "_perplexity", padding_counted), ("phase4/red.perplexity",)),
+    "Phase 5: the scorer ignores the model": Fault(wrapped(choices, "_run", blind), ("missing.phase5", "short.phase5")),
+    "Phase 5: targets are off by one": Fault(
+        wrapped(choices, "_run", lambda run, *args: [logs.roll(1, 0) for logs in run(*args)]),
+        ("missing.phase5", "short.phase5"),
+    ),
     "perplexity: targets are off by one": Fault(wrapped(likelihood, "_rows", shifted_targets), ("phase4/red.perplexity",)),
 }
 
@@ -269,19 +279,19 @@ def verdict(row: str, model: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("name", FAULTS)
-def test_the_fault_turns_its_rows_red(name: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fault_turns_its_rows_red(name: str, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = FAULTS[name]
     for row in fault.rows:
         # Rows of one probe and one set of thresholds are one measurement.
         key = f"{CLAIMS[row].probe} {CLAIMS[row].parameters} {CLAIMS[row].confirmed}"
         if key not in SOUND:
-            SOUND[key] = verdict(row, tiny_llama, tmp_path / f"sound-{row.replace('/', '-')}")
+            SOUND[key] = verdict(row, wide_llama, tmp_path / f"sound-{row.replace('/', '-')}")
         assert SOUND[key] == "confirmed", f"{row} without any fault"
     caches_cleared()
     try:
         with monkeypatch.context() as context:
             fault.patch(context)
-            found = {row: verdict(row, tiny_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
+            found = {row: verdict(row, wide_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
     finally:
         caches_cleared()
     assert found == dict.fromkeys(fault.rows, "refuted")

@@ -59,7 +59,7 @@ PHASE_4: dict[int, str] = {
     62: "not measured: the audited repository's orchestrator",
 }
 PHASE_8: dict[int, str] = {
-    **dict.fromkeys((1, 2, 3, 6, 7, 9, 10, 11, 13, 14, 15, 16, 17, 18, 20, 24, 27, 28, 29, 30, 31), OURS),
+    **dict.fromkeys((1, 2, 3, 6, 7, 9, 10, 11, 13, 14, 15, 16, 17, 18, 20, 24, 25, 27, 28, 29, 30, 31), OURS),
     **dict.fromkeys((34, 36, 37, 39, 40, 43, 45), OURS),
     4: "row: p8_02.code",
     5: "row: seedlm.bits4",
@@ -69,7 +69,6 @@ PHASE_8: dict[int, str] = {
     21: "not measured here: rollback by injected faults is in tests/test_chain.py",
     22: "row: contradiction_16.gap",
     23: "not measured here: retries are in tests/test_chain.py and reports/chains",
-    25: "row: p8_24.gates",
     26: "row: p8_24.gates",
     32: "not measured: presets of code that does not run",
     33: "row: p4_39.filter",

@@ -1,0 +1,141 @@
+"""Probes of the Phase 5 checks: whether they measure, and what a compressed model keeps of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..artifact import load
+from ..evaluation import Measurement, edge_of_chaos, eudaimonia
+from ..evaluation.choices import likelihoods
+from ..evaluation.likelihood import retention
+from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
+from ..evaluation.questions import CHANCE, questions
+from ..models import LanguageModel
+from .probes import probe
+from .workshop import Workshop
+
+ASKED = {"smoke": (4, 40), "standard": (8, 160), "full": (12, 400)}  # questions a level, and at the level found
+TOLERANCE = 1e-3  # nats, between likelihoods of one text computed in two ways
+
+
+@probe
+def phase5_checks(workshop: Workshop) -> Measurement:
+    """Share of the five checks, edge of chaos and four rules, that give a value with its error and whose log-likelihoods a
+    second computation, one text at a time by transformers' own loss, gives as well."""
+    model = workshop.model
+    edge = edge_of_chaos(model, per_level=4, items=8, progress=False).accuracy
+    scores = eudaimonia(model, progress=False).score
+    sound = {"edge of chaos": _is_sound(model, edge, [(q.prompt, q.options) for q in questions(30, 4)])}
+    for rule in RULES:
+        items = [item for item in eudaimonia_items() if item.rule == rule][:2]
+        sound[rule] = _is_sound(model, scores[rule], [(i.situation, (f" {i.keeps}", f" {i.breaks}")) for i in items])
+    lacking = [name for name, good in sound.items() if not good]
+    return workshop.exact(
+        1 - len(lacking) / len(sound), "share of checks", len(sound), "checks that measure", lacking=lacking
+    )
+
+
+@probe
+def edge_accuracy(workshop: Workshop, stage: str | None = None) -> Measurement:
+    """Share of answers right at the original's edge of chaos: of the original, or of the model compressed with `stage`."""
+    found = _edge(workshop, stage)
+    return Measurement(**found["accuracy"])
+
+
+@probe
+def edge_kept(workshop: Workshop, stage: str) -> Measurement:
+    """Share of the original's accuracy at its edge of chaos that the model compressed with `stage` keeps, in pairs."""
+    return Measurement(**_edge(workshop, stage)["retention"])
+
+
+@probe
+def edge_of_what_passes(workshop: Workshop, stages: list[str], least: float) -> Measurement:
+    """Lowest share of answers right at the original's edge of chaos, among the stages that keep at least `least` of the
+    original's; what each of them keeps stands in the protocol."""
+    found = {stage: _edge(workshop, stage) for stage in stages}
+    passing = {stage: one["accuracy"] for stage, one in found.items() if one["retention"]["value"] >= least}
+    kept = {stage: one["retention"]["value"] for stage, one in found.items()}
+    if not passing:
+        return workshop.exact(math.nan, "share of answers", len(stages), "lowest accuracy that passes", kept=kept)
+    lowest = Measurement(**min(passing.values(), key=lambda one: float(one["value"])))
+    return Measurement(
+        lowest.value,
+        lowest.unit,
+        lowest.stderr,
+        lowest.n,
+        {**lowest.protocol, "metric": "lowest accuracy that passes", "least": least, "kept": kept},
+        lowest.seed,
+        lowest.inputs,
+    )
+
+
+@probe
+def lowest_rule(workshop: Workshop, stage: str | None = None) -> Measurement:
+    """The lowest of the four rules' scores: of the original, or of the model compressed with `stage`."""
+    model = workshop.model if stage is None else load(workshop.artifact(stage).path)
+    return min(eudaimonia(workshop.on_device(model), progress=False).score.values(), key=lambda score: score.value)
+
+
+def _edge(workshop: Workshop, stage: str | None) -> dict[str, Any]:
+    """accuracy at the original's edge of chaos, and what is kept of the original's, as JSON; remembered."""
+    per_level, count = ASKED[workshop.effort.name]
+
+    def originals() -> dict[str, Any]:
+        found = edge_of_chaos(workshop.on_device(workshop.model), per_level=per_level, items=2, progress=False)
+        hits = right_answers(workshop.model, questions(found.at, count, 1), progress=False)
+        return {"level": found.level.to_json(), "at": found.at, "hits": hits.tolist()}
+
+    before = workshop.remember("edge of chaos", {}, originals)
+    hits = before["hits"]
+
+    def theirs() -> dict[str, Any]:
+        assert stage is not None
+        compressed = workshop.on_device(load(workshop.artifact(stage).path))
+        return {"hits": right_answers(compressed, questions(before["at"], count, 1), progress=False).tolist()}
+
+    if stage is not None:
+        hits = workshop.remember("edge of chaos", {"stage": stage}, theirs)["hits"]
+    mine, first = (torch.tensor(values, dtype=torch.float64) for values in (hits, before["hits"]))
+    share = float(mine.mean())
+    protocol = {
+        "level": before["at"],
+        "level_stderr": before["level"]["stderr"],
+        "on_scale": before["level"]["protocol"]["on_scale"],
+        "chance": CHANCE,
+        "stage": stage,
+    }
+    inputs = {"model": workshop.model.fingerprint}
+    kept = retention(mine, first, {**protocol, "metric": "accuracy / original accuracy"}, inputs)
+    accuracy = Measurement(
+        share,
+        "share of answers",
+        math.sqrt(share * (1 - share) / count),
+        count,
+        {**protocol, "metric": "accuracy at the original's edge of chaos"},
+        0,
+        inputs,
+    )
+    return {"accuracy": accuracy.to_json(), "retention": kept.to_json()}
+
+
+def _is_sound(model: LanguageModel, score: Measurement, asked: Sequence[tuple[str, Sequence[str]]]) -> bool:
+    """Whether a score has a finite error, and differences between options are those of transformers' own losses."""
+    if score.stderr is None or not math.isfinite(score.value + score.stderr):
+        return False
+    for (prompt, options), scored in zip(asked, likelihoods(model, asked), strict=True):
+        theirs = torch.tensor([_by_loss(model, prompt + option) for option in options], dtype=torch.float64)
+        ours = scored.sums
+        if not torch.allclose(ours - ours[0], theirs - theirs[0], rtol=0, atol=TOLERANCE):
+            return False
+    return True
+
+
+def _by_loss(model: LanguageModel, text: str) -> float:
+    """The log-likelihood of a text's tokens after the first."""
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]], device=model.model.device)
+    with torch.inference_mode():
+        return -float(model.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
