@@ -301,8 +301,8 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
 
 def test_one_run_at_a_time(digits: LanguageModel, tmp_path: Path) -> None:
     writing = "another agentforge is writing it"
-    with module._Journal(tmp_path / "out", {"chain": 1}, overwrite=False), pytest.raises(BadInput, match=writing):
-        module._Journal(tmp_path / "out", {"chain": 1}, overwrite=False)
+    with module._Journal(tmp_path / "out", {"chain": 1}, {}, overwrite=False), pytest.raises(BadInput, match=writing):
+        module._Journal(tmp_path / "out", {"chain": 1}, {}, overwrite=False)
     (tmp_path / "out/journal.json").write_text("{")
     for _ in range(2):  # a refusal holds no lock
         with pytest.raises(BadInput, match=r"journal\.json"):
