@@ -1,6 +1,6 @@
 """The page, as Streamlit runs it: from top to bottom at every change, and the part that watches a run every two seconds.
 
-What comes from files (names, settings, reasons) is escaped before it goes into Markdown; none of it becomes HTML of the page.
+What comes from files (names, settings, reasons) is escaped before it goes into Markdown; none of it becomes the page's HTML.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import altair as alt
-import pandas as pd
 import streamlit as st
 
 from agentforge.audit.report import reports_folder
@@ -230,7 +229,7 @@ def falling(sizes: list[runs.Size]) -> None:
     if not sizes:
         st.caption("The process has not opened the model yet.")
         return
-    data = pd.DataFrame(sizes)
+    data = alt.Data(values=[size._asdict() for size in sizes])
     x = alt.X("tensors:Q", title="tensors finished, all tries counted", axis=alt.Axis(tickMinStep=1))
     y = alt.Y("bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log", nice=True), axis=alt.Axis(format="~s"))
     tooltip = ["what:N", "tensors:Q", alt.Tooltip("bytes:Q", format=",")]
@@ -249,7 +248,7 @@ def measurements(run: runs.Run) -> None:
         st.caption("Nothing is measured yet.")
         return
     table = [{"try": f"{plain(row.name)}, {row.attempt}", **cells(row.measured), "decision": word} for row, word in rows]
-    st.table(pd.DataFrame(table), hide_index=True)
+    st.table(table, hide_index=True)
     st.caption(ways(row.measured for row, _ in rows))
 
 
@@ -289,7 +288,7 @@ def compare(workspace: Path) -> None:
         head = {"run": plain(run.name), "model": plain(run.record.model), "state": run.status}
         taken = f"{len(run.accepted)} of {len(run.chain.steps)}"
         rows.append({**head, "steps accepted": taken, **cells(last.measured if last else {}), "seconds": f"{seconds:.1f}"})
-    st.table(pd.DataFrame(rows), hide_index=True)
+    st.table(rows, hide_index=True)
     st.caption(ways(row.measured for run in found for row in run.accepted))
     tries = [
         (run, row, row.measured["bytes"].value, row.measured["total_retention"])
@@ -317,7 +316,7 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> Non
     ]
     title, below = "share of the accuracy kept", alt.Legend(orient="bottom")
     x = alt.X("bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"))
-    base = alt.Chart(pd.DataFrame(data)).encode(x=x, color=alt.Color("run:N", legend=below))
+    base = alt.Chart(alt.Data(values=data)).encode(x=x, color=alt.Color("run:N", legend=below))
     y, shape = alt.Y("kept:Q", title=title, scale=alt.Scale(zero=False)), alt.Shape("decision:N", legend=below)
     tooltip = ["run:N", "try:N", "decision:N", "bytes:Q", "kept:Q"]
     marks = base.mark_point(filled=True, size=80).encode(y=y, shape=shape, tooltip=tooltip)
@@ -346,8 +345,8 @@ def rate_and_quality(workspace: Path) -> None:
     if not found.points:
         st.info("Of this model no such quality is measured: a classifier has an accuracy, and no KL of tokens.")
         return
-    data = pd.DataFrame(found.points).assign(low=lambda d: d.value - d.stderr, high=lambda d: d.value + d.stderr)
-    data = data[data.value > 0] if quality == "kl" else data  # what a logarithm takes
+    # A logarithm takes what is above zero.
+    data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
     scale = alt.Scale(type="log") if quality == "kl" else alt.Scale(zero=True)
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
     x = alt.X("bits:Q", title="bits a weight of the encoded tensors (log scale)", scale=alt.Scale(type="log"))
@@ -356,8 +355,16 @@ def rate_and_quality(workspace: Path) -> None:
     legend = alt.Legend(orient="bottom", title=None, columns=1)
     colour = alt.Color("source:N", legend=legend)
     shape = alt.Shape("source:N", legend=legend)
-    marks = alt.Chart(data).mark_point(filled=True, size=60).encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
-    line = alt.Chart(pd.DataFrame(found.best)).mark_line(interpolate="step-after", opacity=0.6).encode(x=x, y=y)
+    marks = (
+        alt.Chart(alt.Data(values=data))
+        .mark_point(filled=True, size=60)
+        .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
+    )
+    line = (
+        alt.Chart(alt.Data(values=[point._asdict() for point in found.best]))
+        .mark_line(interpolate="step-after", opacity=0.6)
+        .encode(x=x, y=y)
+    )
     st.altair_chart(line + marks, height=420, alt=found.says)
     st.caption(plain(found.says))
     beside = f" {len(found.beside)} points were measured otherwise and take no part." if found.beside else ""
@@ -374,7 +381,7 @@ def rate_and_quality(workspace: Path) -> None:
             }
             for point in [*found.best, *(point for point in own if point not in found.best)]
         ]
-        st.table(pd.DataFrame(rows), hide_index=True)
+        st.table(rows, hide_index=True)
 
 
 def reports(workspace: Path) -> None:
