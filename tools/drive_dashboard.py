@@ -2,9 +2,9 @@
 
     python tools/drive_dashboard.py FOLDER [--quick]
 
-A whole compression of digits-mlp; and, unless --quick, SmolLM2 started, paused, resumed, and another run of it aborted.  What
-the page shows is held against the journals on disk.  FOLDER gets the workspace, and pictures of every view: wide and narrow,
-light and dark.
+A whole compression of digits-mlp; and, unless --quick, SmolLM2 started, paused and resumed, and another run of it aborted.
+What the page shows is held against the journals on disk.  FOLDER gets the workspace, and pictures of every view: wide and
+narrow, light and dark.
 """
 
 from __future__ import annotations
@@ -110,30 +110,46 @@ class Page:
         return str(self.driver.execute_script("return document.querySelector('[data-testid=stMain]')?.innerText || ''"))
 
     def fill(self, label: str, text: str) -> None:
-        """Type into a field, and leave it."""
-        from selenium.webdriver.common.keys import Keys
-
-        field = self._field(label)
-        field.send_keys(text, Keys.ENTER)
-
-    def choose(self, label: str, option: str) -> None:
-        """Choose from a list by typing; `option` is there when it is chosen."""
+        """Type into a field, in the place of what is there, and leave it."""
         from selenium.webdriver.common.keys import Keys
 
         field = self._field(label)
         field.send_keys(Keys.CONTROL, "a")
-        field.send_keys(option)
-        until(lambda: self._options(option), f"{label} offers {option}")
-        field.send_keys(Keys.ENTER)
+        field.send_keys(text, Keys.ENTER)
 
-    def _options(self, option: str) -> list[Any]:
-        return [one for one in self._all("[role=option]") if option in one.text]
+    def choose(self, label: str, option: str) -> None:
+        """Choose from a list by typing."""
+        from selenium.common.exceptions import WebDriverException
+        from selenium.webdriver.common.keys import Keys
+
+        def chosen() -> bool:
+            with contextlib.suppress(WebDriverException):  # drawn anew while it is typed into
+                if self._field(label).get_attribute("value") != option:
+                    self._field(label).send_keys(Keys.CONTROL, "a")
+                    self._field(label).send_keys(option, Keys.ENTER)
+                time.sleep(0.5)
+                return bool(self._field(label).get_attribute("value") == option)
+            return False
+
+        until(chosen, f"{label} is {option}")
 
     def _field(self, label: str) -> Any:
         return until(lambda: self._all(f"input[aria-label*={json.dumps(label)}]"), f"a field {label}")[0]
 
     def _all(self, selector: str) -> list[Any]:
         return list(self.driver.find_elements("css selector", selector))
+
+    def new_run(self, name: str, model: str, chain: str) -> None:
+        """Start a run."""
+        from selenium.webdriver.common.keys import Keys
+
+        if not self._all("details[open]"):
+            self._press("summary", "New run", Keys.ENTER)
+        self.fill("Name of the run", name)
+        self.choose("Model", model)
+        self.choose("Chain", chain)
+        self.press("Start")
+        self.says(f"chain {chain}, begun")
 
     def view(self, name: str) -> None:
         """Change to another view."""
@@ -169,7 +185,10 @@ class Page:
 
     def says(self, *texts: str, seconds: float = 60) -> None:
         """Wait until all of these texts are on the page."""
-        until(lambda: all(text in self.text for text in texts), f"the page says {texts}", seconds)
+        try:
+            until(lambda: all(text in self.text for text in texts), f"the page says {texts}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it says:\n{self.text}") from None
 
     def pictures(self, folder: Path, name: str) -> None:
         """The whole page as it is, wide and narrow, light and dark; no part of it may be wider than the window."""
@@ -181,7 +200,9 @@ class Page:
                 self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
                 time.sleep(0.7)
                 tall = int(self.driver.execute_script("return document.querySelector('[data-testid=stMain]').scrollHeight"))
-                self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {**metrics, "height": min(tall + 60, 6000)})
+                self.driver.execute_cdp_cmd(
+                    "Emulation.setDeviceMetricsOverride", {**metrics, "height": min(tall + 60, 6000)}
+                )
                 time.sleep(1.3)
                 over = self.driver.execute_script("return document.documentElement.scrollWidth - window.innerWidth")
                 assert over <= 0, f"{name}, {size}: {over} pixels too wide"
@@ -197,10 +218,7 @@ def journal(workspace: Path, name: str) -> dict[str, Any]:
 
 def compress_digits(page: Page, workspace: Path) -> None:
     """A whole compression of digits-mlp, from the choice of the chain to the last accepted artifact."""
-    page.fill("Name of the run", "digits")
-    page.choose("Model", "digits-mlp")
-    page.choose("Chain", "digits.yaml (workspace)")
-    page.press("Start")
+    page.new_run("digits", "digits-mlp", "digits.yaml (workspace)")
     page.says("running")
     page.says("finished", "lossless, try 1: accepted", seconds=120)
     rows = journal(workspace, "digits")["attempts"]
@@ -215,10 +233,7 @@ def compress_digits(page: Page, workspace: Path) -> None:
 
 def drive_smollm2(page: Page, workspace: Path, pictures: Path) -> None:
     """Start, pause, resume to the end; start another one and abort it."""
-    page.fill("Name of the run", "smollm2")
-    page.choose("Model", "smollm2-135m")
-    page.choose("Chain", "smollm2.yaml (workspace)")
-    page.press("Start")
+    page.new_run("smollm2", "smollm2-135m", "smollm2.yaml (workspace)")
     tensors = workspace / "smollm2" / "out" / "step-1.partial" / "tensors"
     until(lambda: len(list(tensors.glob("*.safetensors"))) >= 40, "40 tensors are finished")
     page.says("tensors finished", "a second")
@@ -237,14 +252,13 @@ def drive_smollm2(page: Page, workspace: Path, pictures: Path) -> None:
         measured = row["measured"][name]
         page.says(f"{measured['value']:.4g} ± {measured['stderr']:.2g}")
     page.pictures(pictures, "smollm2-finished")
-    page.fill("Name of the run", "aborted")  # after the other name, which stands there still
-    page.press("Start")
-    name = "smollm2aborted"
-    until(lambda: list((workspace / name / "out").glob("*.partial/tensors/*")), "a tensor is finished")
+    page.new_run("aborted", "smollm2-135m", "smollm2.yaml (workspace)")
+    out = workspace / "aborted" / "out"
+    until(lambda: list(out.glob("*.partial/tensors/*")), "a tensor is finished")
     page.check("Abort for good")
     page.press("Abort")
     page.says("aborted", "ended for good")
-    assert not list((workspace / name / "out").glob("*.partial")), "something half-written is left"
+    assert not list(out.glob("*.partial")), "something half-written is left"
     page.pictures(pictures, "smollm2-aborted")
 
 
@@ -268,9 +282,9 @@ def main() -> int:
         if not options.quick:
             drive_smollm2(page, workspace, options.folder)
             print("smollm2-135m: started, paused, resumed, finished; another one aborted")
-        for view in ("Compare", "Frontier", "Reports"):
+        for view, there in {"Compare": "tries", "Frontier": "on the frontier", "Reports": "Download"}.items():
             page.view(view)
-            time.sleep(3)
+            page.says(there)
             page.pictures(options.folder, view.lower())
     print(process.stdout.read() if process.stdout else "")
     return 0

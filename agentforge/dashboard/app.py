@@ -70,27 +70,37 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>$:#|~{}()!&^=+])", r"\\\1", " ".join(str(text).split()))
 
 
+def plotted(rows: list[dict[str, Any]]) -> alt.Data:
+    """Rows as a chart takes them."""
+    return alt.Data.from_dict({"values": rows})
+
+
 def badge(word: str) -> str:
     """A word with its colour, as Markdown."""
     return f":{COLOURS[word]}-badge[{word}]"
 
 
-def attempted(action: Callable[..., None], *arguments: Any, then: str | None = None) -> None:
-    """Do what a button stands for; what cannot be done is said at the top of the page.  then: the run to be shown."""
+def attempted(action: Callable[..., None], *arguments: Any) -> None:
+    """Do what a button stands for; what cannot be done is said at the top of the page."""
     try:
         action(*arguments)
-        if then is not None:
-            st.session_state["run"] = then
     except AgentForgeError as error:
         st.session_state["problem"] = str(error)
+
+
+def start(workspace: Path) -> None:
+    """Start what the fields say now, which may be more than what they said when the button was drawn."""
+    name = st.session_state["name"].strip()
+    runs.start(workspace, name, st.session_state["model"], st.session_state["chain"])
+    st.session_state["run"] = name
 
 
 def new_run(workspace: Path) -> None:
     """The choice of a model and a chain, and what that chain does."""
     known = runs.chains(workspace)
     with st.expander("New run", expanded=not runs.names(workspace)):
-        name = st.text_input("Name of the run", key="name", max_chars=64, placeholder="letters, digits, . _ -")
-        model = st.selectbox("Model", runs.models(workspace), key="model")
+        st.text_input("Name of the run", key="name", max_chars=64, placeholder="letters, digits, . _ -")
+        st.selectbox("Model", runs.models(workspace), key="model")
         chain = st.selectbox("Chain", list(known), key="chain")
         if chain is None:
             st.info("There is no chain yet; put a .yaml file into the workspace.")
@@ -99,8 +109,7 @@ def new_run(workspace: Path) -> None:
             described(runs.chain_named(workspace, chain))
         except AgentForgeError as error:
             st.error(plain(error))
-        arguments = (runs.start, workspace, name.strip(), model, chain)
-        st.button("Start", type="primary", key="start", on_click=attempted, args=arguments, kwargs={"then": name.strip()})
+        st.button("Start", type="primary", key="start", on_click=attempted, args=(start, workspace))
 
 
 def described(chain: Chain) -> None:
@@ -133,7 +142,7 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
     st.markdown("#### Measured")
     measurements(run)
     st.markdown("#### Log")
-    st.code(runs.log_tail(run.folder) or "nothing yet", language=None, wrap_lines=True, height=260)
+    st.code(runs.log_tail(run.folder, 15) or "nothing yet", language=None, wrap_lines=True)
     st.caption("The same in a terminal:")
     st.code(" ".join(run.command), language=None, wrap_lines=True)
 
@@ -229,9 +238,11 @@ def falling(sizes: list[runs.Size]) -> None:
     if not sizes:
         st.caption("The process has not opened the model yet.")
         return
-    data = alt.Data(values=[size._asdict() for size in sizes])
+    data = plotted([size._asdict() for size in sizes])
     x = alt.X("tensors:Q", title="tensors finished, all tries counted", axis=alt.Axis(tickMinStep=1))
-    y = alt.Y("bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log", nice=True), axis=alt.Axis(format="~s"))
+    y = alt.Y(
+        "bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log", nice=False, padding=8), axis=alt.Axis(format="~s")
+    )
     tooltip = ["what:N", "tensors:Q", alt.Tooltip("bytes:Q", format=",")]
     chart = alt.Chart(data).mark_line(point=True).encode(x=x, y=y, tooltip=tooltip)
     says = f"From {sizes[0].bytes:,} bytes ({sizes[0].what}) to {sizes[-1].bytes:,} ({sizes[-1].what})."
@@ -247,14 +258,18 @@ def measurements(run: runs.Run) -> None:
     if not any(row.measured for row, _ in rows):
         st.caption("Nothing is measured yet.")
         return
-    table = [{"try": f"{plain(row.name)}, {row.attempt}", **cells(row.measured), "decision": word} for row, word in rows]
+    every = [row.measured for row, _ in rows]
+    table = [
+        {"try": f"{plain(row.name)}, {row.attempt}", **cells(row.measured, every), "decision": word} for row, word in rows
+    ]
     st.table(table, hide_index=True)
-    st.caption(ways(row.measured for row, _ in rows))
+    st.caption(ways(every))
 
 
-def cells(measured: dict[str, runs.Measured]) -> dict[str, str]:
-    """The quantities of a table's row, each with its standard error."""
-    return {HEADS[name]: plain(runs.shown(measured[name])) if name in measured else "-" for name in QUANTITIES}
+def cells(measured: dict[str, runs.Measured], all_of_them: Iterable[dict[str, runs.Measured]]) -> dict[str, str]:
+    """The quantities of a table's row, each with its standard error; those that no row of the table has have no column."""
+    known = [name for name in QUANTITIES if any(name in row for row in all_of_them)]
+    return {HEADS[name]: plain(runs.shown(measured[name])) if name in measured else "not measured" for name in known}
 
 
 def ways(rows: Iterable[dict[str, runs.Measured]]) -> str:
@@ -281,15 +296,16 @@ def compare(workspace: Path) -> None:
     if not found:
         st.caption("Choose runs to compare.")
         return
+    every = [row.measured for run in found for row in run.accepted]
     rows = []
     for run in found:
-        last = run.accepted[-1] if run.accepted else None
+        last = run.accepted[-1].measured if run.accepted else {}
         seconds = sum(row.seconds for row in run.journal.attempts) if run.journal else 0.0
         head = {"run": plain(run.name), "model": plain(run.record.model), "state": run.status}
         taken = f"{len(run.accepted)} of {len(run.chain.steps)}"
-        rows.append({**head, "steps accepted": taken, **cells(last.measured if last else {}), "seconds": f"{seconds:.1f}"})
+        rows.append({**head, "steps accepted": taken, **cells(last, every), "seconds": f"{seconds:.1f}"})
     st.table(rows, hide_index=True)
-    st.caption(ways(row.measured for run in found for row in run.accepted))
+    st.caption(ways(every))
     tries = [
         (run, row, row.measured["bytes"].value, row.measured["total_retention"])
         for run in found
@@ -316,7 +332,7 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> Non
     ]
     title, below = "share of the accuracy kept", alt.Legend(orient="bottom")
     x = alt.X("bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"))
-    base = alt.Chart(alt.Data(values=data)).encode(x=x, color=alt.Color("run:N", legend=below))
+    base = alt.Chart(plotted(data)).encode(x=x, color=alt.Color("run:N", legend=below))
     y, shape = alt.Y("kept:Q", title=title, scale=alt.Scale(zero=False)), alt.Shape("decision:N", legend=below)
     tooltip = ["run:N", "try:N", "decision:N", "bytes:Q", "kept:Q"]
     marks = base.mark_point(filled=True, size=80).encode(y=y, shape=shape, tooltip=tooltip)
@@ -330,21 +346,18 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> Non
 
 def rate_and_quality(workspace: Path) -> None:
     """The frontier of a model: from the reports, and from this workspace's runs."""
-    try:
-        known = frontier.originals(workspace)
-    except AgentForgeError as error:
-        st.error(plain(error))
-        return
+    known = frontier.originals(workspace)
     if not known:
         st.caption("There are no reports and no runs that are measured yet.")
         return
     original = st.selectbox("Original", list(known), format_func=lambda key: known[key], key="original")
-    qualities = list(frontier.UNITS)
+    measured = {quality: frontier.points(workspace, quality) for quality in frontier.UNITS}
+    qualities = [quality for quality, points in measured.items() if any(point.original == original for point in points)]
     quality = st.radio("Quality", qualities, format_func=lambda key: frontier.UNITS[key], key="quality", horizontal=True)
-    found = frontier.front(frontier.points(workspace, quality), original, quality)
-    if not found.points:
-        st.info("Of this model no such quality is measured: a classifier has an accuracy, and no KL of tokens.")
+    if quality is None:
+        st.caption("No quality of this model is measured yet.")
         return
+    found = frontier.front(measured[quality], original, quality)
     # A logarithm takes what is above zero.
     data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
     scale = alt.Scale(type="log") if quality == "kl" else alt.Scale(zero=True)
@@ -356,12 +369,12 @@ def rate_and_quality(workspace: Path) -> None:
     colour = alt.Color("source:N", legend=legend)
     shape = alt.Shape("source:N", legend=legend)
     marks = (
-        alt.Chart(alt.Data(values=data))
+        alt.Chart(plotted(data))
         .mark_point(filled=True, size=60)
         .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
     )
     line = (
-        alt.Chart(alt.Data(values=[point._asdict() for point in found.best]))
+        alt.Chart(plotted([point._asdict() for point in found.best]))
         .mark_line(interpolate="step-after", opacity=0.6)
         .encode(x=x, y=y)
     )
@@ -424,7 +437,10 @@ def main() -> None:
     elif view == "Compare":
         compare(workspace)
     elif view == "Frontier":
-        rate_and_quality(workspace)
+        try:
+            rate_and_quality(workspace)
+        except AgentForgeError as error:
+            st.error(plain(error))
     else:
         reports(workspace)
     st.caption(f"Workspace: {plain(workspace)}")

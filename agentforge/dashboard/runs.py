@@ -191,7 +191,8 @@ def open_workspace(path: str | Path) -> Path:
 
 def names(workspace: Path) -> list[str]:
     """The runs, the last one started first."""
-    files = [file for file in workspace.glob("*/run.json") if _NAME.fullmatch(file.parent.name)]
+    files = [folder / "run.json" for folder in _entries(workspace) if _NAME.fullmatch(folder.name)]
+    files = [file for file in files if file.is_file()]
     return [file.parent.name for file in sorted(files, key=lambda file: (-_modified(file), file.parent.name))]
 
 
@@ -202,12 +203,13 @@ def active(workspace: Path) -> list[str]:
 
 def models(workspace: Path) -> list[str]:
     """What may be compressed: the models that have names, and the model folders in the workspace."""
-    return [*NAMED, *sorted(file.parent.name for file in workspace.glob("*/config.json") if file.parent.name not in NAMED)]
+    folders = (folder.name for folder in _entries(workspace) if (folder / "config.json").is_file())
+    return [*NAMED, *(name for name in folders if name not in NAMED)]
 
 
 def chains(workspace: Path) -> dict[str, Path]:
     """The chains by what they are called here: those that come with agentforge, and the YAML files in the workspace."""
-    own = {f"{file.name} (workspace)": file for file in sorted(workspace.glob("*.y*ml")) if file.suffix in (".yaml", ".yml")}
+    own = {f"{file.name} (workspace)": file for file in _entries(workspace) if file.suffix in (".yaml", ".yml")}
     return {file.name: file for file in sorted((CHECKOUT / "chains").glob("*.yaml"))} | own
 
 
@@ -404,7 +406,7 @@ def _alive(folder: Path) -> bool:
     """Whether a process of the run lives."""
     try:
         descriptor = os.open(folder / "alive", os.O_RDONLY | os.O_NOFOLLOW)
-    except FileNotFoundError:
+    except OSError:  # not there, or a link, which no process of ours has locked
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -448,7 +450,7 @@ def read(workspace: Path, name: str) -> Run:
     elif record.asked is not None:
         status = "paused" if record.asked == "pause" else "aborted"
     else:
-        return Run(name, folder, record, chain, journal, "failed", _last_words(log_tail(folder)))
+        return Run(name, folder, record, chain, journal, "failed", _last_words(log_tail(folder, 60)))
     return Run(name, folder, record, chain, journal, status)
 
 
@@ -479,7 +481,7 @@ def shown(measured: Measured) -> str:
     return value if measured.stderr is None else f"{value} ± {measured.stderr:.2g}"
 
 
-def log_tail(folder: Path, lines: int = 60) -> str:
+def log_tail(folder: Path, lines: int) -> str:
     """The last lines of a run's log, without what a terminal would take for commands."""
     try:
         with open(folder / "log.txt", "rb") as file:
@@ -548,7 +550,15 @@ def _pieces(run: Run) -> dict[int, Path]:
     if run.journal is None or run.journal.now is None:
         return {}
     folder = run.out / f"step-{run.journal.now.step}.partial" / "tensors"
-    return {int(piece.stem): piece for piece in folder.glob("[0-9]*.safetensors") if piece.stem.isdigit()}
+    return {int(piece.stem): piece for piece in _entries(folder) if piece.suffix == ".safetensors" and piece.stem.isdigit()}
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, by name; nothing where it has gone, as a run may move it at any time."""
+    try:
+        return sorted(folder.iterdir())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
 
 
 def _data_bytes(piece: Path) -> int:

@@ -22,6 +22,7 @@ from agentforge.artifact import Artifact, Ratio
 from agentforge.audit import probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
+from agentforge.dashboard import runs
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation import likelihood
 from agentforge.planes import FLOATS, Packed, Plane
@@ -233,6 +234,10 @@ FAULTS: dict[str, Fault] = {
         wrapped(mugrokfast, "amplify_slow", lambda slow, g, ema, alpha, lamb: (2 + lamb) * g - slow(g, ema, alpha, lamb)),
         ("features.grokfast",),
     ),
+    "dashboard: every measurement is shown as the same number": Fault(
+        lambda to: to.setattr(runs, "shown", lambda _: "0.5"), ("missing.dashboard", "phase4/features.dashboard")
+    ),
+    "dashboard: pause asks for nothing": Fault(lambda to: to.setattr(runs, "_signal", lambda *_: None), ("production.ui",)),
     "perplexity: padding is counted": Fault(wrapped(likelihood, "_perplexity", padding_counted), ("phase4/red.perplexity",)),
     "perplexity: targets are off by one": Fault(wrapped(likelihood, "_rows", shifted_targets), ("phase4/red.perplexity",)),
 }
