@@ -99,7 +99,7 @@ def test_a_run_is_paused_and_goes_on_to_the_bytes_of_one_that_was_not(workspace:
     with pytest.raises(BadInput, match="is finished"):
         runs.abort(workspace, "one")
     points = [p for p in frontier.points(workspace, "total_retention") if p.source == frontier.OWN]
-    assert [p.what for p in points][0] == "one: rounding:bits=8,group=32"
+    assert points[0].what == "one: rounding:bits=8,group=32"
     assert points[0].bits == pytest.approx(16 / run.accepted[0].measured["touched_ratio"].value)
 
 
