@@ -170,7 +170,7 @@ class Page:
 
         # The words are the last line of an element's text; an icon's name may stand before them.
         script = "return [...document.querySelectorAll(arguments[0])].find(e => !e.disabled && (e.innerText.trim() || "
-        script += "e.closest('label')?.innerText.trim()).split('\\n').pop() === arguments[1])"
+        script += "e.closest('label')?.innerText.trim() || '').split('\\n').pop() === arguments[1])"
 
         def pressed() -> bool:
             try:
