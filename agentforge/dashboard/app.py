@@ -168,11 +168,11 @@ def controls(workspace: Path, run: runs.Run) -> None:
 
 def summary(run: runs.Run) -> None:
     """What the last accepted step left, large."""
-    if not run.accepted:
+    measured = run.accepted[-1].measured if run.accepted else {}
+    shown = [name for name in QUANTITIES if name in measured and name != "perplexity"]
+    if not shown:
         st.caption("No step is accepted yet; the original stands.")
         return
-    measured = run.accepted[-1].measured
-    shown = [name for name in QUANTITIES if name in measured and name != "perplexity"]
     for column, name in zip(st.columns(len(shown)), shown, strict=True):
         column.metric(HEADS[name], runs.shown(measured[name]), border=True)
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -33,7 +34,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 import pydantic
 import yaml
@@ -68,8 +69,8 @@ class Record(_Data):
 
     model: str
     chain: str
-    began: tuple[float, ...] = ()
-    pid: int | None = None
+    began: tuple[Annotated[float, Field(ge=0, le=1e11)], ...] = ()
+    pid: int | None = Field(None, gt=1)
     asked: Literal["pause", "abort"] | None = None
 
 
@@ -525,7 +526,8 @@ def sizes(run: Run) -> list[Size]:
     found, done = [Size(0, size, f"original, {run.chain.bits} bits a parameter")], 0
     accepted: int | None = None
     for row in run.journal.attempts:
-        if (measured := row.measured.get("bytes")) is None:  # it could not be encoded
+        measured = row.measured.get("bytes")
+        if measured is None or not math.isfinite(measured.value):  # it could not be encoded
             continue
         done += len(counts)
         found.append(Size(done, int(measured.value), f"{row.name}, try {row.attempt}"))

@@ -248,7 +248,8 @@ def test_links_in_a_run_are_refused(workspace: Path, tmp_path: Path, where: str)
     [
         ("run.json", "{"),
         ("run.json", '{"model": 1}'),
-        ("run.json", '{"model": "m", "chain": "c", "pid": "rm"}'),
+        ("run.json", '{"model": "m", "chain": "c", "pid": 0}'),
+        ("run.json", '{"model": "m", "chain": "c", "began": [1e300]}'),
         ("chain.yaml", "!!python/object/apply:os.system [echo]"),
         ("out/journal.json", '{"original": {"name": "m", "tensors": []}}'),
         ("out/journal.json", json.dumps(journal("encoding") | {"attempts": [{"step": "../1"}]})),
