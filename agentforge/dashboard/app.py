@@ -57,6 +57,9 @@ HEADS = {
     "accuracy": "accuracy",
     "total_retention": "accuracy kept, share",
 }
+LOG = alt.Scale(type="log", nice=False, padding=8)
+# Told apart from each other, and from the page, in the light and in the dark.
+SERIES = alt.Scale(range=["#4c8bf5", "#e8710a", "#2e9e5b", "#a35bd6", "#d8486b", "#8a8a2a"])
 # A report is shown where it can run nothing and fetch nothing.
 FRAME = """<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-src 'self'">
@@ -156,7 +159,7 @@ def controls(workspace: Path, run: runs.Run) -> None:
     """Pause, resume and abort, each where it can be done."""
     over = run.status in ("finished", "stopped", "aborted")
     active = run.status in runs.ACTIVE
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, vertical_alignment="center"):
         st.button("Pause", key="pause", disabled=not active, on_click=attempted, args=(runs.pause, workspace, run.name))
         resumable = run.status in ("paused", "failed")
         again = (runs.resume, workspace, run.name)
@@ -174,7 +177,8 @@ def summary(run: runs.Run) -> None:
         st.caption("No step is accepted yet; the original stands.")
         return
     for column, name in zip(st.columns(len(shown)), shown, strict=True):
-        column.metric(HEADS[name], runs.shown(measured[name]), border=True)
+        value, sign, error = runs.shown(measured[name]).partition(" ± ")
+        column.metric(HEADS[name], value, f"{sign}{error}".strip() or None, "off", delta_arrow="off", border=True)
 
 
 def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
@@ -223,7 +227,7 @@ def under_way(run: runs.Run, now: runs.Now, progress: runs.Progress | None) -> N
     doing = now.doing if run.status in runs.ACTIVE else f"was {now.doing} when its process ended"
     tokens = f" on {now.tokens:,} tokens" if now.doing == "measuring" and now.tokens else ""
     st.markdown(f"Try {now.attempt}, {plain(now.stage)}: **{doing}**{tokens}")
-    if progress is not None:
+    if progress is not None and (progress.done or run.status in runs.ACTIVE):
         words = f"{progress.done} of {progress.total} tensors finished"
         words += f", {progress.rate:.2g} a second" if progress.rate else ""
         words += f", about {progress.left:.0f} s left" if progress.left is not None else ""
@@ -238,11 +242,12 @@ def falling(sizes: list[runs.Size]) -> None:
     if not sizes:
         st.caption("The process has not opened the model yet.")
         return
+    if len(sizes) == 1:
+        st.caption(plain(f"{sizes[0].bytes:,} bytes ({sizes[0].what})."))
+        return
     data = plotted([size._asdict() for size in sizes])
     x = alt.X("tensors:Q", title="tensors finished, all tries counted", axis=alt.Axis(tickMinStep=1))
-    y = alt.Y(
-        "bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log", nice=False, padding=8), axis=alt.Axis(format="~s")
-    )
+    y = alt.Y("bytes:Q", title="bytes (log scale)", scale=LOG, axis=alt.Axis(format="~s"))
     tooltip = ["what:N", "tensors:Q", alt.Tooltip("bytes:Q", format=",")]
     chart = alt.Chart(data).mark_line(point=True).encode(x=x, y=y, tooltip=tooltip)
     says = f"From {sizes[0].bytes:,} bytes ({sizes[0].what}) to {sizes[-1].bytes:,} ({sizes[-1].what})."
@@ -331,9 +336,10 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> Non
         for run, row, size, kept in tries
     ]
     title, below = "share of the accuracy kept", alt.Legend(orient="bottom")
-    x = alt.X("bytes:Q", title="bytes (log scale)", scale=alt.Scale(type="log"), axis=alt.Axis(format="~s"))
-    base = alt.Chart(plotted(data)).encode(x=x, color=alt.Color("run:N", legend=below))
-    y, shape = alt.Y("kept:Q", title=title, scale=alt.Scale(zero=False)), alt.Shape("decision:N", legend=below)
+    grey = alt.Legend(orient="bottom", symbolFillColor="grey", symbolStrokeColor="grey")
+    x = alt.X("bytes:Q", title="bytes (log scale)", scale=LOG, axis=alt.Axis(format="~s"))
+    base = alt.Chart(plotted(data)).encode(x=x, color=alt.Color("run:N", legend=below, scale=SERIES))
+    y, shape = alt.Y("kept:Q", title=title, scale=alt.Scale(zero=False)), alt.Shape("decision:N", legend=grey)
     tooltip = ["run:N", "try:N", "decision:N", "bytes:Q", "kept:Q"]
     marks = base.mark_point(filled=True, size=80).encode(y=y, shape=shape, tooltip=tooltip)
     bars = base.mark_rule().encode(y=alt.Y("low:Q", title=title), y2="high:Q")
@@ -360,13 +366,13 @@ def rate_and_quality(workspace: Path) -> None:
     found = frontier.front(measured[quality], original, quality)
     # A logarithm takes what is above zero.
     data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
-    scale = alt.Scale(type="log") if quality == "kl" else alt.Scale(zero=True)
+    scale = LOG if quality == "kl" else alt.Scale(zero=True)
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
-    x = alt.X("bits:Q", title="bits a weight of the encoded tensors (log scale)", scale=alt.Scale(type="log"))
+    x = alt.X("bits:Q", title="bits a weight of the encoded tensors (log scale)", scale=LOG)
     y = alt.Y("value:Q", title=title, scale=scale)
     tooltip = ["what:N", "source:N", "bits:Q", "value:Q", "stderr:Q", "way:N"]
     legend = alt.Legend(orient="bottom", title=None, columns=1)
-    colour = alt.Color("source:N", legend=legend)
+    colour = alt.Color("source:N", legend=legend, scale=SERIES)
     shape = alt.Shape("source:N", legend=legend)
     marks = (
         alt.Chart(plotted(data))

@@ -70,7 +70,7 @@ class Record(_Data):
     model: str
     chain: str
     began: tuple[Annotated[float, Field(ge=0, le=1e11)], ...] = ()
-    pid: int | None = Field(None, gt=1)
+    pid: int | None = Field(default=None, gt=1)
     asked: Literal["pause", "abort"] | None = None
 
 
