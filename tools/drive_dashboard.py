@@ -224,11 +224,9 @@ def compress_digits(page: Page, workspace: Path) -> None:
     page.says("finished", "lossless, try 1: accepted", seconds=120)
     rows = journal(workspace, "digits")["attempts"]
     assert [row["decision"] for row in rows] == ["accepted", "rejected", "accepted", "accepted"]
-    text = page.text
     for row in rows:
-        bytes_, kept = row["measured"]["bytes"]["value"], row["measured"]["retention"]
-        assert f"{bytes_:,}" in text, f"{row['name']}: {bytes_:,} bytes"
-        assert f"measured {kept['value']:.4g} ± {kept['stderr']:.2g}" in text, row["name"]
+        kept = row["measured"]["retention"]
+        page.says(f"{row['measured']['bytes']['value']:,}", f"measured {kept['value']:.4g} ± {kept['stderr']:.2g}")
     assert (workspace / "digits" / "out" / "artifact" / "model.safetensors").is_file()
 
 
