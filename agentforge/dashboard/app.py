@@ -178,7 +178,8 @@ def summary(run: runs.Run) -> None:
         return
     for column, name in zip(st.columns(len(shown)), shown, strict=True):
         value, sign, error = runs.shown(measured[name]).partition(" ± ")
-        column.metric(HEADS[name], value, f"{sign}{error}".strip() or None, "off", delta_arrow="off", border=True)
+        spread = f"{sign}{error}".strip() or None
+        column.metric(HEADS[name], value, spread, "off", delta_arrow="off", border=True, height="stretch")
 
 
 def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
