@@ -16,6 +16,7 @@ the last accepted artifact, never one that failed.
 from __future__ import annotations
 
 import fcntl
+import logging
 import math
 import os
 import re
@@ -38,6 +39,7 @@ from .pipeline import compress, refine
 from .statistics import Calibration
 from .tensorfiles import read_json, write_json
 
+LOG = logging.getLogger(__name__)
 Decision = Literal["passed", "failed", "undecided"]
 # What a gate may ask of an artifact.  "step" is against the last accepted artifact, "total" against the original.
 QUANTITIES = {
@@ -199,7 +201,8 @@ def run_chain(
         "chain": chain.model_dump(mode="json", by_alias=True),
         "text": text and text.sha256,
     }
-    with _Journal(out, recipe, overwrite) as journal:
+    tensors = {name: math.prod(entry.shape) for name, entry in sorted(model.entries.items())}
+    with _Journal(out, recipe, {"name": model.name, "tensors": tensors}, overwrite) as journal:
         run = _Run(model, chain, text, out, journal, workers, progress)
         finished = run.steps()
         result = Result(run.hand_over(), journal.attempts, finished)
@@ -231,10 +234,12 @@ def _check_quantities(model: LanguageModel, chain: Chain) -> None:
 
 
 class _Journal:
-    """out/journal.json: the recipe, and a row for each finished attempt.  It is replaced in one step after each of them."""
+    """out/journal.json: the recipe; name of the original and parameters of each of its tensors; a row for each finished
+    attempt; and, for who watches, what is being done `now`.  It is replaced in one step whenever one of these changes."""
 
-    def __init__(self, out: Path, recipe: dict[str, Any], overwrite: bool) -> None:
-        self.path, self.recipe = out / "journal.json", recipe
+    def __init__(self, out: Path, recipe: dict[str, Any], original: dict[str, Any], overwrite: bool) -> None:
+        self.path, self.recipe, self.original = out / "journal.json", recipe, original
+        self.now: dict[str, Any] | None = None
         if out.exists() and not self.path.is_file() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"{out}: is in the way and no chain of agentforge; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -273,14 +278,23 @@ class _Journal:
         """The row of an attempt that was finished before."""
         return next((row for row in self.attempts if (row["step"], row["attempt"]) == (step, attempt)), None)
 
+    def doing(self, what: str, row: dict[str, Any], **about: Any) -> None:
+        """Say what is being done for an attempt: "encoding" or "measuring".  row: what is known of it already."""
+        self.now = {**row, "doing": what, "since": time.time(), **about}
+        LOG.info("%s, try %d, %s: %s", row["name"], row["attempt"], row["setting"]["stage"], what)
+        self._write()
+
     def add(self, row: dict[str, Any]) -> None:
-        """Add or replace an attempt's row."""
+        """Add or replace an attempt's row; nothing is being done until `doing` says so."""
+        LOG.info("%s, try %d: %s", row["name"], row["attempt"], ": ".join(filter(None, (row["decision"], row["reason"]))))
+        self.now = None
         kept = [other for other in self.attempts if (other["step"], other["attempt"]) != (row["step"], row["attempt"])]
         self.attempts = sorted([*kept, row], key=lambda r: (r["step"], r["attempt"]))
         self._write()
 
     def _write(self) -> None:
-        write_json(self.path, {"recipe": self.recipe, "attempts": self.attempts})
+        found = {"recipe": self.recipe, "original": self.original, "attempts": self.attempts, "now": self.now}
+        write_json(self.path, found)
 
 
 class _Run:
@@ -360,6 +374,7 @@ class _Run:
         if _manifest_hash(folder) is None:  # what is left of a damaged one
             shutil.rmtree(folder, ignore_errors=True)
         options: dict[str, Any] = {"overwrite": True, "progress": self.progress}
+        self.journal.doing("encoding", row)
         try:
             if setting.stage.startswith("|"):
                 if self.accepted is None:
@@ -374,10 +389,12 @@ class _Run:
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
         encoded = time.perf_counter()
         decode_seconds = _decode_seconds(artifact)
-        tokens = self.chain.tokens
+        tokens, so_far = self.chain.tokens, dict[str, Any]()
         while True:
+            self.journal.doing("measuring", row, tokens=None if self.text is None else tokens, **so_far)
             measured = self._measure(artifact, before, tokens)
             gates = {str(c): c.decide(measured[c.quantity]) for c in conditions}
+            so_far = {"gates": gates, "measured": {name: m.to_json() for name, m in measured.items()}}
             if "undecided" not in gates.values() or "failed" in gates.values():
                 break
             if self.text is None or 2 * tokens > self.chain.most_tokens:
@@ -388,8 +405,7 @@ class _Run:
             **row,
             "decision": "rejected" if missed else "accepted",
             "reason": "; ".join(missed),
-            "gates": gates,
-            "measured": {name: m.to_json() for name, m in measured.items()},
+            **so_far,
             "artifact": _manifest_hash(folder),
             "encode_seconds": encoded - start,
             "decode_seconds": decode_seconds,

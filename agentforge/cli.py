@@ -656,6 +656,24 @@ def _attempt_cells(row: dict[str, Any]) -> list[str]:
 
 
 @app.command()
+def dashboard(
+    workspace: Annotated[
+        Path, typer.Option(help="Folder in which all runs live; nothing outside of it is written, or read from the page.")
+    ] = Path("agentforge-runs"),
+    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone (127.0.0.1).")] = 8501,
+) -> None:
+    """Show runs of chains on a page in the browser: start, watch, pause, resume, abort and compare them."""
+    from .dashboard import runs, server
+
+    server.check(port)
+    folder = runs.open_workspace(workspace)
+    out.print(f"http://{server.ADDRESS}:{port}: workspace {folder}; Ctrl-C ends the dashboard, its runs go on", markup=False)
+    server.serve(folder, port)
+    alive = ", ".join(runs.active(folder))
+    out.print(f"the dashboard has ended; {f'going on: {alive}' if alive else 'no run goes on'}", markup=False)
+
+
+@app.command()
 def audit(
     reports: Annotated[list[str] | None, typer.Argument(help="Which reports (default: all).", metavar="[REPORT]...")] = None,
     claims: Annotated[Path | None, typer.Option(help="A YAML file of your own claims, in the place of reports.")] = None,

@@ -125,6 +125,32 @@ def test_the_ladder_is_climbed_and_the_failures_stay_in_the_journal(digits: Lang
     assert json.loads((tmp_path / "out/journal.json").read_text())["attempts"] == result.attempts
 
 
+def test_the_journal_says_what_is_being_done(
+    digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = []
+
+    def watched(original: Any) -> Any:
+        def called(*args: Any, **kwargs: Any) -> Any:
+            seen.append(json.loads((tmp_path / "out/journal.json").read_text()))
+            return original(*args, **kwargs)
+
+        return called
+
+    monkeypatch.setattr(module, "compress", watched(module.compress))
+    monkeypatch.setattr(module._Run, "_measure", watched(module._Run._measure))
+    with caplog.at_level("INFO", "agentforge.chain"):
+        run_chain(digits, chain(step(COARSE, FINE)), tmp_path / "out", progress=False)
+    said = [(found["now"]["attempt"], found["now"]["doing"]) for found in seen]
+    assert said == [(1, "encoding"), (1, "measuring"), (2, "encoding"), (2, "measuring")]
+    assert [len(found["attempts"]) for found in seen] == [0, 0, 1, 1]
+    last = json.loads((tmp_path / "out/journal.json").read_text())
+    assert last["now"] is None
+    assert sum(last["original"]["tensors"].values()) == digits.parameters and last["original"]["name"] == "digits-mlp"
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[2].startswith("step, try 1: rejected: retention >= 0.9: failed") and lines[-1] == "step, try 2: accepted"
+
+
 @pytest.mark.parametrize("on_failure", ["stop", "go_on"])
 def test_a_step_that_fails_is_rolled_back(digits: LanguageModel, tmp_path: Path, on_failure: str) -> None:
     last = step("rounding:bits=6,group=32")
@@ -301,8 +327,8 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
 
 def test_one_run_at_a_time(digits: LanguageModel, tmp_path: Path) -> None:
     writing = "another agentforge is writing it"
-    with module._Journal(tmp_path / "out", {"chain": 1}, overwrite=False), pytest.raises(BadInput, match=writing):
-        module._Journal(tmp_path / "out", {"chain": 1}, overwrite=False)
+    with module._Journal(tmp_path / "out", {"chain": 1}, {}, overwrite=False), pytest.raises(BadInput, match=writing):
+        module._Journal(tmp_path / "out", {"chain": 1}, {}, overwrite=False)
     (tmp_path / "out/journal.json").write_text("{")
     for _ in range(2):  # a refusal holds no lock
         with pytest.raises(BadInput, match=r"journal\.json"):

@@ -11,6 +11,7 @@ from typing import Any
 from . import (  # noqa: F401  (their probes register themselves)
     chain_probes,
     compression_probes,
+    dashboard_probes,
     paper_probes,
     phase5_probes,
     project_probes,

@@ -22,6 +22,7 @@ from agentforge.artifact import Artifact, Ratio
 from agentforge.audit import probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
+from agentforge.dashboard import runs
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation import choices, likelihood
 from agentforge.planes import FLOATS, Packed, Plane
@@ -250,6 +251,9 @@ FAULTS: dict[str, Fault] = {
     "Grokfast: the opposite filter": Fault(
         wrapped(mugrokfast, "amplify_slow", lambda slow, g, ema, alpha, lamb: (2 + lamb) * g - slow(g, ema, alpha, lamb)),
         ("features.grokfast",),
+    ),
+    "dashboard: every measurement is shown as the same number": Fault(
+        lambda to: to.setattr(runs, "shown", lambda _: "0.5"), ("missing.dashboard",)
     ),
     "perplexity: padding is counted": Fault(wrapped(likelihood, "_perplexity", padding_counted), ("phase4/red.perplexity",)),
     "Phase 5: the scorer ignores the model": Fault(wrapped(choices, "_run", blind), ("missing.phase5", "short.phase5")),
