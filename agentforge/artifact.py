@@ -207,7 +207,7 @@ class Artifact:
         return Packed(oriented(row), planes, self.shared if stage.shared_layout() else None)
 
     def entries(self) -> dict[str, Entry]:
-        """Where each kept tensor and each plane lies, by its name in the weight files, in the order in which they are written.
+        """Where each kept tensor and each plane lies, by its name in the weight files.
 
         All are held against the manifest by the headers alone: no data is read, so that other loaders can ask this before
         they allocate anything.  Raises BadArtifact where files, names, sizes, shapes or dtypes are not the manifest's.

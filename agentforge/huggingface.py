@@ -19,6 +19,7 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 METHOD = "agentforge"
 
 
-class AgentForgeConfig(QuantizationConfigMixin):
+class AgentForgeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of the quantization; the manifest beside it is what is read."""
 
     def __init__(self, quant_method: str = METHOD, format: int = FORMAT, stage: Any = None) -> None:
@@ -52,6 +53,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = True
     artifact: Artifact
+    loaded_config: dict[str, Any]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
         if not checkpoint_files:
@@ -67,12 +69,13 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        kept = {row["name"] for row in self.artifact.rows if row["stage"] is None}
         # A model may ask for float32 by parts of names (`_keep_in_fp32_modules`); planes are never to be converted.
         for name, entry in self.artifact.entries().items():
-            owner, _, leaf = _name_in(model, name).rpartition(".")
-            held = model.get_submodule(owner)._buffers.get(leaf) if _has(model, owner) else None
-            if held is not None and name not in {row["name"] for row in self.artifact.rows} and held.dtype != entry.dtype:
-                setattr(model.get_submodule(owner), leaf, held.to(entry.dtype))
+            path, _, leaf = _name_in(model, name).rpartition(".")
+            owner = model.get_submodule(path) if name not in kept and _has(model, path) else None
+            if owner is not None and owner.get_buffer(leaf).dtype != entry.dtype:
+                setattr(owner, leaf, owner.get_buffer(leaf).to(entry.dtype))
         self.loaded_config = _config_of(model)
         model.save_pretrained = MethodType(_save_pretrained, model)
         model.push_to_hub = MethodType(_push_to_hub, model)
@@ -149,7 +152,8 @@ def _check_shapes(model: Any, artifact: Artifact) -> None:
         if name not in found and name not in tied and name not in tied.values():
             raise BadArtifact(f"{artifact.path}: tensor {name} is missing; fetch or write the artifact again")
     if odd := sorted(set(found) - set(asked)):
-        raise BadArtifact(f"{artifact.path}: tensor {odd[0]} is not part of a {type(model).__name__}; is config.json its own?")
+        kind = type(model).__name__
+        raise BadArtifact(f"{artifact.path}: tensor {odd[0]} is not part of a {kind}; is config.json its own?")
 
 
 def _replace(model: Any, artifact: Artifact, entries: Mapping[str, Entry]) -> None:
@@ -217,7 +221,7 @@ def _save_pretrained(
     or is offloaded.
     """
     if not push_to_hub and options:
-        raise BadInput(f"save_pretrained: {next(iter(options))} is no option for an artifact, which is written as it was read")
+        raise BadInput(f"save_pretrained: {next(iter(options))} is no option for artifacts, which are written as read")
     if not is_main_process:
         return
     if push_to_hub:
@@ -252,7 +256,8 @@ def _write(model: Any, out: Path) -> None:
     now = {row["name"]: row for row in rows}
     weight_files = [name for name in artifact.manifest["files"] if name.endswith(".safetensors")]
     for file in weight_files:
-        names = [name for name, entry in entries.items() if entry.file.name == file]
+        with safe_open(artifact.path / file, framework="pt") as old:
+            names = old.offset_keys()  # the order in which they lie there
         dtypes = {name: getattr(torch, now[name]["dtype"]) if name in now else entries[name].dtype for name in names}
         write_safetensors(
             out / file,
@@ -281,7 +286,7 @@ def _row_now(artifact: Artifact, row: dict[str, Any], held: dict[str, torch.Tens
         # The hash takes a plane's shape from its values and its bytes from what is stored: nothing has to be unpacked.
         planes = (Plane(plane, torch.empty(size, device="meta"), coding) for plane, (coding, size) in layout.items())
         if Packed(shape, tuple(planes)).hash_of(held[f"{name}.{plane}"].cpu() for plane in layout) != row["sha256"]:
-            raise BadInput(f"save_pretrained: planes of {name} are not those of the artifact; compress the model again instead")
+            raise BadInput(f"save_pretrained: planes of {name} are not the artifact's; compress the model again")
         return row
     values = held[name].cpu()
     if _sha256(values.to(getattr(torch, row["dtype"]))) == row["sha256"]:

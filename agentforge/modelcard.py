@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from . import stages
-from .artifact import Artifact
+from .artifact import Artifact, Ratio
 from .models import SMOLLM2
 from .tensorfiles import plain_file
 
@@ -29,13 +29,14 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
 
     original = artifact.manifest["original"]
     base = HUB_IDS.get(original["source"].get("name"), original["name"])
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     data = ModelCardData(
         license=licence(artifact),
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["agentforge", *_stage_names(artifact)],
-        base_model=base if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
-        base_model_relation="quantized" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else None,
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
     )
     touched = [row for row in artifact.rows if row["stage"]]
     lines = [
@@ -54,7 +55,7 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         "",
         "| what | bytes on disk | against | bytes | ratio |",
         "|---|---:|---|---:|---:|",
-        *(f"| {r.what} | {r.bytes:,} | {r.denominator} | {r.denominator_bytes:,} | {r.ratio:.3f} |" for r in artifact.ratios),
+        *map(_size, artifact.ratios),
         "",
         "## Quality",
         "",
@@ -80,6 +81,10 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         "",
     ]
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
+
+
+def _size(ratio: Ratio) -> str:
+    return f"| {ratio.what} | {ratio.bytes:,} | {ratio.denominator} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
 
 
 def licence(artifact: Artifact) -> str:

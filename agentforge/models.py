@@ -218,7 +218,8 @@ class LanguageModel:
 
     def weights(self, embeddings: bool = False) -> list[Weight]:
         """The weights a stage may touch: linear layers (and GPT-2's Conv1D) and layers of experts inside the decoder's
-        blocks, found by module type.  embeddings: the token embedding, and the output head where it is a matrix of its own, too."""
+        blocks, found by module type.  embeddings: the token embedding, and the output head where it is a matrix of its own,
+        too."""
         return [item for _, item in self._classified(embeddings) if isinstance(item, Weight)]
 
     def kept(self, embeddings: bool = False) -> dict[str, str]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ class Holding(nn.Module):
     like: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, with its packed tensors decoded to the dtype of the input, or of `like` where that is no float."""
+        """The module's own, with packed tensors decoded to the dtype of the input, or of `like` where that is no float."""
         inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         dtype = next(inputs, self.like).dtype
         found = dict(_decoded.get())
@@ -42,8 +42,8 @@ class Holding(nn.Module):
             _decoded.reset(token)
 
 
-@lru_cache(maxsize=None)
-def _class_of(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
+@cache
+def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
     """`own` with these tensors packed."""
 
     def tensor(name: str) -> property:
@@ -54,15 +54,16 @@ def _class_of(own: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
 
 def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Put `weight` in the place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
-    own, held = type(module), {}
+    own, held = type(module), dict[str, tuple[int, ...]]()
     if isinstance(module, Holding):
         own, held = type(module).__bases__[1], module.held
     else:
         module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
     del module._parameters[name]
     module._modules[name] = weight
-    module.held = {**held, name: tuple(shape)}  # type: ignore[assignment]
-    module.__class__ = _class_of(own, tuple(module.held))
+    held = {**held, name: tuple(shape)}
+    module.__class__ = _class_of(own, tuple(held))
+    cast(Holding, module).held = held
 
 
 def place(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:

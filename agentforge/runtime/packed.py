@@ -88,7 +88,9 @@ def _tie(module: Any, config: Any) -> None:
     if not isinstance(embedding, PackedEmbedding | Holding):
         module.tie_weights()
     elif config.get_text_config().tie_word_embeddings:
-        module.set_output_embeddings(PackedLinear(embedding.get_submodule("weight")))
+        weight = embedding.get_submodule("weight")
+        assert isinstance(weight, PackedWeight)
+        module.set_output_embeddings(PackedLinear(weight))
 
 
 class _EmptyOnMeta(TorchFunctionMode):
