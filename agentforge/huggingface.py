@@ -72,7 +72,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         kept = {row["name"] for row in self.artifact.rows if row["stage"] is None}
         # A model may ask for float32 by parts of names (`_keep_in_fp32_modules`); planes are never to be converted.
         for name, entry in self.artifact.entries().items():
-            path, _, leaf = _name_in(model, name).rpartition(".")
+            path, _dot, leaf = _name_in(model, name).rpartition(".")
             owner = model.get_submodule(path) if name not in kept and _has(model, path) else None
             if owner is not None and owner.get_buffer(leaf).dtype != entry.dtype:
                 setattr(owner, leaf, owner.get_buffer(leaf).to(entry.dtype))

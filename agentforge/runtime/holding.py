@@ -54,7 +54,8 @@ def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
     """Put `weight` in the place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
-    own, held = type(module), dict[str, tuple[int, ...]]()
+    own: Any = type(module)
+    held: dict[str, tuple[int, ...]] = {}
     if isinstance(module, Holding):
         own, held = type(module).__bases__[1], module.held
     else:
