@@ -42,7 +42,9 @@ METHOD = "agentforge"
 class AgentForgeConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """What config.json says of the quantization; the manifest beside it is what is read."""
 
-    def __init__(self, quant_method: str = METHOD, format: int = FORMAT, stage: Any = None) -> None:
+    def __init__(self, quant_method: str = METHOD, format: int = FORMAT, stage: Any = None, **unknown: Any) -> None:
+        if unknown:
+            raise BadInput(f"quantization_config: {next(iter(unknown))!a:.80} is no setting of agentforge; take it out")
         self.quant_method = quant_method
         self.format = format
         self.stage = stage
@@ -116,7 +118,8 @@ def _fetch(config: Any, folder: Path, name: str) -> Path:
     if not path.is_file() and not Path(config.name_or_path).is_dir():
         from transformers.utils import cached_file
 
-        cached_file(config.name_or_path, name, revision=getattr(config, "_commit_hash", None))
+        # The folder is CACHE/models--OWNER--NAME/snapshots/COMMIT.
+        cached_file(config.name_or_path, name, revision=folder.name, cache_dir=folder.parents[2])
     if not path.is_file():
         raise BadArtifact(f"{path}: is missing; fetch or write the artifact again")
     return path

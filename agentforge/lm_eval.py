@@ -6,14 +6,14 @@ lm-eval 0.4 has no entry points for plugins; importing agentforge is all that is
 from __future__ import annotations
 
 import importlib.util
-
-from .errors import BadInput
+import sys
 
 
 def main() -> None:
-    """Run lm-eval with the arguments of this process.  Raises BadInput where it is not installed."""
+    """Run lm-eval with the arguments of this process; exits with 2 where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise BadInput("lm-eval is not installed; install agentforge[tasks]")
+        print("lm-eval is not installed; run pip install '.[tasks]'", file=sys.stderr)
+        sys.exit(2)
     from lm_eval.__main__ import cli_evaluate
 
     cli_evaluate()

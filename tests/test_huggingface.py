@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIte
 
 import agentforge as af
 from agentforge import artifact as artifact_module
+from agentforge import lm_eval
 from agentforge.artifact import MANIFEST, Artifact
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.evaluation import Measurement
@@ -107,7 +108,11 @@ def test_every_stage_loads_runs_and_is_saved_again(stage: str, embeddings: bool,
 def test_every_family(family: str, embeddings: bool, tmp_path: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(FAMILIES[family]).save_pretrained(tmp_path / "model")
+        original = AutoModelForCausalLM.from_config(FAMILIES[family])
+        for name, parameter in original.named_parameters():
+            if name.endswith("bias"):  # zeros would not show whether they are loaded
+                torch.nn.init.normal_(parameter)
+        original.save_pretrained(tmp_path / "model")
     made = af.compress(tmp_path / "model", "rounding:bits=4,group=32", tmp_path / "a", embeddings=embeddings, progress=False)
     made.verify()
     model, info = opened(made.path, output_loading_info=True)
@@ -282,6 +287,13 @@ def test_lm_eval_from_the_command_line(rounded: Path, tmp_path: Path) -> None:
     assert isinstance(results, dict) and 0 <= results["counting"]["acc,none"] <= 1
 
 
+def test_a_missing_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(lm_eval.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        lm_eval.main()
+    assert stop.value.code == 2 and "not installed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("first", ["agentforge", "transformers.quantizers.auto"])
 def test_registered_in_either_order(first: str) -> None:
     second = ({"agentforge", "transformers.quantizers.auto"} - {first}).pop()
@@ -437,6 +449,35 @@ def test_hostile_folders_are_refused(what: str, message: str, rounded: Path, tmp
     with pytest.raises(BadInput, match=message) as refused:
         opened(tmp_path / "bad")
     assert "\n" not in str(refused.value)
+
+
+def test_unknown_settings_are_refused(rounded: Path, tmp_path: Path) -> None:
+    shutil.copytree(rounded, tmp_path / "bad")
+    config: Any = read_json(rounded / "config.json")
+    config["quantization_config"]["dequantize"] = True
+    write_json(tmp_path / "bad" / "config.json", config)
+    with pytest.raises(BadInput, match="'dequantize' is no setting of agentforge"):
+        opened(tmp_path / "bad")
+
+
+def test_from_the_hub(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers fetches the files that it knows; the manifest has to be asked for."""
+    cache = tmp_path / "models--someone--small"
+    snapshot = cache / "snapshots" / ("a" * 40)
+    shutil.copytree(rounded, snapshot)
+    (snapshot / MANIFEST).unlink()
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text("a" * 40, encoding="utf-8")
+    asked = []
+
+    def cached_file(name: str, file: str, *, revision: str, cache_dir: Path) -> None:
+        asked.append((name, file, revision, cache_dir))
+        shutil.copyfile(rounded / file, snapshot / file)
+
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    model = opened("someone/small", cache_dir=tmp_path)
+    assert asked == [("someone/small", MANIFEST, "a" * 40, tmp_path)]
+    assert torch.equal(logits(model), logits(af.load(rounded).model))
 
 
 def test_an_artifact_needs_its_folder(rounded: Path) -> None:
