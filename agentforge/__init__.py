@@ -6,6 +6,8 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
+from . import registration
+
 __version__ = "0.1.0"
 
 # torch and transformers load when a name is first used, so that `import agentforge` takes milliseconds.
@@ -96,3 +98,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, *_MODULES})
+
+
+registration.register()

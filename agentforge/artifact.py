@@ -203,8 +203,41 @@ class Artifact:
                 )
             return tensor
         stage = _stage_of(row)
-        planes = self._planes(name, stage.layout(_oriented(row)), row["bytes"])
-        return Packed(_oriented(row), planes, self.shared if stage.shared_layout() else None)
+        planes = self._planes(name, stage.layout(oriented(row)), row["bytes"])
+        return Packed(oriented(row), planes, self.shared if stage.shared_layout() else None)
+
+    def entries(self) -> dict[str, Entry]:
+        """Where each kept tensor and each plane lies, by its name in the weight files.
+
+        All are held against the manifest by the headers alone: no data is read, so that other loaders can ask this before
+        they allocate anything.  Raises BadArtifact where files, names, sizes, shapes or dtypes are not the manifest's.
+        """
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+
+        def planes(name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int) -> None:
+            for plane, coding, shape, entry in self._plane_entries(name, layout, size):
+                wanted[f"{name}.{plane}"] = (FLOATS[coding], shape) if coding in FLOATS else (torch.uint8, (entry.bytes,))
+
+        if about := self.manifest["shared"]:
+            planes(SHARED, _stage_of(about).shared_layout(), about["bytes"])
+        for row in self.rows:
+            if row["stage"] is None:
+                wanted[row["name"]] = (getattr(torch, row["dtype"]), tuple(row["shape"]))
+            else:
+                planes(row["name"], _stage_of(row).layout(oriented(row)), row["bytes"])
+        for name, (dtype, shape) in wanted.items():
+            entry = self._entry(name)
+            if (entry.dtype, entry.shape) != (dtype, shape):
+                raise BadArtifact(
+                    f"{self.path}: tensor {name} is {entry.dtype}{list(entry.shape)}, the manifest says {dtype}{list(shape)}"
+                )
+        if odd := sorted(set(self._entries) - set(wanted)):
+            raise BadArtifact(f"{self.path}: the weight files hold {odd[0]}, which the manifest does not know")
+        for file in sorted({entry.file for entry in self._entries.values()}):
+            said = self.manifest["files"].get(file.name, {"bytes": "none"})["bytes"]
+            if file.stat().st_size != said:
+                raise BadArtifact(f"{file}: has {file.stat().st_size} bytes, the manifest says {said}")
+        return {name: self._entry(name) for name in wanted}
 
     @cached_property
     def shared(self) -> Packed:
@@ -215,6 +248,18 @@ class Artifact:
     def _planes(self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int) -> tuple[Plane, ...]:
         """The planes of a tensor, `size` bytes together."""
         planes = []
+        for plane, coding, shape, entry in self._plane_entries(name, layout, size):
+            try:
+                planes.append(Plane.from_stored(plane, coding, shape, read_tensor(f"{name}.{plane}", entry)))
+            except BadArtifact as error:
+                raise BadArtifact(f"{self.path}: tensor {name}: {error}") from None
+        return tuple(planes)
+
+    def _plane_entries(
+        self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int
+    ) -> list[tuple[str, str, tuple[int, ...], Entry]]:
+        """Name, coding and shape of each plane of a tensor, and where it lies; their sizes are held against the settings."""
+        found_entries = []
         if (found := sum(self._entry(f"{name}.{plane}").bytes for plane in layout)) != size:
             raise BadArtifact(f"{self.path}: the planes of {name} have {found} bytes, the manifest says {size}")
         for plane, (coding, shape) in layout.items():
@@ -226,11 +271,8 @@ class Artifact:
                     f"{self.path}: plane {name}.{plane} has {entry.bytes} bytes; {coding}{list(shape)} takes "
                     + (f"{least}" if least == most else f"{least} to {most}")
                 )
-            try:
-                planes.append(Plane.from_stored(plane, coding, shape, read_tensor(f"{name}.{plane}", entry)))
-            except BadArtifact as error:
-                raise BadArtifact(f"{self.path}: tensor {name}: {error}") from None
-        return tuple(planes)
+            found_entries.append((plane, coding, shape, entry))
+        return found_entries
 
     def decode(self, row: dict[str, Any], packed: Packed | None = None) -> torch.Tensor:
         """A row's tensor as the model has it: decoded to float32 where it was encoded, as kept otherwise."""
@@ -241,7 +283,7 @@ class Artifact:
             dense = _stage_of(row).decode(found)
         except BadArtifact as error:
             raise BadArtifact(f"{self.path}: tensor {row['name']}: {error}") from None
-        return dense.T.contiguous() if row["transposed"] else dense
+        return dense.T.contiguous() if row["transposed"] else dense.reshape(row["shape"])
 
     def _entry(self, name: str) -> Entry:
         if name not in self._entries:
@@ -452,7 +494,7 @@ class Writer:
         row = {
             "name": weight.name,
             "stage": encoded.stage.to_json(),
-            "shape": list(encoded.shape[::-1] if weight.transposed else encoded.shape),
+            "shape": list(weight.stored_shape),
             "transposed": weight.transposed,
             "dtype": str(weight.dtype).removeprefix("torch."),
             "bits": encoded.bits,
@@ -664,10 +706,10 @@ def _stage_of(row: dict[str, Any]) -> stages.Stage:
     return stages.from_json(row["stage"])
 
 
-def _oriented(row: dict[str, Any]) -> tuple[int, int]:
-    """(out, in) of an encoded row."""
-    rows, columns = row["shape"]
-    return (columns, rows) if row["transposed"] else (rows, columns)
+def oriented(row: dict[str, Any]) -> tuple[int, int]:
+    """(out, in) of an encoded row, as its stage sees it: the matrices of a layer's experts lie below each other."""
+    *rows, columns = row["shape"]
+    return (columns, rows[0]) if row["transposed"] else (math.prod(rows), columns)
 
 
 def _recipe_of(path: Path) -> dict[str, Any] | None:
@@ -771,10 +813,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if type(row.get("transposed")) is not bool or not isinstance(relative, int | float) or not 0 <= relative < 1e300:
             raise refuse(f"tensor {name}: transposed or relative_error is missing")
         if row.get("stage") is not None:
-            if len(shape) != 2 or 0 in shape:
-                raise refuse(f"tensor {name}: shape {shape} is no matrix")
+            if len(shape) not in ((2,) if row["transposed"] else (2, 3)) or 0 in shape:
+                raise refuse(f"tensor {name}: shape {shape} is neither a matrix nor one an expert")
+            if max(oriented(row)) > LARGEST_SIDE:
+                raise refuse(f"tensor {name}: shape {shape} is not believable")
             try:
-                sizes = _sizes(_stage_of(row).layout(_oriented(row)))
+                sizes = _sizes(_stage_of(row).layout(oriented(row)))
             except BadInput as error:
                 raise refuse(f"tensor {name}: {error}") from None
             if _stage_of(row).shared_layout() and (shared is None or shared["stage"] != row["stage"]):

@@ -20,7 +20,7 @@ import torch
 from . import __version__, stages
 from .artifact import Encoded, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
-from .models import Weight
+from .models import Weight, as_matrix
 from .statistics import InputStatistics
 
 FALLBACK = stages.get("rounding", bits=8)
@@ -76,8 +76,7 @@ class Task(NamedTuple):
 
     def load(self) -> torch.Tensor:
         """The weight as [out, in], in its own dtype."""
-        tensor = self.read()
-        return tensor.T.contiguous() if self.transposed else tensor
+        return as_matrix(self.read(), self.transposed)
 
 
 def _writable(array: np.ndarray) -> torch.Tensor:

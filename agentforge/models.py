@@ -53,7 +53,8 @@ class Weight:
     """A weight that a stage may touch.
 
     name: its name in the model.  shape: (out, in) as a stage sees it.  dtype: as stored.  module: the type of the
-    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D).
+    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D).  experts: where it is stored as
+    [experts, out / experts, in], the number of experts, whose matrices lie below each other; 0 for one matrix.
     """
 
     name: str
@@ -62,11 +63,24 @@ class Weight:
     module: str
     transposed: bool
     _read: Callable[[str], torch.Tensor] = field(repr=False, compare=False)
+    experts: int = 0
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape in which the model has it."""
+        rows, columns = self.shape
+        if self.experts:
+            return self.experts, rows // self.experts, columns
+        return (columns, rows) if self.transposed else (rows, columns)
 
     def load(self) -> torch.Tensor:
         """The weight as [out, in], in its own dtype."""
-        tensor = self._read(self.name)
-        return tensor.T.contiguous() if self.transposed else tensor
+        return as_matrix(self._read(self.name), self.transposed)
+
+
+def as_matrix(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """A weight as the model stores it, as the matrix [out, in] that a stage sees."""
+    return tensor.T.contiguous() if transposed else tensor.reshape(-1, tensor.shape[-1])
 
 
 class LanguageModel:
@@ -203,8 +217,9 @@ class LanguageModel:
         return module
 
     def weights(self, embeddings: bool = False) -> list[Weight]:
-        """The weights a stage may touch: linear layers (and GPT-2's Conv1D) inside the decoder's blocks, found by module
-        type.  embeddings: the token embedding, and the output head where it is a matrix of its own, too."""
+        """The weights a stage may touch: linear layers (and GPT-2's Conv1D) and layers of experts inside the decoder's
+        blocks, found by module type.  embeddings: the token embedding, and the output head where it is a matrix of its own,
+        too."""
         return [item for _, item in self._classified(embeddings) if isinstance(item, Weight)]
 
     def kept(self, embeddings: bool = False) -> dict[str, str]:
@@ -271,6 +286,12 @@ class LanguageModel:
     ) -> Weight | str:
         kind = type(owner).__name__
         conv = kind == "Conv1D"
+        # transformers marks its layers of experts by how they hold their matrices: [experts, out, in], or transposed.
+        if len(entry.shape) == 3 and in_block and entry.dtype.is_floating_point and hasattr(owner, "is_transposed"):
+            if owner.is_transposed:
+                return f"{leaf} of {kind}: experts stored as [experts, in, out], which no stage reads yet"
+            experts, rows, columns = entry.shape
+            return Weight(name, (experts * rows, columns), entry.dtype, kind, False, self.tensor, experts)
         if leaf != "weight" or len(entry.shape) != 2:
             rank = len(entry.shape)
             return f"{leaf} of {kind}: {'a vector' if rank == 1 else f'{rank} dimensions'}, not the matrix of a linear layer"

@@ -16,7 +16,7 @@ import torch
 from tqdm.auto import tqdm
 
 from . import __version__, stages
-from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
+from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
 from .execution import Task, Unencoded, device_named, encode_tensor, from_worker, is_finite
 from .models import LanguageModel, Weight, open_model
@@ -154,7 +154,7 @@ def refine(
         raise BadInput(f"{artifact.path}: holds no encoded tensors, so that there is nothing to refine")
     for row in artifact.rows:
         if row["name"] in refined:
-            refined[row["name"]].layout((row["shape"][0], row["shape"][1]))  # refuses planes that are not there
+            refined[row["name"]].layout(oriented(row))  # refuses planes that are not there
     stage = next(iter(refined.values()))
     recipe: dict[str, Any] = {
         "format": FORMAT,

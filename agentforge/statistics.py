@@ -109,7 +109,8 @@ def collect(
     module = model.model
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers = dict(module.named_modules())
-    owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in model.weights()}
+    # A layer of experts is fed all tokens, each of its matrices only some: it has no statistics.
+    owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in model.weights() if not weight.experts}
     same = _same_input(body, windows[0], owners)
     sums: dict[str, torch.Tensor] = {}
     seen: dict[str, int] = {}

@@ -12,6 +12,7 @@ from .. import stages
 from ..errors import BadArtifact
 from ..planes import Packed
 from .decoding import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes
+from .holding import Holding, is_linear, place
 from .linear import TernaryLinear
 
 if TYPE_CHECKING:
@@ -39,10 +40,7 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
         module.get_submodule("agentforge").add_module("shared", shared)
     for row in artifact.rows:
         if row["stage"] is not None:
-            path = row["name"].removesuffix(".weight")
-            parent, _, leaf = path.rpartition(".")
-            layer = _layer(artifact, row, module.get_submodule(path), kept.pop(f"{path}.bias", None), shared)
-            setattr(module.get_submodule(parent), leaf, layer)
+            _place(module, artifact, row, kept, shared)
     module.load_state_dict(kept, strict=False, assign=True)
     if not opened.is_classifier:
         _tie(module, opened._hf_config)
@@ -59,31 +57,40 @@ def shared_planes(artifact: Artifact) -> SharedPlanes | None:
     return SharedPlanes(stages.from_json(about["stage"]), {plane.name: plane.stored() for plane in artifact.shared})
 
 
-def _layer(
-    artifact: Artifact, row: dict[str, Any], replaced: nn.Module, bias: torch.Tensor | None, shared: SharedPlanes | None
-) -> nn.Module:
-    """The packed layer of a row, in the place of the module `replaced`."""
-    packed, stage = artifact.read(row), stages.from_json(row["stage"])
+def _place(
+    module: nn.Module,
+    artifact: Artifact,
+    row: dict[str, Any],
+    kept: dict[str, torch.Tensor],
+    shared: SharedPlanes | None,
+) -> None:
+    """Put a row's weight in its place; TernaryLinear takes its bias out of `kept`."""
+    packed, stage, name = artifact.read(row), stages.from_json(row["stage"]), row["name"]
     assert isinstance(packed, Packed)
-    embedding = isinstance(replaced, nn.Embedding)
-    if stage.name == "ternary" and not embedding:
+    path = name.rpartition(".")[0]
+    if stage.name == "ternary" and is_linear(module.get_submodule(path)):
+        parent, _, leaf = path.rpartition(".")
         try:
-            return TernaryLinear.from_packed(packed, bias)
+            layer = TernaryLinear.from_packed(packed, kept.pop(f"{path}.bias", None))
         except BadArtifact as error:
-            raise BadArtifact(f"{artifact.path}: tensor {row['name']}: {error}") from None
+            raise BadArtifact(f"{artifact.path}: tensor {name}: {error}") from None
+        setattr(module.get_submodule(parent), leaf, layer)
+        return
     weight = PackedWeight(
         stage, packed.shape, {plane.name: plane.stored() for plane in packed}, shared if stage.shared_layout() else None
     )
-    return PackedEmbedding(weight) if embedding else PackedLinear(weight, bias)
+    place(module, name, weight, row["shape"], torch.float32)
 
 
 def _tie(module: Any, config: Any) -> None:
     """Give the head the embedding's weight where the configuration says so, packed or not."""
     embedding = module.get_input_embeddings()
-    if not isinstance(embedding, PackedEmbedding):
+    if not isinstance(embedding, PackedEmbedding | Holding):
         module.tie_weights()
     elif config.get_text_config().tie_word_embeddings:
-        module.set_output_embeddings(PackedLinear(embedding.weight))
+        weight = embedding.get_submodule("weight")
+        assert isinstance(weight, PackedWeight)
+        module.set_output_embeddings(PackedLinear(weight))
 
 
 class _EmptyOnMeta(TorchFunctionMode):

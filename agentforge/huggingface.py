@@ -1,0 +1,351 @@
+"""Artifacts in transformers: `AutoModelForCausalLM.from_pretrained(folder)` after `import agentforge`.
+
+Importing this module registers a quantizer under the name that an artifact's config.json has; `agentforge.registration`
+does so.  transformers builds the model without memory and loads the weight files itself, sharded or not, to whatever
+device; the quantizer puts packed layers (`agentforge.runtime`) where the manifest has encoded weights, so that the planes
+are what is loaded.  Before that, manifest, configuration and the headers of the weight files are held against each other.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from . import stages
+from .artifact import FORMAT, MANIFEST, SHARED, Artifact, oriented, relative_error
+from .errors import BadArtifact, BadInput
+from .planes import Packed, Plane, tensor_bytes
+from .runtime.decoding import PackedWeight, SharedPlanes
+from .runtime.holding import Holding, place
+from .tensorfiles import WEIGHTS_INDEX, Entry, plain_file, read_json, sha256_file, write_json, write_safetensors
+
+if TYPE_CHECKING:
+    from .evaluation import Measurement
+
+METHOD = "agentforge"
+
+
+class AgentForgeConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What config.json says of the quantization; the manifest beside it is what is read."""
+
+    def __init__(self, quant_method: str = METHOD, format: int = FORMAT, stage: Any = None, **unknown: Any) -> None:
+        if unknown:
+            raise BadInput(f"quantization_config: {next(iter(unknown))!a:.80} is no setting of agentforge; take it out")
+        self.quant_method = quant_method
+        self.format = format
+        self.stage = stage
+
+
+class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Makes room for the planes of an artifact in a model that transformers builds, and writes the artifact again."""
+
+    requires_calibration = True
+    artifact: Artifact
+    loaded_config: dict[str, Any]
+
+    def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
+        if not checkpoint_files:
+            raise BadInput("an artifact of agentforge is loaded from its folder; pass that to from_pretrained")
+        folder = Path(checkpoint_files[0]).parent
+        _fetch(model.config, folder, MANIFEST)
+        self.artifact = Artifact(folder)
+        entries = self.artifact.entries()
+        if {Path(file) for file in checkpoint_files} != {entry.file for entry in entries.values()}:
+            raise BadArtifact(f"{folder}: transformers reads other weight files here than those that the manifest has")
+        _check_shapes(model, self.artifact)
+        _replace(model, self.artifact, entries)
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        kept = {row["name"] for row in self.artifact.rows if row["stage"] is None}
+        # A model may ask for float32 by parts of names (`_keep_in_fp32_modules`); planes are never to be converted.
+        for name, entry in self.artifact.entries().items():
+            path, _dot, leaf = _name_in(model, name).rpartition(".")
+            owner = model.get_submodule(path) if name not in kept and _has(model, path) else None
+            if owner is not None and owner.get_buffer(leaf).dtype != entry.dtype:
+                setattr(owner, leaf, owner.get_buffer(leaf).to(entry.dtype))
+        self.loaded_config = _config_of(model)
+        model.save_pretrained = MethodType(_save_pretrained, model)
+        model.push_to_hub = MethodType(_push_to_hub, model)
+        return model
+
+    def is_serializable(self) -> bool:
+        """True: `save_pretrained` writes the artifact."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """False: planes have no gradients."""
+        return False
+
+
+if METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantization_config(METHOD)(AgentForgeConfig)
+    register_quantizer(METHOD)(AgentForgeQuantizer)
+
+
+class TiedHead(nn.Module):
+    """The output head whose weight is that of a packed embedding, which alone holds it."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that state dictionaries have its planes once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float[..., in].  Returns [..., vocabulary]."""
+        weight = self._embedding[0].get_submodule("weight")
+        assert isinstance(weight, PackedWeight)
+        return nn.functional.linear(x, weight.dense(x.dtype).to(x.device))
+
+
+def _fetch(config: Any, folder: Path, name: str) -> Path:
+    """A file of the artifact; where it came from the hub, transformers has fetched only those that it knows."""
+    path = plain_file(folder, name)
+    if not path.is_file() and not Path(config.name_or_path).is_dir():
+        from transformers.utils import cached_file
+
+        # The folder is CACHE/models--OWNER--NAME/snapshots/COMMIT.
+        cached_file(config.name_or_path, name, revision=folder.name, cache_dir=folder.parents[2])
+    if not path.is_file():
+        raise BadArtifact(f"{path}: is missing; fetch or write the artifact again")
+    return path
+
+
+def _name_in(model: Any, name: str) -> str:
+    """The name in `model` of what the artifact calls `name`: a model without its head has no prefix for the rest."""
+    prefix = f"{model.base_model_prefix}."
+    return name if hasattr(model, model.base_model_prefix) else name.removeprefix(prefix)
+
+
+def _has(model: nn.Module, path: str) -> bool:
+    try:
+        model.get_submodule(path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _check_shapes(model: Any, artifact: Artifact) -> None:
+    """Hold the manifest against the model that config.json asked for.  Raises BadArtifact where they differ."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {_name_in(model, row["name"]): tuple(row["shape"]) for row in artifact.rows}
+    for name, shape in found.items():
+        if name in asked and asked[name] != shape:
+            raise BadArtifact(f"{artifact.path}: tensor {name} is {list(shape)}; config.json asks for {list(asked[name])}")
+    if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
+        return  # another head: transformers says what it makes itself
+    tied = model.all_tied_weights_keys
+    for name in asked:
+        if name not in found and name not in tied and name not in tied.values():
+            raise BadArtifact(f"{artifact.path}: tensor {name} is missing; fetch or write the artifact again")
+    if odd := sorted(set(found) - set(asked)):
+        kind = type(model).__name__
+        raise BadArtifact(f"{artifact.path}: tensor {odd[0]} is not part of a {kind}; is config.json its own?")
+
+
+def _replace(model: Any, artifact: Artifact, entries: Mapping[str, Entry]) -> None:
+    """Put packed layers without memory in the places of encoded weights, each plane of the size that it has on disk."""
+
+    def stored(name: str, layout: Mapping[str, object]) -> dict[str, torch.Tensor]:
+        found = {plane: entries[f"{name}.{plane}"] for plane in layout}
+        return {plane: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for plane, entry in found.items()}
+
+    dtype = model.dtype
+    shared = None
+    if about := artifact.manifest["shared"]:
+        stage = stages.from_json(about["stage"])
+        shared = SharedPlanes(stage, stored(SHARED, stage.shared_layout()))
+        model.add_module(METHOD, nn.Module())
+        model.get_submodule(METHOD).add_module("shared", shared)
+        _initialized(shared)
+    packed = {}
+    for row in artifact.rows:
+        name = _name_in(model, row["name"])
+        if row["stage"] is None or not _has(model, name.rpartition(".")[0]):
+            continue
+        stage, shape = stages.from_json(row["stage"]), oriented(row)
+        with torch.device("meta"):
+            weight = PackedWeight(
+                stage, shape, stored(row["name"], stage.layout(shape)), shared if stage.shared_layout() else None
+            )
+            place(model, name, weight, row["shape"], dtype)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        _initialized(weight if isinstance(owner, Holding) else owner)
+        packed[name] = owner
+    tied = model.all_tied_weights_keys
+    for target, source in list(tied.items()):
+        if source in packed and target not in packed:
+            head, _, _ = target.rpartition(".")
+            parent, _, leaf = head.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, _initialized(TiedHead(packed[source])))
+        if source in packed or target in packed:
+            del tied[target]
+    if isinstance(model._tied_weights_keys, dict):  # from which transformers would tie again
+        model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if not {t, s} & set(packed)}
+
+
+def _initialized(module: nn.Module) -> nn.Module:
+    """Mark modules as none that transformers is to fill with random numbers."""
+    for inner in module.modules():
+        inner._is_hf_initialized = True  # type: ignore[assignment]
+    return module
+
+
+def _config_of(model: Any) -> dict[str, Any]:
+    config = copy.deepcopy(model.config.to_dict())
+    return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_version")}
+
+
+def _save_pretrained(
+    self: Any, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
+) -> None:
+    """Write the artifact again: the same bytes, where nothing was changed since it was loaded.
+
+    Kept tensors and settings of config.json that were changed are written as they are now, with their hashes in the
+    manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
+
+    Raises BadInput for other options, for planes that were changed, and where the model holds only a part of the artifact
+    or is offloaded.
+    """
+    if not push_to_hub and options:
+        raise BadInput(f"save_pretrained: {next(iter(options))} is no option for artifacts, which are written as read")
+    if not is_main_process:
+        return
+    if push_to_hub:
+        repo_id = options.pop("repo_id", Path(save_directory).name)
+    out = Path(save_directory).expanduser()
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
+        _write(self, Path(scratch))
+        names = {file.name for file in Path(scratch).iterdir()}
+        for file in out.iterdir():  # weights of an earlier save would be read in the place of these
+            if file.name not in names and (file.suffix == ".safetensors" or file.name == WEIGHTS_INDEX):
+                file.unlink()
+        for name in sorted(names, key=lambda name: name == MANIFEST):  # the manifest last
+            os.replace(Path(scratch) / name, out / name)
+    if push_to_hub:
+        _push_to_hub(self, repo_id, **options)
+
+
+def _write(model: Any, out: Path) -> None:
+    """Write the artifact that `model` was loaded from, as it is in memory, into the empty folder `out`."""
+    artifact: Artifact = model.hf_quantizer.artifact
+    entries, state = artifact.entries(), model.state_dict()
+    held = {}
+    for name in entries:
+        tensor = state.get(_name_in(model, name))
+        if tensor is None:
+            raise BadInput(f"save_pretrained: the model has no {name}; load the whole artifact to save it")
+        if tensor.device.type == "meta":
+            raise BadInput(f"save_pretrained: {name} is offloaded; load the artifact into memory to save it")
+        held[name] = tensor.detach()
+    rows = [_row_now(artifact, row, held) for row in artifact.rows]
+    now = {row["name"]: row for row in rows}
+    weight_files = [name for name in artifact.manifest["files"] if name.endswith(".safetensors")]
+    for file in weight_files:
+        with safe_open(artifact.path / file, framework="pt") as old:
+            names = old.offset_keys()  # the order in which they lie there
+        dtypes = {name: getattr(torch, now[name]["dtype"]) if name in now else entries[name].dtype for name in names}
+        write_safetensors(
+            out / file,
+            [(name, dtypes[name], tuple(held[name].shape)) for name in names],
+            (tensor_bytes(held[name].to("cpu", dtypes[name])) for name in names),
+        )
+    for file in artifact.manifest["files"]:
+        if file not in weight_files:
+            shutil.copyfile(_fetch(model.config, artifact.path, file), out / file)
+    config, before = _config_of(model), model.hf_quantizer.loaded_config
+    if changed := {key: value for key, value in config.items() if key not in before or before[key] != value}:
+        write_json(out / "config.json", {**read_json(out / "config.json"), **changed})
+    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(out.iterdir())}
+    if rows == artifact.rows and files == artifact.manifest["files"]:
+        shutil.copyfile(artifact.path / MANIFEST, out / MANIFEST)  # older ones may lack what reading them fills in
+    else:
+        write_json(out / MANIFEST, {**artifact.manifest, "files": files, "tensors": rows})
+
+
+def _row_now(artifact: Artifact, row: dict[str, Any], held: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The row of a tensor as it is in memory; where it was only rounded to be held there, `held` gets the one on disk."""
+    name = row["name"]
+    if row["stage"] is not None:
+        stage, shape = stages.from_json(row["stage"]), oriented(row)
+        layout = stage.layout(shape)
+        # The hash takes a plane's shape from its values and its bytes from what is stored: nothing has to be unpacked.
+        planes = (Plane(plane, torch.empty(size, device="meta"), coding) for plane, (coding, size) in layout.items())
+        if Packed(shape, tuple(planes)).hash_of(held[f"{name}.{plane}"].cpu() for plane in layout) != row["sha256"]:
+            raise BadInput(f"save_pretrained: planes of {name} are not the artifact's; compress the model again")
+        return row
+    values = held[name].cpu()
+    if _sha256(values.to(getattr(torch, row["dtype"]))) == row["sha256"]:
+        return row
+    kept = artifact.read(row)
+    assert isinstance(kept, torch.Tensor)
+    if torch.equal(kept.to(values.dtype), values):
+        held[name] = kept
+        return row
+    held[name] = values
+    return {
+        **row,
+        "reason": "changed after it was loaded",
+        "dtype": str(values.dtype).removeprefix("torch."),
+        "bits": 8 * values.nbytes,
+        "bytes": values.nbytes,
+        "relative_error": relative_error(kept, values),  # against the one that it replaces
+        "sha256": _sha256(values),
+    }
+
+
+def _sha256(tensor: torch.Tensor) -> str:
+    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+
+
+def _push_to_hub(
+    self: Any,
+    repo_id: str,
+    *,
+    measurements: Mapping[str, Measurement] | None = None,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> str:
+    """Write the artifact and its model card to a repository of the hub, which is made where there is none.
+
+    measurements: what the card says of quality, by name (`agentforge.perplexity` gives one).  Returns the commit's address.
+    """
+    from huggingface_hub import HfApi
+
+    from .modelcard import model_card
+
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "artifact"
+        _save_pretrained(self, folder)
+        card = model_card(Artifact(folder), measurements, repo)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=commit_message or "Upload an artifact of agentforge",
+            revision=revision,
+            create_pr=create_pr,
+        )
+    return str(done.commit_url)

@@ -1,0 +1,116 @@
+"""The model card of an artifact, from its manifest."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from . import stages
+from .artifact import Artifact, Ratio
+from .models import SMOLLM2
+from .tensorfiles import plain_file
+
+if TYPE_CHECKING:
+    from .evaluation import Measurement
+
+# Where a model that agentforge can name itself comes from, on the hub.
+HUB_IDS = {SMOLLM2["name"]: "HuggingFaceTB/SmolLM2-135M-Instruct"}
+# How the texts of licences begin, and their names on the hub.
+LICENCES = {"apache license": "apache-2.0", "mit license": "mit", "bsd 3-clause": "bsd-3-clause"}
+
+
+def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | None = None, name: str = "FOLDER") -> str:
+    """README.md for an artifact, with the front matter that the hub reads.
+
+    measurements: of the artifact, by what was measured.  name: the folder or repository that it is loaded from.
+    """
+    from huggingface_hub import ModelCard, ModelCardData
+
+    original = artifact.manifest["original"]
+    base = HUB_IDS.get(original["source"].get("name"), original["name"])
+    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
+    data = ModelCardData(
+        license=licence(artifact),
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["agentforge", *_stage_names(artifact)],
+        base_model=base if on_hub else None,
+        base_model_relation="quantized" if on_hub else None,
+    )
+    touched = [row for row in artifact.rows if row["stage"]]
+    lines = [
+        f"# {original['name']}, compressed by agentforge",
+        "",
+        f"- Base model: {base} (sha256 over its files: `{original['fingerprint']}`)",
+        f"- Licence of the base model: {licence(artifact)}",
+        f"- Encoded: {len(touched)} of {len(artifact.rows)} tensors; the others are kept",
+        f"- Manifest: sha256 `{artifact.sha256}`",
+        "",
+        "## Stage",
+        "",
+        *(f"- `{text}`: {count} tensors" for text, count in _stages(artifact).items()),
+        "",
+        "## Size",
+        "",
+        "| what | bytes on disk | against | bytes | ratio |",
+        "|---|---:|---|---:|---:|",
+        *map(_size, artifact.ratios),
+        "",
+        "## Quality",
+        "",
+    ]
+    if measurements:
+        lines += ["| measured | value | protocol |", "|---|---|---|"]
+        for what, found in measurements.items():
+            protocol = ", ".join(f"{key} {value}" for key, value in found.protocol.items())
+            lines.append(f"| {what} | {found} | {protocol} |")
+    else:
+        lines.append("Not measured.")
+    lines += [
+        "",
+        "## Use",
+        "",
+        "```python",
+        "import agentforge  # tells transformers of the format",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        "```",
+        "",
+    ]
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
+
+
+def _size(ratio: Ratio) -> str:
+    return f"| {ratio.what} | {ratio.bytes:,} | {ratio.denominator} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
+
+
+def licence(artifact: Artifact) -> str:
+    """The base model's licence as the hub names it: as its source says, else by the licence file; "unknown" otherwise."""
+    source = artifact.manifest["original"]["source"]
+    if isinstance(said := source.get("licence"), str):
+        return said
+    for name in artifact.manifest["files"]:
+        if name.upper().startswith(("LICENSE", "LICENCE")):
+            with plain_file(artifact.path, name).open(encoding="utf-8", errors="replace") as file:
+                text = " ".join(file.read(1000).lower().split())
+            for beginning, known in LICENCES.items():
+                if text.startswith(beginning):
+                    return known
+    return "unknown"
+
+
+def _stages(artifact: Artifact) -> dict[str, int]:
+    """The stages of the encoded tensors, with all their settings, and how many each has."""
+    found: dict[str, int] = {}
+    for row in artifact.rows:
+        if row["stage"]:
+            text = str(stages.from_json(row["stage"]))
+            found[text] = found.get(text, 0) + 1
+    return found
+
+
+def _stage_names(artifact: Artifact) -> list[str]:
+    return sorted({text.partition(":")[0] for text in _stages(artifact)})
