@@ -89,6 +89,10 @@ class ECSQ(Stage):
         }
         return planes | ({"gains": ("float16", (rows,))} if self.gains else {})
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """Every row has its own codes and factors."""
+        return 1, {"codes": shape[1], "rows": 1} | ({"gains": 1} if self.gains else {})
+
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         values = weight.numpy()

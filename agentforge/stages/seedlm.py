@@ -129,6 +129,13 @@ class SeedLM(Stage):
             "exponent": ("uint8", (1,)),
         }
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """As many rows as end with a block."""
+        C, P = self.geometry
+        rows = C // math.gcd(C, shape[1])
+        blocks = rows * shape[1] // C
+        return rows, {"seeds": blocks, "exponents": blocks, "coefficients": blocks * P}
+
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         if self.weighted and stats is None:
             raise BadInput("seedlm: weighted=True needs the layer's input statistics; compress a model, or pass stats")
