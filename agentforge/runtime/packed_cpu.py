@@ -31,9 +31,9 @@ from .ternary_cpu import in_parts
 
 ROWS = 4
 LANES = 16
-WORD = 8  # codes that a word of 64 bits holds, at any width up to 8
 WORD_BITS = 57  # that a word of 64 holds at any offset in a byte
 WIDEST = 32  # bits of an index
+WIDEST_CODE = 14  # of which a word holds four, wherever in a byte they begin
 
 i8, i16, i32, i64, f32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 Value = Any  # an ir.Value
@@ -89,7 +89,12 @@ def streams(width: int) -> int:
 
 def step(width: int) -> int:
     """Columns that `grid` takes at a time, of which groups must be multiples."""
-    return LANES * streams(width) if 8 % width == 0 else WORD
+    return LANES * streams(width) if 8 % width == 0 else _lanes(width)
+
+
+def _lanes(width: int) -> int:
+    """Codes that are unpacked together: those of sixteen bytes, else as many as a word of 64 bits holds."""
+    return LANES if 8 % width == 0 else 8 if width < 8 else 4
 
 
 @intrinsic(prefer_literal=True)
@@ -116,7 +121,7 @@ def _grid_rows(
     """
     signature = types.void(width, zero, zigzag, *([types.int64] * 10))
     bits, offset, coded = width.literal_value, zero.literal_value, zigzag.literal_value
-    count, lanes = streams(bits), LANES if 8 % bits == 0 else WORD
+    count, lanes = streams(bits), _lanes(bits)
     floats, words = ir.VectorType(f32, lanes), ir.VectorType(i32, lanes)
 
     def unpacked(b: Any, codes: Value, size: Value, at: Value) -> list[Value]:
@@ -210,7 +215,7 @@ def _grid_kernel(width: int, zero: int, zigzag: int) -> Any:
 def fits_grid(width: int, rows: int, columns: int, group: int) -> bool:
     """Whether `grid` computes a weight of this form on this machine."""
     bytes_ = rows * columns * width // 8
-    return half.available() and width <= 8 and rows >= ROWS and bytes_ >= 8 and not (columns % group or group % step(width))
+    return half.available() and width <= WIDEST_CODE and rows >= ROWS and bytes_ >= 8 and not (columns % group or group % step(width))
 
 
 def grid(
