@@ -176,7 +176,8 @@ def table(record: dict[str, Any]) -> str:
 
     rows = list(record["rows"].items())
     for name, row in rows:
-        line(f"`{name}`", f"{row['bits']:.2f}", "packed", row, row["alone"])
+        escaped = name.replace("|", "\\|")  # it would end the cell
+        line(f"`{escaped}`", f"{row['bits']:.2f}", "packed", row, row["alone"])
     for kind in DENSE:  # as they ran beside the first row
         line(f"dense {kind}, beside the first row", "32" if kind == "float32" else "16", kind, rows[0][1], record["dense"][kind])
     about = record["environment"]
@@ -195,6 +196,14 @@ def table(record: dict[str, Any]) -> str:
             "",
         ]
     )
+
+
+def keep(record: dict[str, Any], out: Path | None) -> None:
+    """Write what is measured so far, where a folder was asked for."""
+    if out:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "packed.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / "packed.md").write_text(table(record))
 
 
 def main() -> None:
@@ -240,10 +249,8 @@ def main() -> None:
             compress(original, text, path)
         row = record["rows"][name] = measured(path, dense, ids, args)
         print(f"{name}: {row['generation']['packed']['value']:.1f} tokens/s generated", flush=True)
-        if args.out:
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "packed.json").write_text(json.dumps(record, indent=1) + "\n")
-            (args.out / "packed.md").write_text(table(record))
+        keep(record, args.out)
+    keep(record, args.out)
     print(table(record).partition("\n| stage")[2])
 
 

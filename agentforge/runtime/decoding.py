@@ -53,6 +53,8 @@ class Ready(NamedTuple):
     def rows(self, first: int, last: int) -> torch.Tensor:
         """float32[last - first, in], decoded; both are places where a part begins or ends."""
         shape = (last - first, self.shape[1])
+        if shape == self.shape and (found := self._on_gpu()) is not None:
+            return found
         layout, planes = self.stage.layout(shape), []
         for name, held in self.planes.items():
             size = held.shape
@@ -64,10 +66,23 @@ class Ready(NamedTuple):
             planes.append(Plane(name, values.reshape(size), held.coding))
         return self.stage.decode(Packed(shape, tuple(planes), self.shared))
 
+    def _on_gpu(self) -> torch.Tensor | None:
+        """All rows by a kernel, where one is there for a GPU."""
+        if not next(iter(self.planes.values())).stored.is_cuda:
+            return None
+        try:
+            from . import decode_triton  # only here: Triton is not everywhere
+        except ImportError:
+            return None
+        return decode_triton.dense(self)
+
     def parts(self) -> list[tuple[int, int]]:
-        """The first and last row of each part that is decoded at a time: some `PART` weights, and whole bytes of planes."""
+        """The first and last row of each part that is decoded at a time: some `PART` weights, and whole bytes of planes.
+
+        On a GPU all rows are one part: there starting a kernel takes as long as decoding so much.
+        """
         rows, columns = self.shape
-        if not self.block:
+        if not self.block or not next(iter(self.planes.values())).stored.is_cpu:
             return [(0, rows)]
         least = 40 * self.block  # whole bytes of any width, and of trits
         size = least * max(1, PART // (least * columns))

@@ -135,8 +135,9 @@ class ECSQ(Stage):
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """What the steps of rows and columns are multiplied by: float32[out], float32[in]."""
-    rows, columns = _steps(packed["rows"].numpy(), packed["columns"].numpy(), np.float32(1))
-    return torch.from_numpy(rows), torch.from_numpy(columns)
+    device = packed["rows"].device
+    rows, columns = _steps(packed["rows"].cpu().numpy(), packed["columns"].cpu().numpy(), np.float32(1))
+    return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
 
 
 def zigzag(codes: torch.Tensor) -> torch.Tensor:

@@ -158,13 +158,17 @@ class Trajectory(Stage):
         if largest >= (U + 1) * (M + 1):
             raise BadArtifact(f"plane indices: holds {largest}; expected at most {(U + 1) * (M + 1) - 1}")
         rows, columns = packed.shape
-        points = self._points(packed, U, M, indices.numpy())
-        return torch.from_numpy(points.reshape(-1)[: rows * columns].reshape(rows, columns))
+        if indices.is_cpu:
+            points = torch.from_numpy(self._points(packed, U, M, indices.numpy()))
+        else:
+            points = self.book(packed)[indices.to(torch.int64)]
+        return points.reshape(-1)[: rows * columns].reshape(rows, columns)
 
     def book(self, packed: Packed) -> torch.Tensor:
-        """What each index stands for: float32[(U + 1) (M + 1), K]."""
+        """What each index stands for: float32[(U + 1) (M + 1), K], on the planes' device."""
         U, M = self._chosen(packed)
-        return torch.from_numpy(self._points(packed, U, M, np.arange((U + 1) * (M + 1), dtype=np.int32)))
+        points = self._points(packed, U, M, np.arange((U + 1) * (M + 1), dtype=np.int32))
+        return torch.from_numpy(points).to(packed["indices"].device)
 
     def _chosen(self, packed: Packed) -> tuple[int, int]:
         """U and M, as the planes have them."""
@@ -182,7 +186,7 @@ class Trajectory(Stage):
         reaches = _reaches(side, float(packed["radius"]) if M else 0.0, M)
         lattice = _lattice(U, self.K, self.variant, self.centred)
         points = np.empty((len(indices), self.K), np.float32)
-        _look_up(indices, packed["centroid"].numpy(), reaches, lattice, points)
+        _look_up(indices, packed["centroid"].cpu().numpy(), reaches, lattice, points)
         return points
 
 

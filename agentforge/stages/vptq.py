@@ -434,7 +434,7 @@ class Vptq(Stage):
         """The columns of each segment, in rising order."""
         if not self._has_classes(segments):
             return [np.arange(s.first, s.last) for s in segments]
-        classes = packed["class"].numpy()
+        classes = packed["class"].cpu().numpy()
         found = [np.flatnonzero(classes == _class(s, segments)) for s in segments]
         for s, columns in zip(segments, found, strict=True):
             if len(columns) != s.last - s.first:
