@@ -253,7 +253,7 @@ def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
     # Eight values fill `width` whole bytes: one word of 64 bits where they fit, else byte by byte.
     columns = torch.nn.functional.pad(flat.to(torch.int64), (0, -count % 8)).reshape(-1, 8)
     if width < 8:
-        words = torch.zeros_like(columns[:, 0])
+        words = torch.zeros(len(columns), dtype=torch.int64, device=columns.device)
         for j in range(8):
             words |= columns[:, j] << (j * width)
         packed = words.view(torch.uint8).reshape(-1, 8)[:, :width]
@@ -298,7 +298,7 @@ def _unpack_block(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     wide = groups.to(torch.int64)
     values = []
     for j in range(8):
-        value = torch.zeros_like(wide[:, 0])
+        value = torch.zeros(len(wide), dtype=torch.int64, device=wide.device)
         for byte in range(width):
             shift = byte * 8 - j * width
             if -8 < shift < width:

@@ -3,15 +3,15 @@
     python benchmarks/packed.py [ARTIFACT ...] [--stages STAGE ...] [--model smollm2-135m] [--threads 2] [--device cpu]
                                 [--tokens 32] [--prompt 512] [--rounds 5] [--scratch DIR] [--out DIR]
 
-Compresses the model with each stage (kept in --scratch), and takes finished ARTIFACTs, too.  Each is loaded packed and measured
-in turn with two dense models of the original: float32 and bfloat16.  A round is one run of each, one after the other, so that
-other work on the machine meets all three alike; ratios are formed within a round.  Means over the rounds, with standard errors.
+Compresses the model with each stage (kept in --scratch), and takes finished ARTIFACTs, too.  Each is loaded packed and
+measured in turn with two dense models of the original: float32 and bfloat16.  A round is one run of each, one after another,
+so that other work on the machine meets all three alike; ratios are formed within a round.  Means, with standard errors.
 
-generation: greedy, batch 1, --tokens new tokens after a short prompt; its processing is in the time.  prompt: --prompt tokens
-at once.  held: parameters, buffers, and what packed layers keep beside them, between two calls.  peak: the most memory that
-a fresh process took which loaded the model and generated four tokens; Python and its libraries are in it.  load: seconds of
-that process from the folder to the model; a dense artifact decodes there.  limit: the bytes that a token reads, at the speed at
-which torch copies 256 MB with as many threads (bytes read and written).
+generation: greedy, batch 1, --tokens new tokens after a short prompt; its processing is in the time.  prompt: --prompt
+tokens at once.  held: parameters, buffers, and what packed layers keep beside them, between two calls.  peak: the most
+memory that a fresh process took which loaded the model and generated four tokens; Python and its libraries are in it.
+load: seconds of that process from the folder to the model.  limit: the bytes that a token reads, at the speed at which torch
+copies 256 MB with as many threads (bytes read and written).
 
 With --out (reports/packed) it writes DIR/packed.json and .md after each stage, and does not measure again what is there.
 """
@@ -161,7 +161,8 @@ def table(record: dict[str, Any]) -> str:
         return f"{found['value']:.{digits}f}{error}"
 
     head = ["stage", "bits a weight", "held (MB)", "peak (MB)", "load (s)", "generation (tokens/s)", "of float32's"]
-    head += ["of bfloat16's", "limit (tokens/s)", f"prompt of {record['prompt']} (tokens/s)", "of float32's", "of bfloat16's"]
+    head += ["of bfloat16's", "limit (tokens/s)", f"prompt of {record['prompt']} (tokens/s)"]
+    head += ["of float32's", "of bfloat16's"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
 
     def line(name: str, bits: str, kind: str, row: dict[str, Any], alone: dict[str, Any] | None) -> None:
@@ -179,7 +180,8 @@ def table(record: dict[str, Any]) -> str:
         escaped = name.replace("|", "\\|")  # it would end the cell
         line(f"`{escaped}`", f"{row['bits']:.2f}", "packed", row, row["alone"])
     for kind in DENSE:  # as they ran beside the first row
-        line(f"dense {kind}, beside the first row", "32" if kind == "float32" else "16", kind, rows[0][1], record["dense"][kind])
+        bits = "32" if kind == "float32" else "16"
+        line(f"dense {kind}, beside the first row", bits, kind, rows[0][1], record["dense"][kind])
     about = record["environment"]
     loads = ", ".join(f"{row['load_average'][0]:.1f} to {row['load_average'][1]:.1f}" for _, row in rows)
     return "\n".join(
@@ -190,7 +192,8 @@ def table(record: dict[str, Any]) -> str:
             *lines,
             "",
             f"{record['model']}; {about['cpu']}, {os.cpu_count()} cores, torch {about['packages']['torch']}, "
-            f"{rows[0][1]['threads']} threads, device {rows[0][1]['device']}; {rows[0][1]['generation']['packed']['n']} rounds, "
+            f"{rows[0][1]['threads']} threads, device {rows[0][1]['device']}; "
+            f"{rows[0][1]['generation']['packed']['n']} rounds, "
             f"{record['tokens']} new tokens.  Load averages before and after each row (this benchmark's own two threads "
             f"included; other work was running): {loads}.",
             "",

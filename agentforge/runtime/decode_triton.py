@@ -1,8 +1,7 @@
 """Decoding on a GPU from packed bits, in Triton: VPTQ's centroids, and SeedLM's blocks from their seeds.
 
 Imported only where Triton is installed, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1.  The product follows
-as a matrix product of its own.  Results are the CPU's, bit for bit, but for VPTQ with means, where a GPU may round the sum of
-scaled centroid and mean once in place of twice.
+as a matrix product of its own.  Results are the CPU's, bit for bit.  Tested in Triton's interpreter; no GPU has run it yet.
 """
 
 from __future__ import annotations

@@ -19,7 +19,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 from llvmlite import ir
 from numba import njit, types
@@ -215,7 +214,8 @@ def _grid_kernel(width: int, zero: int, zigzag: int) -> Any:
 def fits_grid(width: int, rows: int, columns: int, group: int) -> bool:
     """Whether `grid` computes a weight of this form on this machine."""
     bytes_ = rows * columns * width // 8
-    return half.available() and width <= WIDEST_CODE and rows >= ROWS and bytes_ >= 8 and not (columns % group or group % step(width))
+    enough = rows >= ROWS and bytes_ >= 8 and width <= WIDEST_CODE
+    return half.available() and enough and not (columns % group or group % step(width))
 
 
 def grid(
@@ -275,9 +275,10 @@ def _vector_lines(
 ) -> Any:
     """Products of four lines of vectors with one vector.
 
-    v, width, along, together: literals; along: 1 for vectors that lie along a row (a line gives one result), 0 for those that
-    lie along a column (it gives v); together: how many indices are read at a time, of which `count` is a multiple.  indices: address of the plane, of `size` bytes.  line: the first, of `count` vectors.
-    book: address of float32[top + 1, v].
+    v, width, along, together: literals.  along: 1 for vectors that lie along a row (a line gives one result), 0 for those
+    that lie along a column (it gives v).  together: how many indices are read at a time, of which `count` is a multiple.
+    indices: address of the plane, of `size` bytes.  line: the first, of `count` vectors.  book: address of
+    float32[top + 1, v].
     """
     signature = types.void(v, width, along, together, *([types.int64] * 8))
     length, bits, in_row, n = (literal.literal_value for literal in (v, width, along, together))

@@ -128,7 +128,7 @@ def test_parts_are_those_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch
 
 
 def test_planes_are_checked_once_and_after_loading() -> None:
-    weight, dense = weight_of("vptq:v=4,k=16,residual=3", 64, 64)
+    weight, _ = weight_of("vptq:v=4,k=16,residual=3", 64, 64)
     x = torch.randn(1, 64)
     before = weight.product(x)
     state = {name: tensor.clone() for name, tensor in weight.state_dict().items()}
