@@ -110,7 +110,8 @@ class Plane:
 
             if stored.dtype != torch.uint8 or stored.dim() != 1:
                 raise BadArtifact(f"plane {name}: {coding} takes uint8[bytes], found {stored.dtype}{list(stored.shape)}")
-            plane = cls(name, entropy.decode(bytes(tensor_bytes(stored)), name, coding[1:], shape).values, coding)
+            values = entropy.decode(bytes(tensor_bytes(stored.cpu())), name, coding[1:], shape).values
+            plane = cls(name, values.to(stored.device), coding)
             plane.__dict__["_coded"] = stored  # so that hashing it does not code it again
             return plane
         if coding in FLOATS:
@@ -252,12 +253,12 @@ def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
     # Eight values fill `width` whole bytes: one word of 64 bits where they fit, else byte by byte.
     columns = torch.nn.functional.pad(flat.to(torch.int64), (0, -count % 8)).reshape(-1, 8)
     if width < 8:
-        words = torch.zeros(len(columns), dtype=torch.int64)
+        words = torch.zeros(len(columns), dtype=torch.int64, device=columns.device)
         for j in range(8):
             words |= columns[:, j] << (j * width)
         packed = words.view(torch.uint8).reshape(-1, 8)[:, :width]
     else:
-        packed = torch.zeros(len(columns), width, dtype=torch.uint8)
+        packed = torch.zeros(len(columns), width, dtype=torch.uint8, device=columns.device)
         for byte in range(width):
             for j in range(8):
                 shift = j * width - byte * 8
@@ -297,7 +298,7 @@ def _unpack_block(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     wide = groups.to(torch.int64)
     values = []
     for j in range(8):
-        value = torch.zeros(len(wide), dtype=torch.int64)
+        value = torch.zeros(len(wide), dtype=torch.int64, device=wide.device)
         for byte in range(width):
             shift = byte * 8 - j * width
             if -8 < shift < width:
@@ -328,7 +329,7 @@ def unpack_trits(stored: torch.Tensor, count: int) -> torch.Tensor:
         raise BadInput(f"byte {int(stored.max())} is no group of five trits (at most 242)")
     powers = torch.tensor([3**j for j in range(TRITS_PER_BYTE)])
     # A group's five values, as the five low bytes of one word: looking up words is faster than looking up rows.
-    digits_of = (torch.arange(3**TRITS_PER_BYTE).unsqueeze(1) // powers % 3).to(torch.uint8)
+    digits_of = (torch.arange(3**TRITS_PER_BYTE).unsqueeze(1) // powers % 3).to(stored.device, torch.uint8)
     words = torch.nn.functional.pad(digits_of, (0, 8 - TRITS_PER_BYTE)).view(torch.int64).reshape(-1)
     digits = words[stored.int()].view(torch.uint8).reshape(-1, 8)[:, :TRITS_PER_BYTE].reshape(-1)
     if digits[count:].any():

@@ -1,6 +1,6 @@
 """Packed layers that compute without first becoming dense."""
 
-from .decoding import PackedEmbedding, PackedLinear
+from .decoding import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, held_bytes
 from .linear import TernaryLinear
 
-__all__ = ["PackedEmbedding", "PackedLinear", "TernaryLinear"]
+__all__ = ["PackedEmbedding", "PackedLinear", "PackedWeight", "SharedPlanes", "TernaryLinear", "held_bytes"]

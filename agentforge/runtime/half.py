@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import llvmlite.binding
@@ -30,6 +31,7 @@ CHUNK = 4096  # rows that are made float32 at a time for more tokens
 i16, i32, i64, f32 = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
+@cache  # asking takes longer than a small product
 def available() -> bool:
     """Whether the machine turns half floats into float32 by an instruction."""
     if platform.machine() in ("aarch64", "arm64"):

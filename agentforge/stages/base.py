@@ -139,6 +139,12 @@ class Stage:
         """
         raise NotImplementedError
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """How many rows can be decoded without the others, and how many values of each plane belong to so many; planes that
+        are not named are needed for all.  What is cut out so decodes as a weight of its own.  (0, {}): only all rows can.
+        """
+        return 0, {}
+
     def shared_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Coding and shape of each plane that all weights of a model share; empty where the stage shares none."""
         return {}

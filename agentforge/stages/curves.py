@@ -99,7 +99,7 @@ class Curves(Stage):
     def _decode(self, packed: Packed) -> torch.Tensor:
         rows, columns = packed.shape
         values = np.empty(rows * columns, np.float32)
-        points = packed["points"].to(torch.float32).numpy()
+        points = packed["points"].to("cpu", torch.float32).numpy()  # segments have no kernel for other devices
         first = 0
         for part in _cut(values, self._length(values.size)):
             _, basis = _matrices(self.kind, self.degree, part.shape[1])
@@ -108,12 +108,13 @@ class Curves(Stage):
         if self.sort != "none":
             ordered, values = values, np.empty_like(values)
             places = self._places(values.size)
-            orders = packed["order"].to(torch.int64).numpy()
+            orders = packed["order"].to("cpu", torch.int64).numpy()
             for target, source, order in zip(*(_cut(x, places) for x in (values, ordered, orders)), strict=True):
                 if not (np.sort(order, axis=1) == np.arange(order.shape[1])).all():
                     raise BadArtifact(f"plane order: expected permutations of {order.shape[1]} places")
                 np.put_along_axis(target, order, source, 1)
-        return times_power_of_two(torch.from_numpy(values).reshape(rows, columns), 128 - int(packed["exponent"]))
+        decoded = torch.from_numpy(values).reshape(rows, columns).to(packed["points"].device)
+        return times_power_of_two(decoded, 128 - int(packed["exponent"]))
 
 
 def r_squared(weight: torch.Tensor, decoded: torch.Tensor) -> float:

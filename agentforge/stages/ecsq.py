@@ -89,6 +89,10 @@ class ECSQ(Stage):
         }
         return planes | ({"gains": ("float16", (rows,))} if self.gains else {})
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """Every row has its own codes and factors."""
+        return 1, {"codes": shape[1], "rows": 1} | ({"gains": 1} if self.gains else {})
+
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         values = weight.numpy()
@@ -131,8 +135,9 @@ class ECSQ(Stage):
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     """What the steps of rows and columns are multiplied by: float32[out], float32[in]."""
-    rows, columns = _steps(packed["rows"].numpy(), packed["columns"].numpy(), np.float32(1))
-    return torch.from_numpy(rows), torch.from_numpy(columns)
+    device = packed["rows"].device
+    rows, columns = _steps(packed["rows"].cpu().numpy(), packed["columns"].cpu().numpy(), np.float32(1))
+    return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
 
 
 def zigzag(codes: torch.Tensor) -> torch.Tensor:

@@ -55,13 +55,13 @@ class Rounding(Stage):
         if self.group < 0:
             raise BadInput(f"rounding: group={self.group}; expected 1 or more, or 0 for one grid a row")
 
-    def _group(self, columns: int) -> int:
+    def columns_a_grid(self, columns: int) -> int:
         """Weights a grid in a row of this length."""
         return min(self.group or columns, columns)
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Coding and shape of each plane."""
-        grids = (shape[0], math.ceil(shape[1] / self._group(shape[1])))
+        grids = (shape[0], math.ceil(shape[1] / self.columns_a_grid(shape[1])))
         planes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (f"uint{self.bits}", shape)}
         planes["scale"] = ("float16", grids)
         if not self.symmetric:
@@ -69,12 +69,16 @@ class Rounding(Stage):
         planes["exponent"] = ("uint8", (1,))
         return planes
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """Every row has its own codes and grids."""
+        return 1, {name: size[1] for name, (_, size) in self.layout(shape).items() if len(size) == 2}
+
     def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         exponent = power_of_two_exponent(weight)
         scaled = times_power_of_two(weight, exponent).numpy()
         del weight  # as large as what is scaled
-        group = self._group(shape[1])
+        group = self.columns_a_grid(shape[1])
         scale, minimum = _fit(scaled, group, self.bits, self.symmetric, self.clip == "mse")
         # What is stored are half floats: the codes are chosen for those.
         half_scale, half_minimum = scale.astype(np.float16), minimum.astype(np.float16)
@@ -98,7 +102,7 @@ class Rounding(Stage):
     def dense(self, packed: Packed, floats: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """(codes - zero) * scale, or codes * scale + minimum, of each group."""
         rows, columns = packed.shape
-        group = self._group(columns)
+        group = self.columns_a_grid(columns)
         scale = floats["scale"].unsqueeze(2)
         codes = packed["codes"].to(scale.device, torch.float32)
         if columns % group:  # padding copies even where there is nothing to pad

@@ -129,6 +129,13 @@ class SeedLM(Stage):
             "exponent": ("uint8", (1,)),
         }
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """As many rows as end with a block."""
+        C, P = self.geometry
+        rows = C // math.gcd(C, shape[1])
+        blocks = rows * shape[1] // C
+        return rows, {"seeds": blocks, "exponents": blocks, "coefficients": blocks * P}
+
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         if self.weighted and stats is None:
             raise BadInput("seedlm: weighted=True needs the layer's input statistics; compress a model, or pass stats")
@@ -157,14 +164,15 @@ class SeedLM(Stage):
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         C, _ = self.geometry
-        seeds = packed["seeds"].to(torch.int64).numpy()
+        device = packed["seeds"].device
+        seeds = packed["seeds"].to("cpu", torch.int64).numpy()
         if len(seeds) and int(seeds.min()) == 0:
             raise BadArtifact("plane seeds: holds 0; a shift register runs from 1 to 2^K - 1")
-        codes = torch.cat([packed["exponents"].unsqueeze(1), packed["coefficients"]], 1).to(torch.int8).numpy()
+        codes = torch.cat([packed["exponents"].unsqueeze(1), packed["coefficients"]], 1).to("cpu", torch.int8).numpy()
         values = np.empty((len(seeds), C), np.float32)
-        _reconstruct(seeds, codes, self.K, _mask(self.K), values)
+        _reconstruct(seeds, codes, self.K, taps_mask(self.K), values)
         count = packed.shape[0] * packed.shape[1]
-        flat = torch.from_numpy(values).reshape(-1)[:count].reshape(packed.shape)
+        flat = torch.from_numpy(values).reshape(-1)[:count].reshape(packed.shape).to(device)
         return times_power_of_two(flat, 128 - int(packed["exponent"]))
 
 
@@ -179,7 +187,7 @@ def lfsr(K: int, seed: int, count: int) -> np.ndarray:
     if not 0 < seed < 1 << K:
         raise BadInput(f"seed {seed}; expected 1 to {(1 << K) - 1}")
     states = np.empty(count, np.uint32)
-    _run(seed, K, _mask(K), states)
+    _run(seed, K, taps_mask(K), states)
     return states
 
 
@@ -193,7 +201,8 @@ def _to_unit(states: np.ndarray, K: int) -> np.ndarray:
     return (states - half) / max(half - 1, 1.0)
 
 
-def _mask(K: int) -> int:
+def taps_mask(K: int) -> int:
+    """The tapped bits of a K-bit register."""
     return sum(1 << j for j in TAPS[K])
 
 

@@ -65,6 +65,10 @@ class Ternary(Stage):
             return {"codes": codes, "scale": ("float32", (1,))}
         return {"codes": codes, "scale": ("float16", (shape[0],)), "exponent": ("uint8", (1,))}
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """Every row has its own codes, and its own scale unless the tensor has one."""
+        return 1, {"codes": shape[1]} | ({} if self.rule == "absmean" else {"scale": 1})
+
     def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         coding = self.layout(shape)["codes"][0]

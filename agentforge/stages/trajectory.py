@@ -106,6 +106,11 @@ class Trajectory(Stage):
             planes["choice"] = ("uint8", (2,))
         return planes
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """As many rows as end with a vector."""
+        rows = self.K // math.gcd(self.K, shape[1])
+        return rows, {"indices": rows * shape[1] // self.K}
+
     def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
         flat = weight.numpy().reshape(-1)
@@ -147,23 +152,42 @@ class Trajectory(Stage):
         return range(1, self.M + 1) if outside and self.M else range(1)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
+        U, M = self._chosen(packed)
+        indices = packed["indices"].contiguous()
+        largest = int(indices.max())
+        if largest >= (U + 1) * (M + 1):
+            raise BadArtifact(f"plane indices: holds {largest}; expected at most {(U + 1) * (M + 1) - 1}")
+        rows, columns = packed.shape
+        if indices.is_cpu:
+            points = torch.from_numpy(self._points(packed, U, M, indices.numpy()))
+        else:
+            points = self.book(packed)[indices.to(torch.int64)]
+        return points.reshape(-1)[: rows * columns].reshape(rows, columns)
+
+    def book(self, packed: Packed) -> torch.Tensor:
+        """What each index stands for: float32[(U + 1) (M + 1), K], on the planes' device."""
+        U, M = self._chosen(packed)
+        points = self._points(packed, U, M, np.arange((U + 1) * (M + 1), dtype=np.int32))
+        return torch.from_numpy(points).to(packed["indices"].device)
+
+    def _chosen(self, packed: Packed) -> tuple[int, int]:
+        """U and M, as the planes have them."""
         U, M = self.U, self.M
         if self.select:
             number, M = (int(x) for x in packed["choice"])
             if number > bool(self.U_first) or M > self.M:
                 raise BadArtifact(f"plane choice: holds {number}, {M}; expected at most {int(bool(self.U_first))}, {self.M}")
             U = self.U if number or not self.U_first else self.U_first
-        indices = packed["indices"].contiguous()
-        largest = int(indices.max())
-        if largest >= (U + 1) * (M + 1):
-            raise BadArtifact(f"plane indices: holds {largest}; expected at most {(U + 1) * (M + 1) - 1}")
+        return U, M
+
+    def _points(self, packed: Packed, U: int, M: int, indices: np.ndarray) -> np.ndarray:
+        """float32[n, K] for n indices."""
         side = self.l or float(packed["side"])
         reaches = _reaches(side, float(packed["radius"]) if M else 0.0, M)
         lattice = _lattice(U, self.K, self.variant, self.centred)
         points = np.empty((len(indices), self.K), np.float32)
-        _look_up(indices.numpy(), packed["centroid"].numpy(), reaches, lattice, points)
-        rows, columns = packed.shape
-        return torch.from_numpy(points.reshape(-1)[: rows * columns].reshape(rows, columns))
+        _look_up(indices, packed["centroid"].cpu().numpy(), reaches, lattice, points)
+        return points
 
 
 def paper_bits_per_weight(packed: Packed) -> float:

@@ -235,6 +235,13 @@ class Vptq(Stage):
         """Whether it has to be stored which columns are in which segment."""
         return len(segments) > 1 and (self.permute or bool(segments[0].plane))
 
+    def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
+        """A vector's rows, unless outliers have vectors of another length or the parts of a vector lie apart."""
+        segments = self.segments(shape)
+        if self.parts > 1 or segments[0].plane:
+            return 0, {}
+        return segments[0].v, {f"{name}indices": shape[1] for name in LEVELS[: len(segments[0].sizes)]}
+
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape, device = (weight.shape[0], weight.shape[1]), weight.device
         problem, segments = self._prepare(weight, stats), self.segments(shape)
@@ -427,7 +434,7 @@ class Vptq(Stage):
         """The columns of each segment, in rising order."""
         if not self._has_classes(segments):
             return [np.arange(s.first, s.last) for s in segments]
-        classes = packed["class"].numpy()
+        classes = packed["class"].cpu().numpy()
         found = [np.flatnonzero(classes == _class(s, segments)) for s in segments]
         for s, columns in zip(segments, found, strict=True):
             if len(columns) != s.last - s.first:

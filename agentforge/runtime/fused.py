@@ -1,0 +1,109 @@
+"""Which stages' weights are multiplied without being decoded, and how: their planes as the forms of `packed_cpu`.
+
+`product` gives None for everything else: another device, more vectors than pay, settings or sizes that a kernel does not
+know, a machine without the instructions.  Then the caller decodes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..planes import FLOAT32_MAX, Packed, times_power_of_two
+from ..stages import Stage
+from ..stages.ecsq import ECSQ, factors
+from ..stages.rounding import Rounding
+from ..stages.trajectory import Trajectory
+from ..stages.vptq import LEVELS, Vptq
+from . import packed_cpu
+
+if TYPE_CHECKING:
+    from .decoding import Ready
+
+FEW = 16  # vectors up to which the kernels are used: for more, decoding once is faster
+EXPONENTS = 60  # the largest power of two beside the weights for which float32 sums keep their range
+
+
+def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
+    """What a kernel needs beside the planes, and what takes too long to make at each call: float32 tensors by name."""
+    if isinstance(stage, Trajectory):
+        return {"book": stage.book(packed)}
+    if isinstance(stage, ECSQ):
+        rows, columns = factors(packed)
+        floats = packed.floats
+        columns = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+        return {"rows": rows * floats["gains"] if stage.gains else rows, "columns": columns}
+    return {}
+
+
+def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
+    """x W^T, float32[tokens, out] of x: float[tokens, in], or None where W has to be decoded."""
+    known: Any = {Rounding: _rounding, ECSQ: _ecsq, Vptq: _vptq, Trajectory: _trajectory}.get(type(ready.stage))
+    if known is None or not x.is_cpu or not 0 < len(x) <= FEW:
+        return None
+    found: torch.Tensor | None = known(ready, ready.stage, x.to(torch.float32))
+    return found
+
+
+def _small(ready: Ready, name: str) -> torch.Tensor:
+    """All values of a float plane, as float32."""
+    held = ready.planes[name]
+    return held.values(0, math.prod(held.shape)).reshape(held.shape).to(torch.float32)
+
+
+def _exponent(ready: Ready) -> int:
+    return 128 - int(ready.planes["exponent"].stored)
+
+
+def _rounding(ready: Ready, stage: Rounding, x: torch.Tensor) -> torch.Tensor | None:
+    (rows, columns), codes = ready.shape, ready.planes["codes"]
+    group, width, exponent = stage.columns_a_grid(columns), int(codes.coding[4:]), _exponent(ready)
+    if not packed_cpu.fits_grid(width, rows, columns, group) or abs(exponent) > EXPONENTS:
+        return None
+    zero, minimum = (2 ** (stage.bits - 1) - 1, None) if stage.symmetric else (0, ready.planes["minimum"].stored)
+    out = packed_cpu.grid(x, codes.stored, rows, width, group, ready.planes["scale"].stored, minimum, zero)
+    return times_power_of_two(out, exponent, in_place=True)
+
+
+def _ecsq(ready: Ready, stage: ECSQ, x: torch.Tensor) -> torch.Tensor | None:
+    (rows, columns), codes = ready.shape, ready.planes["codes"]
+    width = int(codes.coding[4:])
+    if not packed_cpu.fits_grid(width, rows, columns, columns):
+        return None
+    out = packed_cpu.grid(x * ready.prepared["columns"], codes.stored, rows, width, columns, zigzag=True)
+    return out.mul_(ready.prepared["rows"])
+
+
+def _vptq(ready: Ready, stage: Vptq, x: torch.Tensor) -> torch.Tensor | None:
+    """x has the columns' scales, which belong to the weight; the columns' means are one product more."""
+    rows, columns = ready.shape
+    segments, exponent = stage.segments(ready.shape), _exponent(ready)
+    if len(segments) > 1 or stage.parts > 1 or abs(exponent) > EXPONENTS:
+        return None
+    lines = math.ceil(rows / segments[0].v)
+    scaled = x * _small(ready, "scale") if "scale" in ready.planes else x
+    out: torch.Tensor | None = None
+    for level in LEVELS[: len(segments[0].sizes)]:
+        indices = ready.planes[f"{level}indices"]
+        width = int(indices.coding[4:])
+        if not packed_cpu.fits_vectors(width, lines, columns):
+            return None
+        name = f"{level}codebook"
+        book = _small(ready, name) if ready.shared is None else ready.shared[name]
+        part = packed_cpu.vectors(scaled, indices.stored, width, lines, columns, book[0, 0], along=False)
+        out = part if out is None else out.add_(part)
+    assert out is not None
+    if "mean" in ready.planes:
+        out.add_(x @ _small(ready, "mean").unsqueeze(1))
+    return times_power_of_two(out[:, :rows], exponent, in_place=True)
+
+
+def _trajectory(ready: Ready, stage: Trajectory, x: torch.Tensor) -> torch.Tensor | None:
+    (rows, columns), indices = ready.shape, ready.planes["indices"]
+    width = int(indices.coding[4:])
+    if columns % stage.K or not packed_cpu.fits_vectors(width, rows, columns // stage.K):
+        return None
+    book = ready.prepared["book"]
+    return packed_cpu.vectors(x, indices.stored, width, rows, columns // stage.K, book, along=True)
