@@ -1,5 +1,6 @@
 # make audit: set up, fetch the default model, measure, write reports/ (BUDGET=full: all of it, however long it takes).
 # make test: set up, run every test.
+# make docs: set up, build the documentation site into build/site, check its links.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait give the core to those that work: else several processes at once hold each other up.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: audit test notebooks lint readme clean
+.PHONY: audit test notebooks docs lint readme clean
 
 audit: $(VENV)/.lab
 	$(BIN)/agentforge audit --budget $(BUDGET)
@@ -26,6 +27,10 @@ test: $(VENV)/.dev
 notebooks: $(VENV)/.lab
 	$(BIN)/python tools/notebooks.py --smoke
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	$(BIN)/python tools/links.py build/site
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -34,7 +39,7 @@ readme: $(VENV)/.lab
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build/site .coverage .mypy_cache .pytest_cache .ruff_cache
 
 # Everything is pinned by requirements.lock; a set-up is repeated only when it, or pyproject.toml, changes.
 $(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml
@@ -42,7 +47,7 @@ $(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml
 		{ echo "agentforge needs Python 3.11 or newer, $(PYTHON) is older; run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[lab$(COMMA)tasks$(if $(filter %.dev,$@),$(COMMA)dask$(COMMA)dev)]'
+		--editable '.[lab$(COMMA)tasks$(if $(filter %.dev,$@),$(COMMA)dask$(COMMA)dev$(COMMA)docs)]'
 	touch $@
 	$(if $(filter %.dev,$@),touch $(VENV)/.lab)
 

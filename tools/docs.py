@@ -1,8 +1,8 @@
 """The documentation site's hook for MkDocs: what is written elsewhere becomes a page, and nothing is copied into git.
 
-README, CHANGELOG, CONTRIBUTING, the notebooks with their outputs and the reports appear under the paths that they have in the
-repository, so that their links to each other hold; the commands come from their own help, the modules from their docstrings.
-Formulas become MathML, which browsers draw without a script.
+README, CHANGELOG, CONTRIBUTING, the notebooks with their outputs and the reports appear under the paths that they have in
+the repository, so that their links to each other hold; the commands come from their own help, the modules from their
+docstrings.  Formulas become MathML, which browsers draw without a script.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML; wide tables scroll inside the page."""
+    """Formulas as MathML."""
     from latex2mathml.converter import convert
 
     def formula(match: re.Match[str]) -> str:
@@ -122,7 +122,9 @@ def commands() -> str:
     from agentforge.cli import app
 
     command = typer.main.get_command(app)
-    return get_docs_for_click(obj=command, ctx=typer.Context(command), name="agentforge", title="Commands")
+    text = get_docs_for_click(obj=command, ctx=typer.Context(command), name="agentforge", title="Commands")
+    # Its overview cuts the sentences off; each stands whole below.
+    return re.sub(r"\*\*Commands\*\*:\n\n(\* .*\n)+", "", text)
 
 
 def report_index() -> str:
@@ -177,6 +179,6 @@ def plain(text: str, names: list[str]) -> str:
             continue
         bullet, rest = ("* ", line[2:]) if line.startswith("* ") else ("", line)
         pieces = rest.split("`")
-        pieces[::2] = [re.sub(r"([\\*_<>\[\]|$])", r"\\\1", piece) for piece in pieces[::2]]
+        pieces[::2] = [re.sub(r"[\\*_<>&$\[\]]", lambda sign: f"&#{ord(sign[0])};", piece) for piece in pieces[::2]]
         lines.append(bullet + "`".join(pieces))
-    return lead.sub(r"\n* `\1`: ", "\n".join(lines))
+    return lead.sub(r"\n\n* `\1`: ", "\n".join(lines))
