@@ -115,7 +115,7 @@ def phase(
     check_model(model)
     found = None if model.is_classifier else evaluation.find_text(text)
     out.mkdir(parents=True, exist_ok=True)
-    plain = compress(model, stage, out / "untrained", overwrite=overwrite, progress=progress)
+    plain = compress(model, stage, out / "untrained", device=device, overwrite=overwrite, progress=progress)
     protocol: dict[str, Any] = {"tokens": tokens, "context": model.usual_context, "progress": progress}
     before, converted, accuracy = _quality(model.on(device), load(plain.path).on(device), found, protocol)
     flow = _gradient_flow(model, stage, settings)
@@ -136,7 +136,7 @@ def phase(
         artifact, history = done.artifact, done.history
         _, after, accuracy = _quality(model, load(artifact.path).on(device), found, protocol)
     else:
-        artifact = compress(model, stage, out / "quantized", overwrite=overwrite, progress=progress)
+        artifact = compress(model, stage, out / "quantized", device=device, overwrite=overwrite, progress=progress)
     shutil.rmtree(out / "dequantized", ignore_errors=True)
     dense = open_model(dequantize(artifact, out / "dequantized")).on(device)
     agreement = _agreement(dense, load(artifact.path).on(device), found, protocol)
