@@ -1,5 +1,6 @@
 # make audit: set up, fetch the default model, measure, write reports/ (BUDGET=full: all of it, however long it takes).
 # make test: set up, run every test.
+# make docs: set up, build the documentation site into build/site, check its links.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,7 +9,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait give the core to those that work: else several processes at once hold each other up.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: audit test test-code test-notebooks notebooks lint readme clean
+.PHONY: audit test test-code test-notebooks notebooks docs lint readme clean
 
 audit: $(VENV)/.lab
 	$(BIN)/agentforge audit --budget $(BUDGET)
@@ -32,6 +33,10 @@ test-notebooks: $(VENV)/.dev
 notebooks: $(VENV)/.lab
 	$(BIN)/python tools/notebooks.py --smoke
 
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet
+	$(BIN)/python tools/links.py build/site
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -40,7 +45,7 @@ readme: $(VENV)/.lab
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) build/site .coverage .mypy_cache .pytest_cache .ruff_cache
 
 # Everything is pinned by requirements.lock; a set-up is repeated only when it, or pyproject.toml, changes.
 $(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml

@@ -15,6 +15,7 @@ avoids (Shoham & Gersho 1988).
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -36,7 +37,7 @@ from . import evaluation, stages
 from .artifact import Artifact, load
 from .errors import BadInput
 from .evaluation import Divergence, Text
-from .models import LanguageModel, Weight, cache_dir, open_model
+from .models import LanguageModel, Weight, cache_dir, device_named, open_model
 from .pipeline import compress
 from .statistics import Calibration, InputStatistics, collect
 
@@ -133,17 +134,20 @@ def candidates(
     ladder: Sequence[stages.Stage] = LADDER,
     *,
     workers: int | None = None,
+    device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, list[Candidate]]:
     """Bytes and damage of each stage of `ladder` on each weight that has statistics, by the weight's name.
 
     What was found is kept in the cache folder, under a hash of all that it depends on, a line a weight: a second budget,
-    or a run after a kill, does not encode again.  Raises BadInput where a stage cannot encode a weight, or shares planes.
+    or a run after a kill, does not encode again.  device: "cuda" searches on a GPU in the stages that can.
+    Raises BadInput where a stage cannot encode a weight, or shares planes.
     """
     for stage in ladder:
         stage.check()
         if stage.shared_layout():
             raise BadInput(f"{stage}: shares planes between weights, which takes one stage for all of them")
+    place = device_named(device)
     journal = _journal(model, calibration, ladder)
     found: dict[str, list[tuple[int, float]]] = {}
     if journal.is_file():
@@ -159,7 +163,7 @@ def candidates(
         dense, stats = weight.load().to(torch.float32), statistics[weight.name]
         rows = []
         for stage in ladder:
-            packed = stage.encode(dense, stats, name=weight.name)
+            packed = stage.encode(dense.to(place) if stage.uses_gpu else dense, stats, name=weight.name)
             size = sum(plane.stored().nbytes for plane in packed)
             rows.append((size, damage(dense, stage.decode(packed), stats)))
         return weight.name, rows
@@ -256,6 +260,7 @@ def fit(
     text: str | Text | None = None,
     tokens: int = 4094,
     workers: int | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,
 ) -> Fit:
@@ -265,11 +270,13 @@ def fit(
     head of its own), which are kept otherwise.  statistics: what `statistics.collect` gave for this model and calibration,
     sensitivities included, where it is at hand already.  recovery: how to train the codes afterwards, by distillation on
     selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the divergence is measured
-    on; max_kl is held against it.
+    on; max_kl is held against it.  device: where statistics are taken, stages search that can, and the model is trained and
+    measured; sums are rounded differently on a GPU, so that the recipe names it.
 
     Raises BadInput where the budget cannot be kept to, and as `compress` does.
     """
     budget.check()
+    device_named(device)
     model = open_model(model) if isinstance(model, str | Path) else model
     model.check()
     if model.is_classifier:
@@ -281,11 +288,11 @@ def fit(
     if recovery is not None and (budget.bits is None or embeddings is not None):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
     stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
-    calibration = calibration or Calibration()
+    calibration = dataclasses.replace(calibration or Calibration(), device=device)
     for stage in ladder:
         calibration = calibration.for_stage(stage)
     statistics = statistics or collect(model, calibration, workers, progress)
-    options = candidates(model, statistics, calibration, ladder, workers=workers, progress=progress)
+    options = candidates(model, statistics, calibration, ladder, workers=workers, device=device, progress=progress)
     weights = {weight.name: weight.shape[0] * weight.shape[1] for weight in model.weights() if weight.name in options}
     rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}
 
@@ -299,6 +306,7 @@ def fit(
             calibration=calibration,
             statistics=statistics,
             workers=workers,
+            device=device,
             overwrite=replace,
             progress=progress,
         )
@@ -307,7 +315,7 @@ def fit(
     def measure(artifact: Artifact) -> Divergence:
         context = model.usual_context
         return evaluation.divergence(
-            load(artifact.path), model, found_text, context=context, tokens=tokens, progress=progress
+            load(artifact.path).on(device), model.on(device), found_text, context=context, tokens=tokens, progress=progress
         )
 
     def finished(artifact: Artifact, predicted: float, measured: Divergence | None = None) -> Fit:
@@ -318,7 +326,7 @@ def fit(
         planes = int(budget.bits * sum(weights.values()) / 8)
         if recovery is None:
             return finished(*make(planes, out, overwrite))
-        return finished(*_recovered(model, planes, list(options), make, out, recovery, overwrite, progress))
+        return finished(*_recovered(model, planes, list(options), make, out, recovery, device, overwrite, progress))
     if budget.bytes is not None:
         return finished(*_within_bytes(budget.bytes, model, options, rest, make, out, overwrite))
     return _within_kl(budget.max_kl or 0.0, options, make, measure, finished, out, overwrite)
@@ -331,6 +339,7 @@ def _recovered(
     make: Any,
     out: Path,
     recovery: Settings,
+    device: str,
     overwrite: bool,
     progress: bool,
 ) -> tuple[Artifact, float]:
@@ -339,7 +348,9 @@ def _recovered(
 
     gains = 2 * sum(weight.shape[0] for weight in model.weights() if weight.name in set(names))
     start, predicted = make(planes - gains, out.with_name(out.name + ".start"), True)
-    done = recover(model, out, None, recovery, start=start, most_bytes=planes, overwrite=overwrite, progress=progress)
+    done = recover(
+        model, out, None, recovery, start=start, most_bytes=planes, device=device, overwrite=overwrite, progress=progress
+    )
     shutil.rmtree(start.path)
     return done.artifact, predicted
 

@@ -34,7 +34,7 @@ from .artifact import Artifact, Ratio, load
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
-from .models import LanguageModel, open_model
+from .models import LanguageModel, device_named, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
 from .tensorfiles import read_json, write_json
@@ -179,16 +179,19 @@ def run_chain(
     out: str | Path,
     *,
     workers: int | None = None,
+    device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,
     track: str | Path | None = None,
 ) -> Result:
     """Run a chain on `model` into the folder `out`: journal.json, a folder for each accepted step, and `artifact`, a copy of
     the last of them.  track: a folder for the metrics of all attempts, and W&B's files (see `tracking.track_chain`).
+    device: where stages search that can, and where is measured.
 
     Run again after a kill, it goes on with what is unfinished and gives the same bytes.  Raises BadInput where model, chain
     or `out` cannot be used; a gate that fails is no error, it is in the result.
     """
+    device_named(device)
     model = open_model(model) if isinstance(model, str | Path) else model
     chain = chain if isinstance(chain, Chain) else read_chain(chain)
     model.check()
@@ -203,7 +206,7 @@ def run_chain(
     }
     tensors = {name: math.prod(entry.shape) for name, entry in sorted(model.entries.items())}
     with _Journal(out, recipe, {"name": model.name, "tensors": tensors}, overwrite) as journal:
-        run = _Run(model, chain, text, out, journal, workers, progress)
+        run = _Run(model, chain, text, out, journal, workers, device, progress)
         finished = run.steps()
         result = Result(run.hand_over(), journal.attempts, finished)
     if track is not None:
@@ -308,10 +311,11 @@ class _Run:
         out: Path,
         journal: _Journal,
         workers: int | None,
+        device: str,
         progress: bool,
     ) -> None:
         self.original, self.chain, self.text, self.out, self.journal = model, chain, text, out, journal
-        self.workers, self.progress = workers, progress
+        self.workers, self.device, self.progress = workers, device, progress
         self.accepted: Path | None = None
 
     def steps(self) -> bool:
@@ -384,7 +388,8 @@ class _Run:
             else:
                 calibration = Calibration(tokens=setting.calibration_tokens)
                 source = before or self.original
-                artifact = compress(source, setting.stage, folder, workers=self.workers, calibration=calibration, **options)
+                options |= {"workers": self.workers, "device": self.device, "calibration": calibration}
+                artifact = compress(source, setting.stage, folder, **options)
         except BadInput as error:  # a weight that the stage cannot encode; a full disk is no BadInput
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
         encoded = time.perf_counter()
@@ -415,7 +420,8 @@ class _Run:
 
     def _measure(self, artifact: Artifact, before: LanguageModel | None, tokens: int) -> dict[str, Measurement]:
         """Every quantity that this model has, of the artifact as it is loaded from disk."""
-        candidate = load(artifact.path)
+        candidate, original = load(artifact.path).on(self.device), self.original.on(self.device)
+        before = before and before.on(self.device)
         bits = self.chain.bits
         first = artifact.weight_bytes * artifact.ratio_to(bits)
         last = before.bytes_on_disk if before else first
@@ -436,11 +442,11 @@ class _Run:
         }
         if self.text is None:
             found["accuracy"] = evaluation.accuracy(candidate)
-            found["total_retention"] = evaluation.accuracy_retention(candidate, self.original)
+            found["total_retention"] = evaluation.accuracy_retention(candidate, original)
             found["retention"] = evaluation.accuracy_retention(candidate, before) if before else found["total_retention"]
             return found
         protocol: dict[str, Any] = {"tokens": tokens, "context": self.original.usual_context}
-        total = evaluation.divergence(candidate, self.original, self.text, **protocol, progress=self.progress)
+        total = evaluation.divergence(candidate, original, self.text, **protocol, progress=self.progress)
         step = total
         if before:  # a pass of its own, whose standard errors are of pairs
             step = evaluation.divergence(candidate, before, self.text, **protocol, progress=self.progress)

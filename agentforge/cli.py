@@ -213,15 +213,17 @@ def fit(
         int | None, typer.Option(min=1, help="Train the codes for so many steps of 4,096 tokens, within the same bits.")
     ] = None,
     workers: Annotated[int | None, typer.Option(help="Threads (default: one a core); same bytes.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda: for statistics, searches, training and measuring.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Find a setting for every weight that keeps to a budget with the least damage, and measure what came of it."""
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
-    from .models import open_model
+    from .models import device_named, open_model
     from .training.recover import Settings
 
+    device_named(device)
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
@@ -234,6 +236,7 @@ def fit(
         text=text,
         tokens=tokens,
         workers=workers,
+        device=device,
         overwrite=overwrite,
         progress=not as_json,
     )
@@ -409,6 +412,7 @@ def evaluate(
     stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
     bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
     runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (ternary layers stay packed).")] = "dense",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     tasks: Annotated[
         str | None, typer.Option(help="Task suites in place of a text, with commas: hellaswag,arc_easy,mmlu,gsm8k,...")
     ] = None,
@@ -428,14 +432,15 @@ def evaluate(
     from . import evaluation
     from .artifact import load
     from .errors import BadInput
-    from .models import open_model
+    from .models import device_named, open_model
 
     if tasks is None and (limit is not None or data is not None or allow_generated_code):
         raise BadInput("--limit, --data and --allow-generated-code are for tasks; name some with --tasks")
     if phase5 and (tasks is not None or text is not None or tokens is not None):
         raise BadInput("--phase5 asks its own questions; leave out --tasks, --text and --tokens")
-    opened = open_model(model) if runtime == "dense" else load(model, runtime)
-    original = open_model(against) if against else None
+    device_named(device)
+    opened = (open_model(model) if runtime == "dense" else load(model, runtime)).on(device)
+    original = open_model(against).on(device) if against else None
     if phase5:
         edge = evaluation.edge_of_chaos(opened, original, progress=not as_json)
         rules = evaluation.eudaimonia(opened, original, progress=not as_json)
@@ -559,6 +564,9 @@ def recover(
     packing: Annotated[str, typer.Option(help="trits (1.6 bits a weight) or 2bit.")] = "trits",
     text: TextName = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure quality on.")] = 2047,
+    device: Annotated[
+        str | None, typer.Option(help="To train and measure on: cpu or cuda (default: cuda where there is one).")
+    ] = None,
     overwrite: Annotated[bool, typer.Option(help="Discard what other settings have made.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -576,6 +584,7 @@ def recover(
         training_text=train_on,
         tokens=tokens,
         always_train=always,
+        device=device,
         overwrite=overwrite,
         progress=not as_json,
     )
@@ -606,6 +615,7 @@ def pipeline(
     chain: Annotated[Path, typer.Argument(help="A YAML file of steps, settings to try, and gates.")],
     out_dir: Annotated[Path, typer.Option("--out", help="Folder for the artifact and the journal; the same one goes on.")],
     workers: Annotated[int | None, typer.Option(help="Threads (default: one a core).")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda: for searches where the stage can, and for measuring.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Discard what another chain has made there.")] = False,
     track: Annotated[
         Path | None, typer.Option(help="Folder for the metrics of every attempt, and a Weights & Biases run (offline).")
@@ -615,7 +625,8 @@ def pipeline(
     """Take a model through a chain of stages with gates; a step that fails them is rolled back (exit code 1)."""
     from .chain import run_chain
 
-    result = run_chain(model, chain, out_dir, workers=workers, overwrite=overwrite, progress=not as_json, track=track)
+    options = {"workers": workers, "device": device, "overwrite": overwrite, "progress": not as_json, "track": track}
+    result = run_chain(model, chain, out_dir, **options)  # type: ignore[arg-type]
     path = str(result.artifact.path) if result.artifact else None
     _show(
         {"path": path, "finished": result.finished, "attempts": result.attempts},

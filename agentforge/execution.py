@@ -20,7 +20,7 @@ import torch
 from . import __version__, stages
 from .artifact import Encoded, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
-from .models import Weight, as_matrix
+from .models import Weight, as_matrix, device_named
 from .statistics import InputStatistics
 
 FALLBACK = stages.get("rounding", bits=8)
@@ -137,16 +137,6 @@ def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, without a tensor of the same size for the answer."""
     low, high = torch.aminmax(values)  # either is NaN where any value is
     return math.isfinite(float(low)) and math.isfinite(float(high))
-
-
-def device_named(name: str) -> torch.device:
-    """The device of this name.  Raises BadInput where there is none."""
-    try:
-        found = torch.device(name)
-        torch.empty(1, device=found)
-    except (RuntimeError, AssertionError):
-        raise BadInput(f"device {name!r}: torch has no such device here; use cpu") from None
-    return found
 
 
 def from_worker(error: BaseException) -> AgentForgeError:

@@ -166,6 +166,14 @@ class LanguageModel:
             )
         return built.eval()
 
+    def on(self, device: str) -> LanguageModel:
+        """Itself, its module moved to this device, where it is measured and trained from then on.
+
+        Raises BadInput where there is no such device.
+        """
+        self.model.to(device_named(device))
+        return self
+
     @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer.  Raises BadInput where the model has none."""
@@ -401,6 +409,16 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
     raise BadInput(
         f"model {name!r} does not exist; expected a folder, a .gguf file, a hub id (owner/name) or one of {', '.join(NAMED)}"
     )
+
+
+def device_named(name: str) -> torch.device:
+    """The device of this name.  Raises BadInput where there is none."""
+    try:
+        found = torch.device(name)
+        torch.empty(1, device=found)
+    except (RuntimeError, AssertionError):
+        raise BadInput(f"device {name!r}: torch has no such device here; use cpu") from None
+    return found
 
 
 def cache_dir() -> Path:

@@ -18,8 +18,8 @@ from tqdm.auto import tqdm
 from . import __version__, stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
-from .execution import Task, Unencoded, device_named, encode_tensor, from_worker, is_finite
-from .models import LanguageModel, Weight, open_model
+from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
+from .models import LanguageModel, Weight, device_named, open_model
 from .planes import Packed
 from .stages.refined import with_refinements
 from .statistics import Calibration, InputStatistics, collect

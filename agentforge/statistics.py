@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from . import digits
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
-from .models import LanguageModel
+from .models import LanguageModel, device_named
 
 if TYPE_CHECKING:
     from .stages import Stage
@@ -65,12 +65,14 @@ class InputStatistics:
 class Calibration:
     """Which text to calibrate on.  text: a name, a path or a Text (default: selftext's calibration split, as everybody
     has it).  tokens: how many of its tokens.  context: tokens a window.  sensitivity_tokens: on how many of them backward
-    passes are made, too, for `InputStatistics.sensitivity`."""
+    passes are made, too, for `InputStatistics.sensitivity`.  device: where the model runs; sums are rounded differently on
+    each, so that a recipe names it where it is not the CPU."""
 
     text: str | Text = "selftext"
     tokens: int = TOKENS
     context: int = CONTEXT
     sensitivity_tokens: int = 0
+    device: str = "cpu"
 
     def find(self) -> Text:
         """The text; of a named one the split that is not for measuring on."""
@@ -87,7 +89,9 @@ class Calibration:
             "tokens": self.tokens,
             "context": self.context,
         }
-        return about | ({"sensitivity_tokens": self.sensitivity_tokens} if self.sensitivity_tokens else {})
+        if self.sensitivity_tokens:
+            about["sensitivity_tokens"] = self.sensitivity_tokens
+        return about if self.device == "cpu" else about | {"device": self.device}
 
     def for_stage(self, stage: Stage) -> Calibration:
         """The same, with the backward passes that `stage` needs, at least."""
@@ -101,12 +105,15 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
-    workers: threads, each with a window in hand (default: one a core, at most 4).  Raises BadInput for a text that is too
-    short and for settings out of range.
+    workers: threads, each with a window in hand (default: one a core, at most 4; on a GPU always one).  The model's module
+    is moved to `calibration.device`; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for
+    settings out of range.
     """
     calibration = calibration or Calibration()
-    windows = _windows(model, calibration)
-    module = model.model
+    place = device_named(calibration.device)
+    windows = [window.to(place) for window in _windows(model, calibration)]
+    module = model.on(calibration.device).model
+    most = min(workers or os.cpu_count() or 1, 4) if place.type == "cpu" else 1
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers = dict(module.named_modules())
     # A layer of experts is fed all tokens, each of its matrices only some: it has no statistics.
@@ -150,7 +157,7 @@ def collect(
         total=len(windows), unit="window", leave=False, desc=f"statistics: {model.name}", disable=None if progress else True
     )
     try:
-        with bar, ThreadPoolExecutor(min(workers or os.cpu_count() or 1, 4)) as pool:
+        with bar, ThreadPoolExecutor(most) as pool:
             try:
                 for _ in pool.map(run, range(len(windows))):
                     bar.update()
@@ -161,7 +168,7 @@ def collect(
         torch.set_num_threads(threads)
         for hook in hooks:
             hook.remove()
-    means = {key: InputStatistics(_mean(total, seen[key]), seen[key]) for key, total in sums.items()}
+    means = {key: InputStatistics(_mean(total.cpu(), seen[key]), seen[key]) for key, total in sums.items()}
     found = {name: means[key] for name, key in same.items() if key in means}
     if not calibration.sensitivity_tokens:
         return found
@@ -176,11 +183,14 @@ def _sensitivities(
 
     Of a window, log p(y) is differentiated for one token y a position, drawn from the model's own prediction: the scores of
     different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
-    their squares.
+    their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
     """
     module = model.model
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    sums = {name: torch.zeros(owner.weight.shape[0], dtype=torch.float64) for name, owner in owners.items()}
+    sums = {
+        name: torch.zeros(owner.weight.shape[0], dtype=torch.float64, device=owner.weight.device)
+        for name, owner in owners.items()
+    }
     seen = 0
 
     def note(name: str) -> Callable[..., torch.Tensor]:
@@ -208,7 +218,7 @@ def _sensitivities(
             output = module(window)
             logits = getattr(output, "logits", output)
             scores = logits.reshape(-1, logits.shape[-1]).to(torch.float32).log_softmax(-1)
-            drawn = torch.multinomial(scores.detach().exp(), 1, generator=generator)
+            drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
             scores.gather(1, drawn).sum().backward()
             seen += len(scores)
             bar.update()
@@ -219,7 +229,7 @@ def _sensitivities(
             parameter.requires_grad_(True)
         for handle in hooks:
             handle.remove()
-    return {name: (total / seen).to(torch.float32) for name, total in sums.items()}
+    return {name: (total / seen).to("cpu", torch.float32) for name, total in sums.items()}
 
 
 def _windows(model: LanguageModel, calibration: Calibration) -> list[torch.Tensor]:

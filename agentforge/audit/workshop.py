@@ -23,8 +23,7 @@ from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
 from ..evaluation.texts import CHECKOUT
-from ..execution import device_named
-from ..models import LanguageModel, Weight, cache_dir, open_model
+from ..models import LanguageModel, Weight, cache_dir, device_named, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..statistics import Calibration
@@ -142,9 +141,7 @@ class Workshop:
 
     def on_device(self, model: LanguageModel) -> LanguageModel:
         """The same model, its module where this workshop computes."""
-        if self.device != "cpu":
-            model.model.to(device_named(self.device))
-        return model
+        return model if self.device == "cpu" else model.on(self.device)
 
     def remember(self, kind: str, parameters: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """What `make` gives, an object of JSON, from the cache where nothing that it depends on has changed."""

@@ -49,6 +49,7 @@ def _hits(model: LanguageModel) -> torch.Tensor:
         raise BadInput(f"{model.name} is no classifier; measure its perplexity")
     _, _, pixels, labels = digits.data()
     module = model.model  # built outside of inference mode, so that it can still be trained
+    device = next(module.parameters()).device
     with torch.inference_mode():
-        hits: torch.Tensor = (module(pixels).argmax(1) == labels).double()
+        hits: torch.Tensor = (module(pixels.to(device)).argmax(1).cpu() == labels).double()
     return hits

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .. import evaluation, tracking
 from ..artifact import Artifact, dequantize, load
 from ..errors import BadInput
 from ..evaluation import Measurement, Text
 from ..handoff import check_model, write_handoff
-from ..models import LanguageModel, open_model
+from ..models import LanguageModel, device_named, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..stages import parse
@@ -87,6 +89,7 @@ def phase(
     training_text: str | Text = "selftext",
     tokens: int = 2047,
     always_train: bool = False,
+    device: str | None = None,
     overwrite: bool = False,
     progress: bool = True,
 ) -> Phase:
@@ -94,11 +97,14 @@ def phase(
 
     settings: of training, which runs where perplexity (for a classifier, one less accuracy) rose by more than 5%, or
     `always_train`.  text, tokens: what quality is measured on.  training_text: what is trained on.
+    device: where is trained and measured (default: cuda where there is one).
 
     out holds quantized/, dequantized/, handoff.json, phase.json and tracking/.  Run again after a kill, the parts that
     are finished are not made again.  Raises BadInput where the model or the settings cannot be used, and never because a
     gate failed: that is in the result.
     """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device_named(device)
     model = open_model(model) if isinstance(model, str | Path) else model
     parsed = parse(stage) if isinstance(stage, str) else stage
     if not isinstance(parsed, Ternary):
@@ -109,24 +115,31 @@ def phase(
     check_model(model)
     found = None if model.is_classifier else evaluation.find_text(text)
     out.mkdir(parents=True, exist_ok=True)
-    plain = compress(model, stage, out / "untrained", overwrite=overwrite, progress=progress)
+    plain = compress(model, stage, out / "untrained", device=device, overwrite=overwrite, progress=progress)
     protocol: dict[str, Any] = {"tokens": tokens, "context": model.usual_context, "progress": progress}
-    before, converted, accuracy = _quality(model, load(plain.path), found, protocol)
+    before, converted, accuracy = _quality(model.on(device), load(plain.path).on(device), found, protocol)
     flow = _gradient_flow(model, stage, settings)
     rise = converted.value / before.value - 1
     trained = always_train or not rise <= gates.TRIGGER
     after, history = converted, []  # type: Measurement, list[dict[str, Any]]
     if trained:
         done = recover(
-            model, out / "quantized", _trainable(stage), settings, text=training_text, overwrite=overwrite, progress=progress
+            model,
+            out / "quantized",
+            _trainable(stage),
+            settings,
+            text=training_text,
+            device=device,
+            overwrite=overwrite,
+            progress=progress,
         )
         artifact, history = done.artifact, done.history
-        _, after, accuracy = _quality(model, load(artifact.path), found, protocol)
+        _, after, accuracy = _quality(model, load(artifact.path).on(device), found, protocol)
     else:
-        artifact = compress(model, stage, out / "quantized", overwrite=overwrite, progress=progress)
+        artifact = compress(model, stage, out / "quantized", device=device, overwrite=overwrite, progress=progress)
     shutil.rmtree(out / "dequantized", ignore_errors=True)
-    dense = open_model(dequantize(artifact, out / "dequantized"))
-    agreement = _agreement(dense, load(artifact.path), found, protocol)
+    dense = open_model(dequantize(artifact, out / "dequantized")).on(device)
+    agreement = _agreement(dense, load(artifact.path).on(device), found, protocol)
     rise = after.value / before.value - 1
     target = size_of(model.parameters)
     ratio = artifact.ratio_to(32)
@@ -203,14 +216,14 @@ def _agreement(a: LanguageModel, b: LanguageModel, text: Text | None, protocol: 
         return evaluation.divergence(a, b, text, **protocol).top1
     from .. import digits
 
-    pictures = digits.data()[2]
+    pictures = digits.data()[2].to(next(a.model.parameters()).device)
     same = (a.model(pictures).argmax(-1) == b.model(pictures).argmax(-1)).double()
     return Measurement(float(same.mean()), "share of pictures", None, len(same), {"metric": "agreement of two outputs"})
 
 
 def _gradient_flow(model: LanguageModel, stage: Ternary, settings: Settings) -> gates.GradientFlow:
     """Gradients of a fresh student on one real batch."""
-    student = copy.deepcopy(model.model).requires_grad_(False)
+    student = copy.deepcopy(model.model).cpu().requires_grad_(False)
     names = convert(student, [weight.name for weight in model.weights()], settings.activations)
     owners = dict(student.named_modules())
     for name in names:

@@ -32,7 +32,7 @@ from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation.likelihood import standard_error
 from ..evaluation.texts import Text, find_text
-from ..models import LanguageModel, open_model
+from ..models import LanguageModel, device_named, open_model
 from ..pipeline import store
 from ..planes import Packed
 from ..stages.ternary import Ternary
@@ -152,6 +152,7 @@ def recover(
     After a kill, or Ctrl-C, the same call goes on from the last checkpoint.  Raises BadInput where model, stage, text or
     settings cannot be used.
     """
+    place = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = open_model(model) if isinstance(model, str | Path) else model
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     settings = settings or Settings()
@@ -188,7 +189,7 @@ def recover(
         if writer.finished and history_file.is_file():
             history: Any = read_json(history_file)["history"]
             return _recovered(Artifact(out), history)
-        run = _Run(model, stage, settings, calibration, chosen, work, recipe, device, progress)
+        run = _Run(model, stage, settings, calibration, chosen, work, recipe, place, progress)
         run.prepare(begin, overwrite)
         history = run.train()
         packed, kept = run.result()
@@ -233,12 +234,11 @@ class _Run:
         names: list[str],
         work: Path,
         recipe: dict[str, Any],
-        device: str | None,
+        device: torch.device,
         progress: bool,
     ) -> None:
         self.model, self.stage, self.settings, self.names = model, stage, settings, names
-        self.work, self.recipe, self.progress = work, recipe, progress
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.work, self.recipe, self.device, self.progress = work, recipe, device, progress
         self.inputs, self.heldout = _data(model, calibration, settings)
 
     def prepare(self, start: Artifact | None, overwrite: bool) -> None:
@@ -246,7 +246,8 @@ class _Run:
         settings, stage = self.settings, self.stage
         self.stages: stages.Stage | dict[str, stages.Stage] = stage or {}
         # The model is the caller's: it stays where it is, and as it is.
-        self.teacher = self.model.model if self.device.type == "cpu" else copy.deepcopy(self.model.model).to(self.device)
+        here = next(self.model.model.parameters()).device == self.device
+        self.teacher = self.model.model if here else copy.deepcopy(self.model.model).to(self.device)
         self.student = copy.deepcopy(self.teacher)
         self.student.requires_grad_(False)
         if isinstance(stage, Ternary):

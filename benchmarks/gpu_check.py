@@ -1,0 +1,339 @@
+"""Does everything give on a GPU what it gives on the CPU, and how fast is it there?
+
+    python benchmarks/gpu_check.py                      the default model, from AGENTFORGE_CACHE or the user's cache folder
+    python benchmarks/gpu_check.py my-model/            any folder or GGUF file that `open_model` takes; no network is asked
+
+Each check runs on the CPU and on the GPU.  What came out is compared with `TOLERANCES`, which were fixed before any GPU ran
+this; planes have to be the same bits.  Speeds are those of the GPU, as a share of a limit that is measured there first: the
+operations a second of a large float32 product, or the bytes a second of a copy.  Generation and the ternary kernel count the
+bytes of the weights that a token reads.  Times are of single runs after a warm-up on a smaller size, or the best of five
+where a run takes milliseconds.  It takes some minutes, most of them the CPU's.
+
+Exit code 0: all within tolerance, 1: not all, 2: there is no GPU, or the model cannot be opened.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from agentforge import evaluation, stages
+from agentforge.artifact import load
+from agentforge.errors import AgentForgeError
+from agentforge.models import LanguageModel, open_model
+from agentforge.pipeline import compress
+from agentforge.runtime import TernaryLinear
+from agentforge.statistics import Calibration, InputStatistics, collect
+from agentforge.training.recover import Settings, recover
+
+# The largest difference that passes.  Relative ones: |GPU - CPU| / |CPU|, of the worst layer where there are several.
+TOLERANCES = {
+    "statistics": 1e-3,  # float32 sums in another order, through all layers
+    "sensitivity": 1e-2,  # the same, backwards; a token that is drawn at a border may be its neighbour
+    "encode": 0.0,  # share of planes that are not the same bits
+    "decode": 1e-6,
+    "perplexity": 1e-4,
+    "KL divergence": 1e-3,
+    "recovery": 2e-2,  # of the loss after the last step: rounding to -1, 0, +1 amplifies the sums' order
+    "ternary kernel": 1e-6,  # integers, then one rounding
+    "generation, packed": 5e-2,  # of the first logits: activations that round to another of 255 values
+    "generation, bfloat16": 5e-2,
+    "generation, float16": 1e-2,
+}
+ENCODED = ("seedlm:bits=4", "seedlm:bits=4,weighted=true", "vptq:bits=3", "vptq:bits=2,outliers=0.02")
+DECODED = ("rounding:bits=4,group=64", "vptq:bits=3")
+PROMPT = "The history of the city begins"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured.  tokens: of statistics and likelihoods.  backward: of backward passes.  window: tokens a step of
+    training.  steps: of training.  weights: matrices that are encoded.  side: rows and columns of the ternary matrix.
+    new_tokens: to generate.  limit: rows and columns of the product, and of the copy, that the limits come from."""
+
+    tokens: int = 1024
+    backward: int = 512
+    window: int = 256
+    steps: int = 5
+    weights: int = 3
+    side: int = 4096
+    new_tokens: int = 24
+    limit: int = 8192
+
+
+class Seen(NamedTuple):
+    """What a check gave on one device.  value: for the table.  compared: tensors by name, or hashes.  seconds: it took.
+    work: operations, or bytes, in that time.  unit: "op/s" or "B/s"."""
+
+    value: float
+    compared: dict[str, torch.Tensor | str]
+    seconds: float
+    work: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the checks share.  statistics: of the CPU, so that both devices encode with the same."""
+
+    model: LanguageModel
+    sizes: Sizes
+    folder: Path
+    statistics: dict[str, InputStatistics]
+
+    @property
+    def operations(self) -> float:
+        """Of a forward pass of one token: two a parameter."""
+        return 2.0 * self.model.parameters
+
+    def calibration(self, device: str, backward: int = 0) -> Calibration:
+        context = min(self.sizes.tokens, self.model.usual_context)
+        return Calibration("selftext", max(self.sizes.tokens, backward), context, backward, device)
+
+
+def synchronised(device: str) -> float:
+    """The time, when all that was asked of the device is done."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def timed(work: Callable[[], Any], device: str, runs: int = 1) -> tuple[Any, float]:
+    """The result, and the seconds of the fastest of `runs` runs."""
+    times = []
+    for _ in range(runs):
+        start = synchronised(device)
+        result = work()
+        times.append(synchronised(device) - start)
+    return result, min(times)
+
+
+def statistics(bench: Bench, device: str) -> Seen:
+    found, seconds = timed(lambda: collect(bench.model, bench.calibration(device), progress=False), device)
+    hessians: dict[str, torch.Tensor | str] = {name: about.hessian for name, about in found.items()}
+    inner = sum(about.hessian.numel() for about in {id(s.hessian): s for s in found.values()}.values())
+    mean = sum(float(about.diagonal.mean()) for about in found.values()) / len(found)
+    return Seen(mean, hessians, seconds, bench.sizes.tokens * (bench.operations + 2.0 * inner), "op/s")
+
+
+def sensitivity(bench: Bench, device: str) -> Seen:
+    calibration = bench.calibration(device, bench.sizes.backward)
+    found, seconds = timed(lambda: collect(bench.model, calibration, progress=False), device)
+    curvatures = {name: about.sensitivity for name, about in found.items() if about.sensitivity is not None}
+    mean = sum(float(g.mean()) for g in curvatures.values()) / len(curvatures)
+    work = (calibration.tokens + 2 * bench.sizes.backward) * bench.operations
+    return Seen(mean, dict(curvatures), seconds, work, "op/s")
+
+
+def encode(bench: Bench, device: str, spec: str) -> Seen:
+    stage = stages.parse(spec)
+    weights = bench.model.weights()[: bench.sizes.weights]
+    dense = {w.name: w.load().to(device, torch.float32) for w in weights}
+
+    def work() -> dict[str, Any]:
+        return {name: stage.encode(weight, bench.statistics[name], name=name) for name, weight in dense.items()}
+
+    if torch.device(device).type == "cuda":
+        work()  # compiles the kernels
+    found, seconds = timed(work, device)
+    bits = sum(packed.bits for packed in found.values()) / sum(w.numel() for w in dense.values())
+    hashes: dict[str, torch.Tensor | str] = {name: packed.sha256 for name, packed in found.items()}
+    return Seen(bits, hashes, seconds, sum(w.nbytes for w in dense.values()), "B/s")
+
+
+def decode(bench: Bench, device: str, spec: str) -> Seen:
+    """As training decodes: from integer planes, and float planes on the device."""
+    stage = stages.parse(spec)
+    weight = bench.model.weights()[0]
+    packed = stage.encode(weight.load().to(torch.float32), bench.statistics[weight.name], name=weight.name)
+    floats = {name: values.to(device) for name, values in packed.floats.items()}
+    stage.dense(packed, floats)
+    found, seconds = timed(lambda: stage.dense(packed, floats), device, runs=5)
+    return Seen(float(found.norm()), {weight.name: found.cpu()}, seconds, found.nbytes, "B/s")
+
+
+def likelihood(bench: Bench, device: str, which: str) -> Seen:
+    made = compress(bench.model, "rounding:bits=4,group=64", bench.folder / "rounded", progress=False)
+    small, model = load(made.path).on(device), bench.model.on(device)
+    protocol: dict[str, Any] = {"tokens": bench.sizes.tokens - 1, "context": min(bench.sizes.tokens, model.usual_context)}
+    text = evaluation.find_text("selftext", "heldout")
+
+    def work() -> Any:
+        if which == "perplexity":
+            return evaluation.perplexity(model, text, **protocol, progress=False)
+        return evaluation.divergence(small, model, text, **protocol, progress=False).kl
+
+    found, seconds = timed(work, device)
+    passes = 1 if which == "perplexity" else 2
+    return Seen(found.value, {which: torch.tensor(found.value)}, seconds, passes * found.n * bench.operations, "op/s")
+
+
+def recovery(bench: Bench, device: str) -> Seen:
+    sizes = bench.sizes
+    settings = Settings(
+        steps=sizes.steps, batch=1, context=sizes.window, evaluate=sizes.steps, heldout=sizes.window, dtype="float32"
+    )
+    out = Path(tempfile.mkdtemp(dir=bench.folder))
+    done, _ = timed(
+        lambda: recover(bench.model, out, settings=settings, device=device, overwrite=True, progress=False), device
+    )
+    last = done.history[-1]
+    # The teacher's pass, and three times as much for the student's two.
+    work = 4.0 * bench.operations * sizes.steps * sizes.window
+    return Seen(last["loss"], {"loss": torch.tensor(last["loss"])}, last["seconds"], work, "op/s")
+
+
+def ternary_kernel(bench: Bench, device: str, tokens: int) -> Seen:
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.nn.Linear(bench.sizes.side, bench.sizes.side, bias=False)
+    linear.weight.data = torch.randn(linear.weight.shape, generator=generator)
+    layer = TernaryLinear.from_linear(linear).to(device)
+    x = torch.randn(tokens, bench.sizes.side, generator=generator).to(device)
+    with torch.inference_mode():
+        layer(x)
+        y, seconds = timed(lambda: layer(x), device, runs=5)
+    return Seen(float(y.norm()), {"y": y.cpu()}, seconds, bench.sizes.side**2 / 4, "B/s")
+
+
+def generation(bench: Bench, device: str, form: str) -> Seen:
+    """Greedy, batch 1, tokens a second.  The packed form is ternary, the others are the original."""
+    if form == "packed":
+        made = compress(bench.model, "ternary:packing=2bit", bench.folder / "ternary", progress=False)
+        module = load(made.path, runtime="packed").on(device).model
+    else:
+        module = open_model(bench.model.path).model.to(device, getattr(torch, form))
+    module.generation_config.eos_token_id = None  # go on to the last token
+    ids = bench.model.tokenizer(PROMPT, return_tensors="pt").input_ids.to(device)
+
+    def run(tokens: int) -> Any:
+        return module.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
+
+    with torch.inference_mode():
+        logits = module(input_ids=ids).logits.float().cpu()
+        run(2)
+        _, seconds = timed(lambda: run(bench.sizes.new_tokens), device)
+    held = {t.data_ptr(): t.nbytes for t in [*module.parameters(), *module.buffers()]}
+    tokens = bench.sizes.new_tokens
+    return Seen(tokens / seconds, {"logits": logits}, seconds, tokens * sum(held.values()), "B/s")
+
+
+def checks() -> Iterator[tuple[str, float, Callable[[Bench, str], Seen]]]:
+    """Name, tolerance and function of every check."""
+    yield "statistics H", TOLERANCES["statistics"], statistics
+    yield "sensitivity", TOLERANCES["sensitivity"], sensitivity
+    for spec in ENCODED:
+        yield f"encode {spec}", TOLERANCES["encode"], lambda bench, device, spec=spec: encode(bench, device, spec)  # type: ignore[misc]
+    for spec in DECODED:
+        yield f"decode {spec}", TOLERANCES["decode"], lambda bench, device, spec=spec: decode(bench, device, spec)  # type: ignore[misc]
+    for which in ("perplexity", "KL divergence"):
+        yield which, TOLERANCES[which], lambda bench, device, which=which: likelihood(bench, device, which)  # type: ignore[misc]
+    yield "recovery, last loss", TOLERANCES["recovery"], recovery
+    for n in (1, 32):
+        yield (
+            f"ternary kernel, {n} tokens",
+            TOLERANCES["ternary kernel"],
+            lambda bench, device, n=n: ternary_kernel(bench, device, n),  # type: ignore[misc]
+        )
+    for form in ("packed", "bfloat16", "float16"):
+        name = f"generation, {form}"
+        yield name, TOLERANCES[name], lambda bench, device, form=form: generation(bench, device, form)  # type: ignore[misc]
+
+
+def difference(cpu: Seen, gpu: Seen) -> float:
+    """Share of hashes that differ, or the largest relative difference of any tensor; infinite where names differ."""
+    if cpu.compared.keys() != gpu.compared.keys():
+        return float("inf")
+    found = []
+    for name, a in cpu.compared.items():
+        b = gpu.compared[name]
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            found.append(float((b.double() - a.double()).norm() / a.double().norm().clamp(min=1e-30)))
+        else:
+            found.append(float(a != b) / len(cpu.compared))
+    whole = sum(found) if any(isinstance(a, str) for a in cpu.compared.values()) else max(found)
+    return whole if whole == whole else float("inf")
+
+
+def limits(device: str, size: int) -> dict[str, float]:
+    """Operations a second of a float32 product, and bytes a second that a copy reads and writes."""
+    a = torch.ones(size, size, device=device)
+    b = torch.empty_like(a)
+    torch.mm(a, a, out=b)
+    _, product = timed(lambda: torch.mm(a, a, out=b), device, runs=3)
+    _, copy = timed(lambda: b.copy_(a), device, runs=5)
+    return {"op/s": 2.0 * size**3 / product, "B/s": 2.0 * a.nbytes / copy}
+
+
+def row(name: str, tolerance: float, check: Callable[[Bench, str], Seen], bench: Bench, device: str, most: Any) -> list[str]:
+    """A line of the table; a check that breaks down says so in it."""
+    try:
+        cpu, gpu = check(bench, "cpu"), check(bench, device)
+    except Exception as error:  # of whatever kind: the other checks still run
+        return [name, "", "", "", f"{tolerance:g}", f"no: {type(error).__name__}: {str(error)[:90]}", "", "", ""]
+    off = difference(cpu, gpu)
+    speed = gpu.work / gpu.seconds
+    return [
+        name,
+        f"{cpu.value:.5g}",
+        f"{gpu.value:.5g}",
+        f"{off:.2g}",
+        f"{tolerance:g}",
+        "yes" if off <= tolerance else "no",
+        f"{cpu.seconds:.3g}",
+        f"{gpu.seconds:.3g}",
+        f"{speed / 1e9:.4g} G{gpu.unit}, {speed / most[gpu.unit]:.1%} of {most[gpu.unit] / 1e9:,.0f}",
+    ]
+
+
+def run(model: LanguageModel, device: str, sizes: Sizes) -> list[list[str]]:
+    """All checks: a row each."""
+    most = limits(device, sizes.limit)
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="agentforge-gpu-") as folder:
+        bench = Bench(model, sizes, Path(folder), {})
+        bench.statistics.update(collect(model, bench.calibration("cpu"), progress=False))
+        for name, tolerance, check in checks():
+            print(name, file=sys.stderr, flush=True)
+            rows.append(row(name, tolerance, check, bench, device, most))
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Everything on the GPU, beside the CPU.")
+    parser.add_argument("model", nargs="?", default="smollm2-135m")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("gpu_check: torch sees no CUDA device here; run it on a machine that has one", file=sys.stderr)
+        return 2
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    try:
+        model = open_model(options.model)
+    except AgentForgeError as error:
+        print(f"gpu_check: {error}", file=sys.stderr)
+        return 2
+    start = time.perf_counter()
+    rows = run(model, "cuda", Sizes())
+    table = Table(title=f"{model.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}")
+    for column in ("check", "CPU", "GPU", "difference", "tolerance", "ok", "CPU s", "GPU s", "GPU's speed, of its limit"):
+        table.add_column(column, overflow="fold")
+    for line in rows:
+        table.add_row(*line)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    passed = sum(line[5] == "yes" for line in rows)
+    print(f"{passed} of {len(rows)} checks within tolerance; {time.perf_counter() - start:.0f} s")
+    return 0 if passed == len(rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
