@@ -4,13 +4,15 @@ What it shows is held against the journals on disk, and what its buttons do agai
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -44,15 +46,26 @@ def _workspace(workshop: Workshop, name: str) -> Path:
     return workspace
 
 
+@contextlib.contextmanager
+def _shown(workspace: Path) -> Iterator[None]:
+    """While a page is drawn.  Streamlit makes it `__main__`, which a process that is spawned later would run again."""
+    main = sys.modules["__main__"]
+    with mock.patch.dict(os.environ, {server.WORKSPACE: str(workspace)}):
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main
+
+
 def _page(workspace: Path) -> Any:
     from streamlit.testing.v1 import AppTest
 
-    with mock.patch.dict(os.environ, {server.WORKSPACE: str(workspace)}):
+    with _shown(workspace):
         return AppTest.from_file(str(PACKAGE / "dashboard" / "app.py"), default_timeout=PATIENCE).run()
 
 
 def _again(page: Any, workspace: Path) -> Any:
-    with mock.patch.dict(os.environ, {server.WORKSPACE: str(workspace)}):
+    with _shown(workspace):
         return page.run()
 
 

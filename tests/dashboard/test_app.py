@@ -59,6 +59,9 @@ Draw = Callable[..., Any]
 
 @pytest.fixture
 def draw(monkeypatch: pytest.MonkeyPatch) -> Draw:
+    # Streamlit makes the page `__main__`, which a process that a later test spawns would run again.
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])
+
     def page(workspace: Path, view: str = "Run") -> Any:
         monkeypatch.setenv(server.WORKSPACE, str(workspace))
         found = AppTest.from_file(str(APP), default_timeout=60).run()
