@@ -25,6 +25,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """The spec that another finder has for transformers' quantizers, whose loader then registers, too; else None."""
         if name != QUANTIZERS:
             return None
         others = (finder for finder in sys.meta_path if finder is not self)
