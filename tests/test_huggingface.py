@@ -59,6 +59,7 @@ FAMILIES = {
     "mixtral": transformers.MixtralConfig(**DECODER, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2),
 }
 IDS = torch.arange(2, 22)[None]
+SUMS = {"rtol": 1e-5, "atol": 1e-5}  # packed layers sum in another order, and add a bias last
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +119,11 @@ def test_every_family(family: str, embeddings: bool, tmp_path: Path) -> None:
     model, info = opened(made.path, output_loading_info=True)
     assert not any(info.values())
     dense = af.load(made.path).model
-    assert torch.equal(logits(model), logits(dense))
-    assert torch.equal(logits(af.load(made.path, "packed").model), logits(dense))
+    torch.testing.assert_close(logits(model), logits(dense), **SUMS)
+    torch.testing.assert_close(logits(af.load(made.path, "packed").model), logits(dense), **SUMS)
     assert generated(model) == generated(dense)
     model.tie_weights()  # lm-eval does so
-    assert torch.equal(logits(model), logits(dense))
+    torch.testing.assert_close(logits(model), logits(dense), **SUMS)
     model.save_pretrained(tmp_path / "b")
     assert_same_folder(made.path, tmp_path / "b")
 
@@ -259,7 +260,9 @@ def test_lm_eval_scores_it_as_it_scores_the_dense_model(rounded: Path) -> None:
     scores = [
         HFLM(pretrained=model, tokenizer=tokenizer, dtype="float32", device="cpu").loglikelihood(asked) for model in models
     ]
-    assert scores[0] == scores[1] == scores[2]
+    sums = [[score for score, _ in each] for each in scores]
+    assert sums[0] == sums[1] == pytest.approx(sums[2], rel=1e-6)
+    assert [greedy for _, greedy in scores[0]] == [greedy for _, greedy in scores[2]]
 
 
 @pytest.mark.slow
