@@ -231,7 +231,7 @@ def test_an_undecided_gate_asks_for_more_text_and_is_then_not_accepted(
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, twice. " * 60, encoding="utf-8")
     model = af.open_model(tiny_llama)
-    exact = af.divergence(model, model, str(text), context=model.context or 0, tokens=200, progress=False).perplexity.value
+    exact = divergence(model, model, str(text), context=model.context or 0, tokens=200, progress=False).perplexity.value
     # At any number of tokens the limit is within two standard errors of the value.
     gate = f"perplexity <= {exact:.6g}"
     spec = chain(step("rounding:bits=8,group=16", gates=(gate,)), text=str(text), tokens=50, most_tokens=250)

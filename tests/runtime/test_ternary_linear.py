@@ -54,10 +54,9 @@ def rounded(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def reference(layer: TernaryLinear, x: torch.Tensor) -> torch.Tensor:
-    """The product in double precision: float64."""
+    """The product in double precision: float64.  Integers are summed first: where they give zero, so does this."""
     q, s = rounded(x)
-    weight = (codes_of(layer).double() - 1) * layer.scale.double().unsqueeze(1)
-    result = q.double() / s.double() @ weight.T
+    result = q.double() @ (codes_of(layer).double() - 1).T / s.double() * layer.scale.double()
     return result if layer.bias is None else result + layer.bias.double()
 
 
