@@ -215,6 +215,8 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
     template = TEMPLATES / f"{name}.ipynb"
     template = template if template.is_file() else TEMPLATES / "claims.ipynb"
     logging.getLogger("blib2to3").setLevel(logging.ERROR)
+    # A backend that was chosen for this process (Streamlit does, when it is imported) would leave the page without pictures.
+    backend = os.environ.pop("MPLBACKEND", None)
     try:
         papermill.execute_notebook(
             template,
@@ -227,6 +229,9 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
         )
     except PapermillExecutionError as error:
         raise AgentForgeError(f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
 
 
 @contextlib.contextmanager

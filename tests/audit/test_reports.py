@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -61,5 +62,6 @@ def test_reports_are_what_their_records_give() -> None:
         text=True,
         check=False,
         cwd=REPORTS.parent,
+        env={**os.environ, "MPLBACKEND": "Agg"},  # which must not keep the pictures out
     )
     assert done.returncode == 0, done.stdout + done.stderr
