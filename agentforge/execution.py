@@ -164,7 +164,7 @@ def connected(address: str | None) -> Iterator[Executor | None]:
         raise BadInput("a scheduler needs the package distributed; install agentforge[dask]") from None
     try:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AssertionError) as error:  # the last: its thread did not start in ten seconds
         text = " ".join(str(error).split())[:120]
         raise BadInput(
             f"scheduler {address!r}: no Dask scheduler answers there ({type(error).__name__}: {text}); expected an address "
