@@ -361,7 +361,7 @@ def _opened(path: Path, sha256: str) -> tuple[Artifact, dict[str, dict[str, Any]
 def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
     """The model in an artifact, every encoded weight decoded to float32 (runtime="dense"), or layers that hold the planes
     and compute from them (runtime="packed": `runtime.TernaryLinear`, with activations of 8 bits, for stage ternary; for any
-    other stage, layers that decode as they compute, `runtime.PackedLinear`).
+    other stage `runtime.PackedLinear`).
 
     Raises BadInput for another runtime, BadArtifact for a folder that is none of ours or damaged.
     """

@@ -39,6 +39,9 @@ RegistryURI = Annotated[
     typer.Option("--registry", help="URI of MLflow's registry (default: AGENTFORGE_REGISTRY, or a file in the cache)."),
 ]
 
+FromPhase = Annotated[int, typer.Option("--from", help="The phase that hands over.")]
+ToPhase = Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")]
+
 
 def main() -> None:
     """Run the command line and exit with its code."""
@@ -369,8 +372,8 @@ def _registered_table(rows: list[dict[str, Any]]) -> None:
 @handoff_app.command("write")
 def handoff_write(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Holds the models as subfolders; a chain's folder from 8.")],
-    phase: Annotated[int, typer.Option("--from", help="The phase that hands over.")],
-    to: Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")],
+    phase: FromPhase,
+    to: ToPhase,
     text: TextName = None,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens to measure quality on.")] = 2047,
     as_json: AsJson = False,
@@ -386,8 +389,8 @@ def handoff_write(
 @handoff_app.command("check")
 def handoff_check(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="What the phase before has left.")],
-    phase: Annotated[int, typer.Option("--from", help="The phase that hands over.")],
-    to: Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")],
+    phase: FromPhase,
+    to: ToPhase,
     text: TextName = None,
     as_json: AsJson = False,
 ) -> None:
@@ -411,7 +414,7 @@ def evaluate(
     context: Annotated[int, typer.Option(help="Window length in tokens.")] = 2048,
     stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
     bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
-    runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (ternary layers stay packed).")] = "dense",
+    runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (weights stay packed).")] = "dense",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     tasks: Annotated[
         str | None, typer.Option(help="Task suites in place of a text, with commas: hellaswag,arc_easy,mmlu,gsm8k,...")

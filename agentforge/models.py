@@ -411,6 +411,11 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
     )
 
 
+def fastest_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def device_named(name: str) -> torch.device:
     """The device of this name.  Raises BadInput where there is none."""
     try:

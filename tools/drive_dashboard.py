@@ -23,14 +23,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from agentforge.audit.dashboard_probes import CHAIN
+
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-DIGITS = """name: small digits
-steps:
-  - {name: fine, try: ["rounding:bits=8,group=32"]}
-  - {name: coarse, try: ["ternary:rule=threshold,tau=2.5", "rounding:bits=4,group=32"]}
-  - {name: lossless, try: ["| entropy"]}
-gates: ["retention >= 0.9"]
-"""
 SMOLLM2 = """name: small SmolLM2
 steps:
   - {name: rounding, try: ["rounding:bits=4,group=64,clip=mse"]}
@@ -271,7 +266,7 @@ def main() -> int:
         parser.error("chromium and chromedriver are not here; install both")
     workspace = options.folder.resolve() / "workspace"
     workspace.mkdir(parents=True)
-    (workspace / "digits.yaml").write_text(DIGITS, encoding="utf-8")
+    (workspace / "digits.yaml").write_text(CHAIN, encoding="utf-8")
     (workspace / "smollm2.yaml").write_text(SMOLLM2, encoding="utf-8")
     with served(workspace) as (address, process), browser(options.folder) as driver:
         page = Page(driver, address)

@@ -11,7 +11,7 @@ import torch
 from ..artifact import load
 from ..evaluation import Measurement, edge_of_chaos, eudaimonia
 from ..evaluation.choices import likelihoods
-from ..evaluation.likelihood import retention
+from ..evaluation.likelihood import retention, share_right
 from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
 from ..evaluation.questions import CHANCE, questions
 from ..models import LanguageModel
@@ -27,8 +27,8 @@ def phase5_checks(workshop: Workshop) -> Measurement:
     """Share of the five checks, edge of chaos and four rules, that give a value with its error and whose log-likelihoods a
     second computation, one text at a time by transformers' own loss, gives as well."""
     model = workshop.model
-    edge = edge_of_chaos(model, per_level=4, items=8, progress=False).accuracy
-    scores = eudaimonia(model, progress=False).score
+    edge = Measurement(**_edge(workshop, None)["accuracy"])
+    scores = _rules(workshop, None)
     sound = {"edge of chaos": _is_sound(model, edge, [(q.prompt, q.options) for q in questions(30, 4)])}
     for rule in RULES:
         items = [item for item in eudaimonia_items() if item.rule == rule][:2]
@@ -76,8 +76,19 @@ def edge_of_what_passes(workshop: Workshop, stages: list[str], least: float) -> 
 @probe
 def lowest_rule(workshop: Workshop, stage: str | None = None) -> Measurement:
     """The lowest of the four rules' scores: of the original, or of the model compressed with `stage`."""
-    model = workshop.model if stage is None else load(workshop.artifact(stage).path)
-    return min(eudaimonia(workshop.on_device(model), progress=False).score.values(), key=lambda score: score.value)
+    return min(_rules(workshop, stage).values(), key=lambda score: score.value)
+
+
+def _rules(workshop: Workshop, stage: str | None) -> dict[str, Measurement]:
+    """The scores of the four rules, of the original or of the model compressed with `stage`; remembered."""
+
+    def scores() -> dict[str, Any]:
+        model = workshop.model if stage is None else load(workshop.artifact(stage).path)
+        found = eudaimonia(workshop.on_device(model), progress=False).score
+        return {"scores": {rule: score.to_json() for rule, score in found.items()}}
+
+    found = workshop.remember("eudaimonia", {"stage": stage}, scores)["scores"]
+    return {rule: Measurement(**score) for rule, score in found.items()}
 
 
 def _edge(workshop: Workshop, stage: str | None) -> dict[str, Any]:
@@ -100,7 +111,6 @@ def _edge(workshop: Workshop, stage: str | None) -> dict[str, Any]:
     if stage is not None:
         hits = workshop.remember("edge of chaos", {"stage": stage}, theirs)["hits"]
     mine, first = (torch.tensor(values, dtype=torch.float64) for values in (hits, before["hits"]))
-    share = float(mine.mean())
     protocol = {
         "level": before["at"],
         "level_stderr": before["level"]["stderr"],
@@ -110,15 +120,8 @@ def _edge(workshop: Workshop, stage: str | None) -> dict[str, Any]:
     }
     inputs = {"model": workshop.model.fingerprint}
     kept = retention(mine, first, {**protocol, "metric": "accuracy / original accuracy"}, inputs)
-    accuracy = Measurement(
-        share,
-        "share of answers",
-        math.sqrt(share * (1 - share) / count),
-        count,
-        {**protocol, "metric": "accuracy at the original's edge of chaos"},
-        0,
-        inputs,
-    )
+    about = {**protocol, "metric": "accuracy at the original's edge of chaos"}
+    accuracy = share_right(mine, "share of answers", about, inputs, seed=0)
     return {"accuracy": accuracy.to_json(), "retention": kept.to_json()}
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from .. import digits
 from ..errors import BadInput
 from ..models import LanguageModel
-from .likelihood import retention
+from .likelihood import retention, share_right
 from .measurement import Measurement
 
 DATA = "scikit-learn digits, 450 held out, stratified, random_state 0"
@@ -20,17 +18,8 @@ def accuracy(model: LanguageModel) -> Measurement:
 
     Raises BadInput for a model that is no classifier of digits.
     """
-    hits = _hits(model)
-    share, n = float(hits.mean()), len(hits)
-    return Measurement(
-        value=share,
-        unit="accuracy",
-        stderr=math.sqrt(share * (1 - share) / n),
-        n=n,
-        protocol={"metric": "accuracy", "data": DATA},
-        seed=0,
-        inputs={"model": model.fingerprint},
-    )
+    protocol = {"metric": "accuracy", "data": DATA}
+    return share_right(_hits(model), "accuracy", protocol, {"model": model.fingerprint}, seed=0)
 
 
 def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measurement:

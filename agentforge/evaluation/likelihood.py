@@ -156,11 +156,11 @@ def _divergence(
             {**protocol, "metric": "KL(original || model)"},
             inputs=inputs,
         ),
-        top1=_share(top1, {**protocol, "metric": "top-1 agreement"}, inputs),
+        top1=share_right(top1, "share of tokens", {**protocol, "metric": "top-1 agreement"}, inputs),
         perplexity=_perplexity(losses, protocol, model),
         original_perplexity=_perplexity(base, protocol, original),
-        accuracy=_share(right, named, {"model": model.fingerprint}),
-        original_accuracy=_share(right_before, named, {"model": original.fingerprint}),
+        accuracy=share_right(right, "share of tokens", named, {"model": model.fingerprint}),
+        original_accuracy=share_right(right_before, "share of tokens", named, {"model": original.fingerprint}),
         retention=retention(right, right_before, {**protocol, "metric": "accuracy / original accuracy"}, inputs),
         perplexity_retention=Measurement(
             saved,
@@ -184,10 +184,12 @@ def retention(
     return Measurement(value, "share", spread, n, protocol, inputs=inputs)
 
 
-def _share(hits: torch.Tensor, protocol: dict[str, Any], inputs: dict[str, str]) -> Measurement:
-    share = float(hits.mean())
-    spread = math.sqrt(share * (1 - share) / len(hits))
-    return Measurement(share, "share of tokens", spread, len(hits), protocol, inputs=inputs)
+def share_right(
+    hits: torch.Tensor, unit: str, protocol: dict[str, Any], inputs: dict[str, str], seed: int | None = None
+) -> Measurement:
+    """Mean of hits, float64[n] of 0 and 1, with its binomial standard error."""
+    share, n = float(hits.mean()), len(hits)
+    return Measurement(share, unit, math.sqrt(share * (1 - share) / n), n, protocol, seed, inputs)
 
 
 def _plan(

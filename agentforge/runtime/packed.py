@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
-    """The torch module of an artifact, on the CPU: TernaryLinear where a weight is ternary, layers that decode as they
-    compute for every other stage, embedding and head in the 16 bits in which they were kept, all else in float32."""
+    """The torch module of an artifact, on the CPU: TernaryLinear where a weight is ternary, layers around its planes
+    for every other stage, embedding and head in the 16 bits in which they were kept, all else in float32."""
     opened.check()
     if not opened.is_classifier:
         from . import half, llama  # only here: it imports transformers

@@ -15,14 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from .. import evaluation, tracking
 from ..artifact import Artifact, dequantize, load
 from ..errors import BadInput
 from ..evaluation import Measurement, Text
 from ..handoff import check_model, write_handoff
-from ..models import LanguageModel, device_named, open_model
+from ..models import LanguageModel, device_named, fastest_device, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..stages import parse
@@ -103,7 +101,7 @@ def phase(
     are finished are not made again.  Raises BadInput where the model or the settings cannot be used, and never because a
     gate failed: that is in the result.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or fastest_device()
     device_named(device)
     model = open_model(model) if isinstance(model, str | Path) else model
     parsed = parse(stage) if isinstance(stage, str) else stage

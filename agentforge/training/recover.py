@@ -32,7 +32,7 @@ from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation.likelihood import standard_error
 from ..evaluation.texts import Text, find_text
-from ..models import LanguageModel, device_named, open_model
+from ..models import LanguageModel, device_named, fastest_device, open_model
 from ..pipeline import store
 from ..planes import Packed
 from ..stages.ternary import Ternary
@@ -152,7 +152,7 @@ def recover(
     After a kill, or Ctrl-C, the same call goes on from the last checkpoint.  Raises BadInput where model, stage, text or
     settings cannot be used.
     """
-    place = device_named(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_named(device or fastest_device())
     model = open_model(model) if isinstance(model, str | Path) else model
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     settings = settings or Settings()

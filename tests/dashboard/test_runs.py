@@ -16,18 +16,12 @@ from typing import Any
 
 import pytest
 
+from agentforge.audit.dashboard_probes import CHAIN
 from agentforge.chain import run_chain
 from agentforge.dashboard import frontier, runs
 from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
 
-CHAIN = """name: digits
-steps:
-  - {name: fine, try: ["rounding:bits=8,group=32"]}
-  - {name: coarse, try: ["ternary:rule=threshold,tau=2.5", "rounding:bits=4,group=32"]}
-  - {name: lossless, try: ["| entropy"]}
-gates: ["retention >= 0.9"]
-"""
 OWN = "digits.yaml (workspace)"
 
 
