@@ -247,7 +247,7 @@ def test_a_browser_compresses_digits_by_the_keyboard(driving: ModuleType, tmp_pa
         pytest.skip("chromium and chromedriver are not installed")
     workspace = tmp_path / "workspace"
     workspace.mkdir()
-    (workspace / "digits.yaml").write_text(driving.DIGITS, encoding="utf-8")
+    (workspace / "digits.yaml").write_text(driving.CHAIN, encoding="utf-8")
     with driving.served(workspace) as (address, process), driving.browser(tmp_path) as driver:
         page = driving.Page(driver, address)
         driving.compress_digits(page, workspace)
@@ -260,7 +260,7 @@ def test_a_browser_compresses_digits_by_the_keyboard(driving: ModuleType, tmp_pa
 @pytest.mark.slow
 def test_runs_go_on_when_the_dashboard_ends(driving: ModuleType, tmp_path: Path, draw: Draw) -> None:
     workspace = runs.open_workspace(tmp_path)
-    (workspace / "digits.yaml").write_text(driving.DIGITS, encoding="utf-8")
+    (workspace / "digits.yaml").write_text(driving.CHAIN, encoding="utf-8")
     with driving.served(workspace) as (_, process):
         runs.start(workspace, "one", "digits-mlp", "digits.yaml (workspace)")
         process.send_signal(signal.SIGINT)
