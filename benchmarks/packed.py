@@ -194,8 +194,8 @@ def table(record: dict[str, Any]) -> str:
             f"{record['model']}; {about['cpu']}, {os.cpu_count()} cores, torch {about['packages']['torch']}, "
             f"{rows[0][1]['threads']} threads, device {rows[0][1]['device']}; "
             f"{rows[0][1]['generation']['packed']['n']} rounds, "
-            f"{record['tokens']} new tokens.  Load averages before and after each row (this benchmark's own two threads "
-            f"included; other work was running): {loads}.",
+            f"{record['tokens']} new tokens.  Load averages before and after each row (this benchmark's own threads "
+            f"included): {loads}.",
             "",
         ]
     )
