@@ -80,12 +80,10 @@ class Condition(NamedTuple):
         raise ValueError(f"gate {text!r}; expected a condition like 'retention >= 0.98' on one of {', '.join(QUANTITIES)}")
 
     def decide(self, measured: Measurement) -> Decision:
-        """Whether the value keeps to the limit by two standard errors, misses it by two, or neither; NaN fails."""
-        room = self.limit - measured.value if self.sense == "<=" else measured.value - self.limit
-        margin = 2 * (measured.stderr or 0.0)
-        if not math.isfinite(measured.value) or room < -margin:
-            return "failed"
-        return "passed" if room >= margin else "undecided"
+        """Whether the value's 95% interval keeps to the limit, misses it, or neither; NaN fails."""
+        low, high = (-math.inf, self.limit) if self.sense == "<=" else (self.limit, math.inf)
+        decisions: dict[str, Decision] = {"inside": "passed", "outside": "failed", "undecided": "undecided"}
+        return decisions[measured.within(low, high)]
 
     def __str__(self) -> str:
         return f"{self.quantity} {self.sense} {self.limit:g}"

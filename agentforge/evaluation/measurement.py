@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import os
 import platform
 import resource
@@ -11,10 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..errors import Incomparable
 
+Within = Literal["inside", "outside", "undecided"]
 PACKAGES = ("agentforge", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "gguf")
 
 
@@ -22,9 +24,10 @@ PACKAGES = ("agentforge", "torch", "transformers", "tokenizers", "safetensors", 
 class Measurement:
     """value in `unit`, with its standard error over n observations.
 
-    stderr: None where the value is a count or another exact quantity.  protocol: how it was taken; two measurements
-    compare only when their protocols are equal.  inputs: hashes of what was measured.  environment: packages, CPU,
-    threads.
+    stderr: None if the value is a count or another exact quantity, or if its error is unknown.  protocol: how it was taken;
+    two measurements compare only when their protocols are equal.  inputs: hashes of what was measured.  environment:
+    packages, CPU, threads.  interval: that holds the true value 95 times in 100 (default: two standard errors either way).
+    error: what the error rests on, such as "12 windows" or "binomial"; "exact" for a count, "unknown" if nobody knows.
     """
 
     value: float
@@ -35,6 +38,30 @@ class Measurement:
     seed: int | None = None
     inputs: dict[str, Any] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=lambda: environment())
+    interval: tuple[float, float] | None = None
+    error: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.error:
+            object.__setattr__(self, "error", "exact" if self.stderr is None else "standard error")
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The 95% interval; the value twice if it is exact, or if its error is unknown."""
+        if self.interval is not None:
+            return self.interval[0], self.interval[1]
+        spread = 2 * (self.stderr or 0.0)
+        return self.value - spread, self.value + spread
+
+    def within(self, low: float, high: float) -> Within:
+        """Whether the whole 95% interval lies inside [low, high], outside of it, or neither; NaN lies outside.
+
+        The one rule by which gates and verdicts hold a measurement against a threshold.
+        """
+        least, most = self.bounds
+        if not math.isfinite(self.value) or most < low or least > high:
+            return "outside"
+        return "inside" if low <= least and most <= high else "undecided"
 
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
