@@ -106,7 +106,9 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
         "audit": "GREEN",
         "verdict": "not tested",
         "colour": "GREY",
-        "close": False,
+        "undecided": False,
+        "decides_at": None,
+        "about_other": "",
         "measured": None,
         "failure": "",
         "needs": "more",
@@ -122,7 +124,8 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
 def test_measured_text_names_value_error_n_and_threshold() -> None:
     row = {
         "failure": "",
-        "measured": {"value": 6.864, "stderr": 0.25, "unit": "x", "n": 1234},
+        "measured": {"value": 6.864, "stderr": 0.25, "unit": "x", "n": 1234, "error": "standard error"},
+        "about_other": "",
         "thresholds": {"confirmed": [8.0, None], "partly": None},
         "protocol": "P.",
         "remark": "R.",
