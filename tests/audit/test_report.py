@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -55,18 +56,21 @@ def test_all_four_forms_are_there_and_agree(report: Path) -> None:
 def test_every_verdict_of_the_record_follows_from_its_measurement(report: Path) -> None:
     record = json.loads((report / "phase4_bitnet.json").read_text())
     for row in record["claims"]:
+        assert row["verdict"] != "error", f"{row['id']}: {row['failure']}"
         if row["measured"] is None:
             assert row["colour"] == "GREY"
             assert row["needs"]
             continue
-        value = row["measured"]["value"]
-        inside = {
-            name: interval is not None
-            and (interval[0] is None or value >= interval[0])
-            and (interval[1] is None or value <= interval[1])
-            for name, interval in row["thresholds"].items()
-        }
-        expected = "confirmed" if inside["confirmed"] else "partly" if inside["partly"] else "refuted"
+        found = row["measured"]
+        spread = 2 * (found["stderr"] or 0)
+        low, high = found["interval"] or (found["value"] - spread, found["value"] + spread)
+        bounds = [
+            [-math.inf if a is None else a, math.inf if b is None else b]
+            for a, b in filter(None, row["thresholds"].values())
+        ]
+        (least, most), wide = bounds[0], (min(a for a, _ in bounds), max(b for _, b in bounds))
+        confirmed, refuted = least <= low <= high <= most, high < wide[0] or low > wide[1]
+        expected = "confirmed" if confirmed else "refuted" if refuted else "partly"
         assert row["verdict"] == expected, row["id"]
 
 
