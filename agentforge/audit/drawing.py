@@ -1,4 +1,8 @@
-"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone."""
+"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone.
+
+A record is given to these functions as `report.obtain` returns it: all text in it is fit for Markdown (`escaping`),
+so that nothing here, and nothing in a template, has to think of it again.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from ..escaping import markdown
 from ..models import converted_bytes
 
 MARKS = {
@@ -46,7 +51,9 @@ def provenance(record: dict[str, Any]) -> str:
     text, git, machine = record["text"], record["git"], record["environment"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     dirty = ", with uncommitted changes" if git["dirty"] else ""
-    artifacts = "\n".join(f"| `{stage}` | `{sha256[:16]}` |" for stage, sha256 in record["artifacts"].items())
+    artifacts = "\n".join(
+        f"| <code>{stage}</code> | <code>{sha256[:16]}</code> |" for stage, sha256 in record["artifacts"].items()
+    )
     made = f"\n\n| artifact that was measured | sha256 of its manifest |\n|---|---|\n{artifacts}" if artifacts else ""
     return f"""## How it was measured
 
@@ -123,16 +130,19 @@ def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
     measured = row["measured"]
     if measured is None:
         return ""
-    words = [f"probe <code>{html.escape(call_text(row))}</code>"]
-    words += [
-        f"{html.escape(str(k))}: {html.escape(str(v)[:120])}" for k, v in measured["protocol"].items() if v not in ([], "")
-    ]
+    words = [f"probe <code>{call_text(row)}</code>"]
+    words += [f"{k}: {_short(str(v))}" for k, v in measured["protocol"].items() if v not in ([], "")]
     words += [f"seed: {measured['seed']}"] if measured["seed"] is not None else []
     hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
-    words += [f"{html.escape(k)}: <code>{v[:12]}</code>" for k, v in hashes.items()]
+    words += [f"{k}: <code>{_short(v, 12)}</code>" for k, v in hashes.items()]
     words += [f"{row['seconds']:.1f} s"]
     again = f"agentforge audit {record['report']} --only {row['id']} --budget {record['budget']}"
     return f" <details><summary>evidence</summary>{'; '.join(words)}. Again: <code>{again}</code></details>"
+
+
+def _short(text: str, most: int = 120) -> str:
+    """The beginning of a text that is escaped already; no character reference is cut in two."""
+    return text if len(text) <= most else markdown(html.unescape(text)[:most])
 
 
 def call_text(row: dict[str, Any]) -> str:
