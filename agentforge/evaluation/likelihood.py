@@ -7,8 +7,9 @@ papers; with stride = context - 1 every token but the first is scored, as in lm-
 windows come out even (else it gives its last window more to look back at).
 
 `tokens` asks for a sample: windows of the whole text's grid, spread evenly over it.  Tokens of one window are not
-independent, so that errors are of windows: each is a cluster (see `intervals`).  Of fewer than BLOCKS windows, each is cut
-into equal blocks that stand for clusters, and `error` says so.
+independent, so that errors are of windows: each is a cluster (see `intervals`).  Fewer than LEAST windows are cut into equal
+blocks; of more than MOST, neighbours, which are often of one article, are one cluster together.  `error` says what was done;
+reports/coverage shows how often the intervals hold the whole text's value.
 """
 
 from __future__ import annotations
@@ -28,8 +29,7 @@ from .texts import Text, find_text
 
 Bos = Literal["none", "text", "window"]
 ROWS = 256  # positions whose distributions are held at once
-SAMPLED = 512  # context of sampled measurements: short, so that a few thousand tokens are enough windows for an error
-BLOCKS = 8  # clusters, at least
+LEAST, MOST = 4, 32  # clusters of a measurement
 
 
 class Divergence(NamedTuple):
@@ -51,7 +51,9 @@ class Divergence(NamedTuple):
     perplexity_retention: Measurement
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
+    """What is scored at once."""
+
     ids: list[int]  # the model's input
     first: int  # index of the first scored token in ids
 
@@ -74,7 +76,7 @@ def perplexity(
     Raises BadInput for a text that is too short, and for settings out of range.
     """
     found = find_text(text)
-    windows, protocol = _plan(model, found, context, stride, tokens, bos)
+    windows, protocol = plan(model, found, context, stride, tokens, bos)
     losses = [
         torch.cat([_losses(rows, targets) for rows, targets in _rows(model, window)])[:, None]
         for window in _bar(windows, f"perplexity of {model.name}", progress)
@@ -112,12 +114,24 @@ def divergences(
 ) -> list[Divergence]:
     """`divergence` for several models at once: the original runs over the text only once."""
     found = find_text(text)
-    windows, protocol = _plan(original, found, context, stride, tokens, bos)
+    windows, protocol = plan(original, found, context, stride, tokens, bos)
     for model in models:
-        if _plan(model, found, context, stride, tokens, bos)[0] != windows:
+        if plan(model, found, context, stride, tokens, bos)[0] != windows:
             raise BadInput(
                 f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer"
             )
+    parts = compared(models, original, windows, progress)
+    return [
+        divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
+        for model, of_windows in zip(models, parts, strict=True)
+    ]
+
+
+def compared(
+    models: Sequence[LanguageModel], original: LanguageModel, windows: list[Window], progress: bool
+) -> list[list[torch.Tensor]]:
+    """What each model says of each window's scored tokens beside the original, float64[tokens, 6] a window: KL, same top-1,
+    both models' losses, hits of both."""
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     names = ", ".join(model.name for model in models)
     for window in _bar(windows, f"{names} against {original.name}", progress):
@@ -132,10 +146,7 @@ def divergences(
                 columns = (kl, top == mine, losses, base, mine == targets, top == targets)
                 rows.append(torch.stack([column.double() for column in columns], 1))
             of_windows.append(torch.cat(rows))
-    return [
-        divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
-        for model, of_windows in zip(models, parts, strict=True)
-    ]
+    return parts
 
 
 def divergence_of(sums: torch.Tensor, error: str, protocol: dict[str, Any], model: str, original: str) -> Divergence:
@@ -169,16 +180,20 @@ def divergence_of(sums: torch.Tensor, error: str, protocol: dict[str, Any], mode
 def _clusters(windows: list[torch.Tensor]) -> tuple[torch.Tensor, str]:
     """Sums over clusters, float64[clusters, 1 + columns], the first of them the count, of windows' tokens, float64[tokens,
     columns] each; and what the clusters are, in words."""
-    pieces = -(-BLOCKS // len(windows))
+    count = len(windows)
+    pieces, together = -(-LEAST // count), -(-count // MOST)
     blocks = [block for window in windows for block in window.tensor_split(min(pieces, len(window)))]
     sums = torch.stack([torch.cat([block.new_tensor([len(block)]), block.sum(0)]) for block in blocks]).cpu()
-    of = f"{len(windows)} window{'s' if len(windows) > 1 else ''}"
+    if together > 1:
+        groups = sums.split(together)
+        return torch.stack([group.sum(0) for group in groups]), f"{len(groups)} groups of {together} windows"
+    of = f"{count} window{'s' if count > 1 else ''}"
     return sums, of if pieces == 1 else f"{len(blocks)} blocks of {of}"
 
 
-def _plan(
+def plan(
     model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
-) -> tuple[list[_Window], dict[str, Any]]:
+) -> tuple[list[Window], dict[str, Any]]:
     """The windows to score, and the protocol that says how they were made."""
     room = context - 1 if bos == "window" else context
     stride = max(room, 1) if stride is None else stride
@@ -216,12 +231,12 @@ def _plan(
             f"text {text.name} has {total} tokens to score, fewer than the {tokens or 2} asked for; use a longer text"
         )
     wanted = total if tokens is None else tokens
-    windows: list[_Window] = []
+    windows: list[Window] = []
     for start, first, end in _spread(spans, wanted):
         if not wanted:
             break
         end = min(end, first + wanted)
-        windows.append(_Window(first_id * (bos == "window") + ids[start:end], first - start + (bos == "window")))
+        windows.append(Window(first_id * (bos == "window") + ids[start:end], first - start + (bos == "window")))
         wanted -= end - first
     placed = f"all {len(spans)}" if len(windows) == len(spans) else f"{len(windows)} of {len(spans)}, spread evenly"
     protocol = {
@@ -257,7 +272,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rows(model: LanguageModel, window: _Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _rows(model: LanguageModel, window: Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits, float32[rows, vocabulary], and target ids, int64[rows], of a window's scored tokens, in parts."""
     module = model.model
     device = next(module.parameters()).device
@@ -278,5 +293,5 @@ def _perplexity(losses: torch.Tensor, counts: torch.Tensor, error: str, protocol
     return Measurement(unit="perplexity", protocol=protocol, inputs={"model": model}, **found)
 
 
-def _bar(windows: list[_Window], what: str, progress: bool) -> Any:
+def _bar(windows: list[Window], what: str, progress: bool) -> Any:
     return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)

@@ -13,7 +13,7 @@ import torch
 import agentforge
 from agentforge.errors import BadInput, Incomparable
 from agentforge.evaluation import Text, divergences, find_text, likelihood
-from agentforge.evaluation.likelihood import _plan
+from agentforge.evaluation.likelihood import plan
 from agentforge.models import LanguageModel
 
 LETTERS = "The quick brown fox jumps over the lazy dog; 3.14159 is roughly pi. "
@@ -72,9 +72,11 @@ def scored_by_brute_force(*settings: Any) -> list[list[int]]:
 
 
 def clustered(windows: list[list[float]], log: bool = False) -> tuple[float, float, tuple[float, float]]:
-    """Mean, standard error and 95% interval of values in windows, in eight blocks at least, by the textbook."""
-    pieces = -(-8 // len(windows))
+    """Mean, standard error and 95% interval of values in windows, in four blocks at least, by the textbook."""
+    pieces = -(-4 // len(windows))
     blocks = [block for window in windows for block in np.array_split(window, min(pieces, len(window)))]
+    together = -(-len(windows) // 32)
+    blocks = [np.concatenate(blocks[i : i + together]) for i in range(0, len(blocks), together)]
     count = sum(map(len, blocks))
     mean = sum(block.sum() for block in blocks) / count
     variance = len(blocks) / (len(blocks) - 1) * sum((block - mean).sum() ** 2 for block in blocks) / count**2
@@ -115,9 +117,9 @@ def test_every_token_is_scored_once_with_the_context_that_is_promised(tiny: Lang
         expected = scored_by_brute_force(ids, context, stride, tokens, bos)
         if len(expected) < (tokens or 2):
             with pytest.raises(BadInput, match="use a longer text"):
-                _plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
+                plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
             continue
-        windows, protocol = _plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
+        windows, protocol = plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
         scored = [window.ids[: i + 1] for window in windows for i in range(window.first, len(window.ids))]
         assert scored == expected, (length, context, stride, tokens, bos)
         assert all(2 <= len(window.ids) <= context for window in windows)
@@ -128,7 +130,14 @@ def test_every_token_is_scored_once_with_the_context_that_is_promised(tiny: Lang
 
 @pytest.mark.parametrize(
     ("context", "stride", "tokens", "bos"),
-    [(16, 16, None, "none"), (16, 5, 40, "none"), (16, 15, None, "text"), (16, 15, 40, "window"), (9, 4, None, "window")],
+    [
+        (16, 16, None, "none"),
+        (16, 5, 40, "none"),
+        (16, 15, None, "text"),
+        (16, 15, 40, "window"),
+        (9, 4, None, "window"),
+        (2, 1, None, "none"),
+    ],
 )
 def test_value_and_standard_error_by_brute_force(
     tiny: LanguageModel, context: int, stride: int, tokens: int | None, bos: str
@@ -147,16 +156,17 @@ def test_value_and_standard_error_by_brute_force(
 
 def test_a_sample_is_spread_over_the_text_and_the_whole_is_the_whole(tiny: LanguageModel) -> None:
     text = text_of(1000)
-    windows, protocol = _plan(tiny, text, 10, None, 45, "none")
+    windows, protocol = plan(tiny, text, 10, None, 45, "none")
     ids = tiny.tokenizer(text.text)["input_ids"]
     assert [window.ids for window in windows] == [ids[start : start + 10] for start in (100, 300, 500, 700, 900)]
     assert protocol["windows"] == "5 of 100, spread evenly"
     whole = agentforge.perplexity(tiny, text, context=10)
-    assert whole.protocol["windows"] == "all 100" and whole.error == "100 windows"
+    assert whole.protocol["windows"] == "all 100" and whole.error == "25 groups of 4 windows"
     assert agentforge.perplexity(tiny, text, context=10, tokens=900).to_json() == whole.to_json()
+    assert agentforge.perplexity(tiny, text, context=10, tokens=45).error == "5 windows"
     few = agentforge.perplexity(tiny, text, context=10, tokens=18)
-    assert few.error == "8 blocks of 2 windows"
-    assert agentforge.perplexity(tiny, text, context=100, tokens=99).error == "8 blocks of 1 window"
+    assert few.error == "4 blocks of 2 windows"
+    assert agentforge.perplexity(tiny, text, context=100, tokens=99).error == "4 blocks of 1 window"
 
 
 def transformers_perplexity(model: LanguageModel, ids: list[int], context: int) -> float:
