@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from ..models import converted_bytes
+
 MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
 
 
@@ -106,20 +108,28 @@ def call_text(row: dict[str, Any]) -> str:
 
 
 def stage_table(record: dict[str, Any]) -> str:
-    """What each stage made of the model, as a Markdown table, ratios against 16 bits; the original is the first row."""
+    """What each stage made of the model, as a Markdown table; the original is the first row.
+
+    Ratios are against 16 bits, of the whole model also against what the user has: the GGUF file it was converted from, else
+    its weight files.
+    """
+    size = converted_bytes(record["model"]["source"])
+    had = "GGUF file" if size else "weight files"
     lines = [
-        "| Stage | Bits a weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Perplexity | KL (nats/token) "
-        "| Same top token |",
-        "|---|---|---|---|---|---|---|",
+        f"| Stage | Bits per weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Whole model, to its {had} "
+        "| Perplexity | KL (nats per token) | Same top token |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = record["stages"]
     if rows:
-        lines.append(f"| original | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
+        lines.append(f"| original | - | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
     for row in rows:
         ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
+        whole = next(r for r in row["ratios"] if r["what"] == "whole model" and not r["denominator"].endswith("bits"))
         lines.append(
             f"| {row['stage']} | {row['bits_per_weight']:.3f} | {ratios['touched tensors', True]:.2f}x "
-            f"| {ratios['whole model', True]:.2f}x | {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
+            f"| {ratios['whole model', True]:.2f}x | {(size or whole['denominator_bytes']) / whole['bytes']:.2f}x "
+            f"| {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
             f"| {100 * row['top1']['value']:.1f}% |"
         )
     return "\n".join(lines)
