@@ -13,9 +13,9 @@ import itertools
 import math
 import subprocess
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -224,9 +224,15 @@ def _off(model: LanguageModel, two_each: list[int]) -> float:
 
 
 @probe
-def speed_of_sleepers(workshop: Workshop) -> Measurement:
-    """How many times as fast the audit finds what sleeps 4 ms than what sleeps 12 ms."""
-    return training_probes._faster(workshop, lambda: time.sleep(0.004), lambda: time.sleep(0.012), 5, "float32", "sleeping")
+def speed_by_a_clock(workshop: Workshop) -> Measurement:
+    """How many times as fast the audit finds what takes a second than what takes three, by a clock that is set here."""
+    clock = [0.0]
+
+    def takes(seconds: float) -> None:
+        clock[0] += seconds
+
+    with mock.patch.object(training_probes, "time", SimpleNamespace(perf_counter=lambda: clock[0])):
+        return training_probes._faster(workshop, lambda: takes(1), lambda: takes(3), 5, "float32", "made-up seconds")
 
 
 @probe

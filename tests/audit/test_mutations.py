@@ -27,7 +27,6 @@ from agentforge.audit import chain_probes, phase5_probes, probes, record, traini
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.dashboard import runs
-from agentforge.errors import AgentForgeError
 from agentforge.evaluation import Divergence, Measurement, Text, choices, find_text, likelihood, texts
 from agentforge.models import LanguageModel
 from agentforge.planes import FLOATS, Packed, Plane
@@ -42,15 +41,16 @@ CLAIMS: dict[str, Claim] = {
 }
 # Ids that both files have are phase 8's; these are phase 4's, under names of their own here.
 CLAIMS |= {f"phase4/{claim.id}": claim for claim in audit.read_claims("phase4_bitnet").claims}
-SOUND: dict[str, str] = {}
+SOUND: dict[str, audit.Judged] = {}
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 class Fault(NamedTuple):
-    """patch: puts the fault in.  rows: claims that must turn from confirmed to refuted."""
+    """patch: puts the fault in.  rows: claims that must turn from confirmed to refuted, or to an error that says `words`."""
 
     patch: Patch
     rows: tuple[str, ...]
+    words: str = ""
 
 
 def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Patch:
@@ -421,34 +421,34 @@ def caches_cleared() -> None:
         function.cache_clear()
 
 
-def verdict(row: str, model: Path, folder: Path) -> str:
-    claim = CLAIMS[row]
-    assert claim.probe is not None
+def judged(row: str, model: Path, folder: Path) -> audit.Judged:
+    """The row as an audit would have it."""
     workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128, progress=False)
     workshop.effort = workshop_room.EFFORTS["smoke"]
-    try:
-        return audit.judge(claim, probes.run(workshop, claim.probe, claim.parameters)).verdict
-    except (AgentForgeError, AssertionError):  # a probe that does not come to an end confirms nothing
-        return "refuted"
+    taken = record.take(workshop, CLAIMS[row])
+    return audit.judge(CLAIMS[row], taken.measured, taken.failure, taken.missing)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_fault_turns_its_rows_red(name: str, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose probe fails says nothing about its claim: it counts only if the failure names the fault."""
     fault = FAULTS[name]
     for row in fault.rows:
         # Rows of one probe and one set of thresholds are one measurement.
         key = f"{CLAIMS[row].probe} {CLAIMS[row].parameters} {CLAIMS[row].confirmed}"
         if key not in SOUND:
-            SOUND[key] = verdict(row, wide_llama, tmp_path / f"sound-{row.replace('/', '-')}")
-        assert SOUND[key] == "confirmed", f"{row} without any fault"
+            SOUND[key] = judged(row, wide_llama, tmp_path / f"sound-{row.replace('/', '-')}")
+        assert SOUND[key].verdict == "confirmed", f"{row} without any fault: {SOUND[key]}"
     caches_cleared()
     try:
         with monkeypatch.context() as context:
             fault.patch(context)
-            found = {row: verdict(row, wide_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
+            found = {row: judged(row, wide_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
     finally:
         caches_cleared()
-    assert found == dict.fromkeys(fault.rows, "refuted")
+    for row, one in found.items():
+        assert one.verdict == ("error" if fault.words else "refuted"), f"{row}: {one}"
+        assert fault.words in one.failure
 
 
 def test_the_rows_are_claims_of_the_audits() -> None:
