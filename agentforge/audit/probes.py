@@ -16,7 +16,7 @@ import torch
 
 from .. import evaluation
 from ..errors import BadInput
-from ..evaluation import Measurement
+from ..evaluation import Measurement, Text
 from ..models import open_model
 from ..pipeline import compress
 from ..stages.ternary import zero_fraction
@@ -156,20 +156,29 @@ def top1_agreement(workshop: Workshop, stage: str) -> Measurement:
 
 
 @probe
-def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
+def perplexity_formula(workshop: Workshop, tokens: int = 511) -> Measurement:
     """Relative difference between our perplexity and the one from transformers' own loss, on one window."""
-    tokens = min(tokens, workshop.tokens, workshop.context - 1)
-    ours = evaluation.perplexity(
-        workshop.model, workshop.text, context=tokens + 1, tokens=tokens, progress=workshop.progress
-    )
-    ids = workshop.model.tokenizer(workshop.text.text, add_special_tokens=False, verbose=False)["input_ids"][: tokens + 1]
+    text, ids = short_text(workshop, min(tokens, workshop.tokens, workshop.context - 1))
+    ours = evaluation.perplexity(workshop.model, text, context=len(ids), progress=workshop.progress)
     batch = torch.tensor([ids])
     with torch.inference_mode():
         theirs = math.exp(float(workshop.model.model(input_ids=batch, labels=batch).loss))
     return workshop.exact(
         abs(ours.value / theirs - 1),
         "relative difference",
-        tokens,
+        len(ids) - 1,
         "perplexity against transformers' loss",
         text=workshop.text.name,
     )
+
+
+def short_text(workshop: Workshop, tokens: int) -> tuple[Text, list[int]]:
+    """The beginning of the workshop's text, of about so many tokens but never more, and its ids: one window, whatever part
+    of a longer text would be sampled."""
+    tokenizer, whole = workshop.model.tokenizer, workshop.text.text
+    ids = tokenizer(whole[: 20 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
+    for count in range(tokens, 1, -1):  # a cut may fall where tokens are others, and more
+        text = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        if len(again := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) <= tokens:
+            return Text(f"beginning of {workshop.text.name}", workshop.text.split, text), again
+    raise BadInput(f"text {workshop.text.name}: is too short to take a window of it")

@@ -22,17 +22,19 @@ from unittest import mock
 import numpy as np
 import torch
 
-from .. import statistics
+from .. import evaluation, statistics
 from ..digits import data as digits_data
 from ..errors import AgentForgeError
-from ..evaluation import Measurement, Text
+from ..evaluation import Measurement, likelihood
 from ..models import LanguageModel, open_model, quiet_transformers
 from ..pipeline import compress
 from ..training.phase import Phase
-from . import paper_probes, phase5_probes, record, training_probes
+from . import chain_probes, claims, compression_probes, paper_probes, phase5_probes, record, training_probes
 from . import workshop as room
+from .claims import Claim, ClaimsFile
 from .compression_probes import share
-from .probes import probe, run
+from .documented import coder_of
+from .probes import probe, run, short_text
 from .workshop import Unmeasured, Workshop
 
 PIECE = 100  # characters of a calibration text that are looked for in the scored one
@@ -176,7 +178,7 @@ def drop_counted(workshop: Workshop) -> Measurement:
         with tempfile.TemporaryDirectory() as scratch:
             made = compress(model, stage, Path(scratch) / "quantized", progress=False)
             after, before = (_right_by_hand(folder) for folder in (made.path, model.path))
-            done = Phase(Path(scratch), {"compression/accuracy_preserved": after / before}, [], True)
+            done = Phase(Path(scratch), {}, [], True)
             with mock.patch.object(training_probes, "_digits_phase", lambda _, done=done: done):
                 worst = max(worst, abs(run(workshop, "accuracy_drop", {}).value - (1 - after / before)))
     return workshop.exact(worst, "share of accuracy", 450, "drop of accuracy against counted pictures", model="digits-mlp")
@@ -211,13 +213,13 @@ def parameters_counted(workshop: Workshop) -> Measurement:
                     made.config.tie_word_embeddings = True
                 made.save_pretrained(folder)
             opened = open_model(folder)
-            ratios = compress(opened, "rounding", Path(scratch) / f"{kind} out", progress=False).ratios
-            counted = [r.denominator_bytes for r in ratios if r.what == "whole model" and r.denominator.endswith("16 bits")]
+            made = compress(opened, "rounding", Path(scratch) / f"{kind} out", progress=False)
+            counted = [16 / bits * made.ratio_to(bits) * made.weight_bytes for bits in (16, 32)]
             worst = max(worst, _off(opened, [2 * opened.parameters, *counted]))
     return workshop.exact(worst, "relative deviation", 4, "parameters counted against those in memory")
 
 
-def _off(model: LanguageModel, two_each: list[int]) -> float:
+def _off(model: LanguageModel, two_each: list[float]) -> float:
     """How far counts, of two bytes a parameter, are from the distinct tensors of the module."""
     held: int = sum({p.data_ptr(): p.numel() for p in model.model.parameters()}.values())
     return max(abs(count / (2 * held) - 1) for count in two_each)
@@ -242,10 +244,7 @@ def divergence_by_hand(workshop: Workshop, stage: str) -> Measurement:
 
     Of one window of text: KL, top-1 agreement, both perplexities and accuracies, both retentions; relative to their size.
     """
-    tokenizer, most = workshop.model.tokenizer, min(128, workshop.context)
-    ids = tokenizer(workshop.text.text[: 8 * most], add_special_tokens=False)["input_ids"][: most - 8]
-    text = Text("by hand", "file", tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-    ids = tokenizer(text.text, add_special_tokens=False)["input_ids"]
+    text, ids = short_text(workshop, min(128, workshop.context))
     here = dataclasses.replace(
         workshop, text=text, tokens=len(ids) - 1, context=len(ids), memory=False, _divergences={}, used={}
     )
@@ -274,3 +273,118 @@ def divergence_by_hand(workshop: Workshop, stage: str) -> Measurement:
     away = {name: abs(values[name] - value) / (abs(value) or 1.0) for name, value in by_hand.items() if math.isfinite(value)}
     about = {"stage": stage, "by hand": by_hand, "deviations": away}
     return workshop.exact(max(away.values()), "relative deviation", len(ids) - 1, "divergence against by hand", **about)
+
+
+SAMPLE: dict[str, Any] = {"context": 32, "tokens": 8 * 31}  # eight windows of any text
+
+
+@probe
+def windows_spread(workshop: Workshop) -> Measurement:
+    """Share of the eight equal parts of the text in which one of eight sampled windows begins."""
+    with mock.patch.object(likelihood, "compared", return_value=[_made_up()]) as compared:
+        evaluation.divergences([workshop.model], workshop.model, workshop.text, **SAMPLE, progress=False)
+    ids = workshop.model.tokenizer(workshop.text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    begin, parts = 0, set[int]()
+    for window in compared.call_args.args[2]:
+        begin = next(i for i in range(begin, len(ids)) if ids[i : i + len(window.ids)] == window.ids)
+        parts.add(8 * begin // len(ids))
+    return workshop.exact(len(parts) / 8, "share of parts", 8, "parts of the text that are sampled", text=workshop.text.name)
+
+
+def _made_up() -> list[torch.Tensor]:
+    """What could be measured of eight windows of 31 tokens, whose tokens are alike in a window: float64[31, 6] each."""
+    draw = np.random.default_rng(0)
+    made = draw.uniform(1, 2, (8, 1, 6)) + draw.uniform(-0.01, 0.01, (8, 31, 6))
+    hits = [1, 4, 5]
+    made[:, :, hits] = draw.uniform(0, 2, (8, 31, 3)) < made[:, :, hits]
+    return [*torch.from_numpy(made)]
+
+
+@probe
+def errors_of_windows(workshop: Workshop) -> Measurement:
+    """Largest relative deviation of values, standard errors and 95% intervals from those that numpy, and scipy's Student
+    distribution, give for eight windows whose tokens are alike: KL, perplexity by the exponential, retention by the delta
+    method; and of the values of shares."""
+    from scipy.stats import t as student  # takes long to import
+
+    with mock.patch.object(likelihood, "compared", return_value=[_made_up()]):
+        found = evaluation.divergences([workshop.model], workshop.model, workshop.text, **SAMPLE, progress=False)[0]
+    kl, same, loss, _, hits, before = torch.stack(_made_up()).mean(1).T.numpy()
+    kept = hits.sum() / before.sum()
+    pairs = [
+        (found.top1.value, same.mean()),
+        (found.accuracy.value, hits.mean()),
+        (found.original_accuracy.value, before.mean()),
+    ]
+    for measured, value, gaps, through in (
+        (found.kl, kl.mean(), kl - kl.mean(), float),
+        (found.perplexity, loss.mean(), loss - loss.mean(), math.exp),
+        (found.retention, kept, (hits - kept * before) / before.mean(), float),
+    ):
+        spread = math.sqrt(float((gaps**2).sum()) / 7 / 8)
+        wide = float(student.ppf(0.975, 7)) * spread
+        pairs += [
+            (measured.value, through(value)),
+            *zip(measured.bounds, (through(value - wide), through(value + wide)), strict=True),
+        ]
+        pairs.append((measured.stderr or 0.0, spread * (through(value) if through is math.exp else 1)))
+    worst = max(abs(given / by_hand - 1) for given, by_hand in pairs)
+    return workshop.exact(worst, "relative deviation", 8, "values and errors of windows against numpy's")
+
+
+@probe
+def verdicts_by_points(workshop: Workshop) -> Measurement:
+    """Share of verdicts, over intervals and thresholds of all orders, that 101 points of the interval give as well: all
+    confirmed, none, or some; and failures, which are errors."""
+    right = []
+    ends = (0.0, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5)
+    for low, high in ((a, b) for a in ends for b in ends if a <= b):
+        points = np.linspace(low, high, 101)
+        measured = dataclasses.replace(workshop.exact((low + high) / 2, "x", 1, "made up"), interval=(low, high))
+        for confirmed, partly in itertools.product(((1.0, 2.0), (1.0, math.inf)), (None, (0.5, 2.0))):
+            wide = confirmed if partly is None else (min(confirmed[0], partly[0]), max(confirmed[1], partly[1]))
+            green, yellow = ((points >= least) & (points <= most) for least, most in (confirmed, wide))
+            for other in ("", "another model"):
+                about: dict[str, Any] = {"confirmed": confirmed, "partly": partly, "about_other": other}
+                claim = dataclasses.replace(Claim("made.up", "project", "", "", probe="made_up"), **about)
+                expected = "confirmed" if green.all() else "partly"
+                if not green.any() and (other or not yellow.any()):
+                    expected = "does not carry over" if other else "refuted"
+                right.append(claims.judge(claim, measured).verdict == expected)
+                right.append(claims.judge(claim, None, failure="broke").verdict == "error")
+    return share(workshop, right, "verdicts", "verdicts against points of the interval")
+
+
+@probe
+def kept_rows_told(workshop: Workshop) -> Measurement:
+    """Share of rows of a second record that say rightly which commit and source took them: kept ones those of the first,
+    new ones their own."""
+
+    def row(name: str, expression: str) -> Claim:
+        parameters = {"expression": expression, "unit": "x"}
+        return Claim(name, "project", "", "made up", probe="arithmetic", parameters=parameters, confirmed=(1.0, 1.0))
+
+    def measured(*rows: Claim, before: dict[str, Any] | None = None) -> dict[str, Any]:
+        file = ClaimsFile("made_up", "Made up", "", "", workshop.model.name, rows)
+        return record.measure(file, dataclasses.replace(workshop, memory=False), lambda *_, **__: None, before)
+
+    first = measured(row("kept", "1 + 0"))
+    first["claims"][0]["provenance"] |= {"commit": "1" * 40, "source": "2" * 64}
+    again = measured(row("kept", "1 + 0"), row("new", "0 + 1"), before=first)["claims"]
+    named = {one["id"]: (one["provenance"]["commit"], one["provenance"]["source"]) for one in again}
+    right = [named["kept"] == ("1" * 40, "2" * 64), named["new"] == (record.git_state()["commit"], room.source_sha256())]
+    return share(workshop, right, "rows", "commit and source of kept rows")
+
+
+@probe
+def seeds_heard(workshop: Workshop) -> Measurement:
+    """Share of draws that are the same for the same seed, and others for another: Gaussian weights of three kinds, and a
+    step of training."""
+    draws: list[Callable[[int], torch.Tensor]] = [
+        lambda seed: compression_probes.gaussian(4, 8, seed=seed),
+        lambda seed: list(paper_probes._weights(workshop, "gaussian", 4, 8))[seed][0],
+        lambda seed: coder_of("c8_seedlm").approximate(torch.linspace(-1, 1, 640).reshape(10, 64), seed),
+        lambda seed: chain_probes._trained(workshop, 1, True, seed),
+    ]
+    right = [torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1)) for draw in draws]
+    return share(workshop, right, "draws", "draws by their seeds")

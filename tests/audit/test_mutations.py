@@ -23,16 +23,16 @@ from numba import njit
 from agentforge import artifact as artifacts
 from agentforge import audit, chain, evaluation, registry, stages
 from agentforge.artifact import Artifact, Ratio
-from agentforge.audit import chain_probes, phase5_probes, probes, record, training_probes
+from agentforge.audit import chain_probes, claims, paper_probes, phase5_probes, probes, record, training_probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.dashboard import runs
-from agentforge.evaluation import Divergence, Measurement, Text, choices, find_text, likelihood, texts
+from agentforge.evaluation import Divergence, Measurement, Text, choices, find_text, intervals, likelihood, texts
 from agentforge.models import LanguageModel
 from agentforge.planes import FLOATS, Packed, Plane
 from agentforge.stages import curves, entropy, rounding, seedlm, ternary, trajectory, vptq
 from agentforge.statistics import Calibration
-from agentforge.training import bitlinear, mugrokfast
+from agentforge.training import bitlinear, mugrokfast, recover
 
 CLAIMS: dict[str, Claim] = {
     claim.id: claim
@@ -164,8 +164,8 @@ def another_seed(to: pytest.MonkeyPatch) -> None:
     to.setattr(chain, "compress", lambda *args, **more: compress(*args, seed=next(seeds), **more))
 
 
-def padding_counted(measure: Any, losses: torch.Tensor, *rest: Any) -> Any:
-    return measure(torch.cat([losses, losses.new_zeros(8)]), *rest)
+def padding_counted(measure: Any, losses: torch.Tensor, counts: torch.Tensor, *rest: Any) -> Any:
+    return measure(losses, counts + 8, *rest)
 
 
 def shifted_targets(rows: Any, *args: Any) -> Any:
@@ -247,7 +247,31 @@ def other_divergence(**changes: Callable[[Divergence], Measurement]) -> Patch:
         found: Divergence = measure(*args)
         return found._replace(**{name: change(found) for name, change in changes.items()})
 
-    return wrapped(likelihood, "_divergence", around)
+    return wrapped(likelihood, "divergence_of", around)
+
+
+def halved(ratio: Any, *args: Any, **more: Any) -> dict[str, Any]:
+    """A standard error of half the size, and its interval."""
+    found = ratio(*args, **more)
+    if "interval" in found:
+        low, high = (found["value"] + (end - found["value"]) / 2 for end in found["interval"])
+        found |= {"stderr": found["stderr"] / 2, "interval": (low, high)}
+    return dict(found)
+
+
+def without_ends(within: Any, measured: Measurement, low: float, high: float) -> Any:
+    return within(measured, math.nextafter(low, math.inf), math.nextafter(high, -math.inf))
+
+
+def as_errors_are_refuted(judge: Any, *args: Any, **more: Any) -> audit.Judged:
+    found: audit.Judged = judge(*args, **more)
+    return dataclasses.replace(found, verdict="refuted") if found.verdict == "error" else found
+
+
+def relabelled(kept: Any, before: dict[str, Any], *args: Any) -> Any:
+    """Kept rows that claim to be of today's commit."""
+    rows = kept(before, *args)
+    return {key: one._replace(provenance={**one.provenance, **record.git_state()}) for key, one in rows.items()}
 
 
 def reversed_kl(measure: Any, model: Any, original: Any, *args: Any, **more: Any) -> Any:
@@ -318,6 +342,42 @@ FAULTS: dict[str, Fault] = {
     "divergence: the perplexities are swapped": Fault(
         other_divergence(perplexity=lambda d: d.original_perplexity, original_perplexity=lambda d: d.perplexity),
         ("self.divergence",),
+    ),
+    "sample: the first windows of the text": Fault(
+        wrapped(likelihood, "_spread", lambda _, spans, wanted: spans), ("self.windows",)
+    ),
+    "errors: of tokens in place of windows": Fault(
+        wrapped(likelihood, "_clusters", lambda clusters, windows: clusters(list(torch.cat(windows).split(1)))),
+        ("self.errors",),
+    ),
+    "errors: half as large": Fault(wrapped(intervals, "ratio", halved), ("self.errors",)),
+    "verdicts: by the value alone": Fault(
+        lambda to: to.setattr(Measurement, "bounds", property(lambda m: (m.value, m.value))), ("self.verdicts",)
+    ),
+    "verdicts: thresholds are not included": Fault(
+        wrapped(
+            Measurement, "within", lambda within, m, low, high: within(m, math.nextafter(low, 9), math.nextafter(high, -9))
+        ),
+        ("self.verdicts", "self.lowest"),
+    ),
+    "verdicts: what fails is refuted": Fault(wrapped(claims, "judge", as_errors_are_refuted), ("self.verdicts",)),
+    "record: kept rows get the last commit": Fault(wrapped(record, "_kept", relabelled), ("self.kept",)),
+    "seeds: every draw is the first": Fault(
+        wrapped(paper_probes, "gaussian", lambda gaussian, rows, columns, seed: gaussian(rows, columns, 0)), ("self.seeds",)
+    ),
+    "seeds: training ignores its seed": Fault(
+        wrapped(recover.Settings, "__init__", lambda init, *args, **more: init(*args, **{**more, "seed": 0})),
+        ("self.seeds",),
+    ),
+    "divergence: what is kept is counted on other tokens": Fault(
+        wrapped(intervals, "pairs", lambda pairs, top, bottom, *args: pairs(top, bottom.roll(1), *args)), ("self.errors",)
+    ),
+    "divergence: accuracies are swapped": Fault(
+        other_divergence(accuracy=lambda d: d.original_accuracy, original_accuracy=lambda d: d.accuracy), ("self.errors",)
+    ),
+    "ratio: against half of the denominator": Fault(
+        lambda to: to.setattr(Ratio, "ratio", property(lambda r: r.denominator_bytes / 2 / r.bytes)),
+        ("self.parameters",),
     ),
     "bytes: bits come from settings": Fault(
         lambda to: to.setattr(chain_probes, "bits_per_weight", bits_of_settings), ("bytes.counted",)
