@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import agentforge
 from agentforge import artifact as artifact_module
-from agentforge import stages
+from agentforge import folders, stages
 from agentforge.artifact import Artifact, Ratio, Writer, relative_error
 from agentforge.errors import AgentForgeError, BadArtifact, BadInput
 from agentforge.models import LanguageModel
@@ -540,7 +540,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on_later(tiny_llama:
                 full(artifact_module.write_json, lambda path, *_: path.name == "agentforge.json"),
             )
         else:
-            patch.setattr(artifact_module.os, "replace", full(os.replace, lambda _, target: Path(target) == out))
+            patch.setattr(folders.os, "replace", full(os.replace, lambda _, target: Path(target) == out))
         with pytest.raises(AgentForgeError) as error:
             agentforge.compress(tiny_llama, "ternary", out, progress=False)
     assert_sentence(error, "No space left on device")
@@ -563,7 +563,7 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(digits: La
         real(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact_module.os, "replace", replace)
+        patch.setattr(folders.os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             agentforge.compress(digits, "ternary", out, overwrite=True, progress=False)
     assert not out.exists()
@@ -575,7 +575,7 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(digits: La
 def test_a_kill_after_the_rename_is_cleaned_up_by_the_same_call(digits: LanguageModel, tmp_path: Path) -> None:
     out = tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact_module.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(artifact_module, "remove", lambda _: None)
         agentforge.compress(digits, "ternary", out, progress=False)
     assert partial_of(out).exists(), "the kill left it behind"
     before = hashes(out)
