@@ -210,7 +210,9 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path, bases: Callable[[s
     agentforge.compress(folder, "ternary", tmp_path / "again", progress=False)
 
 
-@pytest.mark.parametrize("name", [SHARD, "config.json", MANIFEST, "LICENSE", "tokenizer.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize(
+    "name", [SHARD, "config.json", MANIFEST, "LICENSE", "tokenizer.json", "model.safetensors.index.json"]
+)
 def test_links_that_lead_elsewhere_are_refused_by_name(tmp_path: Path, tiny_llama: Path, name: str) -> None:
     """What they lead to would be read as a model's, and copied into what is made of it."""
     secret = tmp_path / "secret"

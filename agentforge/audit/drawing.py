@@ -1,13 +1,29 @@
-"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone."""
+"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone.
+
+A record is given to these functions as `report.obtain` returns it: all text in it is fit for Markdown (`escaping`),
+so that nothing here, and nothing in a template, has to think of it again.
+"""
 
 from __future__ import annotations
 
 import html
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
+from ..escaping import markdown
+from ..models import converted_bytes
+
+MARKS = {
+    "confirmed": "🟢",
+    "partly": "🟡",
+    "refuted": "🔴",
+    "does not carry over": "⚪",
+    "not reproducible here": "⚪",
+    "not tested": "⚪",
+    "error": "⛔",
+}
 
 
 def introduction(record: dict[str, Any]) -> str:
@@ -24,7 +40,7 @@ def introduction(record: dict[str, Any]) -> str:
 {record["about"]}
 
 The rows are from: {record["source"]}. Every verdict is computed from a measurement, against thresholds that stood in the
-claims file before anything was run. A grey row has no verdict, and says what it would take.
+claims file before anything was run. A grey row says what it would take, or that its claim is about another model.
 
 The model is **{model["name"]}**, {model["parameters"] / 1e6:.1f} M parameters, base precision: {precision}.{against}
 Whatever was compressed was written to disk and loaded back before it was measured. Budget: {record["budget"]}."""
@@ -35,14 +51,10 @@ def provenance(record: dict[str, Any]) -> str:
     text, git, machine = record["text"], record["git"], record["environment"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     dirty = ", with uncommitted changes" if git["dirty"] else ""
-    artifacts = "\n".join(f"| `{stage}` | `{sha256[:16]}` |" for stage, sha256 in record["artifacts"].items())
+    artifacts = "\n".join(
+        f"| <code>{stage}</code> | <code>{sha256[:16]}</code> |" for stage, sha256 in record["artifacts"].items()
+    )
     made = f"\n\n| artifact that was measured | sha256 of its manifest |\n|---|---|\n{artifacts}" if artifacts else ""
-    kept = ""
-    if record.get("kept"):
-        kept = (
-            f"\n* **Kept**: {record['kept']['rows']} measurements of the record of {record['kept']['created']} (commit "
-            f"`{record['kept']['commit']}`);\n  in the record each row names, by its hash, the source that measured it."
-        )
     return f"""## How it was measured
 
 * **Text**: {text["name"]}, {text["split"]}, from {text["origin"]}, sha256 `{text["sha256"][:16]}`; skipped before it:
@@ -52,13 +64,43 @@ def provenance(record: dict[str, Any]) -> str:
   on the same tokens, they are those of pairs.
 * **Sizes**: bytes of the weight files on disk, headers included; tokenizer, configuration and manifest excluded. Every
   ratio names its denominator.
-* **Thresholds**: with every claim, in the claims file (sha256 of what it says `{record["claims_sha256"][:16]}`). A value
-  within two standard errors of a threshold is marked as close.
+* **Thresholds**: with every claim, in the claims file (sha256 of what it says `{record["claims_sha256"][:16]}`). A
+  verdict stands if the whole 95% interval agrees with it; a row whose interval holds a threshold is *undecided*, and says
+  at which n it probably would not be. A row whose error is unknown is judged by its value, and says so. {_together(record)}
 * **Machine**: {machine["cpu"]}, {machine["threads"]} threads, {machine["platform"]}, Python {machine["python"]}, device
   {record["device"]}; {packages}. Peak memory {record["peak_memory_bytes"] / 1e6:,.0f} MB.
-* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.{kept}
+* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.
+  {_taken_at(record)}
 * **Again**: `agentforge audit {record["report"]} --budget {record["budget"]} --tokens {text["scored_tokens"]}`; the
   record is `{record["report"]}.json`.{made}"""
+
+
+def _together(record: dict[str, Any]) -> str:
+    """What would change if all verdicts together were held to one rate of error."""
+    found = record["false_discovery"]
+    if not found["rows"]:
+        return "No row has a sampling error."
+    return (
+        f"{found['decided']} of the {found['rows']} rows with an error are decided, each for itself at 95%; held to a false-"
+        f"discovery rate of {found['rate']:.0%} over all of them (Benjamini and Hochberg), {found['would_flip']} of these "
+        "would be undecided."
+    )
+
+
+def _taken_at(record: dict[str, Any]) -> str:
+    """The commits that took the rows, as each row names its own."""
+    taken = [row["provenance"] for row in record["claims"] if row["provenance"]]
+    counts = Counter((one["commit"], one["dirty"], one["source"]) for one in taken)
+    return (
+        "Rows were measured at "
+        + "; ".join(
+            f"`{str(commit)[:12]}`{' with uncommitted changes' if dirty else ''} (source `{source[:12]}`): {count}"
+            for (commit, dirty, source), count in counts.most_common()
+        )
+        + "."
+        if counts
+        else ""
+    )
 
 
 def verdict_table(record: dict[str, Any], section: str) -> str:
@@ -88,16 +130,19 @@ def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
     measured = row["measured"]
     if measured is None:
         return ""
-    words = [f"probe <code>{html.escape(call_text(row))}</code>"]
-    words += [
-        f"{html.escape(str(k))}: {html.escape(str(v)[:120])}" for k, v in measured["protocol"].items() if v not in ([], "")
-    ]
+    words = [f"probe <code>{call_text(row)}</code>"]
+    words += [f"{k}: {_short(str(v))}" for k, v in measured["protocol"].items() if v not in ([], "")]
     words += [f"seed: {measured['seed']}"] if measured["seed"] is not None else []
     hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
-    words += [f"{html.escape(k)}: <code>{v[:12]}</code>" for k, v in hashes.items()]
+    words += [f"{k}: <code>{_short(v, 12)}</code>" for k, v in hashes.items()]
     words += [f"{row['seconds']:.1f} s"]
     again = f"agentforge audit {record['report']} --only {row['id']} --budget {record['budget']}"
     return f" <details><summary>evidence</summary>{'; '.join(words)}. Again: <code>{again}</code></details>"
+
+
+def _short(text: str, most: int = 120) -> str:
+    """The beginning of a text that is escaped already; no character reference is cut in two."""
+    return text if len(text) <= most else markdown(html.unescape(text)[:most])
 
 
 def call_text(row: dict[str, Any]) -> str:
@@ -106,20 +151,28 @@ def call_text(row: dict[str, Any]) -> str:
 
 
 def stage_table(record: dict[str, Any]) -> str:
-    """What each stage made of the model, as a Markdown table, ratios against 16 bits; the original is the first row."""
+    """What each stage made of the model, as a Markdown table; the original is the first row.
+
+    Ratios are against 16 bits, of the whole model also against what the user has: the GGUF file it was converted from, else
+    its weight files.
+    """
+    size = converted_bytes(record["model"]["source"])
+    had = "GGUF file" if size else "weight files"
     lines = [
-        "| Stage | Bits a weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Perplexity | KL (nats/token) "
-        "| Same top token |",
-        "|---|---|---|---|---|---|---|",
+        f"| Stage | Bits per weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Whole model, to its {had} "
+        "| Perplexity | KL (nats per token) | Same top token |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = record["stages"]
     if rows:
-        lines.append(f"| original | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
+        lines.append(f"| original | - | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
     for row in rows:
         ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
+        whole = next(r for r in row["ratios"] if r["what"] == "whole model" and not r["denominator"].endswith("bits"))
         lines.append(
             f"| {row['stage']} | {row['bits_per_weight']:.3f} | {ratios['touched tensors', True]:.2f}x "
-            f"| {ratios['whole model', True]:.2f}x | {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
+            f"| {ratios['whole model', True]:.2f}x | {(size or whole['denominator_bytes']) / whole['bytes']:.2f}x "
+            f"| {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
             f"| {100 * row['top1']['value']:.1f}% |"
         )
     return "\n".join(lines)
@@ -140,20 +193,26 @@ def sections(record: dict[str, Any]) -> list[str]:
 
 
 def verdict_text(row: dict[str, Any]) -> str:
-    """Mark, colour and verdict of a row, and whether it was a close call."""
-    close = ", close to a threshold" if row["close"] else ""
-    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{close}"
+    """Mark, colour and verdict of a row, and whether it is undecided."""
+    if row["verdict"] == "error":
+        return f"{MARKS['error']} ERROR: not measured"
+    undecided = ""
+    if row["undecided"]:
+        undecided = ": undecided at this n" + (f"; about {row['decides_at']:,} would decide" if row["decides_at"] else "")
+    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{undecided}"
 
 
 def measured_text(row: dict[str, Any]) -> str:
     """The measured value with its error, unit and n, its threshold, protocol and remark; or why there is none."""
     remark = "".join(f" {row[key]}" for key in ("protocol", "remark") if row[key])
     if row["failure"]:
-        return f"**failed**: {row['failure']}.{remark}"
+        return f"**the probe failed**, which says nothing about the claim: {row['failure']}.{remark}"
     if row["measured"] is None:
         return f"needs {row['needs']}"
     measured = row["measured"]
     error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2g}"
+    error += " (error unknown)" if measured["error"] == "unknown" else ""
+    remark += f" The claim is about {row['about_other']}." if row["about_other"] else ""
     value = f"{measured['value']:.4g}{error} {measured['unit']}"
     return f"**{value}** (n = {measured['n']:,}; to confirm: {threshold_text(row['thresholds']['confirmed'])}).{remark}"
 

@@ -26,7 +26,8 @@ MARKER = "executed"  # appears beside the artifact if a pickle of ours is ever o
 
 class Case(NamedTuple):
     """spoil: what it does to the folder.  base: which good artifact it starts from.  verify, load: whether
-    Artifact.verify and open_model(...).model must refuse it (load does not check the rows' hashes, verify does not build models)."""
+    Artifact.verify and open_model(...).model must refuse it (load does not check the hashes of
+    rows, verify does not build models)."""
 
     spoil: Callable[[Path], None]
     base: str
