@@ -25,7 +25,6 @@ from agentforge.artifact import Artifact, Ratio, Writer, relative_error
 from agentforge.errors import AgentForgeError, BadArtifact, BadInput
 from agentforge.models import LanguageModel
 from agentforge.planes import tensor_bytes
-from agentforge.statistics import Calibration
 from agentforge.tensorfiles import sha256_file
 
 STAGES = [
@@ -390,21 +389,19 @@ def test_files_that_should_not_be_there_are_named(digits: LanguageModel, tmp_pat
 
 
 def test_a_piece_damaged_after_a_kill_is_made_again(tiny_llama: Path, tmp_path: Path) -> None:
-    stage = "vptq:v=4,k=8,shared=true"
-    options: dict[str, Any] = {"calibration": Calibration("selftext", 512, 128), "progress": False}
-    agentforge.compress(tiny_llama, stage, tmp_path / "whole", **options)
+    agentforge.compress(tiny_llama, "ternary", tmp_path / "whole", progress=False)
     out = tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
-            agentforge.compress(tiny_llama, stage, out, **options)
+            agentforge.compress(tiny_llama, "ternary", out, progress=False)
     pieces = sorted((partial_of(out) / "tensors").glob("*.safetensors"))
-    assert pieces[-1].name == "shared.safetensors"
+    assert pieces
     for i, piece in enumerate(pieces):
         raw = bytearray(piece.read_bytes())
         raw[(i * 37) % len(raw)] ^= 4
         piece.write_bytes(raw)
-    agentforge.compress(tiny_llama, stage, out, **options)
+    agentforge.compress(tiny_llama, "ternary", out, progress=False)
     assert hashes(out) == hashes(tmp_path / "whole")
 
 
