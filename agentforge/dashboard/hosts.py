@@ -1,6 +1,6 @@
 """What Streamlit serves: the page, to whoever asks for it by this machine's own name.
 
-A page from elsewhere whose name has come to lead to 127.0.0.1 (DNS rebinding) is of one origin with this one for the browser;
+A page from elsewhere whose name leads to 127.0.0.1 by now (DNS rebinding) is of one origin with this one for the browser;
 its requests give themselves away by their Host alone.
 """
 
