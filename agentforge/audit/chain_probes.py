@@ -11,7 +11,6 @@ import functools
 import json
 import math
 import shutil
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,7 @@ from ..artifact import MANIFEST, Artifact, load
 from ..chain import Chain, Result, run_chain
 from ..digits import data as digits_data
 from ..errors import AgentForgeError, BadInput
-from ..evaluation import Measurement
-from ..evaluation.likelihood import standard_error
+from ..evaluation import Measurement, intervals
 from ..evaluation.texts import CHECKOUT
 from ..models import LanguageModel, open_model
 from ..pipeline import compress
@@ -276,22 +274,21 @@ def codebooks_recovered(workshop: Workshop, steps: int) -> Measurement:
     """Share of the KL divergence from the original that training VPTQ's codebooks, filter on, takes back."""
     before = _kl(load(compress("digits-mlp", CODEBOOKS, workshop.folder / "codebooks", progress=False).path))
     after = _trained(workshop, steps, True, 0)
-    left = float(after.mean() / before.mean())
-    spread = standard_error(after - left * before) / float(before.mean())  # of pairs, picture by picture
     protocol = {"metric": "1 - KL after / KL before", "model": "digits-mlp", "stage": CODEBOOKS, "steps": steps, "lr": 1e-3}
-    return Measurement(1 - left, "share of KL", spread, len(after), protocol, seed=0, inputs=_digits())
+    found = intervals.ratio(before - after, before, len(after), "pairs of pictures")
+    return Measurement(unit="share of KL", protocol=protocol, seed=0, inputs=_digits(), **found)
 
 
 @probe
 def codebook_gain_of_filter(workshop: Workshop, steps: int) -> Measurement:
-    """KL divergence that is left with the filter over that without, median over seeds."""
+    """KL divergence that is left with the filter over that without, mean over seeds."""
     found = []
     for seed in range(workshop.effort.seeds):
         on, off = (float(_trained(workshop, steps, filtered, seed).mean()) for filtered in (True, False))
         found.append(on / off)
     protocol = {"metric": "KL with over without the filter", "model": "digits-mlp", "stage": CODEBOOKS, "by seed": found}
-    spread = standard_error(torch.tensor(found, dtype=torch.float64))
-    return Measurement(statistics.median(found), "x", spread, len(found), {**protocol, "steps": steps}, inputs=_digits())
+    mean = intervals.mean(torch.tensor(found, dtype=torch.float64), error=f"{len(found)} seeds")
+    return Measurement(unit="x", protocol={**protocol, "steps": steps}, inputs=_digits(), **mean)
 
 
 def _digits() -> dict[str, str]:

@@ -145,16 +145,8 @@ def kept_in_16_bits(workshop: Workshop, stage: str) -> Measurement:
 @probe
 def perplexity_factor(workshop: Workshop, stage: str) -> Measurement:
     """Perplexity of the compressed model over that of the original, on the same tokens."""
-    kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, token by token
-    value = 1 / kept.value
-    return Measurement(
-        value,
-        "x",
-        value * (kept.stderr or 0.0) / kept.value,
-        kept.n,
-        {**kept.protocol, "metric": "perplexity / original perplexity", "stage": stage},
-        inputs=kept.inputs,
-    )
+    kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, window by window
+    return kept.through(lambda x: 1 / x, "x", metric="perplexity / original perplexity", stage=stage)
 
 
 @probe
