@@ -499,9 +499,16 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     opened = LanguageModel(name, path, entries, source)
     if not opened.is_classifier:
         module = opened.skeleton()
-        known = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {n for n, _ in module.named_buffers()}
-        if not set(entries) <= known:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if not set(entries) <= set(parameters) | {n for n, _ in module.named_buffers()}:
             return BuiltModel(name, path, entries, source)
+        # A tied tensor that the file holds under both of its names is one tensor, as transformers has it.
+        first: dict[int, str] = {}
+        for tensor in [n for n in parameters if n in entries]:
+            kept = first.setdefault(id(parameters[tensor]), tensor)
+            same = kept != tensor and entries[kept].dtype == entries[tensor].dtype
+            if same and torch.equal(opened.tensor(kept), opened.tensor(tensor)):
+                del entries[tensor]
     return opened
 
 

@@ -26,6 +26,7 @@ import agentforge
 from agentforge import models, stages
 from agentforge.errors import BadInput
 from agentforge.models import BuiltModel, LanguageModel, open_model
+from agentforge.pipeline import compress
 from agentforge.tensorfiles import index_folder
 
 LINEAR = (
@@ -317,6 +318,24 @@ def test_an_output_head_of_its_own_is_another(llama_copy: Path) -> None:
     more = {w.name: w.module for w in opened.weights(embeddings=True) if w not in opened.weights()}
     assert more == {"model.embed_tokens.weight": "Embedding", "lm_head.weight": "Linear"}
     assert torch.equal(opened.model.lm_head.weight, load_file(llama_copy / "model.safetensors")["lm_head.weight"])
+
+
+def in_memory(module: nn.Module) -> int:
+    """Parameters of a module, each piece of memory once."""
+    return sum({parameter.data_ptr(): parameter.numel() for parameter in module.parameters()}.values())
+
+
+def test_a_tied_tensor_that_is_stored_twice_counts_once(llama_copy: Path, tmp_path: Path) -> None:
+    edit_tensors(llama_copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    opened = open_model(llama_copy)
+    assert opened.parameters == in_memory(opened.model)
+    artifact = compress(opened, "rounding", tmp_path / "out", progress=False)
+    assert next(r for r in artifact.ratios if r.what == "whole model").denominator_bytes == 2 * in_memory(opened.model)
+    # Another head than the embedding is a tensor of its own, whatever config.json says: transformers does not tie it.
+    edit_tensors(llama_copy, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    opened = open_model(llama_copy)
+    assert opened.parameters == in_memory(opened.model)
+    assert "lm_head.weight" in opened.kept()
 
 
 def test_the_layers_of_digits_mlp(digits: LanguageModel) -> None:
