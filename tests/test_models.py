@@ -1099,10 +1099,11 @@ def splitting(folder: Path, to: Path, pattern: str) -> LanguageModel:
 def test_a_tokenizer_that_does_not_end_or_breaks_down_is_refused(
     tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "PATIENCE", 1.0)
     endless = splitting(tiny_llama, tmp_path / "endless", r"([a ]{1,60}){3}#")
-    with pytest.raises(BadInput, match=r"its tokenizer cannot cut the text \(TimeoutError: not done after 1 s\)"):
-        endless.encode("a " * 250)  # seconds, where a text takes hours
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "PATIENCE", 1.0)
+        with pytest.raises(BadInput, match=r"its tokenizer cannot cut the text \(TimeoutError: not done after 1 s\)"):
+            endless.encode("a " * 250)  # seconds, where a text takes hours
     breaking = splitting(tiny_llama, tmp_path / "breaking", r"(a+)+$")
     with pytest.raises(BadInput, match=r"its tokenizer cannot cut the text \(.*retry-limit"):
         breaking.encode("a" * 40 + "b")
