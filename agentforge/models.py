@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -59,6 +60,7 @@ SOURCE_FILE = "agentforge-source.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 2
+PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters a second (they take 100,000 and more)
 
 
 @dataclass(frozen=True)
@@ -214,6 +216,35 @@ class LanguageModel:
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise BadInput(f"{self.path}: its tokenizer cannot be opened ({_first_line(error)})") from None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text's tokens; special: with those that the tokenizer puts around a text.
+
+        Raises BadInput where the tokenizer fails on it, does not come to an end (its splitting rule is a regular expression
+        that came with the model, and may take for ever), or gives ids that the model does not have.
+        """
+        found: list[Any] = []
+        tokenizer = self.tokenizer
+
+        def cut() -> None:
+            try:
+                found.append(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+            except BaseException as error:  # a panic of the library is no Exception
+                found.append(error)
+
+        thread = threading.Thread(target=cut, daemon=True)  # which can be left behind, as it cannot be stopped
+        thread.start()
+        limit = PATIENCE + len(text) / SLOWEST
+        thread.join(limit)
+        ids = found[0] if found else TimeoutError(f"not done after {limit:.0f} s")
+        if isinstance(ids, BaseException):
+            raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({_first_line(ids)})") from None
+        size = self.config.get("vocab_size")
+        if isinstance(size, int) and max(ids, default=0) >= size:
+            raise BadInput(
+                f"{self.path}: its tokenizer gives the id {max(ids)}, its model knows {size} tokens; use its own tokenizer"
+            )
+        return list(ids)
 
     def check(self) -> None:
         """Raise BadInput where tensors are missing, unknown or of another shape than config.json asks for."""
