@@ -175,10 +175,9 @@ def perplexity_formula(workshop: Workshop, tokens: int = 511) -> Measurement:
 def short_text(workshop: Workshop, tokens: int) -> tuple[Text, list[int]]:
     """The beginning of the workshop's text, of about so many tokens but never more, and its ids: one window, whatever part
     of a longer text would be sampled."""
-    tokenizer, whole = workshop.model.tokenizer, workshop.text.text
-    ids = tokenizer(whole[: 20 * tokens], add_special_tokens=False, verbose=False)["input_ids"]
+    ids = workshop.model.encode(workshop.text.text[: 20 * tokens])
     for count in range(tokens, 1, -1):  # a cut may fall where tokens are others, and more
-        text = tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-        if len(again := tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) <= tokens:
+        text = workshop.model.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        if len(again := workshop.model.encode(text)) <= tokens:
             return Text(f"beginning of {workshop.text.name}", workshop.text.split, text), again
     raise BadInput(f"text {workshop.text.name}: is too short to take a window of it")

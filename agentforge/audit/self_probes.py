@@ -13,6 +13,7 @@ import itertools
 import math
 import subprocess
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,8 +147,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     effort = dataclasses.replace(here.effort, seeds=here.effort.seeds + 1)
     # A text of the same name, a model of the same name, and so on: names are not what a measurement depends on.
     text = dataclasses.replace(here.text, text=here.text.text + ".")
-    model, subject = (copy.copy(here.model) for _ in range(2))
-    vars(model)["fingerprint"], vars(subject)["fingerprint"] = "another", "a third"
+    model, subject = (types.SimpleNamespace(fingerprint=of) for of in ("another", "a third"))
     changes: list[dict[str, Any]] = [{}, {"text": text}, {"model": model}, {"subject": subject}, {"effort": effort}]
     changes += [{"tokens": here.tokens - 1}, {"context": here.context + 1}, {"device": "another"}]
     others = [("another", {"a": 1}), ("kind", {"a": 2})]
@@ -283,7 +283,7 @@ def windows_spread(workshop: Workshop) -> Measurement:
     """Share of the eight equal parts of the text in which one of eight sampled windows begins."""
     with mock.patch.object(likelihood, "compared", return_value=[_made_up()]) as compared:
         evaluation.divergences([workshop.model], workshop.model, workshop.text, **SAMPLE, progress=False)
-    ids = workshop.model.tokenizer(workshop.text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = workshop.model.encode(workshop.text.text)
     begin, parts = 0, set[int]()
     for window in compared.call_args.args[2]:
         begin = next(i for i in range(begin, len(ids)) if ids[i : i + len(window.ids)] == window.ids)

@@ -381,7 +381,7 @@ def generation_speed(workshop: Workshop, against: str = "float32", tokens: int =
     """How many times faster the ternary model generates from its packed planes than the same model in torch."""
     packed = load(workshop.artifact("ternary").path, runtime="packed").model
     dense = copy.deepcopy(load(workshop.artifact("ternary").path).model).to(getattr(torch, against))
-    ids = torch.tensor([workshop.model.tokenizer("The capital of France is")["input_ids"]])
+    ids = torch.tensor([workshop.model.encode("The capital of France is", special=True)])
     generate: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
 
     def run(module: Any) -> Callable[[], Any]:
