@@ -46,7 +46,7 @@ def _student(workshop: Workshop) -> nn.Module:
     return student
 
 
-@probe
+@probe("share of tensors")
 def gradients_that_flow(workshop: Workshop) -> Measurement:
     """Share of the ternary model's trainable tensors that get a finite gradient, not zero everywhere, from one batch."""
     flow = gates.gradient_flow(_student(workshop), windows(workshop.model, "selftext", 1, 64))
@@ -54,7 +54,7 @@ def gradients_that_flow(workshop: Workshop) -> Measurement:
     return workshop.exact(len(flow.norms) / total, "share of tensors", total, "gradient flow", batch="64 tokens of selftext")
 
 
-@probe
+@probe("share of weights")
 def export_agreement(workshop: Workshop) -> Measurement:
     """Share of weights that are on disk, bit for bit, what the training's forward pass computes with."""
     stored = load(workshop.artifact("ternary").path)
@@ -95,7 +95,7 @@ def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str, seed: 
     )
 
 
-@probe
+@probe("share of KL")
 def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = "adamw") -> Measurement:
     """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext.
 
@@ -122,7 +122,7 @@ def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = 
     return Measurement(1 - float(left.mean()), "share of KL", spread, runs[0].after.n, protocol, seed=0, inputs=inputs)
 
 
-@probe
+@probe("nats")
 def resume_difference(workshop: Workshop) -> Measurement:
     """Largest difference between the losses of a run that was killed and went on, and one that was not (digits-mlp)."""
     from ..training import recover as module
@@ -149,7 +149,7 @@ def resume_difference(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "nats", len(losses[0]), "killed at step 13 against not killed", model="digits-mlp")
 
 
-@probe
+@probe("share")
 def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
     """Output error of the calibrated ternary rule over that of the paper's, summed over the sample of matrices, on
     H = E[x x^T]."""
@@ -167,7 +167,7 @@ def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
     )
 
 
-@probe
+@probe("share")
 def fewer_samples(workshop: Workshop) -> Measurement:
     """Output error of the calibrated ternary rule with a quarter of the calibration text, over that with all of it, on text
     that neither has seen; mean over the sample of matrices, each held against itself."""
@@ -195,7 +195,7 @@ def fewer_samples(workshop: Workshop) -> Measurement:
     return Measurement(float(values.mean()), "share", standard_error(values), len(values), protocol, inputs=inputs)
 
 
-@probe
+@probe("x")
 def recovery_gain_of_filter(
     workshop: Workshop, alpha: float = 0.98, lamb: float = 2.0, other_alpha: float = 0.98, other_lamb: float = 0.0
 ) -> Measurement:
@@ -222,7 +222,7 @@ def recovery_gain_of_filter(
     return Measurement(float(values.mean()), "x", spread, len(values), protocol, seed=0, inputs={"model": model.fingerprint})
 
 
-@probe
+@probe("share of tokens")
 def dual_agreement(workshop: Workshop, tokens: int = 511) -> Measurement:
     """Share of tokens at which the packed model and the dequantised float16 one have the same most likely next token."""
     artifact = workshop.artifact("ternary")
@@ -241,7 +241,7 @@ def _digits_phase(workshop: Workshop) -> Phase:
     return phase("digits-mlp", workshop.folder / "phase-digits", DIGITS, always_train=True, progress=False)
 
 
-@probe
+@probe("metrics")
 def metrics_with_values(workshop: Workshop) -> Measurement:
     """How many of the 19 documented metrics a run of phase 4 logs with a measured value (digits-mlp), read back."""
     found = tracking.read(_digits_phase(workshop).path / "tracking")
@@ -249,7 +249,7 @@ def metrics_with_values(workshop: Workshop) -> Measurement:
     return workshop.exact(float(count), "metrics", len(tracking.METRICS), "metrics read back", model="digits-mlp")
 
 
-@probe
+@probe("share of accuracy")
 def accuracy_drop(workshop: Workshop) -> Measurement:
     """Share of its accuracy that digits-mlp loses in phase 4, training included, on 450 test pictures."""
     result = _digits_phase(workshop)
@@ -259,7 +259,7 @@ def accuracy_drop(workshop: Workshop) -> Measurement:
     return Measurement(drop, "share of accuracy", after.stderr, after.n, protocol, seed=0, inputs=after.inputs)
 
 
-@probe
+@probe("share of cases")
 def triggers_that_are_right(workshop: Workshop) -> Measurement:
     """Share of cases in which training is triggered exactly when quality fell by more than 5% (digits-mlp)."""
     right = 0
@@ -271,7 +271,7 @@ def triggers_that_are_right(workshop: Workshop) -> Measurement:
     return workshop.exact(right / len(cases), "share of cases", len(cases), "trigger at 5%", model="digits-mlp")
 
 
-@probe
+@probe("share of hand-offs")
 def handoff_faults_refused(workshop: Workshop) -> Measurement:
     """Share of hand-offs judged rightly: a sound one accepted, and one refused for each of six injected faults."""
     sound = _digits_phase(workshop).path
@@ -300,7 +300,7 @@ def handoff_faults_refused(workshop: Workshop) -> Measurement:
     return workshop.exact(right / total, "share of hand-offs", total, "hand-offs judged rightly", model="digits-mlp")
 
 
-@probe
+@probe("share of faults")
 def fallback_chain(workshop: Workshop) -> Measurement:
     """Share of faults after which a text is found all the same, and what was skipped is named."""
     faults = {"missing": BadInput("wikitext2: not there"), "broken": BadInput("wikitext2: its sha256 is another")}
@@ -312,7 +312,7 @@ def fallback_chain(workshop: Workshop) -> Measurement:
     return workshop.exact(right / len(faults), "share of faults", len(faults), "fallback named and used")
 
 
-@probe
+@probe("share of target")
 def adaptive_ratio(workshop: Workshop) -> Measurement:
     """Ratio on disk, against 32 bits, that the size-adaptive table reaches on this model, over the one it promises."""
     stage, target = adaptive(workshop.model), size_of(workshop.model.parameters)
@@ -328,7 +328,7 @@ def adaptive_ratio(workshop: Workshop) -> Measurement:
     )
 
 
-@probe
+@probe("x")
 def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32") -> Measurement:
     """How many times faster TernaryLinear multiplies one vector than torch does, medians of runs taken in turns."""
     from ..runtime import TernaryLinear
@@ -341,7 +341,7 @@ def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32")
     return _faster(workshop, lambda: packed(x), lambda: dense(y), 40, against, f"{size} x {size}, one vector")
 
 
-@probe
+@probe("x")
 def generation_speed(workshop: Workshop, against: str = "float32", tokens: int = 16) -> Measurement:
     """How many times faster the ternary model generates from its packed planes than the same model in torch."""
     packed = load(workshop.artifact("ternary").path, runtime="packed").model
