@@ -134,7 +134,7 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
             part, why = found
             place = line(["claims", number, *part])
             raise BadInput(f"{path}, line {place}: claim {claim.id}, {', '.join(part)}: {why}")
-        places[claim.id] = f"{path}, line {line(['claims', number])}: claim {claim.id}"
+        places[claim.id] = f"{path}, line {line(['claims', number, 'probe'])}: claim {claim.id}"
     baselines = tuple(data.get("baselines", ()))
     for number, stage in enumerate(baselines):
         try:
