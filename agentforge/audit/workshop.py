@@ -23,7 +23,7 @@ from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
 from ..evaluation.texts import CHECKOUT
-from ..models import LanguageModel, Weight, cache_dir, device_named, open_model
+from ..models import SAMPLED, LanguageModel, Weight, cache_dir, device_named, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..statistics import Calibration
@@ -51,7 +51,7 @@ class Effort:
 
 EFFORTS = {
     effort.name: effort
-    for effort in (Effort("smoke", 511, 42, 2, 2048), Effort("standard", 2047, 14, 2, 4096), Effort("full", 6141, 5, 5))
+    for effort in (Effort("smoke", 1022, 42, 2, 2048), Effort("standard", 6132, 14, 2, 4096), Effort("full", 8176, 5, 5))
 }
 
 
@@ -68,7 +68,7 @@ class Workshop:
     folder: Path
     text: Text
     tokens: int
-    context: int = 2048
+    context: int = SAMPLED
     progress: bool = True
     effort: Effort = EFFORTS["standard"]
     device: str = "cpu"
@@ -218,7 +218,7 @@ def workshop_for(
     folder: Path,
     text: str | None,
     tokens: int | None = None,
-    context: int = 2048,
+    context: int = SAMPLED,
     progress: bool = True,
     *,
     effort: str = "standard",
