@@ -35,7 +35,7 @@ from . import workshop as room
 from .claims import Claim, ClaimsFile
 from .compression_probes import share
 from .documented import coder_of
-from .probes import probe, run, short_text
+from .probes import StageText, probe, run, short_text
 from .workshop import Unmeasured, Workshop
 
 PIECE = 100  # characters of a calibration text that are looked for in the scored one
@@ -71,7 +71,7 @@ def calibration_windows(workshop: Workshop) -> list[torch.Tensor]:
     return found
 
 
-@probe
+@probe("share of pieces")
 def calibration_in_the_scored_text(workshop: Workshop) -> Measurement:
     """Share of the pieces of 100 characters of all that the audit calibrates on that stand in the text it scores."""
     if workshop.model.is_classifier:
@@ -84,7 +84,7 @@ def calibration_in_the_scored_text(workshop: Workshop) -> Measurement:
     return workshop.exact(value, "share of pieces", len(pieces), "calibration text that is scored", text=workshop.text.name)
 
 
-@probe
+@probe("share of cases")
 def picks_of_probes(workshop: Workshop) -> Measurement:
     """Share of cases in which what rows pick as the lowest of several is what sorting finds; the scores are made up."""
 
@@ -105,7 +105,7 @@ def picks_of_probes(workshop: Workshop) -> Measurement:
     return share(workshop, right, "cases", "the lowest of made-up scores")
 
 
-@probe
+@probe("share of states")
 def commits_told(workshop: Workshop) -> Measurement:
     """Share of states of a small git repository, made here, whose commit and dirty flag the audit tells as they are."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -139,7 +139,7 @@ def commits_told(workshop: Workshop) -> Measurement:
     return share(workshop, right, "states", "commit and dirty flag of a repository")
 
 
-@probe
+@probe("share of changes")
 def measured_anew(workshop: Workshop) -> Measurement:
     """Share of changes, one at a time to what a measurement depends on, after which it is not taken from the cache; and the
     same again, after which it is."""
@@ -169,7 +169,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     return share(workshop, right, "changes", "measured again after a change, and not without one")
 
 
-@probe
+@probe("share of accuracy")
 def drop_counted(workshop: Workshop) -> Measurement:
     """Largest deviation of the row on the drop of accuracy from counting pictures, of digits-mlp made so coarse that it
     loses some, and of one that loses hardly any."""
@@ -195,7 +195,7 @@ def _right_by_hand(folder: Path) -> int:
     return int((x.argmax(1) == labels.numpy()).sum())
 
 
-@probe
+@probe("relative deviation")
 def parameters_counted(workshop: Workshop) -> Measurement:
     """Largest relative deviation of the parameters that ratios count from the tensors in memory, each once: of the model
     that is here, and of small ones with a head of their own, tied, and tied but stored twice."""
@@ -225,7 +225,7 @@ def _off(model: LanguageModel, two_each: list[float]) -> float:
     return max(abs(count / (2 * held) - 1) for count in two_each)
 
 
-@probe
+@probe("x")
 def speed_by_a_clock(workshop: Workshop) -> Measurement:
     """How many times as fast the audit finds what takes a second than what takes three, by a clock that is set here."""
     clock = [0.0]
@@ -237,8 +237,8 @@ def speed_by_a_clock(workshop: Workshop) -> Measurement:
         return training_probes._faster(workshop, lambda: takes(1), lambda: takes(3), 5, "float32", "made-up seconds")
 
 
-@probe
-def divergence_by_hand(workshop: Workshop, stage: str) -> Measurement:
+@probe("relative deviation")
+def divergence_by_hand(workshop: Workshop, stage: StageText) -> Measurement:
     """Largest deviation of what one pass over a text says of a compressed model from a second computation, in double
     precision, whose weights are decoded from the file and put into a copy of the original.
 
@@ -278,7 +278,7 @@ def divergence_by_hand(workshop: Workshop, stage: str) -> Measurement:
 SAMPLE: dict[str, Any] = {"context": 32, "tokens": 8 * 31}  # eight windows of any text
 
 
-@probe
+@probe("share of parts")
 def windows_spread(workshop: Workshop) -> Measurement:
     """Share of the eight equal parts of the text in which one of eight sampled windows begins."""
     with mock.patch.object(likelihood, "compared", return_value=[_made_up()]) as compared:
@@ -300,7 +300,7 @@ def _made_up() -> list[torch.Tensor]:
     return [*torch.from_numpy(made)]
 
 
-@probe
+@probe("relative deviation")
 def errors_of_windows(workshop: Workshop) -> Measurement:
     """Largest relative deviation of values, standard errors and 95% intervals from those that numpy, and scipy's Student
     distribution, give for eight windows whose tokens are alike: KL, perplexity by the exponential, retention by the delta
@@ -332,7 +332,7 @@ def errors_of_windows(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "relative deviation", 8, "values and errors of windows against numpy's")
 
 
-@probe
+@probe("share of verdicts")
 def verdicts_by_points(workshop: Workshop) -> Measurement:
     """Share of verdicts, over intervals and thresholds of all orders, that 101 points of the interval give as well: all
     confirmed, none, or some; and failures, which are errors."""
@@ -355,7 +355,7 @@ def verdicts_by_points(workshop: Workshop) -> Measurement:
     return share(workshop, right, "verdicts", "verdicts against points of the interval")
 
 
-@probe
+@probe("share of rows")
 def kept_rows_told(workshop: Workshop) -> Measurement:
     """Share of rows of a second record that say rightly which commit and source took them: kept ones those of the first,
     new ones their own."""
@@ -376,7 +376,7 @@ def kept_rows_told(workshop: Workshop) -> Measurement:
     return share(workshop, right, "rows", "commit and source of kept rows")
 
 
-@probe
+@probe("share of draws")
 def seeds_heard(workshop: Workshop) -> Measurement:
     """Share of draws that are the same for the same seed, and others for another: Gaussian weights of three kinds, and a
     step of training."""
