@@ -137,6 +137,6 @@ def _is_sound(model: LanguageModel, score: Measurement, asked: Sequence[tuple[st
 
 def _by_loss(model: LanguageModel, text: str) -> float:
     """The log-likelihood of a text's tokens after the first."""
-    ids = torch.tensor([model.tokenizer(text)["input_ids"]], device=model.model.device)
+    ids = torch.tensor([model.encode(text, special=True)], device=model.model.device)
     with torch.inference_mode():
         return -float(model.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)

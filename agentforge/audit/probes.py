@@ -162,7 +162,7 @@ def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
     ours = evaluation.perplexity(
         workshop.model, workshop.text, context=tokens + 1, tokens=tokens, progress=workshop.progress
     )
-    ids = workshop.model.tokenizer(workshop.text.text, add_special_tokens=False, verbose=False)["input_ids"][: tokens + 1]
+    ids = workshop.model.encode(workshop.text.text)[: tokens + 1]
     batch = torch.tensor([ids])
     with torch.inference_mode():
         theirs = math.exp(float(workshop.model.model(input_ids=batch, labels=batch).loss))

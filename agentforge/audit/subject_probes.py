@@ -132,7 +132,7 @@ def times_as_fast(workshop: Workshop, tokens: int = 32, runs: int = 6) -> Measur
 
 def _rates(workshop: Workshop, model: LanguageModel, tokens: int, runs: int) -> list[float]:
     module = model.model
-    ids = torch.tensor([model.tokenizer("The capital of France is")["input_ids"]], device=module.device)
+    ids = torch.tensor([model.encode("The capital of France is", special=True)], device=module.device)
     settings: dict[str, Any] = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
     rates = []
     with torch.inference_mode():

@@ -208,7 +208,7 @@ def plan(
     if bos not in ("none", "text", "window"):
         raise BadInput(f"bos={bos!r}; expected none, text or window")
     tokenizer = model.tokenizer
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = model.encode(text.text)
     first_id: list[int] = []
     if bos != "none":
         token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
