@@ -235,7 +235,7 @@ def test_ternary_figures_on_the_sample_against_plain_torch(workshop: Workshop) -
 def test_what_compares_with_itself_is_one(workshop: Workshop) -> None:
     same = probes.run(workshop, "errors_compared", {"coder": ABSMEAN, "reference": ABSMEAN, "source": "sample", "rows": 8})
     assert (same.value, same.stderr) == (1.0, 0.0)
-    with pytest.raises(BadInput, match="sample.? or .?gaussian"):
+    with pytest.raises(BadInput, match=r"sample.? or .?gaussian"):
         value(workshop, "relative_error", coder=ABSMEAN, source="sampled")
 
 
