@@ -13,6 +13,7 @@ import itertools
 import math
 import subprocess
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,8 +145,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     effort = dataclasses.replace(here.effort, seeds=here.effort.seeds + 1)
     # A text of the same name, a model of the same name, and so on: names are not what a measurement depends on.
     text = dataclasses.replace(here.text, text=here.text.text + ".")
-    model, subject = (copy.copy(here.model) for _ in range(2))
-    vars(model)["fingerprint"], vars(subject)["fingerprint"] = "another", "a third"
+    model, subject = (types.SimpleNamespace(fingerprint=of) for of in ("another", "a third"))
     changes: list[dict[str, Any]] = [{}, {"text": text}, {"model": model}, {"subject": subject}, {"effort": effort}]
     changes += [{"tokens": here.tokens - 1}, {"context": here.context + 1}, {"device": "another"}]
     others = [("another", {"a": 1}), ("kind", {"a": 2})]
