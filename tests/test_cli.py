@@ -384,6 +384,7 @@ def test_what_comes_from_files_steers_no_terminal(run: Run, small: Path, tmp_pat
     folder = Path(shutil.copytree(small, tmp_path / "evil"))
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["original"]["name"] = evil
+    manifest.pop("sha256", None)  # of the manifest itself, which older ones do not have
     (folder / MANIFEST).write_text(json.dumps(manifest))
     odd = tmp_path / "\x1b[31m\u202enone"
     said = [run("inspect", folder), run("inspect", folder, "--json"), run("verify", folder), run("verify", odd)]
@@ -409,6 +410,20 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
     for where, why in (("file", "is no folder"), ("file/below/x", "is no folder"), ("/proc/x/y", "/proc cannot be written")):
         assert_refused(run(*args, "--out", tmp_path / where), 2, "--out", why, "choose another --out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_fit_tells_of_a_folder_in_the_way_before_the_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("statistics were collected before --out was looked at")
+
+    monkeypatch.setattr("agentforge.allocation.collect", worked)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/thesis.tex").write_text("x")
+    for asked in (["--bits", "3"], ["--bits", "3", "--overwrite"], ["--max-kl", "1"], ["--max-kl", "1", "--overwrite"]):
+        assert_refused(run("fit", tiny_llama, *asked, "--out", tmp_path / "theirs"), 2, "theirs")
+    assert (tmp_path / "theirs/thesis.tex").read_text() == "x"
 
 
 # What a command says when it is interrupted, and how it ends
