@@ -99,8 +99,8 @@ class Measurement:
         return self.value - other.value
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, ready for json.dump."""
-        return dataclasses.asdict(self)
+        """All fields, as json.load gives them back."""
+        return {**dataclasses.asdict(self), "interval": self.interval and list(self.interval)}
 
 
 @functools.cache
