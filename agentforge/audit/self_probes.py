@@ -88,19 +88,22 @@ def calibration_in_the_scored_text(workshop: Workshop) -> Measurement:
 def picks_of_probes(workshop: Workshop) -> Measurement:
     """Share of cases in which what rows pick as the lowest of several is what sorting finds; the scores are made up."""
 
-    def score(value: float) -> Measurement:
-        return Measurement(value, "share of answers", 0.01, 100, {"metric": "made up"})
+    def score(value: float, unit: str) -> Measurement:
+        return Measurement(value, unit, 0.01, 100, {"metric": "made up"})
 
-    right = []
+    right, names = [], ("curves", "ecsq", "rounding", "ternary")
     for values in itertools.permutations((0.2, 0.4, 0.6, 0.8)):
-        scores = {str(i): score(value) for i, value in enumerate(values)}
-        edges = {name: {"accuracy": one.to_json(), "retention": {"value": 1.1 - one.value}} for name, one in scores.items()}
+        scores = {name: score(value, "share of items") for name, value in zip(names, values, strict=True)}
+        edges = {
+            name: {"accuracy": score(value, "share of answers").to_json(), "retention": {"value": 1.1 - value}}
+            for name, value in zip(names, values, strict=True)
+        }
         with (
             mock.patch.object(phase5_probes, "_rules", lambda *_, scores=scores: scores),
             mock.patch.object(phase5_probes, "_edge", lambda _, stage, edges=edges: edges[stage]),
         ):
             lowest = run(workshop, "lowest_rule", {})
-            passes = run(workshop, "edge_of_what_passes", {"stages": [*scores], "least": 0.6})
+            passes = run(workshop, "edge_of_what_passes", {"stages": [*names], "least": 0.6})
         right += [lowest.value == 0.2, passes.value == 0.2]
     return share(workshop, right, "cases", "the lowest of made-up scores")
 
