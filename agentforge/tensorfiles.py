@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import secrets
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -232,10 +233,10 @@ def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) ->
 
 
 def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write `parts` to a temporary file beside `path`, bring it to disk, and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write `parts` to a temporary file beside `path`, which no other writer has, bring it to disk, and rename it."""
+    temporary = path.with_name(f"{path.name[:60]}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             for part in parts:
                 file.write(part)
             file.flush()

@@ -318,10 +318,10 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match="is in the way and no (chain|folder)"):
+        with pytest.raises(BadInput, match=r"is in the way and no (chain|folder)"):
             run_chain(digits, chain(step(FINE)), tmp_path / "mine", overwrite=overwrite, progress=False)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
-    with pytest.raises(BadInput, match="is in the way and no (chain|folder)"):
+    with pytest.raises(BadInput, match=r"is in the way and no (chain|folder)"):
         run_chain(digits, chain(step(FINE)), tmp_path / "mine/letter.txt", overwrite=True, progress=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,18 @@ def test_likelihoods_are_those_of_evaluate(small: Path, elsewhere: Path, tiny_ll
         assert value(workshop, "kl") == found.kl.value > 0.01
         assert value(workshop, "perplexity") == pytest.approx(found.perplexity.value, rel=1e-6)
         assert value(workshop, "same_top_token") == found.top1.value
-        assert value(workshop, "accuracy_kept") == pytest.approx(found.retention.value, nan_ok=True)
+        if math.isnan(found.retention.value):  # the tiny model guesses no token right
+            with pytest.raises(audit.Unmeasured, match="gets something right"):
+                value(workshop, "accuracy_kept")
+        else:
+            assert value(workshop, "accuracy_kept") == pytest.approx(found.retention.value)
         assert value(workshop, "perplexity_kept") == found.perplexity_retention.value
 
 
-def test_speed_is_a_median_with_its_spread(small: Path, tiny_llama: Path, tmp_path: Path) -> None:
+def test_speed_is_a_median_with_its_interval(small: Path, tiny_llama: Path, tmp_path: Path) -> None:
     workshop = shop(small, tmp_path, tiny_llama)
-    found = probes.run(workshop, "tokens_a_second", {"tokens": 4, "runs": 5})
-    assert found.value > 0 and found.stderr is not None and found.n == 5
+    found = probes.run(workshop, "tokens_a_second", {"tokens": 4, "runs": 6})
+    assert found.value > 0 and found.interval is not None and found.n == 6
     # Both are dense float32 models of the same shape: equal but for noise.
     assert 0.1 < value(workshop, "times_as_fast", tokens=4, runs=5) < 10
 
@@ -133,7 +138,7 @@ def test_the_example_is_a_claims_file_that_works(small: Path, tiny_llama: Path) 
     settings = {"model": str(small), "against": str(tiny_llama), "text": "selftext", "tokens": 127, "budget": "smoke"}
     names = [claim.id for claim in audit.read_claims(path).claims]
     rows = report.only(path, names, settings | {"device": "cpu", "fresh": True})
-    failures = {row["id"]: row["failure"] for row in rows if row["failure"]}
     # The tiny model guesses no token right, so that no share of its accuracy can be kept.
-    assert set(failures) <= {"quality.accuracy"}
+    assert {row["id"] for row in rows if row["measured"] is None} <= {"quality.accuracy"}
+    assert not [row["failure"] for row in rows if row["failure"]]
     assert all(row["measured"]["stderr"] is not None for row in rows if row["stage"] == "runtime")
