@@ -23,7 +23,7 @@ from agentforge import chain as module
 from agentforge import cli, stages
 from agentforge.artifact import Artifact
 from agentforge.chain import Chain, Condition, read_chain, run_chain
-from agentforge.errors import AgentForgeError, BadArtifact, BadInput
+from agentforge.errors import AgentForgeError, BadInput
 from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel
 
@@ -291,8 +291,8 @@ def test_an_accepted_artifact_that_was_damaged_is_made_again(digits: LanguageMod
     assert hashes(tmp_path / "out/artifact") == before
     weights = tmp_path / "out/artifact/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(BadArtifact, match=r"model\.safetensors"):  # never handed over unseen
-        run_chain(digits, spec, tmp_path / "out", progress=False)
+    assert run_chain(digits, spec, tmp_path / "out", progress=False).finished  # never handed over unseen
+    assert hashes(tmp_path / "out/artifact") == before
 
 
 def test_a_full_disk_is_no_failed_gate(digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
