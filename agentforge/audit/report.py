@@ -26,10 +26,11 @@ from typing import Any
 from ..errors import AgentForgeError, BadInput
 from ..escaping import markdown_of
 from ..evaluation.texts import CHECKOUT, SPLITS
+from ..folders import check_out, replace
 from ..models import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
-from .drawing import MARKS, measured_text
+from .drawing import MARKS, SHAPES, measured_text
 from .figures import FIGURES
 from .probes import COMPARES
 from .record import check_record, measure, record_sha256
@@ -67,13 +68,15 @@ def run(
     has changed for is taken from the cache of measurements.  keep: what the report in `out` has measured stays, where its
     claim is the same; the report says how many rows these are, and each names the source that measured it.
 
-    Raises BadInput for an unknown report and unusable settings, AgentForgeError where a cell of the notebook fails.
+    Raises BadInput for an unknown report, unusable settings and a folder in the way that is no report, AgentForgeError where
+    a cell of the notebook fails.
     """
     report = _place(report)
     claims = read_claims(report)
     check_settings(tokens, budget, device)
     model, against, text = _places(claims, {"model": model, "against": against, "text": text})
     folder = (Path(out).expanduser().absolute() if out is not None else reports_folder()) / claims.report
+    check_out(folder, replace=True)
     before = folder / f"{claims.report}.json"
     if keep and not before.is_file():
         raise BadInput(f"{before}: there is no report to keep anything of; run without --keep")
@@ -100,9 +103,7 @@ def run(
             _execute(claims.report, made, parameters, progress)
         check_record(read_json(made / f"{claims.report}.json"), claims)
         render(made, claims.report)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(made, folder)
+        replace(made, folder)
     return folder
 
 
@@ -337,13 +338,13 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(body, "html.parser")
-    colours = {mark: COLOURS[verdict] for verdict, mark in MARKS.items()}
-    for text in soup.find_all(string=re.compile("|".join(colours))):  # in text alone: in an attribute a tag would end it
-        dots = [
-            f'<span class="{colours[part]}" aria-hidden="true">●</span>' if part in colours else html.escape(part)
-            for part in re.split(f"({'|'.join(colours)})", text)
-        ]
-        text.replace_with(BeautifulSoup("".join(dots), "html.parser"))
+    shapes = {
+        mark: f'<span class="mark {COLOURS[verdict]}" aria-hidden="true">{SHAPES[verdict]}</span>'
+        for verdict, mark in MARKS.items()
+    }
+    for text in soup.find_all(string=re.compile("|".join(shapes))):  # in text alone: in an attribute a tag would end it
+        parts = [shapes.get(part) or html.escape(part) for part in re.split(f"({'|'.join(shapes)})", text)]
+        text.replace_with(BeautifulSoup("".join(parts), "html.parser"))
     for table in soup.find_all("table"):
         labels = [cell.get_text() for cell in table.find_all("th")]
         table["class"] = "claims" if "Verdict" in labels else "figures"
@@ -360,7 +361,7 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
 
 def _bar(record: dict[str, Any]) -> str:
     parts = [
-        f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{count}</span>'
+        f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{SHAPES[verdict]} {count}</span>'
         for verdict, count in record["summary"].items()
         if count
     ]
