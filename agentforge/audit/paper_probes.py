@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import itertools
 import math
 import operator
@@ -22,7 +23,7 @@ import torch
 from torch import nn
 
 from .. import evaluation, stages
-from ..artifact import load
+from ..artifact import load, relative_error
 from ..chain import Condition
 from ..errors import BadInput
 from ..evaluation import Measurement, intervals
@@ -32,8 +33,9 @@ from ..stages.seedlm import TAPS, lfsr
 from ..stages.trajectory import paper_bits_per_weight
 from ..stages.vptq import paper_bits
 from ..statistics import Calibration, InputStatistics, collect, first_tokens
+from ..training import mugrokfast
 from ..training.bitlinear import quantize_activations
-from ..training.mugrokfast import MuGrokfast, amplify_slow, muon_scale, newton_schulz
+from ..training.mugrokfast import MuGrokfast, muon_scale, newton_schulz
 from ..training.phase import size_of
 from .documented import Coder, Shape, coder_of
 from .probes import StageText, probe
@@ -149,12 +151,20 @@ def _shapes(workshop: Workshop, source: Source, rows: int, columns: int) -> list
 
 
 def _over(
-    workshop: Workshop, pairs: Sequence[tuple[float, float]], unit: str, n: int, source: Source, metric: str, **protocol: Any
+    workshop: Workshop,
+    pairs: Sequence[tuple[float, float]],
+    unit: str,
+    n: int,
+    source: Source,
+    metric: str,
+    *,
+    each: Any = "matrices",
+    **protocol: Any,
 ) -> Measurement:
     a, b = torch.tensor(pairs, dtype=torch.float64).T
-    about = {"metric": metric, "on": source, "matrices": len(pairs), "weights": n, **protocol}
+    about = {"metric": metric, "on": source, each: len(pairs), "weights": n, **protocol}
     seed = 0 if source == "gaussian" else None
-    found = intervals.ratio(a, b, n, f"{len(pairs)} matrices")
+    found = intervals.ratio(a, b, n, f"{len(pairs)} {each}")
     return Measurement(unit=unit, protocol=about, seed=seed, inputs={"model": workshop.model.fingerprint}, **found)
 
 
@@ -163,19 +173,26 @@ def _squares(weight: torch.Tensor) -> float:
 
 
 def _error(coder: Coder, weight: torch.Tensor, seed: int) -> float:
-    """Squared error relative to the squared weights."""
-    return _squares(coder.approximate(weight, seed) - weight) / _squares(weight)
+    """Relative squared error; zeros have 1."""
+    return relative_error(weight, coder.approximate(weight, seed)) ** 2
 
 
 @probe("share of squared weights")
-def relative_error(
+def relative_squared_error(
     workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256, std: float = 1.0
 ) -> Measurement:
-    """Squared error relative to the squared weights, mean over matrices; zeros have 1."""
-    made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns, std))
-    pairs = [(_error(made, weight, seed), 1.0) for weight, seed in weights]
-    n = sum(weight.numel() for weight, _ in weights)
-    return _over(workshop, pairs, "share of squared weights", n, source, "relative squared error", coder=coder, std=std)
+    """|W - decoded|^2 / |W|^2, mean over matrices, or over all rows of Gaussian ones together; zeros have 1."""
+    made, n = coder_of(coder), 0
+    pairs: list[tuple[float, float]] = []
+    for weight, seed in _weights(workshop, source, rows, columns, std):
+        n += weight.numel()
+        if source == "gaussian":  # rows are independent, and many enough to know the error by
+            lost = (made.approximate(weight, seed) - weight).double().square().sum(1)
+            pairs += zip(lost.tolist(), weight.double().square().sum(1).tolist(), strict=True)
+        else:
+            pairs.append((_error(made, weight, seed), 1.0))
+    about = {"coder": coder, "std": std, "each": "rows" if source == "gaussian" else "matrices"}
+    return _over(workshop, pairs, "share of squared weights", n, source, "relative squared error", **about)
 
 
 @probe("R2")
@@ -186,7 +203,7 @@ def explained(workshop: Workshop, coder: CoderText, source: Source, rows: int = 
     return _over(workshop, pairs, "R2", sum(w.numel() for w, _ in weights), source, "explained variance", coder=coder)
 
 
-@probe("x of the error")
+@probe("x of the squared error")
 def errors_compared(
     workshop: Workshop, coder: CoderText, reference: CoderText, source: Source, rows: int = 0, columns: int = 256
 ) -> Measurement:
@@ -195,7 +212,9 @@ def errors_compared(
     weights = list(_weights(workshop, source, rows, columns))
     pairs = [(_error(ours, weight, seed), _error(theirs, weight, seed)) for weight, seed in weights]
     n = sum(weight.numel() for weight, _ in weights)
-    return _over(workshop, pairs, "x of the error", n, source, "ratio of squared errors", coder=coder, reference=reference)
+    return _over(
+        workshop, pairs, "x of the squared error", n, source, "ratio of squared errors", coder=coder, reference=reference
+    )
 
 
 @probe("share")
@@ -231,7 +250,7 @@ def coded_ratio(
 ) -> Measurement:
     """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
     bits = coded_bits(workshop, coder, source, rows, columns)
-    return workshop.exact(32 / bits.value, "x", bits.n, "32 bits over all that is stored", coder=coder, on=source)
+    return bits.through(lambda x: 32 / x, "x", metric="32 bits over all that is stored")
 
 
 @probe("share of weights")
@@ -276,7 +295,7 @@ def _entropy(counts: torch.Tensor) -> float:
 def sparse_gain(workshop: Workshop, tau: float) -> Measurement:
     """A byte a weight over a bit a weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
     share = zeros(workshop, tau, "sample")
-    return workshop.exact(8 / (1 + 8 * (1 - share.value)), "x", share.n, "int8 over a bitmap and int8", tau=tau)
+    return share.through(lambda x: 8 / (1 + 8 * (1 - x)), "x", metric="int8 over a bitmap and int8", tau=tau)
 
 
 @probe("share of the norm")
@@ -408,7 +427,7 @@ def trajectory_ratio(workshop: Workshop, stage: StageText, bits: int) -> Measure
     return workshop.exact(bits * n / counted, "x", n, "ratio by largest index", stage=stage, against=bits)
 
 
-@probe("x of the error")
+@probe("x of the squared error")
 def output_errors_compared(workshop: Workshop, stage: StageText, reference: StageText, rows: int) -> Measurement:
     """tr(dW H dW^T) relative to tr(W H W^T) of one stage over that of another, on some rows of the sampled matrices."""
     ours, theirs = stages.parse(stage), stages.parse(reference)
@@ -421,7 +440,7 @@ def output_errors_compared(workshop: Workshop, stage: StageText, reference: Stag
         pairs.append((lost[0] / whole, lost[1] / whole))
         n += dense.numel()
     about = {"stage": stage, "reference": reference, "tokens": STATISTICS_TOKENS, "text": "selftext/calibration"}
-    return _over(workshop, pairs, "x of the error", n, "sample", "ratio of output errors", **about)
+    return _over(workshop, pairs, "x of the squared error", n, "sample", "ratio of squared output errors", **about)
 
 
 def _output_error(gap: torch.Tensor, stats: InputStatistics) -> float:
@@ -485,8 +504,9 @@ def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None
 
 
 @probe()
-def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB"]) -> Measurement:
-    """Squared error of 8-bit activations, its mean or the signal's distance from it, over all layers' inputs."""
+def activation_error(workshop: Workshop, unit: Literal["mean squared error of zeros", "dB"]) -> Measurement:
+    """The signal's distance from the squared error of 8-bit activations, over all layers' inputs; or the mean squared error
+    of activations that are all zero, which a bound on the error has to refuse."""
     sums = torch.zeros(3, dtype=torch.float64)
 
     def hook(x: torch.Tensor) -> None:
@@ -494,8 +514,9 @@ def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB
 
     tokens = _listen(workshop, "", hook)
     lost, power, count = sums.tolist()
-    value = lost / count if unit == "mean squared error" else 10 * math.log10(power / lost)
-    return workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
+    value = power / count if unit != "dB" else 10 * math.log10(power / lost)
+    found = workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
+    return dataclasses.replace(found, error="unknown")  # of the one window
 
 
 @probe("share of inputs")
@@ -509,7 +530,8 @@ def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
 
     tokens = _listen(workshop, layers, hook)
     about = {"layers": layers, "text": workshop.text.name, "tokens": tokens}
-    return workshop.exact(counts[0] / counts[1], "share of inputs", counts[1], "inputs rounded to 0", **about)
+    found = workshop.exact(counts[0] / counts[1], "share of inputs", counts[1], "inputs rounded to 0", **about)
+    return dataclasses.replace(found, error="unknown")  # of the one window
 
 
 @probe("x")
@@ -538,7 +560,7 @@ def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
     lines = [line for line in workshop.text.text.splitlines() if len(line) > 100][:texts]
     if not lines:
         raise BadInput(f"padded_perplexity: text {workshop.text.name} has no line of more than 100 characters")
-    padded, alone, count = [], [], 0
+    padded, alone, counts = [], [], []
     for line in lines:
         ids = tokenizer(line, add_special_tokens=False)["input_ids"][:length]
         mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids))])
@@ -548,9 +570,13 @@ def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
         losses = nn.functional.cross_entropy(logits.float(), batch[0, 1:], reduction="none").double()
         padded.append(float(losses.mean()))
         alone.append(float(losses[: len(ids) - 1].sum()))
-        count += len(ids) - 1
-    value = math.exp(sum(padded) / len(padded) - sum(alone) / count)
-    return workshop.exact(value, "x", count, "perplexity, padding counted", text=workshop.text.name, texts=len(lines))
+        counts.append(len(ids) - 1)
+    with_padding, losses, count = (torch.tensor(x, dtype=torch.float64) for x in (padded, alone, counts))
+    # Linear in each text, so that its mean is the difference of the two means, and its error that of pairs.
+    each = with_padding - losses.sum() / count.sum() - (losses - losses.sum() / count.sum() * count) / count.mean()
+    about = {"metric": "perplexity, padding counted", "text": workshop.text.name, "texts": len(lines)}
+    found = intervals.mean(each, error=f"{len(lines)} texts", log=True) | {"n": int(count.sum())}
+    return Measurement(unit="x", protocol=about, inputs={"model": workshop.model.fingerprint}, **found)
 
 
 @probe("share of layers")
@@ -585,7 +611,7 @@ def filter_gain(
     for step in range(steps):
         gradient = -first if signal == "alternating" and step % 2 else first
         if filter == "low":
-            out = amplify_slow(gradient, mean, 0.98, 2.0)
+            out = mugrokfast.amplify_slow(gradient, mean, 0.98, 2.0)
         else:
             mean.lerp_(gradient, 0.02)
             out = gradient + 2.0 * (gradient - mean)
