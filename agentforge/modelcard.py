@@ -85,7 +85,8 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
 
 
 def _size(ratio: Ratio) -> str:
-    return f"| {markdown(ratio.what)} | {ratio.bytes:,} | {markdown(ratio.denominator)} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
+    what, against = markdown(ratio.what), markdown(ratio.denominator)
+    return f"| {what} | {ratio.bytes:,} | {against} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
 
 
 def licence(artifact: Artifact) -> str:
