@@ -190,7 +190,7 @@ def _talking(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (mlflow.MlflowException, SQLAlchemyError) as error:
+    except (mlflow.MlflowException, SQLAlchemyError, ImportError) as error:  # a database has no driver here
         message = (
             f"registry {uri:.200}: {' '.join(str(error).split())[:300]}; check the registry and run the same command again"
         )
