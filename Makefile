@@ -49,14 +49,10 @@ readme: $(VENV)/.lab
 clean:
 	rm -rf $(VENV) build/site .coverage .mypy_cache .pytest_cache .ruff_cache
 
-# Everything is pinned by requirements.lock; a set-up is repeated only when it, or pyproject.toml, changes.
-$(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml
+# Everything is pinned, with hashes, by the lock files; a set-up is repeated only when these, or pyproject.toml, change.
+LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock
+$(VENV)/.lab $(VENV)/.dev: $(LOCKS) pyproject.toml tools/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "agentforge needs Python 3.11 or newer, $(PYTHON) is older; run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[lab$(COMMA)tasks$(COMMA)registry$(COMMA)dashboard$(if $(filter %.dev,$@),$(COMMA)dask$(COMMA)docs$(COMMA)dev)]'
-	touch $@
-	$(if $(filter %.dev,$@),touch $(VENV)/.lab)
-
-COMMA := ,
+	@$(PYTHON) tools/install.py $(if $(filter %.dev,$@),dev)
+	@touch $@ $(if $(filter %.dev,$@),$(VENV)/.lab)
