@@ -46,12 +46,11 @@ def pins() -> dict[str, list[Pin]]:
     return {name: list(found[name].values()) for name in sorted(found)}
 
 
-def applies(marker: str, python: str, system: str, machine: str) -> bool:
-    """Whether a pin is for this Python on this platform."""
-    from packaging.markers import Marker
-
-    environment = {
+def markers(python: str, system: str, machine: str) -> dict[str, str]:
+    """What markers are evaluated with, on this Python and platform."""
+    return {
         "implementation_name": "cpython",
+        "implementation_version": python,
         "os_name": "posix",
         "platform_machine": machine,
         "platform_python_implementation": "CPython",
@@ -60,7 +59,13 @@ def applies(marker: str, python: str, system: str, machine: str) -> bool:
         "python_version": ".".join(python.split(".")[:2]),
         "sys_platform": system,
     }
-    return not marker or Marker(marker).evaluate(environment)
+
+
+def applies(marker: str, python: str, system: str, machine: str) -> bool:
+    """Whether a pin is for this Python on this platform."""
+    from packaging.markers import Marker
+
+    return not marker or Marker(marker).evaluate(markers(python, system, machine))
 
 
 def tags(python: str, system: str, machine: str) -> set[Any]:
