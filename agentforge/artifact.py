@@ -34,7 +34,7 @@ import torch
 
 from . import stages
 from .errors import AgentForgeError, BadArtifact, BadInput
-from .models import SOURCE_FILE, LanguageModel, Weight
+from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
 from .planes import FLOATS, Packed, Plane, bits_per_value, is_coded, stored_bytes, tensor_bytes
 from .stages.entropy import VALUES_A_BYTE
 from .tensorfiles import (
@@ -112,7 +112,8 @@ class Artifact:
 
     @property
     def ratios(self) -> list[Ratio]:
-        """Whole model and touched tensors, each against 16 and 32 bits a parameter, and against the original's files."""
+        """Whole model and touched tensors, each against 16 and 32 bits a parameter; the whole model also against the bytes
+        of what the user had: the GGUF file it was converted from, else its weight files.  Below 1 the artifact is larger."""
         parameters = sum(math.prod(row["shape"]) for row in self.rows)
         touched = [row for row in self.rows if row["stage"] is not None]
         count = sum(math.prod(row["shape"]) for row in touched)
@@ -123,9 +124,12 @@ class Artifact:
             for width in (2, 4)
         ]
         original = self.manifest["original"]
-        ratios.append(
-            Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"])
-        )
+        if size := converted_bytes(original.get("source")):
+            ratios.append(Ratio("whole model", whole, "GGUF file it was made from", size))
+        else:
+            ratios.append(
+                Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"])
+            )
         if touched:
             ratios += [
                 Ratio("touched tensors", planes, f"their {count:,} weights at {8 * width} bits", count * width)

@@ -112,6 +112,11 @@ class LanguageModel:
         return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
 
     @property
+    def opened_bytes(self) -> int:
+        """Size of what the user has: of the GGUF file if the weight files are its conversion, else `bytes_on_disk`."""
+        return converted_bytes(self.source) or self.bytes_on_disk
+
+    @property
     def context(self) -> int | None:
         """The most tokens the model takes at once, where its configuration says so."""
         longest = self.config.get("max_position_embeddings") or self.config.get("n_positions")
@@ -411,6 +416,12 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
     )
 
 
+def converted_bytes(source: Any) -> int | None:
+    """Bytes of the GGUF file that a model with this `source` was converted from; None if it was not converted."""
+    size = source.get("bytes") if isinstance(source, dict) and "artifact" not in source else None
+    return size if type(size) is int and size > 0 else None
+
+
 def fastest_device() -> str:
     """cuda where there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -446,6 +457,8 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
         raise BadInput(f"{path}: holds an adapter for another model; merge the two first")
     entries = index_folder(path)
     source = read_json(path / SOURCE_FILE) if (path / SOURCE_FILE).is_file() else {"name": name}
+    if not path.is_relative_to(cache_dir()):
+        source.pop("bytes", None)  # only of our own conversions do we know what they were made from
     opened = LanguageModel(name, path, entries, source)
     if not opened.is_classifier:
         module = opened.skeleton()

@@ -185,7 +185,7 @@ def track_chain(
     is not logged: after a stage that failed to encode there is none of its sizes.
     """
     with Run(folder, f"chain-{recipe['chain']['name']}", recipe) as run:
-        before, failures, passed = model.bytes_on_disk / 1e6, 0, None
+        before, failures, passed = model.opened_bytes / 1e6, 0, None
         for row in attempts:
             stage, accepted = stage_label(row["setting"]["stage"]), row["decision"] == "accepted"
             failures += not accepted
@@ -233,7 +233,7 @@ def _of_attempt(stage: str, row: Mapping[str, Any], before: float) -> dict[str, 
 def _of_chain(
     model: LanguageModel, attempts: Sequence[Mapping[str, Any]], passed: Mapping[str, Any] | None, finished: bool
 ) -> dict[str, float]:
-    original = model.bytes_on_disk / 1e6
+    original = model.opened_bytes / 1e6
     found: dict[str, float] = {
         "compression/original_size_mb": original,
         "compression/num_weight_tensors": len(list(model.weights())),

@@ -749,6 +749,34 @@ def test_gguf_of_floats_is_the_same_model(tmp_path: Path, fresh_cache: Path, hf_
     assert {p: p.stat().st_mtime_ns for p in again.path.iterdir()} == before
 
 
+def test_an_artifact_is_held_against_the_file_that_the_user_has(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
+    write_gguf(tmp_path / "tiny.gguf", hf_llama, lambda name: "Q8_0" if "mlp" in name else "F16")
+    size = os.stat(tmp_path / "tiny.gguf").st_size
+    opened = open_model(tmp_path / "tiny.gguf")
+    assert opened.opened_bytes == size != opened.bytes_on_disk
+    artifact = agentforge.compress(opened, "rounding:bits=8,group=32", tmp_path / "a", progress=False)
+    found = next(r for r in artifact.ratios if r.denominator == "GGUF file it was made from")
+    assert (found.what, found.bytes, found.denominator_bytes) == ("whole model", artifact.weight_bytes, size)
+    # What is made of an artifact is held against the artifact: that is what was opened.
+    again = agentforge.compress(str(artifact.path), "rounding:bits=4,group=32", tmp_path / "b", progress=False)
+    assert again.ratios[2].denominator_bytes == artifact.weight_bytes
+
+
+@pytest.mark.parametrize("size", [10**12, "10", -1, True, None, 0.5])
+def test_a_folder_is_not_believed_about_the_file_it_came_from(tiny_llama: Path, tmp_path: Path, size: Any) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    (tmp_path / "model" / models.SOURCE_FILE).write_text(json.dumps({"name": "x", "bytes": size}))
+    opened = open_model(tmp_path / "model")
+    artifact = agentforge.compress(opened, "ternary", tmp_path / "a", progress=False)
+    assert opened.opened_bytes == artifact.ratios[2].denominator_bytes == opened.bytes_on_disk
+    # Nor does a manifest that says so, or nothing, keep an artifact from being read.
+    for source in ({"bytes": size if size != 10**12 else -1}, None, "x"):
+        manifest = json.loads((tmp_path / "a" / "agentforge.json").read_text())
+        manifest["original"]["source"] = source
+        (tmp_path / "a" / "agentforge.json").write_text(json.dumps(manifest))
+        assert agentforge.artifact.Artifact(tmp_path / "a").ratios[2].denominator_bytes == opened.bytes_on_disk
+
+
 def test_a_sentencepiece_tokenizer(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
     write_gguf(tmp_path / "tiny.gguf", hf_llama, sentencepiece=True)
     tokenizer = open_model(tmp_path / "tiny.gguf").tokenizer
@@ -996,6 +1024,7 @@ def test_the_default_model_is_the_one_that_was_described(smollm2: LanguageModel)
     assert smollm2.source["sha256"] == models.SMOLLM2["sha256"]
     assert smollm2.source["precision"] == "dequantised Q4_1"
     assert smollm2.bytes_on_disk == os.stat(smollm2.path / "model.safetensors").st_size
+    assert smollm2.opened_bytes == models.SMOLLM2["bytes"]
 
 
 @pytest.mark.slow

@@ -1,4 +1,8 @@
-"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone."""
+"""What a report says, in Markdown: its introduction, its tables, and how it was measured; drawn from a record alone.
+
+A record is given to these functions as `report.obtain` returns it: all text in it is fit for Markdown (`escaping`),
+so that nothing here, and nothing in a template, has to think of it again.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,9 @@ import html
 import math
 from collections.abc import Sequence
 from typing import Any
+
+from ..escaping import markdown
+from ..models import converted_bytes
 
 MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
 
@@ -35,7 +42,9 @@ def provenance(record: dict[str, Any]) -> str:
     text, git, machine = record["text"], record["git"], record["environment"]
     packages = ", ".join(f"{k} {v}" for k, v in machine["packages"].items())
     dirty = ", with uncommitted changes" if git["dirty"] else ""
-    artifacts = "\n".join(f"| `{stage}` | `{sha256[:16]}` |" for stage, sha256 in record["artifacts"].items())
+    artifacts = "\n".join(
+        f"| <code>{stage}</code> | <code>{sha256[:16]}</code> |" for stage, sha256 in record["artifacts"].items()
+    )
     made = f"\n\n| artifact that was measured | sha256 of its manifest |\n|---|---|\n{artifacts}" if artifacts else ""
     kept = ""
     if record.get("kept"):
@@ -88,16 +97,19 @@ def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
     measured = row["measured"]
     if measured is None:
         return ""
-    words = [f"probe <code>{html.escape(call_text(row))}</code>"]
-    words += [
-        f"{html.escape(str(k))}: {html.escape(str(v)[:120])}" for k, v in measured["protocol"].items() if v not in ([], "")
-    ]
+    words = [f"probe <code>{call_text(row)}</code>"]
+    words += [f"{k}: {_short(str(v))}" for k, v in measured["protocol"].items() if v not in ([], "")]
     words += [f"seed: {measured['seed']}"] if measured["seed"] is not None else []
     hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
-    words += [f"{html.escape(k)}: <code>{v[:12]}</code>" for k, v in hashes.items()]
+    words += [f"{k}: <code>{_short(v, 12)}</code>" for k, v in hashes.items()]
     words += [f"{row['seconds']:.1f} s"]
     again = f"agentforge audit {record['report']} --only {row['id']} --budget {record['budget']}"
     return f" <details><summary>evidence</summary>{'; '.join(words)}. Again: <code>{again}</code></details>"
+
+
+def _short(text: str, most: int = 120) -> str:
+    """The beginning of a text that is escaped already; no character reference is cut in two."""
+    return text if len(text) <= most else markdown(html.unescape(text)[:most])
 
 
 def call_text(row: dict[str, Any]) -> str:
@@ -106,20 +118,28 @@ def call_text(row: dict[str, Any]) -> str:
 
 
 def stage_table(record: dict[str, Any]) -> str:
-    """What each stage made of the model, as a Markdown table, ratios against 16 bits; the original is the first row."""
+    """What each stage made of the model, as a Markdown table; the original is the first row.
+
+    Ratios are against 16 bits, of the whole model also against what the user has: the GGUF file it was converted from, else
+    its weight files.
+    """
+    size = converted_bytes(record["model"]["source"])
+    had = "GGUF file" if size else "weight files"
     lines = [
-        "| Stage | Bits a weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Perplexity | KL (nats/token) "
-        "| Same top token |",
-        "|---|---|---|---|---|---|---|",
+        f"| Stage | Bits per weight | Touched tensors, to 16 bits | Whole model, to 16 bits | Whole model, to its {had} "
+        "| Perplexity | KL (nats per token) | Same top token |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     rows = record["stages"]
     if rows:
-        lines.append(f"| original | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
+        lines.append(f"| original | - | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
     for row in rows:
         ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
+        whole = next(r for r in row["ratios"] if r["what"] == "whole model" and not r["denominator"].endswith("bits"))
         lines.append(
             f"| {row['stage']} | {row['bits_per_weight']:.3f} | {ratios['touched tensors', True]:.2f}x "
-            f"| {ratios['whole model', True]:.2f}x | {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
+            f"| {ratios['whole model', True]:.2f}x | {(size or whole['denominator_bytes']) / whole['bytes']:.2f}x "
+            f"| {_with_error(row['perplexity'])} | {_with_error(row['kl'])} "
             f"| {100 * row['top1']['value']:.1f}% |"
         )
     return "\n".join(lines)

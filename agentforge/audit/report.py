@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AgentForgeError, BadInput
+from ..escaping import markdown_of
 from ..evaluation.texts import CHECKOUT
 from ..tensorfiles import read_json, write_json
 from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
@@ -36,6 +37,8 @@ from .workshop import Workshop, check_settings, workshop_for
 TEMPLATES = Path(__file__).parent / "templates"
 REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
 STYLE = Path(__file__).parent / "report.css"
+# A page runs nothing and fetches nothing: its style and its figures are in it.
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def run(
@@ -103,11 +106,13 @@ def run(
 def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, Any]) -> dict[str, Any]:
     """The record that a template draws: of `record_path` where it is there already, else measured now and written there.
 
+    Whatever it says came from files that others may have written: every text is returned escaped, fit for Markdown and HTML.
+
     settings: report, model, against, text, tokens, budget, device and fresh, as `run` has them; keep, the path of a record.
     """
     if record_path and Path(record_path).is_file():
         record: dict[str, Any] = read_json(Path(record_path))
-        return record
+        return dict(markdown_of(record))
     claims = read_claims(settings["report"])
     with contextlib.ExitStack() as stack:
         folder = Path(artifacts or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -124,7 +129,7 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
     record = json.loads(json.dumps(record))  # what is drawn is what is written
     if record_path:
         write_json(Path(record_path), record)
-    return record
+    return dict(markdown_of(record))
 
 
 def only(report: str | Path, ids: Sequence[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -278,6 +283,7 @@ def render(folder: Path, name: str) -> None:
     style = STYLE.read_text(encoding="utf-8")
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="record-sha256" content="{sha256}">\n<title>{html.escape(record["title"])}</title>\n'
         f"<style>{style}</style>\n</head>\n<body>\n{_for_readers(body, record)}\n</body>\n</html>\n"
@@ -301,9 +307,14 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
     """The page with a bar of verdicts under its title, marks that every font has, and cells that know their column."""
     from bs4 import BeautifulSoup
 
-    for verdict, mark in MARKS.items():
-        body = body.replace(mark, f'<span class="{COLOURS[verdict]}" aria-hidden="true">●</span>')
     soup = BeautifulSoup(body, "html.parser")
+    colours = {mark: COLOURS[verdict] for verdict, mark in MARKS.items()}
+    for text in soup.find_all(string=re.compile("|".join(colours))):  # in text alone: in an attribute a tag would end it
+        dots = [
+            f'<span class="{colours[part]}" aria-hidden="true">●</span>' if part in colours else html.escape(part)
+            for part in re.split(f"({'|'.join(colours)})", text)
+        ]
+        text.replace_with(BeautifulSoup("".join(dots), "html.parser"))
     for table in soup.find_all("table"):
         labels = [cell.get_text() for cell in table.find_all("th")]
         table["class"] = "claims" if "Verdict" in labels else "figures"

@@ -31,13 +31,6 @@ def subject_of(workshop: Workshop, compares: bool = True) -> LanguageModel:
     return workshop.on_device(workshop.subject)
 
 
-def disk_bytes(model: LanguageModel) -> int:
-    """Bytes of the weight files that a model came in; of a GGUF file those of the file, not of what it was converted to."""
-    if "artifact" not in model.source and isinstance(model.source.get("bytes"), int):
-        return int(model.source["bytes"])
-    return model.bytes_on_disk
-
-
 def _divergence(workshop: Workshop) -> Divergence:
     subject = subject_of(workshop)
 
@@ -62,7 +55,7 @@ def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
     subject = subject_of(workshop)
     original = workshop.model.parameters * bits // 8
     return _size(
-        workshop, original / disk_bytes(subject), "x", f"all {workshop.model.parameters:,} parameters at {bits} bits"
+        workshop, original / subject.opened_bytes, "x", f"all {workshop.model.parameters:,} parameters at {bits} bits"
     )
 
 
@@ -71,18 +64,18 @@ def bits_on_disk(workshop: Workshop) -> Measurement:
     """Bits of the subject's weight files over the original's number of parameters (its own, where no original is named)."""
     subject = subject_of(workshop, compares=False)
     count = workshop.model.parameters
-    return _size(workshop, 8 * disk_bytes(subject) / count, "bits/parameter", f"all {count:,} parameters")
+    return _size(workshop, 8 * subject.opened_bytes / count, "bits/parameter", f"all {count:,} parameters")
 
 
 @probe
 def megabytes_on_disk(workshop: Workshop) -> Measurement:
     """Bytes of the subject's weight files, in millions."""
-    return _size(workshop, disk_bytes(subject_of(workshop, compares=False)) / 1e6, "MB", "none")
+    return _size(workshop, subject_of(workshop, compares=False).opened_bytes / 1e6, "MB", "none")
 
 
 def _size(workshop: Workshop, value: float, unit: str, denominator: str) -> Measurement:
     assert workshop.subject is not None
-    size = disk_bytes(workshop.subject)
+    size = workshop.subject.opened_bytes
     protocol = {"metric": "size of the weight files on disk", "denominator": denominator, "bytes": size}
     inputs = {"model": workshop.subject.fingerprint, "original": workshop.model.fingerprint}
     return Measurement(value, unit, None, size, protocol, inputs=inputs)

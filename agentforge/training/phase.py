@@ -239,7 +239,7 @@ def _size_metrics(model: LanguageModel, artifact: Artifact, ratio: float) -> dic
         zeros, counted = zeros + zero_fraction(packed) * count, counted + count
     blocks = {block_of(row["name"]) for row in rows}
     return {
-        "compression/original_size_mb": model.bytes_on_disk / 1e6,
+        "compression/original_size_mb": model.opened_bytes / 1e6,
         "compression/compressed_size_mb": artifact.weight_bytes / 1e6,
         "compression/ratio": ratio,
         "compression/layers_compressed": float(len(blocks)),
