@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from . import __version__, evaluation, stages, tracking
@@ -38,6 +37,7 @@ from .models import LanguageModel, device_named, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
 from .tensorfiles import read_json, write_json
+from .yamlfiles import read_yaml
 
 LOG = logging.getLogger(__name__)
 Decision = Literal["passed", "failed", "undecided"]
@@ -148,18 +148,13 @@ class Chain(BaseModel):
 def read_chain(path: str | Path) -> Chain:
     """A chain from a YAML file.  Raises BadInput, naming the place, for a file that is missing, no YAML, or no chain."""
     path = Path(path).expanduser()
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise BadInput(f"{path}: cannot be read ({error.strerror}); expected a chain as a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: no valid YAML ({' '.join(str(error).split())[:200]})") from None
+    data, line = read_yaml(path, "a chain as a YAML file")
     try:
         return Chain.model_validate(data)
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ", ".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"]) or "top level"
-        raise BadInput(f"{path}: {place}: {first['msg']}") from None
+        raise BadInput(f"{path}, line {line(first['loc'])}: {place}: {first['msg']}") from None
 
 
 class Result(NamedTuple):

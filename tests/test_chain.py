@@ -350,7 +350,10 @@ def test_one_run_at_a_time(digits: LanguageModel, tmp_path: Path) -> None:
         ("{name: a, steps: [{name: b, try: [ternary]}], gates: ['kl']}", "gates"),
         ("{name: a, steps: [{name: b, try: [ternary]}], on_failure: panic}", "on_failure"),
         ("{name: a, steps: [{name: b, try: [ternary], other: 1}]}", "other"),
-        ("!!python/object/apply:os.system [echo]", "no valid YAML"),
+        ("!!python/object/apply:os.system [echo]", "no plain data"),
+        ("[" * 5000, "nested more than"),
+        ("{name: a, steps: [{name: b, try: [ternary]}], tokens: 1" + "0" * 400 + "}", "line 1: 1000"),
+        ("name: a\nname: b", "line 2: 'name' is there twice"),
     ],
 )
 def test_a_file_that_is_no_chain_is_refused_and_the_place_named(text: str, says: str, tmp_path: Path) -> None:

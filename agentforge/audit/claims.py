@@ -1,8 +1,10 @@
-"""Claims as data: read, checked against the schema, and judged.
+"""Claims as data: read, checked against the schema and for sense, and judged.
 
-A claim with a probe is judged by the measured value alone, against intervals that stand in the claims file before
-anything is run: inside `confirmed` it is confirmed, inside `partly` partly so, anywhere else it is refuted.  A claim
-without a probe has no verdict but "not tested", or "not reproducible here", and says what it would take.
+A claim with a probe is judged by what was measured alone, against intervals that stand in the claims file before anything
+is run.  The whole 95% interval of the measurement counts: inside `confirmed` it is confirmed, inside `partly` and outside
+`confirmed` partly so, outside of both refuted; across a threshold it is partly so and undecided.  What is claimed of another
+model or size and lies outside `confirmed` here "does not carry over".  A probe that fails is an error, which says nothing
+about the claim.  A claim without a probe is "not tested", or "not reproducible here", and says what it would take.
 """
 
 from __future__ import annotations
@@ -11,28 +13,29 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+import statistics
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema
-import yaml
 
 from ..errors import BadInput
 from ..evaluation.measurement import Measurement
+from ..yamlfiles import read_yaml
 
 CLAIMS = Path(__file__).parent / "claims"
-Verdict = Literal["confirmed", "partly", "refuted", "not reproducible here", "not tested"]
+Verdict = Literal["confirmed", "partly", "refuted", "does not carry over", "not reproducible here", "not tested", "error"]
 COLOURS: dict[str, str] = {
     "confirmed": "GREEN",
     "partly": "YELLOW",
     "refuted": "RED",
+    "does not carry over": "GREY",
     "not reproducible here": "GREY",
     "not tested": "GREY",
+    "error": "ERROR",
 }
-CONFIRMED: Verdict = "confirmed"
-PARTLY: Verdict = "partly"
 Interval = tuple[float, float]
 
 
@@ -40,8 +43,9 @@ Interval = tuple[float, float]
 class Claim:
     """One row: what is claimed, by whom, and how it is measured.
 
-    stage: what it is about.  claimed: the claim as a number, where it is one: `by` whom, `value` (or from and to), `unit`.
-    protocol: what is measured, on what, against which denominator.
+    stage: what it is about.  claimed: the claim as a number, if it is one: `by` whom, `value` (or from and to), `unit`.
+    protocol: what is measured, on what, against which denominator.  about_other: the other model or size that the number is
+    about.  measures: what answers the row: the documented algorithm, agentforge, or arithmetic alone.
     """
 
     id: str
@@ -61,6 +65,8 @@ class Claim:
     needs: str = ""
     not_here: bool = False
     remark: str = ""
+    about_other: str = ""
+    measures: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,20 +87,20 @@ class ClaimsFile:
 
 @dataclass(frozen=True)
 class Judged:
-    """A claim with its verdict and the measurement it rests on.  close: the value is within two standard errors of a
-    threshold, so that another sample might be judged otherwise.  failure: what the probe failed with, where it did: what
-    cannot be done is not there, so that the claim is refuted.  missing: what the probe would have needed."""
+    """A claim with its verdict and the measurement it rests on.  undecided: its 95% interval holds a threshold.  decides_at:
+    the n at which it probably would hold none.  failure: what the probe failed with.  missing: what it would have needed."""
 
     claim: Claim
     verdict: Verdict
     measured: Measurement | None
-    close: bool = False
+    undecided: bool = False
+    decides_at: int | None = None
     failure: str = ""
     missing: str = ""
 
     @property
     def colour(self) -> str:
-        """GREEN, YELLOW, RED or GREY."""
+        """GREEN, YELLOW, RED, GREY or ERROR."""
         return COLOURS[self.verdict]
 
 
@@ -109,22 +115,23 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in CLAIMS.glob("*.yaml")))
         raise BadInput(f"report {str(name_or_path)!r} does not exist; expected a .yaml file of claims or one of {known}")
-    try:
-        text = path.read_text(encoding="utf-8")
-        data = yaml.safe_load(text)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: no valid YAML ({' '.join(str(error).split())[:200]})") from None
+    data, line = read_yaml(path, "a file of claims")
     schema = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(data))
     if problem is not None:
         where = list(problem.absolute_path)
-        raise BadInput(f"{path}, line {_line(text, where)}: {_place(data, where)}: {problem.message:.300}")
-    claims = tuple(_claim(row) for row in data.pop("claims"))
-    ids = [claim.id for claim in claims]
-    if twice := sorted({i for i in ids if ids.count(i) > 1}):
-        line = _line(text, ["claims", len(ids) - 1 - ids[::-1].index(twice[0])])
-        raise BadInput(f"{path}, line {line}: claim {twice[0]} is there twice")
-    return ClaimsFile(claims=claims, baselines=tuple(data.pop("baselines", ())), **data)
+        raise BadInput(f"{path}, line {line(where)}: {_place(data, where)}: {problem.message:.300}")
+    claims = tuple(_claim(row) for row in data["claims"])
+    seen: set[str] = set()
+    for number, claim in enumerate(claims):
+        if claim.id in seen:
+            raise BadInput(f"{path}, line {line(['claims', number])}: claim {claim.id} is there twice")
+        seen.add(claim.id)
+        if found := _nonsense(claim):
+            key, why = found
+            raise BadInput(f"{path}, line {line(['claims', number, key])}: claim {claim.id}, {key}: {why}")
+    rest = {key: value for key, value in data.items() if key not in ("claims", "baselines")}
+    return ClaimsFile(claims=claims, baselines=tuple(data.get("baselines", ())), **rest)
 
 
 def claims_sha256(claims: Iterable[Claim]) -> str:
@@ -134,25 +141,73 @@ def claims_sha256(claims: Iterable[Claim]) -> str:
 
 
 def judge(claim: Claim, measured: Measurement | None, failure: str = "", missing: str = "") -> Judged:
-    """The verdict on a claim, from the measured value and the claim's own thresholds; or from the probe's failure."""
-    if claim.probe is not None and (failure or (measured is not None and not math.isfinite(measured.value))):
-        return Judged(claim, "refuted", None, failure=failure or f"the measured value is {measured and measured.value}")
+    """The verdict on a claim, from the measurement and the claim's own thresholds; an error if its probe failed, or gave
+    what is no number, or one in another unit than the claim's."""
+    if claim.probe is not None and measured is not None and not failure:
+        if not math.isfinite(measured.value):
+            failure = f"the measured value is {measured.value}"
+        elif claim.claimed and claim.claimed["unit"] != measured.unit:
+            failure = f"{measured.unit} were measured, {claim.claimed['unit']} are claimed"
+    if claim.probe is not None and failure:
+        return Judged(claim, "error", None, failure=failure)
     if claim.probe is None or measured is None:
         return Judged(
             claim, "not reproducible here" if claim.not_here else "not tested", None, missing=missing or claim.needs
         )
-    verdict = verdict_of(measured.value, claim.confirmed, claim.partly)
-    spread = 2 * (measured.stderr or 0.0)
-    around = [verdict_of(measured.value + d, claim.confirmed, claim.partly) for d in (-spread, spread)]
-    return Judged(claim, verdict, measured, any(other != verdict for other in around))
+    verdict, undecided = verdict_of(measured, claim.confirmed, claim.partly, claim.about_other)
+    needed = measured.n * reach(claim, measured) ** 2 if undecided else math.inf
+    return Judged(claim, verdict, measured, undecided, _two_digits(needed) if math.isfinite(needed) else None)
 
 
-def verdict_of(value: float, confirmed: Interval | None, partly: Interval | None) -> Verdict:
-    """What a value means under the thresholds of a claim."""
-    for interval, verdict in ((confirmed, CONFIRMED), (partly, PARTLY)):
-        if interval is not None and interval[0] <= value <= interval[1]:
-            return verdict
-    return "refuted"
+def verdict_of(
+    measured: Measurement, confirmed: Interval | None, partly: Interval | None, about_other: str = ""
+) -> tuple[Verdict, bool]:
+    """What a measurement means under the thresholds of a claim, and whether it is undecided between two verdicts."""
+    near = measured.within(*confirmed) if confirmed else "outside"
+    if near == "inside":
+        return "confirmed", False
+    if near == "outside" and about_other:
+        return "does not carry over", False
+    wide = _around(confirmed, partly)
+    around = measured.within(*wide) if wide else "outside"
+    return ("refuted", False) if around == "outside" else ("partly", "undecided" in (near, around))
+
+
+def _around(*intervals: Interval | None) -> Interval | None:
+    """The interval from the least to the greatest bound of those that there are."""
+    bounds = [bound for interval in intervals for bound in interval or ()]
+    return (min(bounds), max(bounds)) if bounds else None
+
+
+def _two_digits(n: float) -> int:
+    """n rounded up to its first two digits."""
+    unit: int = 10 ** max(0, math.floor(math.log10(n)) - 1)
+    return math.ceil(n / unit) * unit
+
+
+def reach(claim: Claim, measured: Measurement) -> float:
+    """How far the 95% interval reaches: its arm over the way from the value to a threshold of the claim, for the threshold
+    that is nearest in these terms.  Below 1 it reaches none; infinite if the value lies on one."""
+    low, high = measured.bounds
+    intervals = (claim.confirmed, None if claim.about_other else _around(claim.confirmed, claim.partly))
+    found = 0.0
+    for edge in (edge for interval in intervals for edge in interval or () if math.isfinite(edge)):
+        way = abs(edge - measured.value)
+        arm = measured.value - low if edge < measured.value else high - measured.value
+        found = max(found, arm / way if way else math.inf)
+    return found
+
+
+def false_discoveries(reaches: Sequence[float], rate: float = 0.05) -> int:
+    """How many of the verdicts that each for itself is decided at 95% would be undecided if of all decided ones together at
+    most a share of `rate` may be wrong (Benjamini and Hochberg 1995).  reaches: of the measurements, as `reach` has them.
+
+    The p of a verdict is that of the nearest threshold: 0.05 if the interval just reaches it, by a normal distribution.
+    """
+    normal = statistics.NormalDist()
+    ps = sorted(2 * normal.cdf(-normal.inv_cdf(0.975) / r) if r else 0.0 for r in reaches)
+    kept = max((rank for rank, p in enumerate(ps, 1) if p <= rate * rank / len(ps)), default=0)
+    return max(0, sum(r < 1 for r in reaches) - kept)
 
 
 def _claim(row: dict[str, Any]) -> Claim:
@@ -165,6 +220,24 @@ def _claim(row: dict[str, Any]) -> Claim:
     return Claim(probe=probe["name"] if probe else None, parameters=(probe or {}).get("parameters", {}), **row)
 
 
+def _nonsense(claim: Claim) -> tuple[str, str] | None:
+    """The part of a claim that makes no sense, and why."""
+    for key, interval in (("confirmed", claim.confirmed), ("partly", claim.partly)):
+        if interval and interval[0] > interval[1]:
+            return key, f"{interval[0]:g} to {interval[1]:g} holds nothing; expected the smaller bound first"
+        if interval and interval == (-math.inf, math.inf):
+            return key, "holds every value; expected a bound, or two"
+    if claim.claimed and claim.confirmed:
+        value = claim.claimed["value"]
+        ends = value if isinstance(value, list) else [value, value]
+        if not claim.confirmed[0] <= ends[0] <= ends[1] <= claim.confirmed[1]:
+            return "claimed", (
+                f"{value} is claimed, and would not be confirmed ({claim.confirmed[0]:g} to {claim.confirmed[1]:g}); "
+                "expected `confirmed` around what is claimed"
+            )
+    return None
+
+
 def _place(data: Any, path: list[Any]) -> str:
     """Where in the file something is wrong, in a reader's words."""
     if len(path) >= 2 and path[0] == "claims":
@@ -172,14 +245,3 @@ def _place(data: Any, path: list[Any]) -> str:
         name = claim.get("id", f"number {path[1] + 1}") if isinstance(claim, dict) else f"number {path[1] + 1}"
         return f"claim {name}" + "".join(f", {part}" for part in path[2:])
     return ", ".join(map(str, path)) or "top level"
-
-
-def _line(text: str, path: list[Any]) -> int:
-    """The line, from 1, on which the value at a path begins; of its nearest parent where the value is not there."""
-    node = yaml.compose(text, Loader=yaml.SafeLoader)
-    for step in path:
-        if isinstance(node, yaml.SequenceNode) and isinstance(step, int):
-            node = node.value[step]
-        elif isinstance(node, yaml.MappingNode) and (found := [v for k, v in node.value if k.value == step]):
-            node = found[0]
-    return int(node.start_mark.line) + 1 if node is not None else 1

@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import html
 import math
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ..escaping import markdown
 from ..models import converted_bytes
 
-MARKS = {"confirmed": "🟢", "partly": "🟡", "refuted": "🔴", "not reproducible here": "⚪", "not tested": "⚪"}
+MARKS = {
+    "confirmed": "🟢",
+    "partly": "🟡",
+    "refuted": "🔴",
+    "does not carry over": "⚪",
+    "not reproducible here": "⚪",
+    "not tested": "⚪",
+    "error": "⛔",
+}
 
 
 def introduction(record: dict[str, Any]) -> str:
@@ -31,7 +40,7 @@ def introduction(record: dict[str, Any]) -> str:
 {record["about"]}
 
 The rows are from: {record["source"]}. Every verdict is computed from a measurement, against thresholds that stood in the
-claims file before anything was run. A grey row has no verdict, and says what it would take.
+claims file before anything was run. A grey row says what it would take, or that its claim is about another model.
 
 The model is **{model["name"]}**, {model["parameters"] / 1e6:.1f} M parameters, base precision: {precision}.{against}
 Whatever was compressed was written to disk and loaded back before it was measured. Budget: {record["budget"]}."""
@@ -46,12 +55,6 @@ def provenance(record: dict[str, Any]) -> str:
         f"| <code>{stage}</code> | <code>{sha256[:16]}</code> |" for stage, sha256 in record["artifacts"].items()
     )
     made = f"\n\n| artifact that was measured | sha256 of its manifest |\n|---|---|\n{artifacts}" if artifacts else ""
-    kept = ""
-    if record.get("kept"):
-        kept = (
-            f"\n* **Kept**: {record['kept']['rows']} measurements of the record of {record['kept']['created']} (commit "
-            f"`{record['kept']['commit']}`);\n  in the record each row names, by its hash, the source that measured it."
-        )
     return f"""## How it was measured
 
 * **Text**: {text["name"]}, {text["split"]}, from {text["origin"]}, sha256 `{text["sha256"][:16]}`; skipped before it:
@@ -61,13 +64,43 @@ def provenance(record: dict[str, Any]) -> str:
   on the same tokens, they are those of pairs.
 * **Sizes**: bytes of the weight files on disk, headers included; tokenizer, configuration and manifest excluded. Every
   ratio names its denominator.
-* **Thresholds**: with every claim, in the claims file (sha256 of what it says `{record["claims_sha256"][:16]}`). A value
-  within two standard errors of a threshold is marked as close.
+* **Thresholds**: with every claim, in the claims file (sha256 of what it says `{record["claims_sha256"][:16]}`). A
+  verdict stands if the whole 95% interval agrees with it; a row whose interval holds a threshold is *undecided*, and says
+  at which n it probably would not be. A row whose error is unknown is judged by its value, and says so. {_together(record)}
 * **Machine**: {machine["cpu"]}, {machine["threads"]} threads, {machine["platform"]}, Python {machine["python"]}, device
   {record["device"]}; {packages}. Peak memory {record["peak_memory_bytes"] / 1e6:,.0f} MB.
-* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.{kept}
+* **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.
+  {_taken_at(record)}
 * **Again**: `agentforge audit {record["report"]} --budget {record["budget"]} --tokens {text["scored_tokens"]}`; the
   record is `{record["report"]}.json`.{made}"""
+
+
+def _together(record: dict[str, Any]) -> str:
+    """What would change if all verdicts together were held to one rate of error."""
+    found = record["false_discovery"]
+    if not found["rows"]:
+        return "No row has a sampling error."
+    return (
+        f"{found['decided']} of the {found['rows']} rows with an error are decided, each for itself at 95%; held to a false-"
+        f"discovery rate of {found['rate']:.0%} over all of them (Benjamini and Hochberg), {found['would_flip']} of these "
+        "would be undecided."
+    )
+
+
+def _taken_at(record: dict[str, Any]) -> str:
+    """The commits that took the rows, as each row names its own."""
+    taken = [row["provenance"] for row in record["claims"] if row["provenance"]]
+    counts = Counter((one["commit"], one["dirty"], one["source"]) for one in taken)
+    return (
+        "Rows were measured at "
+        + "; ".join(
+            f"`{str(commit)[:12]}`{' with uncommitted changes' if dirty else ''} (source `{source[:12]}`): {count}"
+            for (commit, dirty, source), count in counts.most_common()
+        )
+        + "."
+        if counts
+        else ""
+    )
 
 
 def verdict_table(record: dict[str, Any], section: str) -> str:
@@ -160,20 +193,26 @@ def sections(record: dict[str, Any]) -> list[str]:
 
 
 def verdict_text(row: dict[str, Any]) -> str:
-    """Mark, colour and verdict of a row, and whether it was a close call."""
-    close = ", close to a threshold" if row["close"] else ""
-    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{close}"
+    """Mark, colour and verdict of a row, and whether it is undecided."""
+    if row["verdict"] == "error":
+        return f"{MARKS['error']} ERROR: not measured"
+    undecided = ""
+    if row["undecided"]:
+        undecided = ": undecided at this n" + (f"; about {row['decides_at']:,} would decide" if row["decides_at"] else "")
+    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{undecided}"
 
 
 def measured_text(row: dict[str, Any]) -> str:
     """The measured value with its error, unit and n, its threshold, protocol and remark; or why there is none."""
     remark = "".join(f" {row[key]}" for key in ("protocol", "remark") if row[key])
     if row["failure"]:
-        return f"**failed**: {row['failure']}.{remark}"
+        return f"**the probe failed**, which says nothing about the claim: {row['failure']}.{remark}"
     if row["measured"] is None:
         return f"needs {row['needs']}"
     measured = row["measured"]
     error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2g}"
+    error += " (error unknown)" if measured["error"] == "unknown" else ""
+    remark += f" The claim is about {row['about_other']}." if row["about_other"] else ""
     value = f"{measured['value']:.4g}{error} {measured['unit']}"
     return f"**{value}** (n = {measured['n']:,}; to confirm: {threshold_text(row['thresholds']['confirmed'])}).{remark}"
 

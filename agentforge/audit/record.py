@@ -11,24 +11,33 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema
 
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
-from .claims import COLOURS, Claim, ClaimsFile, Judged, claims_sha256, judge, verdict_of
+from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
 from .probes import bits_per_weight, run
 from .workshop import Unmeasured, Workshop, source_sha256
 
-RECORD_FORMAT = 2
+RECORD_FORMAT = 3
 SCHEMA = Path(__file__).parent / "record.schema.json"
 # Probes of how a stage changes predictions: all their stages are scored in one pass over the text.
 COMPARING = ("perplexity_factor", "retention", "top1_agreement")
 # What these read lies outside of the package: other rows, the coverage data, the README.
 NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
-Taken = tuple[Measurement | None, str, str, float]  # measurement, failure, what was missing, seconds
+
+
+class Taken(NamedTuple):
+    """What came of a probe: a measurement and what took it, or why there is none."""
+
+    measured: Measurement | None = None
+    provenance: dict[str, Any] | None = None
+    seconds: float = 0.0
+    failure: str = ""
+    missing: str = ""
 
 
 def measure(
@@ -44,7 +53,6 @@ def measure(
     """
     start = time.perf_counter()
     taken = _kept(before, claims, workshop) if before else {}
-    kept = {"rows": len(taken), "commit": before["git"]["commit"], "created": before["created"]} if before else {}
     stages_before = {row["stage"]: row for row in before["stages"]} if before else {}
     comparing = [claim for claim in claims.claims if claim.probe in COMPARING]
     compared = list(dict.fromkeys([*claims.baselines, *(claim.parameters["stage"] for claim in comparing)]))
@@ -53,18 +61,17 @@ def measure(
     if new:
         say(f"[0/{len(new)}] scoring the original and {len(new)} compressed models on the text", flush=True)
         workshop.compare(new)
-    rows = {claim.id: _row(judge(claim, None), 0.0) for claim in claims.claims if not claim.probe}
+    rows = {claim.id: _row(claim, Taken()) for claim in claims.claims if not claim.probe}
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
     for done, claim in enumerate(probed, 1):
         workshop.rows = list(rows.values())
         if (key := _key(claim)) not in taken:
             taken[key] = take(workshop, claim)
-        measured, failure, missing, seconds = taken[key]
-        rows[claim.id] = _row(judge(claim, measured, failure, missing), seconds)
+        rows[claim.id] = _row(claim, taken[key])
         elapsed = time.perf_counter() - start
         left = elapsed / done * (len(probed) - done)
-        found = measured or failure or missing
+        found = taken[key].measured or taken[key].failure or taken[key].missing
         say(f"[{done}/{len(probed)}] {claim.id}: {found}   {elapsed:.0f} s, about {left:.0f} s left", flush=True)
     ordered = [rows[claim.id] for claim in claims.claims]
     stage_rows = [
@@ -86,7 +93,6 @@ def measure(
         "seconds": round(time.perf_counter() - start, 1),
         "peak_memory_bytes": peak_memory(),
         "git": git_state(),
-        **({"kept": kept} if kept else {}),
         "environment": environment(),
         "device": workshop.device,
         "model": _model(workshop.model),
@@ -104,6 +110,7 @@ def measure(
         "stages": stage_rows,
         "figures": {},
         "summary": {verdict: Counter(row["verdict"] for row in ordered)[verdict] for verdict in COLOURS},
+        "false_discovery": _false_discovery(ordered),
         "claims": ordered,
     }
 
@@ -131,15 +138,16 @@ def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dic
     for claim in claims.claims:
         row = rows.get((claim.probe, json.dumps(claim.parameters, sort_keys=True)))
         if row and claim.probe not in NEVER_KEPT:
-            measured = {"environment": before["environment"], **row["measured"]}
-            taken[_key(claim)] = Measurement(**measured), "", "", row["seconds"]
+            provenance = {"environment": before["environment"], **row["provenance"]}
+            measured = Measurement(**row["measured"], environment=provenance["environment"])
+            taken[_key(claim)] = Taken(measured, provenance, row["seconds"])
     return taken
 
 
 def take(workshop: Workshop, claim: Claim) -> Taken:
-    """Run a claim's probe, or take what it gave before: the measurement, or why there is none.
+    """Run a claim's probe, or take what it gave before.
 
-    A probe that fails, in whatever way, is a finding like any other: the audit goes on, and the claim is refuted.
+    A probe that fails, in whatever way, says nothing about the claim: the audit goes on, and the row is an error.
     """
     assert claim.probe is not None
     name, parameters = claim.probe, claim.parameters
@@ -149,8 +157,9 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
         measured = run(workshop, name, parameters)
         found = measured.to_json() | {"inputs": {**measured.inputs, "artifacts": dict(workshop.used)}}
         if measured.stderr is not None and not math.isfinite(measured.stderr):
-            found["stderr"] = None  # of a single observation nothing is known of the error
-        return {"measured": found}
+            found |= {"stderr": None, "error": "unknown"}  # of a single observation nothing is known of the error
+        created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        return {"measured": found, "provenance": {**git_state(), "source": source_sha256(), "created": created}}
 
     began = time.perf_counter()
     try:
@@ -159,12 +168,12 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
         else:
             kept = workshop.remember(f"probe {name}", parameters, make)
     except Unmeasured as error:
-        return None, "", str(error), time.perf_counter() - began
+        return Taken(missing=str(error), seconds=time.perf_counter() - began)
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        return None, text[:300], "", time.perf_counter() - began
-    inputs = {"source": source_sha256(), **kept["measured"]["inputs"]}
-    return Measurement(**kept["measured"] | {"inputs": inputs}), "", "", kept.get("seconds", time.perf_counter() - began)
+        return Taken(failure=text[:300], seconds=time.perf_counter() - began)
+    measured = Measurement(**kept["measured"])
+    return Taken(measured, kept["provenance"], kept.get("seconds", time.perf_counter() - began))
 
 
 def _model(model: Any) -> dict[str, Any]:
@@ -212,11 +221,14 @@ def _stage_row(workshop: Workshop, stage: str) -> Callable[[], dict[str, Any]]:
     return make
 
 
-def _row(judged: Judged, seconds: float) -> dict[str, Any]:
-    claim = judged.claim
-    measured = judged.measured.to_json() if judged.measured else None
-    if measured and measured["environment"] == environment():
-        del measured["environment"]  # the record's own; what was taken elsewhere keeps its own
+def _row(claim: Claim, taken: Taken) -> dict[str, Any]:
+    judged = judge(claim, taken.measured, taken.failure, taken.missing)
+    measured, provenance = None, None
+    if judged.measured is not None and taken.provenance is not None:
+        measured = judged.measured.to_json()
+        provenance = {**taken.provenance, "environment": measured.pop("environment")}
+        if provenance["environment"] == environment():
+            del provenance["environment"]  # the record's own; what was taken elsewhere keeps its own
     return {
         "id": claim.id,
         "stage": claim.stage,
@@ -227,16 +239,20 @@ def _row(judged: Judged, seconds: float) -> dict[str, Any]:
         "code": claim.code,
         "audit": claim.audit,
         "claimed": claim.claimed,
+        "about_other": claim.about_other,
+        "measures": claim.measures,
         "verdict": judged.verdict,
         "colour": judged.colour,
-        "close": judged.close,
+        "undecided": judged.undecided,
+        "decides_at": judged.decides_at,
         "probe": claim.probe,
         "parameters": claim.parameters,
         "protocol": claim.protocol,
         "thresholds": {"confirmed": _interval(claim.confirmed), "partly": _interval(claim.partly)} if claim.probe else None,
         "measured": measured,
+        "provenance": provenance,
         "failure": judged.failure,
-        "seconds": round(seconds, 2),
+        "seconds": round(taken.seconds, 2),
         "needs": judged.missing,
         "remark": claim.remark,
     }
@@ -265,23 +281,35 @@ def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
         raise BadInput(f"record: {where}: {problem.message:.300}")
     report = record["report"]
     for row in record["claims"]:
-        if (verdict := _verdict_again(row)) != row["verdict"] or COLOURS[row["verdict"]] != row["colour"]:
-            raise BadInput(f"report {report}: claim {row['id']} is {row['verdict']}; what was measured says {verdict}")
+        again = judge(*_said_again(row), failure=row["failure"])
+        if (again.verdict, again.colour) != (row["verdict"], row["colour"]):
+            raise BadInput(f"report {report}: claim {row['id']} is {row['verdict']}; what was measured says {again.verdict}")
+        if (again.undecided, again.decides_at) != (row["undecided"], row["decides_at"]):
+            raise BadInput(f"report {report}: claim {row['id']} is said to be decided otherwise than its measurement does")
     counts = Counter(row["verdict"] for row in record["claims"])
     if record["summary"] != {verdict: counts[verdict] for verdict in COLOURS}:
         raise BadInput(f"report {report}: its summary does not count its rows; make the report again")
+    if record["false_discovery"] != _false_discovery(record["claims"]):
+        raise BadInput(f"report {report}: its false-discovery count is not that of its rows; make the report again")
     if claims is not None and record["claims_sha256"] != claims_sha256(claims.claims):
         raise BadInput(f"report {report}: was made from other claims than those of its file; make the report again")
 
 
-def _verdict_again(row: dict[str, Any]) -> str:
-    if row["measured"] is None:
-        if row["failure"]:
-            return "refuted"
-        return row["verdict"] if row["verdict"] in ("not tested", "not reproducible here") else "nothing"
-    intervals = []
-    for name in ("confirmed", "partly"):
-        found = row["thresholds"][name]
-        low, high = found or (None, None)
-        intervals.append(found and (-math.inf if low is None else low, math.inf if high is None else high))
-    return verdict_of(row["measured"]["value"], *intervals)
+def _said_again(row: dict[str, Any]) -> tuple[Claim, Measurement | None]:
+    """The claim of a row, as far as a verdict needs it, and the measurement."""
+    given: dict[str, Any] = {
+        name: row[name] for name in ("id", "stage", "section", "title", "claimed", "about_other", "probe")
+    }
+    for name, bounds in (row["thresholds"] or {}).items():
+        low, high = bounds or (None, None)
+        given[name] = bounds and (-math.inf if low is None else low, math.inf if high is None else high)
+    claim = Claim(**given, not_here=row["verdict"] == "not reproducible here")  # the one thing that no measurement says
+    return claim, row["measured"] and Measurement(**row["measured"], environment={})
+
+
+def _false_discovery(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many verdicts of rows with an error would be undecided if all were held to one rate of false discoveries."""
+    pairs = [(claim, measured) for claim, measured in map(_said_again, rows) if measured and len({*measured.bounds}) == 2]
+    reaches = [reach(claim, measured) for claim, measured in pairs]
+    decided, would_flip = sum(r < 1 for r in reaches), false_discoveries(reaches)
+    return {"rows": len(pairs), "decided": decided, "would_flip": would_flip, "rate": 0.05}

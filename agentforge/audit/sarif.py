@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-LEVELS = {
-    "confirmed": "none",
-    "partly": "warning",
-    "refuted": "error",
-    "not reproducible here": "none",
-    "not tested": "none",
-}
+LEVELS = {"partly": "warning", "refuted": "error"}  # others: none
 KINDS = {
     "confirmed": "pass",
     "partly": "fail",
     "refuted": "fail",
+    "does not carry over": "notApplicable",
     "not reproducible here": "notApplicable",
     "not tested": "open",
+    "error": "review",  # somebody has to look why the probe failed
 }
 
 
@@ -34,8 +30,8 @@ def sarif(record: dict[str, Any], claims_file: str, text_of: Any) -> dict[str, A
         {
             "ruleId": row["id"],
             "ruleIndex": index,
-            "kind": KINDS.get(row["verdict"], "fail"),
-            "level": LEVELS.get(row["verdict"], "none"),
+            "kind": "open" if row["undecided"] else KINDS[row["verdict"]],
+            "level": "none" if row["undecided"] else LEVELS.get(row["verdict"], "none"),
             "message": {"text": f"{row['title']}: {row['verdict']}. {text_of(row)}"},
             "locations": [{"physicalLocation": {"artifactLocation": {"uri": claims_file}}}],
             "partialFingerprints": {"claim": row["id"]},

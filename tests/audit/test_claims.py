@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
+import scipy.stats
 import yaml
 
 from agentforge.audit import PROBES, judge, read_claims
-from agentforge.audit.claims import COLOURS, Claim
+from agentforge.audit.claims import COLOURS, Claim, false_discoveries
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement
+from agentforge.yamlfiles import read_yaml
 
 
 def measured(value: float, stderr: float | None = None) -> Measurement:
@@ -42,16 +46,75 @@ def test_verdicts_follow_the_thresholds(value: float, verdict: str) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_confirms_nothing(value: float) -> None:
-    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(-math.inf, math.inf))
-    assert judge(claim, measured(value)).verdict == "refuted"
+def test_what_is_not_finite_is_an_error(value: float) -> None:
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, math.inf))
+    judged = judge(claim, measured(value))
+    assert (judged.verdict, judged.measured) == ("error", None) and str(value) in judged.failure
 
 
-def test_a_value_near_a_threshold_is_marked_close() -> None:
+def test_another_unit_than_the_claims_is_an_error() -> None:
+    claimed = {"by": "paper", "value": 1.0, "unit": "MB"}
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, math.inf), claimed=claimed)
+    assert judge(claim, measured(1.0)).failure == "x were measured, MB are claimed"
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "undecided", "decides_at"),
+    [
+        (1.5, "confirmed", False, None),
+        (1.2, "confirmed", False, None),  # the interval just touches 1
+        (1.15, "partly", True, 18),
+        (1.1, "partly", True, 40),
+        (1.01, "partly", True, 4000),
+        (1.0, "partly", True, None),  # on the threshold no n decides
+        (0.97, "partly", True, 450),
+        (0.75, "partly", False, None),
+        (0.47, "partly", True, 450),
+        (0.2, "refuted", False, None),
+        (2.3, "refuted", False, None),
+        (2.1, "partly", True, 40),
+    ],
+)
+def test_a_verdict_needs_the_whole_interval(value: float, verdict: str, undecided: bool, decides_at: int | None) -> None:
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, 2.0), partly=(0.5, 2.0))
+    judged = judge(claim, measured(value, stderr=0.1))
+    assert (judged.verdict, judged.undecided) == (verdict, undecided)
+    assert judged.decides_at == decides_at
+
+
+@pytest.mark.parametrize(
+    ("value", "verdict", "undecided"),
+    [
+        (1.5, "confirmed", False),
+        (1.1, "partly", True),
+        (0.75, "does not carry over", False),
+        (9, "does not carry over", False),
+    ],
+)
+def test_a_claim_about_another_model_is_not_refuted_here(value: float, verdict: str, undecided: bool) -> None:
+    claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, 2.0), partly=(0.5, 2.0), about_other="Llama-2-7B")
+    judged = judge(claim, measured(value, stderr=0.1))
+    assert (judged.verdict, judged.undecided, judged.colour == "GREY") == (verdict, undecided, "carry" in verdict)
+    assert judged.measured is not None
+
+
+def test_an_unknown_error_is_judged_by_its_value() -> None:
     claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, 2.0))
-    assert judge(claim, measured(1.1, stderr=0.06)).close
-    assert not judge(claim, measured(1.1, stderr=0.04)).close
-    assert not judge(claim, measured(1.0)).close
+    assert judge(claim, Measurement(1.0, "x", None, 1, {}, environment={}, error="unknown")).verdict == "confirmed"
+
+
+def test_false_discoveries_are_those_of_scipy() -> None:
+    """The worked example of Benjamini and Hochberg (1995), section 3.2, and random ones."""
+    examples = [
+        [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459, 0.3240, 0.4262, 0.5719, 0.6528, 0.7590]
+    ]
+    examples += [list(numpy.random.default_rng(seed).uniform(0, 0.2, 40) ** 2) for seed in range(20)]
+    normal = statistics.NormalDist()
+    for ps in examples:
+        reaches = [normal.inv_cdf(0.975) / -normal.inv_cdf(p / 2) for p in ps]
+        kept = int((scipy.stats.false_discovery_control(ps) <= 0.05).sum())
+        assert false_discoveries(reaches) == sum(p < 0.05 for p in ps) - kept
+    assert false_discoveries([]) == 0 and false_discoveries([0.0, 0.5, math.inf]) == 0
 
 
 def test_no_verdict_without_a_measurement() -> None:
@@ -81,6 +144,14 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ({"audit": None}, "claim a.b"),
         ({"claimed": {"by": "nobody", "value": 1, "unit": "x"}}, "claim a.b, claimed, by"),
         ({"id": "No Spaces"}, "does not match"),
+        ({"confirmed": [2, 1]}, r"line \d: claim a.b, confirmed: 2 to 1 holds nothing"),
+        ({"partly": [2, 1]}, "claim a.b, partly: 2 to 1 holds nothing"),
+        ({"confirmed": [None, None]}, "claim a.b, confirmed: holds every value"),
+        ({"confirmed": [math.nan, 1]}, "no finite number"),
+        ({"confirmed": [0, math.inf]}, "no finite number"),
+        ({"claimed": {"by": "paper", "value": 2.5, "unit": "x"}}, "claim a.b, claimed: 2.5 is claimed, and would not be"),
+        ({"claimed": {"by": "paper", "value": [1, 3], "unit": "x"}}, "claim a.b, claimed"),
+        ({"claimed": {"by": "paper", "value": [2, 1], "unit": "x"}}, "claim a.b, claimed"),
     ],
 )
 def test_a_bad_row_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -98,6 +169,46 @@ def test_what_is_refused_is_named_by_its_line(tmp_path: Path) -> None:
     path.write_text(head + good + good)
     with pytest.raises(BadInput, match="line 8: claim a is there twice"):
         read_claims(path)
+
+
+BOMB = "k0: &k0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"k{i}: &k{i} [{', '.join([f'*k{i - 1}'] * 10)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: 2\na: 3\n", "line 3: 'a' is there twice"),
+        ("a: &a\n  b: *a\n", "line 1: is a part of itself"),
+        (BOMB, "line 6: stands for more than 200,000 values"),
+        ("a: 1\nb: " + "[" * 3000, "line 2: is nested more than 40 deep"),
+        ("a: 1\nb: 1" + "0" * 400, "line 2: 1000"),
+        ("a: 1\nb: 1" + "0" * 5000, "line 2: 1000"),
+        ("a: 1\nb: -.inf", "line 2: -.inf is no finite number"),
+        ("a: 1\nb: !!bool perhaps", "line 2: perhaps is no"),
+        ("a: 1\nb: 2020-01-01", "line 2: 'timestamp' is no plain data"),
+        ("a: 1\nb: 2020-99-01", "line 2: 'timestamp' is no plain data"),
+        ("1: a", "line 1: a key is no text"),
+        ("a: 1\n? !!str [b]\n: 2", "line 2: a key is no text"),
+        ("a: 1\nb: *c", "line 2: no valid YAML"),
+        ("a: 1\nb: [", "no valid YAML"),
+        ("a: " + "x" * (5 << 20), "bytes; expected"),
+    ],
+)  # fmt: skip
+def test_hostile_yaml_is_refused_by_its_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(BadInput, match=words):
+        read_yaml(path, "a file of claims")
+
+
+def test_aliases_that_stand_for_little_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("a: &a {x: 1, y: [2, .5]}\nb: *a\nc: {<<: *a, x: 3}\n")
+    data, line = read_yaml(path, "anything")
+    assert data == {"a": {"x": 1, "y": [2, 0.5]}, "b": {"x": 1, "y": [2, 0.5]}, "c": {"x": 3, "y": [2, 0.5]}}
+    assert line(["c", "x"]) == 3
 
 
 @pytest.mark.parametrize("text", ["", "[]", "a: [", "report: x", "!!python/object/apply:os.system ['true']"])

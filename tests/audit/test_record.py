@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from agentforge import audit
-from agentforge.audit import probes, report, workshop
+from agentforge.audit import drawing, probes, report, workshop
 from agentforge.audit.claims import read_claims
 from agentforge.audit.record import check_record, measure, record_sha256
 from agentforge.audit.sarif import sarif
@@ -26,7 +27,7 @@ CLAIMS: list[dict[str, Any]] = [
     {"id": "bits", "probe": {"name": "bits_per_weight", "parameters": {"stage": "ternary"}}, "confirmed": [0, 1.5],
      "partly": [0, 1.7]},
     {"id": "small", "probe": {"name": "bits_per_weight", "parameters": {"stage": "ternary"}}, "confirmed": [0, 1]},
-    {"id": "broken", "probe": {"name": "zero_share", "parameters": {"stage": "magic"}}, "confirmed": [0, 1]},
+    {"id": "broken", "probe": {"name": "breaks", "parameters": {}}, "confirmed": [0, 1]},
     {"id": "absent", "probe": {"name": "nothing_here", "parameters": {}}, "confirmed": [0, 1]},
     {"id": "later", "needs": "more time"},
     {"id": "total", "section": "Summary", "probe": {"name": "score", "parameters": {"sections": ["S"]}},
@@ -50,18 +51,22 @@ def quiet(*_: Any, **__: Any) -> None:
     pass
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A probe that finds nothing to measure with."""
+    """A probe that finds nothing to measure with, and one that fails."""
 
     def nothing_here(_: workshop.Workshop) -> Measurement:
         raise audit.Unmeasured("a thing that is not there")
 
+    def breaks(_: workshop.Workshop) -> Measurement:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
     monkeypatch.setitem(probes.PROBES, "nothing_here", nothing_here)
+    monkeypatch.setitem(probes.PROBES, "breaks", breaks)
 
 
 @pytest.fixture
-def record(tmp_path: Path, absent: None) -> dict[str, Any]:
+def record(tmp_path: Path) -> dict[str, Any]:
     return measure(read_claims(claims_file(tmp_path)), shop(tmp_path / "artifacts"), quiet)
 
 
@@ -75,23 +80,24 @@ def test_verdicts_failures_and_what_is_missing(record: dict[str, Any]) -> None:
         "zeros": "confirmed",
         "bits": "partly",
         "small": "refuted",
-        "broken": "refuted",
+        "broken": "error",
         "absent": "not tested",
         "later": "not tested",
         "total": "refuted",
     }
-    assert "magic" in row_of(record, "broken")["failure"]
+    assert "no space left" in row_of(record, "broken")["failure"]
+    assert row_of(record, "broken")["colour"] == "ERROR" and record["summary"]["error"] == 1
     assert row_of(record, "broken")["measured"] is None
     assert row_of(record, "absent")["needs"] == "a thing that is not there"
     check_record(json.loads(json.dumps(record, allow_nan=False)))
 
 
 def test_a_score_is_the_points_of_the_rows_that_have_a_verdict(record: dict[str, Any]) -> None:
-    """1 + 1/2 + 0 + 0 points of four rows; two rows have no verdict."""
+    """1 + 1/2 + 0 points of three rows; three rows have no verdict."""
     total = row_of(record, "total")["measured"]
-    assert total["value"] == pytest.approx(1.5 / 4)
-    assert total["n"] == 4
-    assert total["protocol"]["without a verdict"] == 2
+    assert total["value"] == pytest.approx(1.5 / 3)
+    assert total["n"] == 3
+    assert total["protocol"]["without a verdict"] == 3
 
 
 def test_every_measurement_says_how_it_was_taken_and_from_what(record: dict[str, Any]) -> None:
@@ -158,15 +164,15 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
 
 
 def test_what_nothing_has_changed_for_is_not_measured_again(
-    tmp_path: Path, absent: None, asked: list[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, asked: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     claims = read_claims(claims_file(tmp_path))
     first = measure(claims, shop(tmp_path / "a", memory=True), quiet)
-    assert sorted(asked) == ["bits_per_weight", "nothing_here", "score", "zero_share", "zero_share"]
+    assert sorted(asked) == ["bits_per_weight", "breaks", "nothing_here", "score", "zero_share"]
     asked.clear()
     second = measure(claims, shop(tmp_path / "b", memory=True), quiet)
     # What failed, what was missing and what reads other rows is tried again.
-    assert sorted(asked) == ["nothing_here", "score", "zero_share"]
+    assert sorted(asked) == ["breaks", "nothing_here", "score"]
     assert [row["measured"] for row in first["claims"]] == [row["measured"] for row in second["claims"]]
     changes: list[Any] = [
         lambda: shop(tmp_path / "c", memory=True, effort="smoke"),
@@ -258,7 +264,7 @@ def test_sarif_has_a_result_a_row(record: dict[str, Any]) -> None:
     assert [rule["id"] for rule in run["tool"]["driver"]["rules"]] == [row["id"] for row in record["claims"]]
     levels = {result["ruleId"]: result["level"] for result in run["results"]}
     assert levels == {
-        "zeros": "none", "bits": "warning", "small": "error", "broken": "error", "absent": "none", "later": "none",
+        "zeros": "none", "bits": "warning", "small": "error", "broken": "none", "absent": "none", "later": "none",
         "total": "error",
     }  # fmt: skip
 
@@ -276,7 +282,7 @@ def test_only_a_few_claims(tmp_path: Path) -> None:
 def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Thresholds judge again, rows without a measurement are measured, and the rest keeps value, source and machine."""
     before = json.loads(json.dumps(record))
-    row_of(before, "zeros")["measured"]["inputs"]["source"] = "0" * 64
+    row_of(before, "zeros")["provenance"] |= {"source": "0" * 64, "commit": "1" * 40, "dirty": False}
     before["environment"]["cpu"] = "another"
     rows = [dict(row) for row in CLAIMS]
     rows[1] |= {"confirmed": [0, 1.7]}
@@ -289,15 +295,20 @@ def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Pat
     )
     again = measure(read_claims(claims_file(tmp_path, rows)), shop(tmp_path / "artifacts"), quiet, before)
     assert sorted(taken) == sorted([
-        "zero_share {'stage': 'magic'}", "nothing_here {}", "zero_share {'stage': 'ternary:rule=threshold'}",
+        "breaks {}", "nothing_here {}", "zero_share {'stage': 'ternary:rule=threshold'}",
         "score {'sections': ['S']}",
     ])  # fmt: skip
     assert [row["verdict"] for row in again["claims"][:3]] == ["confirmed", "confirmed", "refuted"]
     assert row_of(again, "later")["verdict"] == "confirmed"
-    zeros = row_of(again, "zeros")["measured"]
-    assert zeros["inputs"]["source"] == "0" * 64 and zeros["environment"]["cpu"] == "another"
-    assert again["kept"] == {"rows": 2, "commit": before["git"]["commit"], "created": before["created"]}
     check_record(json.loads(json.dumps(again, allow_nan=False)))
+    # Kept again by a later run, a row still names what took it.
+    third = measure(read_claims(claims_file(tmp_path, rows)), shop(tmp_path / "artifacts"), quiet, again)
+    for record in (again, third):
+        zeros = row_of(record, "zeros")["provenance"]
+        assert (zeros["source"], zeros["commit"]) == ("0" * 64, "1" * 40) and zeros["environment"]["cpu"] == "another"
+    assert row_of(third, "later")["provenance"] == row_of(again, "later")["provenance"]
+    assert "environment" not in row_of(third, "later")["provenance"]
+    assert "`111111111111` (source `000000000000`): 1" in drawing.provenance(third)
     with pytest.raises(
         BadInput, match=r"report mine: its tokens is \(127, 128\), asked for is \(63, 64\); run without --keep"
     ):
@@ -311,14 +322,13 @@ def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Pat
 
 @pytest.mark.slow
 def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Path) -> None:
-    path = claims_file(tmp_path, [row for row in CLAIMS if row["id"] != "absent"])
+    path = claims_file(tmp_path, [row for row in CLAIMS if row["id"] not in ("absent", "broken")])
     folder = report.run(path, text="selftext", tokens=127, out=tmp_path / "reports", fresh=True, progress=False)
     assert sorted(file.name for file in folder.iterdir()) == [f"mine.{e}" for e in ("html", "ipynb", "json", "md", "sarif")]
     claims = read_claims(path)
     report.check(folder, claims)
     report.run(path, text="selftext", tokens=127, out=tmp_path / "reports", keep=True, progress=False)
     report.check(folder, claims)
-    assert "**Kept**: 2 measurements of the record of" in (folder / "mine.md").read_text()
     with pytest.raises(BadInput, match="there is no report to keep anything of; run without --keep"):
         report.run(path, text="selftext", tokens=127, out=tmp_path / "elsewhere", keep=True, progress=False)
     made = {file.name: file.read_text() for file in folder.iterdir()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import yaml
 import agentforge as af
 from agentforge import audit
 from agentforge.audit import probes, report
-from agentforge.audit.claims import verdict_of
 from agentforge.cli import app
 from agentforge.errors import BadInput
 
@@ -123,7 +121,9 @@ def test_claims_without_code_from_the_command_line(
     (row,) = json.loads(capsys.readouterr().out)["claims"]
     size = sum(file.stat().st_size for file in small.glob("*.safetensors"))
     assert row["measured"]["value"] == pytest.approx(2 * af.open_model(tiny_llama).parameters / size)
-    assert row["verdict"] == verdict_of(row["measured"]["value"], (2, math.inf), (1.5, math.inf))
+    assert row["verdict"] == (
+        "confirmed" if row["measured"]["value"] >= 2 else "partly" if row["measured"]["value"] >= 1.5 else "refuted"
+    )
     with pytest.raises(BadInput, match="one of the two"):
         app(["audit", "phase4_bitnet", "--claims", str(path)], standalone_mode=False)
 
