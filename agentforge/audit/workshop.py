@@ -51,7 +51,12 @@ class Effort:
 
 EFFORTS = {
     effort.name: effort
-    for effort in (Effort("smoke", 511, 42, 2, 2048), Effort("standard", 2047, 14, 2, 4096), Effort("full", 6141, 5, 5))
+    for effort in (
+        Effort("smoke", 511, 42, 2, 2048),
+        Effort("quick", 2044, 42, 2, 2048),
+        Effort("standard", 2047, 14, 2, 4096),
+        Effort("full", 6141, 5, 5),
+    )
 }
 
 

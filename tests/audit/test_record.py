@@ -354,7 +354,7 @@ def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Pa
 def test_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
     path = claims_file(tmp_path)
     for settings, words in (
-        ({"budget": "huge"}, "smoke, standard, full"),
+        ({"budget": "huge"}, "smoke, quick, standard, full"),
         ({"tokens": 1}, "tokens=1"),
         ({"device": "abacus"}, "abacus"),
     ):
