@@ -70,10 +70,12 @@ class Budget:
     max_kl: float | None = None
 
     def check(self) -> None:
-        """Raise BadInput unless exactly one limit is set, and is positive."""
+        """Raise BadInput unless exactly one limit is set, and is positive, and not more than 32 bits a weight."""
         limits = [limit for limit in (self.bytes, self.bits, self.max_kl) if limit is not None]
-        if len(limits) != 1 or not 0 < limits[0] < math.inf:
-            raise BadInput(f"budget {limits}; expected one positive limit: bytes, bits a weight, or KL in nats a token")
+        if len(limits) != 1 or not 0 < limits[0] < math.inf or (self.bits or 0) > 32:
+            raise BadInput(
+                f"budget {limits}; expected one positive limit: bytes, bits per weight (32 at most), or KL in nats per token"
+            )
 
 
 def budget_bytes(size: str | None, target: str | None, parameters: int) -> int | None:

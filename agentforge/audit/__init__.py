@@ -15,6 +15,7 @@ from . import (  # noqa: F401  (their probes register themselves)
     paper_probes,
     phase5_probes,
     project_probes,
+    self_probes,
     subject_probes,
     task_probes,
     training_probes,

@@ -20,8 +20,7 @@ from .. import evaluation, stages
 from ..artifact import load
 from ..digits import data as digits_data
 from ..errors import BadInput
-from ..evaluation import Measurement
-from ..evaluation.likelihood import standard_error
+from ..evaluation import Measurement, intervals
 from ..models import open_model
 from ..planes import Packed, Plane, stored_bytes
 from ..stages import Stage, curves, entropy, seedlm
@@ -219,10 +218,9 @@ def gaussian_error(workshop: Workshop, stage: str) -> Measurement:
     weight = gaussian(rows, 24)
     lost = (weight.double() - parsed.decode(parsed.encode(weight)).double()).square().sum(1)
     power = weight.double().square().sum(1)
-    value = float(lost.sum() / power.sum())
-    spread = standard_error(lost - value * power) / float(power.mean())
     protocol = {"metric": "squared error over squared weights", "stage": stage, "weights": f"Gaussian {rows} x 24"}
-    return Measurement(value, "of the squared weights", spread, rows, protocol, seed=0)
+    found = intervals.ratio(lost, power, rows, f"{rows} rows")
+    return Measurement(unit="of the squared weights", protocol=protocol, seed=0, **found)
 
 
 # ---- VPTQ
@@ -524,8 +522,7 @@ def retention(workshop: Workshop, stage: str, of: str) -> Measurement:
             with torch.inference_mode():
                 logits = [module(pixels).double() for module in modules]
             base, losses = (torch.nn.functional.cross_entropy(one, labels, reduction="none") for one in logits)
-            value = math.exp(float((base - losses).mean()))
             protocol = {**measured.protocol, "metric": "original exp(loss) / exp(loss)"}
-            spread = value * standard_error(base - losses)
-            measured = dataclasses.replace(measured, value=value, stderr=spread, protocol=protocol)
+            found_loss = intervals.mean(base - losses, error="pairs", log=True)
+            measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
     return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})

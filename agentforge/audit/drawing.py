@@ -59,9 +59,9 @@ def provenance(record: dict[str, Any]) -> str:
 
 * **Text**: {text["name"]}, {text["split"]}, from {text["origin"]}, sha256 `{text["sha256"][:16]}`; skipped before it:
   {"; ".join(text["skipped"]) or "nothing"}.
-* **Likelihoods**: the first {text["scored_tokens"]:,} tokens that can be scored, windows of {text["context"]}, no BOS token,
-  the first token of a window not scored. Standard errors take token losses as independent; where two models are compared
-  on the same tokens, they are those of pairs.
+* **Likelihoods**: {text["scored_tokens"]:,} tokens in windows of {text["context"]} spread evenly over the text, no BOS
+  token, the first token of a window not scored. Errors are of windows, not of tokens, which are not independent; if two
+  models are compared on the same windows, they are those of pairs.
 * **Sizes**: bytes of the weight files on disk, headers included; tokenizer, configuration and manifest excluded. Every
   ratio names its denominator.
 * **Thresholds**: with every claim, in the claims file (sha256 of what it says `{record["claims_sha256"][:16]}`). A

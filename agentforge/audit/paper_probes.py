@@ -24,7 +24,7 @@ from .. import evaluation, stages
 from ..artifact import load
 from ..chain import Condition
 from ..errors import BadInput
-from ..evaluation import Measurement
+from ..evaluation import Measurement, intervals
 from ..evaluation.rate_distortion import gaussian
 from ..models import open_model, quiet_transformers
 from ..stages.seedlm import TAPS, lfsr
@@ -136,21 +136,14 @@ def _shapes(workshop: Workshop, source: Source, rows: int, columns: int) -> list
     return [(rows, columns)] if source == "gaussian" else [weight.shape for weight in workshop.sample()]
 
 
-def _pooled(pairs: Sequence[tuple[float, float]]) -> tuple[float, float | None]:
-    """sum a / sum b over independent pairs, with the standard error of a ratio (Cochran 1977, section 6.4)."""
-    a, b = np.array(pairs, np.float64).T
-    value, k = float(a.sum() / b.sum()), len(a)
-    spread = math.sqrt(k / (k - 1) * float(((a - value * b) ** 2).sum())) / float(b.sum()) if k > 1 else None
-    return value, spread
-
-
 def _over(
     workshop: Workshop, pairs: Sequence[tuple[float, float]], unit: str, n: int, source: Source, metric: str, **protocol: Any
 ) -> Measurement:
-    value, spread = _pooled(pairs)
+    a, b = torch.tensor(pairs, dtype=torch.float64).T
     about = {"metric": metric, "on": source, "matrices": len(pairs), "weights": n, **protocol}
     seed = 0 if source == "gaussian" else None
-    return Measurement(value, unit, spread, n, about, seed, {"model": workshop.model.fingerprint})
+    found = intervals.ratio(a, b, n, f"{len(pairs)} matrices")
+    return Measurement(unit=unit, protocol=about, seed=seed, inputs={"model": workshop.model.fingerprint}, **found)
 
 
 def _squares(weight: torch.Tensor) -> float:
@@ -324,9 +317,9 @@ def decode_time(workshop: Workshop, stage: str, weights: int, rows: int) -> Meas
             made.decode(packed)
         times.append(1e3 * (time.perf_counter() - began) * weights / n)
     # The first round warms up what the others use.
-    value, spread = _pooled([(one, 1.0) for one in times[1:]])
+    found = intervals.mean(torch.tensor(times[1:]).double(), error="3 rounds") | {"n": n}
     protocol = {"metric": "time to decode", "stage": stage, "weights": weights, "threads": torch.get_num_threads()}
-    return Measurement(value, "ms", spread, n, protocol, inputs={"model": workshop.model.fingerprint})
+    return Measurement(unit="ms", protocol=protocol, inputs={"model": workshop.model.fingerprint}, **found)
 
 
 # The papers' and the audited code's own arithmetic
@@ -509,7 +502,7 @@ def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
 
 @probe
 def activation_cost(workshop: Workshop) -> Measurement:
-    """Perplexity with 8-bit inputs of every touched layer, over the original's, in pairs, token by token."""
+    """Perplexity with 8-bit inputs of every touched layer, over the original's, in pairs, window by window."""
     changed = copy.copy(workshop.model)
     module = vars(changed)["model"] = copy.deepcopy(workshop.model.model)
     layers = dict(module.named_modules())
@@ -519,9 +512,7 @@ def activation_cost(workshop: Workshop) -> Measurement:
     found = evaluation.divergence(
         changed, workshop.model, workshop.text, workshop.context, tokens=workshop.tokens, progress=workshop.progress
     ).perplexity_retention
-    spread = (found.stderr or 0.0) / found.value**2
-    about = {**found.protocol, "metric": "perplexity with 8-bit activations / perplexity"}
-    return Measurement(1 / found.value, "x", spread, found.n, about, inputs=found.inputs)
+    return found.through(lambda x: 1 / x, "x", metric="perplexity with 8-bit activations / perplexity")
 
 
 @probe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,8 @@ from typing import Any
 import torch
 
 from ..artifact import load
-from ..evaluation import Measurement, edge_of_chaos, eudaimonia
+from ..evaluation import Measurement, edge_of_chaos, eudaimonia, intervals
 from ..evaluation.choices import likelihoods
-from ..evaluation.likelihood import retention, share_right
 from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
 from ..evaluation.questions import CHANCE, questions
 from ..models import LanguageModel
@@ -62,15 +62,8 @@ def edge_of_what_passes(workshop: Workshop, stages: list[str], least: float) -> 
     if not passing:
         return workshop.exact(math.nan, "share of answers", len(stages), "lowest accuracy that passes", kept=kept)
     lowest = Measurement(**min(passing.values(), key=lambda one: float(one["value"])))
-    return Measurement(
-        lowest.value,
-        lowest.unit,
-        lowest.stderr,
-        lowest.n,
-        {**lowest.protocol, "metric": "lowest accuracy that passes", "least": least, "kept": kept},
-        lowest.seed,
-        lowest.inputs,
-    )
+    about = {**lowest.protocol, "metric": "lowest accuracy that passes", "least": least, "kept": kept}
+    return dataclasses.replace(lowest, protocol=about)
 
 
 @probe
@@ -119,9 +112,14 @@ def _edge(workshop: Workshop, stage: str | None) -> dict[str, Any]:
         "stage": stage,
     }
     inputs = {"model": workshop.model.fingerprint}
-    kept = retention(mine, first, {**protocol, "metric": "accuracy / original accuracy"}, inputs)
+    kept = Measurement(
+        unit="share",
+        protocol={**protocol, "metric": "accuracy / original accuracy"},
+        inputs=inputs,
+        **intervals.pairs(mine, first),
+    )
     about = {**protocol, "metric": "accuracy at the original's edge of chaos"}
-    accuracy = share_right(mine, "share of answers", about, inputs, seed=0)
+    accuracy = Measurement(unit="share of answers", protocol=about, seed=0, inputs=inputs, **intervals.share(mine))
     return {"accuracy": accuracy.to_json(), "retention": kept.to_json()}
 
 
@@ -139,6 +137,6 @@ def _is_sound(model: LanguageModel, score: Measurement, asked: Sequence[tuple[st
 
 def _by_loss(model: LanguageModel, text: str) -> float:
     """The log-likelihood of a text's tokens after the first."""
-    ids = torch.tensor([model.tokenizer(text)["input_ids"]], device=model.model.device)
+    ids = torch.tensor([model.encode(text, special=True)], device=model.model.device)
     with torch.inference_mode():
         return -float(model.model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)

@@ -145,16 +145,8 @@ def kept_in_16_bits(workshop: Workshop, stage: str) -> Measurement:
 @probe
 def perplexity_factor(workshop: Workshop, stage: str) -> Measurement:
     """Perplexity of the compressed model over that of the original, on the same tokens."""
-    kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, token by token
-    value = 1 / kept.value
-    return Measurement(
-        value,
-        "x",
-        value * (kept.stderr or 0.0) / kept.value,
-        kept.n,
-        {**kept.protocol, "metric": "perplexity / original perplexity", "stage": stage},
-        inputs=kept.inputs,
-    )
+    kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, window by window
+    return kept.through(lambda x: 1 / x, "x", metric="perplexity / original perplexity", stage=stage)
 
 
 @probe
@@ -170,7 +162,7 @@ def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
     ours = evaluation.perplexity(
         workshop.model, workshop.text, context=tokens + 1, tokens=tokens, progress=workshop.progress
     )
-    ids = workshop.model.tokenizer(workshop.text.text, add_special_tokens=False, verbose=False)["input_ids"][: tokens + 1]
+    ids = workshop.model.encode(workshop.text.text)[: tokens + 1]
     batch = torch.tensor([ids])
     with torch.inference_mode():
         theirs = math.exp(float(workshop.model.model(input_ids=batch, labels=batch).loss))

@@ -214,9 +214,8 @@ def _model(model: Any) -> dict[str, Any]:
     }
 
 
-def git_state() -> dict[str, Any]:
-    """Commit and dirty flag of the checkout, or nulls where there is none."""
-    folder = Path(__file__).parent
+def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
+    """Commit and dirty flag of the checkout that holds `folder`, or nulls if there is none."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
         # What a report writes is no change to what it measures.

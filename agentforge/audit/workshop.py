@@ -23,7 +23,7 @@ from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
 from ..evaluation.texts import CHECKOUT
-from ..models import LanguageModel, Weight, cache_dir, device_named, open_model
+from ..models import SAMPLED, LanguageModel, Weight, cache_dir, device_named, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..statistics import Calibration
@@ -52,10 +52,10 @@ class Effort:
 EFFORTS = {
     effort.name: effort
     for effort in (
-        Effort("smoke", 511, 42, 2, 2048),
-        Effort("quick", 2044, 42, 2, 2048),
-        Effort("standard", 2047, 14, 2, 4096),
-        Effort("full", 6141, 5, 5),
+        Effort("smoke", 1022, 42, 2, 2048),
+        Effort("quick", 1022, 42, 2, 2048),
+        Effort("standard", 6132, 14, 2, 4096),
+        Effort("full", 8176, 5, 5),
     )
 }
 
@@ -73,7 +73,7 @@ class Workshop:
     folder: Path
     text: Text
     tokens: int
-    context: int = 2048
+    context: int = SAMPLED
     progress: bool = True
     effort: Effort = EFFORTS["standard"]
     device: str = "cpu"
@@ -216,7 +216,7 @@ def workshop_for(
     folder: Path,
     text: str | None,
     tokens: int | None = None,
-    context: int = 2048,
+    context: int = SAMPLED,
     progress: bool = True,
     *,
     effort: str = "standard",

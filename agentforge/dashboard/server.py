@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import socket
@@ -39,8 +40,10 @@ def check(port: int) -> None:
 
 def serve(workspace: Path, port: int) -> None:
     """Serve the page until this process is interrupted; runs are processes of their own and go on."""
+    from click import Abort
     from streamlit.web import cli
 
     os.environ[WORKSPACE] = str(workspace)
     options = [f"--{name}={value}" for name, value in (OPTIONS | {"server.port": str(port)}).items()]
-    cli.main(["run", str(Path(__file__).with_name("app.py")), *options], standalone_mode=False)
+    with contextlib.suppress(Abort, KeyboardInterrupt):  # the server has shut down, and passes on why
+        cli.main(["run", str(Path(__file__).with_name("hosts.py")), *options], standalone_mode=False)

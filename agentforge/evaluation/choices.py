@@ -87,6 +87,6 @@ def _run(model: LanguageModel, batch: Sequence[_Row]) -> list[torch.Tensor]:
 
 def _tokens(model: LanguageModel, text: str) -> list[int]:
     tokenizer = model.tokenizer
-    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = model.encode(text)
     bos = tokenizer.bos_token_id
     return [bos, *ids] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ids

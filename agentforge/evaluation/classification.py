@@ -7,29 +7,31 @@ import torch
 from .. import digits
 from ..errors import BadInput
 from ..models import LanguageModel
-from .likelihood import retention, share_right
+from . import intervals
 from .measurement import Measurement
 
 DATA = "scikit-learn digits, 450 held out, stratified, random_state 0"
 
 
 def accuracy(model: LanguageModel) -> Measurement:
-    """Share of the held-out digits that are named rightly, with its binomial standard error.
+    """Share of the held-out digits that are named rightly, with its exact binomial interval.
 
     Raises BadInput for a model that is no classifier of digits.
     """
     protocol = {"metric": "accuracy", "data": DATA}
-    return share_right(_hits(model), "accuracy", protocol, {"model": model.fingerprint}, seed=0)
+    found = intervals.share(_hits(model))
+    return Measurement(unit="accuracy", protocol=protocol, seed=0, inputs={"model": model.fingerprint}, **found)
 
 
 def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measurement:
-    """Accuracy over the original's, on the same held-out digits, with a standard error of pairs.
+    """Accuracy over the original's, on the same held-out digits, with the error of pairs.
 
     Raises BadInput for a model that is no classifier of digits.
     """
     inputs = {"model": model.fingerprint, "original": original.fingerprint}
     protocol = {"metric": "accuracy / original accuracy", "data": DATA}
-    return retention(_hits(model), _hits(original), protocol, inputs)
+    found = intervals.pairs(_hits(model), _hits(original))
+    return Measurement(unit="share", protocol=protocol, inputs=inputs, **found)
 
 
 def _hits(model: LanguageModel) -> torch.Tensor:

@@ -6,13 +6,15 @@ scored at most once, by the first window that holds it; a window's first token h
 papers; with stride = context - 1 every token but the first is scored, as in lm-eval's rolling log-likelihood where the
 windows come out even (else it gives its last window more to look back at).
 
-Standard errors treat the token losses as independent; neighbouring losses are not quite, so they are a little small.
+`tokens` asks for a sample: windows of the whole text's grid, spread evenly over it.  Tokens of one window are not
+independent, so that errors are of windows: each is a cluster (see `intervals`).  Fewer than LEAST windows are cut into equal
+blocks; of more than MOST, neighbours, which are often of one article, are one cluster together.  `error` says what was done;
+reports/coverage shows how often the intervals hold the whole text's value.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -21,20 +23,22 @@ from tqdm.auto import tqdm
 
 from ..errors import BadInput
 from ..models import LanguageModel
+from . import intervals
 from .measurement import Measurement
 from .texts import Text, find_text
 
 Bos = Literal["none", "text", "window"]
 ROWS = 256  # positions whose distributions are held at once
+LEAST, MOST = 4, 32  # clusters of a measurement
 
 
 class Divergence(NamedTuple):
     """What one pass over the text tells about a compressed model beside its original.
 
-    kl: mean KL(original || compressed) in nats a token.  top1: share of tokens at which both have the same most likely
+    kl: mean KL(original || compressed) in nats per token.  top1: share of tokens at which both have the same most likely
     next token.  perplexity, original_perplexity: of the two, on the same tokens.  accuracy, original_accuracy: share of
     tokens at which the most likely next token is the one that follows.  retention: accuracy over original accuracy;
-    perplexity_retention: original perplexity over perplexity; the standard errors of both are of pairs, token by token.
+    perplexity_retention: original perplexity over perplexity; the errors of both are of pairs, window by window.
     """
 
     kl: Measurement
@@ -47,7 +51,9 @@ class Divergence(NamedTuple):
     perplexity_retention: Measurement
 
 
-class _Window(NamedTuple):
+class Window(NamedTuple):
+    """What is scored at once."""
+
     ids: list[int]  # the model's input
     first: int  # index of the first scored token in ids
 
@@ -64,18 +70,19 @@ def perplexity(
     """exp of the mean negative log-likelihood of a text's tokens.
 
     text: as for `find_text`.  context: window length in tokens.  stride: how far windows are apart (default: such that they
-    do not overlap).  tokens: how many tokens to score (default: all).  bos: no BOS token ("none"), one before the text
-    ("text"), or one in each window ("window").
+    do not overlap).  tokens: how many tokens to score, in windows spread evenly over the text (default: all of it).  bos: no
+    BOS token ("none"), one before the text ("text"), or one in each window ("window").
 
     Raises BadInput for a text that is too short, and for settings out of range.
     """
     found = find_text(text)
-    windows, protocol = _plan(model, found, context, stride, tokens, bos)
+    windows, protocol = plan(model, found, context, stride, tokens, bos)
     losses = [
-        torch.cat([_losses(rows, targets) for rows, targets in _rows(model, window)])
+        torch.cat([_losses(rows, targets) for rows, targets in _rows(model, window)])[:, None]
         for window in _bar(windows, f"perplexity of {model.name}", progress)
     ]
-    return _perplexity(torch.cat(losses), protocol, model)
+    sums, error = _clusters(losses)
+    return _perplexity(sums[:, 1], sums[:, 0], error, protocol, model.fingerprint)
 
 
 def divergence(
@@ -107,94 +114,86 @@ def divergences(
 ) -> list[Divergence]:
     """`divergence` for several models at once: the original runs over the text only once."""
     found = find_text(text)
-    windows, protocol = _plan(original, found, context, stride, tokens, bos)
+    windows, protocol = plan(original, found, context, stride, tokens, bos)
     for model in models:
-        if _plan(model, found, context, stride, tokens, bos)[0] != windows:
+        if plan(model, found, context, stride, tokens, bos)[0] != windows:
             raise BadInput(
                 f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer"
             )
-    parts: list[list[tuple[torch.Tensor, ...]]] = [[] for _ in models]
-    losses = []
+    parts = compared(models, original, windows, progress)
+    return [
+        divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
+        for model, of_windows in zip(models, parts, strict=True)
+    ]
+
+
+def compared(
+    models: Sequence[LanguageModel], original: LanguageModel, windows: list[Window], progress: bool
+) -> list[list[torch.Tensor]]:
+    """What each model says of each window's scored tokens beside the original, float64[tokens, 6] a window: KL, same top-1,
+    both models' losses, hits of both."""
+    parts: list[list[torch.Tensor]] = [[] for _ in models]
     names = ", ".join(model.name for model in models)
     for window in _bar(windows, f"{names} against {original.name}", progress):
         theirs = [(p := logits.log_softmax(-1), p.argmax(-1), targets) for logits, targets in _rows(original, window)]
-        losses += [-p.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double() for p, _, targets in theirs]
-        for model, columns in zip(models, parts, strict=True):
+        for model, of_windows in zip(models, parts, strict=True):
+            rows = []
             for (p, top, targets), (logits, _) in zip(theirs, _rows(model, window), strict=True):
                 q = logits.log_softmax(-1)
                 mine = q.argmax(-1)
-                columns.append(
-                    (
-                        (p.exp() * (p - q)).sum(-1).double(),
-                        (top == mine).double(),
-                        -q.gather(-1, targets.unsqueeze(-1)).squeeze(-1).double(),
-                        (mine == targets).double(),
-                        (top == targets).double(),
-                    )
-                )
-    base = torch.cat(losses)
-    return [_divergence(model, original, base, columns, protocol) for model, columns in zip(models, parts, strict=True)]
+                losses, base = (-x.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for x in (q, p))
+                kl = (p.exp() * (p - q)).sum(-1)
+                columns = (kl, top == mine, losses, base, mine == targets, top == targets)
+                rows.append(torch.stack([column.double() for column in columns], 1))
+            of_windows.append(torch.cat(rows))
+    return parts
 
 
-def _divergence(
-    model: LanguageModel,
-    original: LanguageModel,
-    base: torch.Tensor,
-    columns: list[tuple[torch.Tensor, ...]],
-    protocol: dict[str, Any],
-) -> Divergence:
-    kl, top1, losses, right, right_before = (torch.cat(column) for column in zip(*columns, strict=True))
-    inputs = {"model": model.fingerprint, "original": original.fingerprint}
-    named = {**protocol, "metric": "next-token accuracy"}
-    saved = math.exp(max(min(float((base - losses).mean()), 700.0), -700.0))
+def divergence_of(sums: torch.Tensor, error: str, protocol: dict[str, Any], model: str, original: str) -> Divergence:
+    """What sums over clusters say, float64[clusters, 7]: tokens, KL, same top-1, both models' losses, hits of both.
+
+    error: what the clusters are, in words.  model, original: fingerprints.
+    """
+    counts, kl, same, losses, base, right, right_before = sums.T
+    inputs = {"model": model, "original": original}
+
+    def measured(unit: str, metric: str, found: dict[str, Any], of: dict[str, str] = inputs) -> Measurement:
+        return Measurement(unit=unit, protocol={**protocol, "metric": metric}, inputs=of, **found)
+
+    def share(metric: str, hits: torch.Tensor, of: dict[str, str]) -> Measurement:
+        return measured("share of tokens", metric, intervals.share(hits, counts, error), of)
+
+    kept = intervals.pairs(right, right_before, counts, error)
+    saved = intervals.mean(base - losses, counts, error, log=True)
     return Divergence(
-        kl=Measurement(
-            float(kl.mean()),
-            "nats/token",
-            standard_error(kl),
-            len(kl),
-            {**protocol, "metric": "KL(original || model)"},
-            inputs=inputs,
-        ),
-        top1=share_right(top1, "share of tokens", {**protocol, "metric": "top-1 agreement"}, inputs),
-        perplexity=_perplexity(losses, protocol, model),
-        original_perplexity=_perplexity(base, protocol, original),
-        accuracy=share_right(right, "share of tokens", named, {"model": model.fingerprint}),
-        original_accuracy=share_right(right_before, "share of tokens", named, {"model": original.fingerprint}),
-        retention=retention(right, right_before, {**protocol, "metric": "accuracy / original accuracy"}, inputs),
-        perplexity_retention=Measurement(
-            saved,
-            "share",
-            saved * standard_error(base - losses),
-            len(losses),
-            {**protocol, "metric": "original perplexity / perplexity"},
-            inputs=inputs,
-        ),
+        kl=measured("nats/token", "KL(original || model)", intervals.mean(kl, counts, error)),
+        top1=share("top-1 agreement", same, inputs),
+        perplexity=_perplexity(losses, counts, error, protocol, model),
+        original_perplexity=_perplexity(base, counts, error, protocol, original),
+        accuracy=share("next-token accuracy", right, {"model": model}),
+        original_accuracy=share("next-token accuracy", right_before, {"model": original}),
+        retention=measured("share", "accuracy / original accuracy", kept),
+        perplexity_retention=measured("share", "original perplexity / perplexity", saved),
     )
 
 
-def retention(
-    hits: torch.Tensor, hits_before: torch.Tensor, protocol: dict[str, Any], inputs: dict[str, str]
-) -> Measurement:
-    """mean(hits) / mean(hits_before), float64[n] each, of the same questions, with the delta method's standard error for
-    pairs; NaN where nothing was right before."""
-    before, n = float(hits_before.mean()), len(hits)
-    value = float(hits.mean()) / before if before else math.nan
-    spread = float((hits - value * hits_before).square().mean().sqrt()) / (before * math.sqrt(n)) if before else math.nan
-    return Measurement(value, "share", spread, n, protocol, inputs=inputs)
+def _clusters(windows: list[torch.Tensor]) -> tuple[torch.Tensor, str]:
+    """Sums over clusters, float64[clusters, 1 + columns], the first of them the count, of windows' tokens, float64[tokens,
+    columns] each; and what the clusters are, in words."""
+    count = len(windows)
+    pieces, together = -(-LEAST // count), -(-count // MOST)
+    blocks = [block for window in windows for block in window.tensor_split(min(pieces, len(window)))]
+    sums = torch.stack([torch.cat([block.new_tensor([len(block)]), block.sum(0)]) for block in blocks]).cpu()
+    if together > 1:
+        groups = sums.split(together)
+        return torch.stack([group.sum(0) for group in groups]), f"{len(groups)} groups of {together} windows"
+    of = f"{count} window{'s' if count > 1 else ''}"
+    return sums, of if pieces == 1 else f"{len(blocks)} blocks of {of}"
 
 
-def share_right(
-    hits: torch.Tensor, unit: str, protocol: dict[str, Any], inputs: dict[str, str], seed: int | None = None
-) -> Measurement:
-    """Mean of hits, float64[n] of 0 and 1, with its binomial standard error."""
-    share, n = float(hits.mean()), len(hits)
-    return Measurement(share, unit, math.sqrt(share * (1 - share) / n), n, protocol, seed, inputs)
-
-
-def _plan(
+def plan(
     model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
-) -> tuple[list[_Window], dict[str, Any]]:
+) -> tuple[list[Window], dict[str, Any]]:
     """The windows to score, and the protocol that says how they were made."""
     room = context - 1 if bos == "window" else context
     stride = max(room, 1) if stride is None else stride
@@ -209,7 +208,7 @@ def _plan(
     if bos not in ("none", "text", "window"):
         raise BadInput(f"bos={bos!r}; expected none, text or window")
     tokenizer = model.tokenizer
-    ids = tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = model.encode(text.text)
     first_id: list[int] = []
     if bos != "none":
         token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
@@ -218,24 +217,28 @@ def _plan(
         first_id = [token]
     if bos == "text":
         ids = first_id + ids
-    windows: list[_Window] = []
-    scored = end = start = 0
-    wanted = len(ids) if tokens is None else tokens
-    while scored < wanted and end < len(ids):
-        content = ids[start : start + room]
-        first = max(end - start, 0 if bos == "window" else 1)
-        count = min(len(content) - first, wanted - scored)
-        if count > 0:
-            content = content[: first + count]
-            window = _Window(first_id + content, first + 1) if bos == "window" else _Window(content, first)
-            windows.append(window)
-            scored += count
+    spans = []  # start of a window's text, its first scored token, and its end
+    end = start = 0
+    while end < len(ids):
+        first = max(end, start + (bos != "window"))
         end = start + room
+        if first < min(end, len(ids)):
+            spans.append((start, first, min(end, len(ids))))
         start += stride
-    if scored < 2 or (tokens is not None and scored < tokens):
+    total = sum(end - first for _, first, end in spans)
+    if total < max(2, tokens or 2):
         raise BadInput(
-            f"text {text.name} has {scored} tokens to score, fewer than the {tokens or 2} asked for; use a longer text"
+            f"text {text.name} has {total} tokens to score, fewer than the {tokens or 2} asked for; use a longer text"
         )
+    wanted = total if tokens is None else tokens
+    windows: list[Window] = []
+    for start, first, end in _spread(spans, wanted):
+        if not wanted:
+            break
+        end = min(end, first + wanted)
+        windows.append(Window(first_id * (bos == "window") + ids[start:end], first - start + (bos == "window")))
+        wanted -= end - first
+    placed = f"all {len(spans)}" if len(windows) == len(spans) else f"{len(windows)} of {len(spans)}, spread evenly"
     protocol = {
         "metric": "perplexity",
         "text": text.name,
@@ -244,11 +247,22 @@ def _plan(
         "context": context,
         "stride": stride,
         "bos": bos,
-        "scored_tokens": scored,
+        "scored_tokens": total if tokens is None else tokens,
+        "windows": placed,
         "tokenizer": _tokenizer_hash(tokenizer),
         "skipped_texts": list(text.skipped),
     }
     return windows, protocol
+
+
+def _spread(spans: list[tuple[int, int, int]], tokens: int) -> list[tuple[int, int, int]]:
+    """The fewest windows, one from the middle of each equal part of all, that have so many tokens to score."""
+    most = max(end - first for _, first, end in spans)
+    for count in range(-(-tokens // most), len(spans)):
+        chosen = [spans[(2 * i + 1) * len(spans) // (2 * count)] for i in range(count)]
+        if sum(end - first for _, first, end in chosen) >= tokens:
+            return chosen
+    return spans
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
@@ -258,7 +272,7 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rows(model: LanguageModel, window: _Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _rows(model: LanguageModel, window: Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Logits, float32[rows, vocabulary], and target ids, int64[rows], of a window's scored tokens, in parts."""
     module = model.model
     device = next(module.parameters()).device
@@ -274,18 +288,10 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
 
 
-def _perplexity(losses: torch.Tensor, protocol: dict[str, Any], model: LanguageModel) -> Measurement:
-    value = math.exp(min(float(losses.mean()), 700.0))
-    # The standard error of exp(mean) to first order.
-    return Measurement(
-        value, "perplexity", value * standard_error(losses), len(losses), protocol, inputs={"model": model.fingerprint}
-    )
+def _perplexity(losses: torch.Tensor, counts: torch.Tensor, error: str, protocol: dict[str, Any], model: str) -> Measurement:
+    found = intervals.mean(losses, counts, error, log=True)
+    return Measurement(unit="perplexity", protocol=protocol, inputs={"model": model}, **found)
 
 
-def standard_error(values: torch.Tensor) -> float:
-    """Of the mean of independent values, float64[n]; NaN for fewer than two."""
-    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
-
-
-def _bar(windows: list[_Window], what: str, progress: bool) -> Any:
+def _bar(windows: list[Window], what: str, progress: bool) -> Any:
     return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)

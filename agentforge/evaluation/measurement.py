@@ -9,6 +9,7 @@ import os
 import platform
 import resource
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -44,12 +45,14 @@ class Measurement:
     def __post_init__(self) -> None:
         if not self.error:
             object.__setattr__(self, "error", "exact" if self.stderr is None else "standard error")
+        if self.interval is not None:  # JSON gives a list
+            object.__setattr__(self, "interval", (self.interval[0], self.interval[1]))
 
     @property
     def bounds(self) -> tuple[float, float]:
         """The 95% interval; the value twice if it is exact, or if its error is unknown."""
         if self.interval is not None:
-            return self.interval[0], self.interval[1]
+            return self.interval
         spread = 2 * (self.stderr or 0.0)
         return self.value - spread, self.value + spread
 
@@ -66,6 +69,23 @@ class Measurement:
     def __str__(self) -> str:
         error = "" if self.stderr is None else f" ± {self.stderr:.2g}"
         return f"{self.value:.4g}{error} {self.unit} (n = {self.n:,})"
+
+    def through(self, function: Callable[[float], float], unit: str, **protocol: Any) -> Measurement:
+        """`function` of the value, of its interval and, to first order, of its standard error; the function is monotonic.
+
+        protocol: what is said differently, such as metric.
+        """
+        value, step = function(self.value), 1e-4 * (self.stderr or 0.0)
+        spread = step and abs(function(self.value + step) - function(self.value - step)) / 2e-4
+        low, high = sorted(function(end) for end in self.bounds)
+        return dataclasses.replace(
+            self,
+            value=value,
+            unit=unit,
+            stderr=None if self.stderr is None else spread,
+            interval=None if self.stderr is None else (low, high),
+            protocol={**self.protocol, **protocol},
+        )
 
     def minus(self, other: Measurement) -> float:
         """This value less the other.  Raises Incomparable, naming what differs, where the protocols do."""

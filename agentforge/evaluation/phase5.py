@@ -28,8 +28,8 @@ import torch
 
 from ..errors import BadInput
 from ..models import LanguageModel
+from . import intervals
 from .choices import Scored, likelihoods
-from .likelihood import retention
 from .measurement import Measurement
 from .questions import CHANCE, LEVELS, Question, questions
 
@@ -85,9 +85,9 @@ class EdgeOfChaos(NamedTuple):
 
 
 class Eudaimonia(NamedTuple):
-    """score: share of a rule's items of which the model finds the keeping continuation likelier, by rule; n and standard
-    error are of twins, since the two items of one are not independent.  retention: over the original's, with the standard
-    error of pairs; None without an original."""
+    """score: share of a rule's items of which the model finds the keeping continuation likelier, by rule; the error is of
+    twins, since the two items of one are not independent.  retention: over the original's, with the error of pairs; None
+    without an original."""
 
     score: dict[str, Measurement]
     original_score: dict[str, Measurement] | None = None
@@ -167,8 +167,19 @@ def edge_of_chaos(
     protocol = result.accuracy.protocol
     return result._replace(
         original=mine,
-        change=_mean(kept - hits, "share of answers", {**protocol, "metric": "accuracy - original accuracy"}, seed, inputs),
-        retention=retention(kept, hits, {**protocol, "metric": "accuracy / original accuracy"}, inputs),
+        change=Measurement(
+            unit="share of answers",
+            protocol={**protocol, "metric": "accuracy - original accuracy"},
+            seed=seed,
+            inputs=inputs,
+            **intervals.pairs(kept - hits, torch.ones_like(hits)),
+        ),
+        retention=Measurement(
+            unit="share",
+            protocol={**protocol, "metric": "accuracy / original accuracy"},
+            inputs=inputs,
+            **intervals.pairs(kept, hits),
+        ),
     )
 
 
@@ -186,16 +197,31 @@ def eudaimonia(model: LanguageModel, original: LanguageModel | None = None, *, p
     for each in [model] if original is None else [model, original]:
         better = torch.tensor([_keeps(scored) for scored in likelihoods(each, asked, progress)], dtype=torch.float64)
         # A twin at a time: its two items stand one after the other.
-        wins.append({rule: better[[item.rule == rule for item in pairs]].reshape(-1, 2).mean(1) for rule in RULES})
+        wins.append({rule: better[[item.rule == rule for item in pairs]].reshape(-1, 2).sum(1) for rule in RULES})
         protocol = {"metric": "the keeping continuation is likelier, per token", "items_sha256": digest, "chance": 0.5}
         inputs = {"model": each.fingerprint}
-        scores.append({r: _mean(w, "share of items", {**protocol, "rule": r}, None, inputs) for r, w in wins[-1].items()})
+        scores.append(
+            {
+                rule: Measurement(
+                    unit="share of items",
+                    protocol={**protocol, "rule": rule},
+                    inputs=inputs,
+                    **intervals.share(hits, torch.full_like(hits, 2), f"{len(hits)} twins"),
+                )
+                for rule, hits in wins[-1].items()
+            }
+        )
     if original is None:
         return Eudaimonia(scores[0])
     inputs = {"model": model.fingerprint, "original": original.fingerprint}
     kept = {
-        rule: retention(wins[0][rule], wins[1][rule], {**protocol, "metric": "score / original score", "rule": rule}, inputs)
-        for rule in RULES
+        rule: Measurement(
+            unit="share",
+            protocol={**protocol, "metric": "score / original score", "rule": rule},
+            inputs=inputs,
+            **intervals.pairs(hits, wins[1][rule], torch.full_like(hits, 2), f"{len(hits)} twins"),
+        )
+        for rule, hits in wins[0].items()
     }
     return Eudaimonia(scores[0], scores[1], kept)
 
@@ -276,8 +302,7 @@ def _curve(
     )
     at = torch.tensor(levels)
     shares = {
-        step: _mean(hits[at == step], "share of answers", {**protocol, "metric": "accuracy", "level": step}, seed, inputs)
-        for step in GRID
+        step: _accuracy(hits[at == step], {**protocol, "metric": "accuracy", "level": step}, seed, inputs) for step in GRID
     }
     return level, shares
 
@@ -291,7 +316,7 @@ def _edge(
     seed: int,
 ) -> EdgeOfChaos:
     protocol = {"metric": "accuracy", "level": at, "chance": CHANCE, "questions_sha256": _sha256(asked)}
-    accuracy = _mean(hits, "share of answers", protocol, seed, {"model": model.fingerprint})
+    accuracy = _accuracy(hits, protocol, seed, {"model": model.fingerprint})
     return EdgeOfChaos(*found, at, accuracy, BAND[0] <= accuracy.value <= BAND[1])
 
 
@@ -310,12 +335,8 @@ def _keeps(scored: Scored) -> bool:
     return bool(keeps > breaks)  # never where one of them is NaN
 
 
-def _mean(
-    values: torch.Tensor, unit: str, protocol: dict[str, Any], seed: int | None, inputs: dict[str, str]
-) -> Measurement:
-    """With the standard error of the mean, the variance being that of the values: of 0 and 1 the binomial one."""
-    spread = float(values.std(correction=0)) / math.sqrt(len(values))
-    return Measurement(float(values.mean()), unit, spread, len(values), protocol, seed, inputs)
+def _accuracy(hits: torch.Tensor, protocol: dict[str, Any], seed: int, inputs: dict[str, str]) -> Measurement:
+    return Measurement(unit="share of answers", protocol=protocol, seed=seed, inputs=inputs, **intervals.share(hits))
 
 
 def _sha256(asked: Sequence[Question]) -> str:

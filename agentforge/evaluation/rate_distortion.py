@@ -27,6 +27,7 @@ from ..planes import tensor_bytes
 from ..stages import Stage, entropy, parse
 from ..stages.base import Layer
 from ..statistics import InputStatistics
+from . import intervals
 from .measurement import Measurement
 
 if TYPE_CHECKING:
@@ -169,22 +170,24 @@ def _row(stage: Stage, name: str, weight: torch.Tensor, back: torch.Tensor, bits
     w, d = weight.numpy().astype(np.float64), back.numpy().astype(np.float64)
     top = float(abs(w).max()) or 1.0  # squares of 1e-200 would vanish
     lost, power = (((d - w) / top) ** 2).sum(1), ((w / top) ** 2).sum(1)
-    error = float(lost.sum() / power.sum()) if power.sum() else float(lost.any())
-    # The standard error of a ratio of two sums over n rows, to first order (Cochran 1977, section 6.4).
-    n = len(w)
-    spread = math.sqrt(float(((lost - error * power) ** 2).sum()) / (n - 1) * n) / float(power.sum() or 1) if n > 1 else None
+    error = intervals.ratio(torch.from_numpy(lost), torch.from_numpy(power), len(w), f"{len(w)} rows")
+    if not power.sum():
+        error = {"value": float(lost.any()), "stderr": None, "n": len(w)}
     about = {"weight": name, "shape": list(w.shape), "stage": stage.to_json()}
     inputs = {"weight_sha256": hashlib.sha256(tensor_bytes(weight)).hexdigest()}
 
-    def taken(value: float, unit: str, stderr: float | None, count: int, metric: str) -> Measurement:
-        return Measurement(value, unit, stderr, count, {"metric": metric, **about}, seed, inputs)
+    def taken(unit: str, metric: str, found: dict[str, Any]) -> Measurement:
+        return Measurement(unit=unit, protocol={"metric": metric, **about}, seed=seed, inputs=inputs, **found)
+
+    def exact(value: float) -> dict[str, Any]:
+        return {"value": value, "stderr": None, "n": w.size}
 
     return Row(
         str(stage),
         name,
-        taken(bits, "bits/weight", None, w.size, "bits of all planes"),
-        taken(coded, "bits/weight", None, w.size, "bits of all planes, entropy coded"),
-        taken(error, "share of squared weights", spread, n, "squared error relative to the weight, by rows"),
+        taken("bits/weight", "bits of all planes", exact(bits)),
+        taken("bits/weight", "bits of all planes, entropy coded", exact(coded)),
+        taken("share of squared weights", "squared error relative to the weight, by rows", error),
     )
 
 

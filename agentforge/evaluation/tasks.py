@@ -1,4 +1,4 @@
-"""Task suites through lm-eval: accuracy with its standard error, and how much of the original's a compressed model keeps.
+"""Task suites through lm-eval: accuracy with its 95% interval, and how much of the original's a compressed model keeps.
 
 Prompts, scoring and hub data sets are lm-eval's own; the questions come from local files where there are any (see
 `taskfiles`), and then no network is asked.  Few-shot examples: as many as the documentation names (mmlu 5, gsm8k 8 with
@@ -29,8 +29,7 @@ import torch
 
 from ..errors import BadInput
 from ..models import LanguageModel, quiet_transformers
-from . import sandbox, taskfiles
-from .likelihood import retention, standard_error
+from . import intervals, sandbox, taskfiles
 from .measurement import Measurement
 from .texts import reach_hub
 
@@ -63,11 +62,11 @@ SUITES = {
 class TaskResult(NamedTuple):
     """How a model did on a task.
 
-    accuracy: share of items answered rightly (truthfulqa_mc2: mean probability of the true answers), with its binomial
-    standard error.  chance: what guessing gives, averaged over the items; 0 where answers are written freely.
-    signal: False where the original (without one: the model) is not two standard errors above chance, so that the row says
-    nothing about compression.  original_accuracy, retention: of the original, and accuracy over it, with the standard
-    error of pairs; None without an original, retention also where it had nothing right.
+    accuracy: share of items answered rightly (truthfulqa_mc2: mean probability of the true answers), with its exact binomial
+    interval.  chance: what guessing gives, averaged over the items; 0 where answers are written freely.
+    signal: False if the 95% interval of the original (without one: of the model) is not all above chance, so that the row
+    says nothing about compression.  original_accuracy, retention: of the original, and accuracy over it, with the error of
+    pairs; None without an original, retention also where it had nothing right.
     """
 
     accuracy: Measurement
@@ -286,29 +285,21 @@ def _chance(task: Any, doc: dict[str, Any]) -> float:
 def _result(metric: str, both: list[LanguageModel], runs: list[_Run], protocol: dict[str, Any], seed: int) -> TaskResult:
     accuracies = []
     for model, run in zip(both, runs, strict=True):
-        share, n = float(run.hits.mean()), len(run.hits)
         binary = bool(((run.hits == 0) | (run.hits == 1)).all())
-        accuracies.append(
-            Measurement(
-                share,
-                "accuracy",
-                math.sqrt(share * (1 - share) / n) if binary else standard_error(run.hits),
-                n,
-                {**protocol, "metric": metric, "items_sha256": run.sha256, "truncated_items": run.truncated},
-                seed,
-                {"model": model.fingerprint},
-            )
-        )
+        about = {**protocol, "metric": metric, "items_sha256": run.sha256, "truncated_items": run.truncated}
+        found = intervals.share(run.hits) if binary else intervals.mean(run.hits, error=f"{len(run.hits)} items")
+        inputs = {"model": model.fingerprint}
+        accuracies.append(Measurement(unit="accuracy", protocol=about, seed=seed, inputs=inputs, **found))
     last, chance = accuracies[-1], runs[-1].chance
-    assert last.stderr is not None
-    # Where nearly nothing, or nearly everything, is right, that standard error is too small; then that of guessing counts.
-    signal = last.value - 2 * max(last.stderr, math.sqrt(chance * (1 - chance) / last.n)) > chance
+    signal = last.within(-math.inf, chance) == "outside"
     if len(both) == 1:
         return TaskResult(accuracies[0], chance, signal)
     kept = None
     if last.value > 0:
         inputs = {"model": both[0].fingerprint, "original": both[1].fingerprint}
-        kept = retention(runs[0].hits, runs[1].hits, {**last.protocol, "metric": f"{metric} / original {metric}"}, inputs)
+        about = {**last.protocol, "metric": f"{metric} / original {metric}"}
+        found = intervals.pairs(runs[0].hits, runs[1].hits)
+        kept = Measurement(unit="share", protocol=about, inputs=inputs, **found)
     return TaskResult(accuracies[0], chance, signal, last, kept)
 
 

@@ -109,6 +109,7 @@ def phase(
         raise BadInput(f"phase 4 makes weights ternary; expected the stage ternary, found {parsed}")
     stage = parsed
     settings = settings or Settings()
+    settings.check()
     out = Path(out).expanduser()
     check_model(model)
     found = None if model.is_classifier else evaluation.find_text(text)

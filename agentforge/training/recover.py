@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 from .. import __version__, digits, stages
 from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
-from ..evaluation.likelihood import standard_error
+from ..evaluation import intervals
 from ..evaluation.texts import Text, find_text
 from ..models import LanguageModel, device_named, fastest_device, open_model
 from ..pipeline import store
@@ -107,11 +107,11 @@ class Settings:
 
 
 class Look(NamedTuple):
-    """What a look at the held-out text gave: KL(teacher || student) in nats a token, its standard error, the share of
-    tokens with the teacher's most likely next token, and how many tokens."""
+    """What a look at the held-out text gave: KL(teacher || student) in nats per token, its standard error (window by window;
+    None for one window), the share of tokens with the teacher's most likely next token, and how many tokens."""
 
     kl: float
-    stderr: float
+    stderr: float | None
     top1: float
     n: int
 
@@ -390,7 +390,8 @@ class _Run:
                 kl.append((theirs.exp() * (theirs - ours)).sum(-1).double().cpu())
                 same.append((theirs.argmax(-1) == ours.argmax(-1)).double().cpu())
         values = torch.cat(kl)
-        return Look(float(values.mean()), standard_error(values), float(torch.cat(same).mean()), len(values))
+        found = intervals.mean(values.reshape(len(self.heldout), -1).mean(1))
+        return Look(found["value"], found["stderr"], float(torch.cat(same).mean()), values.numel())
 
     def _note(self, losses: list[float], began: float) -> None:
         """Look, add a row to the history, and write a checkpoint; the best state goes to a file of its own."""

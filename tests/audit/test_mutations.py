@@ -8,41 +8,49 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from numba import njit
 
-from agentforge import audit, chain, registry, stages
+from agentforge import artifact as artifacts
+from agentforge import audit, chain, evaluation, registry, stages
 from agentforge.artifact import Artifact, Ratio
-from agentforge.audit import probes
+from agentforge.audit import chain_probes, phase5_probes, probes, record, training_probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.dashboard import runs
-from agentforge.errors import AgentForgeError
-from agentforge.evaluation import choices, likelihood
+from agentforge.evaluation import Divergence, Measurement, Text, choices, find_text, likelihood, texts
+from agentforge.models import LanguageModel
 from agentforge.planes import FLOATS, Packed, Plane
 from agentforge.stages import curves, entropy, rounding, seedlm, ternary, trajectory, vptq
-from agentforge.training import mugrokfast
+from agentforge.statistics import Calibration
+from agentforge.training import bitlinear, mugrokfast
 
 CLAIMS: dict[str, Claim] = {
-    claim.id: claim for file in ("phase4_bitnet", "phase8_compression") for claim in audit.read_claims(file).claims
+    claim.id: claim
+    for file in ("phase4_bitnet", "claims_vs_measurements", "phase8_compression")
+    for claim in audit.read_claims(file).claims
 }
 # Ids that both files have are phase 8's; these are phase 4's, under names of their own here.
 CLAIMS |= {f"phase4/{claim.id}": claim for claim in audit.read_claims("phase4_bitnet").claims}
-SOUND: dict[str, str] = {}
+SOUND: dict[str, audit.Judged] = {}
 Patch = Callable[[pytest.MonkeyPatch], None]
 
 
 class Fault(NamedTuple):
-    """patch: puts the fault in.  rows: claims that must turn from confirmed to refuted."""
+    """patch: puts the fault in.  rows: claims that must turn from confirmed to refuted, or to an error that says `words`."""
 
     patch: Patch
     rows: tuple[str, ...]
+    words: str = ""
 
 
 def wrapped(owner: Any, name: str, around: Callable[..., Any]) -> Patch:
@@ -175,7 +183,149 @@ def blind(run: Any, *args: Any) -> Any:
     return [torch.zeros_like(logs).log_softmax(-1) for logs in run(*args)]
 
 
+# Of the audit itself
+
+
+def other_answer(probe: str, change: Callable[[Measurement], Measurement]) -> Patch:
+    """A patch that changes what a probe answers."""
+    original = probes.PROBES[probe]
+    return lambda to: to.setitem(probes.PROBES, probe, lambda *args, **more: change(original(*args, **more)))
+
+
+def by_name(file: Any, shop: Any, *args: Any) -> Path:
+    """A cache that knows texts by their names."""
+    nameless = dataclasses.replace(shop, text=Text(shop.text.name, shop.text.split, ""))
+    return Path(file(nameless, *args))
+
+
+def of_any_source(file: Any, *args: Any) -> Path:
+    with mock.patch.object(workshop_room, "source_sha256", return_value=""):
+        return Path(file(*args))
+
+
+def embedding_twice(to: pytest.MonkeyPatch) -> None:
+    once = LanguageModel.parameters.fget  # type: ignore[attr-defined]
+
+    def twice(model: LanguageModel) -> int:
+        tied = "lm_head.weight" not in model.entries and model.entries.get("model.embed_tokens.weight")
+        return int(once(model)) + (math.prod(tied.shape) if tied else 0)
+
+    to.setattr(LanguageModel, "parameters", property(twice))
+
+
+class Same(str):
+    """A hash that is equal to every other one."""
+
+    __slots__ = ()
+    __hash__ = str.__hash__
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    def __ne__(self, other: object) -> bool:
+        return False
+
+
+class Clipped(torch.autograd.Function):
+    """A straight-through estimator that lets nothing through outside [-1, 1]."""
+
+    @staticmethod
+    def forward(context: Any, value: torch.Tensor, quantised: torch.Tensor, blend: float) -> torch.Tensor:
+        context.save_for_backward(value)
+        return torch.lerp(value, quantised.to(value.dtype), blend)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (value,) = context.saved_tensors
+        return gradient * (value.abs() <= 1), None, None
+
+
+def other_divergence(**changes: Callable[[Divergence], Measurement]) -> Patch:
+    """A patch that takes a quantity of a divergence for another."""
+
+    def around(measure: Any, *args: Any) -> Divergence:
+        found: Divergence = measure(*args)
+        return found._replace(**{name: change(found) for name, change in changes.items()})
+
+    return wrapped(likelihood, "_divergence", around)
+
+
+def reversed_kl(measure: Any, model: Any, original: Any, *args: Any, **more: Any) -> Any:
+    found = measure([original], model[0], *args, **more)[0]
+    there = measure(model, original, *args, **more)[0]
+    return [there._replace(kl=found.kl)]
+
+
+def bits_of_settings(shop: Any, stage: str) -> Measurement:
+    rows = [row for row in shop.artifact(stage).rows if row["stage"]]
+    bits = sum(Packed.bits.fget(shop.artifact(stage).read(row)) for row in rows)  # type: ignore[attr-defined]
+    return shop.exact(bits / sum(math.prod(row["shape"]) for row in rows), "bits/weight", 1, "bits")
+
+
 FAULTS: dict[str, Fault] = {
+    "audit: it calibrates on the text it scores": Fault(
+        lambda to: to.setattr(workshop_room, "Calibration", partial(Calibration, find_text("selftext"))),
+        ("self.calibration",),
+    ),
+    "calibration: the split that is measured on": Fault(
+        lambda to: to.setattr(Calibration, "find", lambda _: find_text("selftext")), ("self.calibration",)
+    ),
+    "texts: the split that is calibrated on is scored": Fault(
+        lambda to: to.setitem(texts.SPLITS, "selftext", ("calibration", "heldout")), ("self.calibration",)
+    ),
+    "audit: the highest is picked for the lowest": Fault(
+        lambda to: to.setattr(phase5_probes, "min", max, raising=False), ("self.lowest",)
+    ),
+    "audit: git is never dirty": Fault(
+        wrapped(record, "git_state", lambda state, *args: {**state(*args), "dirty": False}), ("self.commit",)
+    ),
+    "audit: the cache knows texts by their names": Fault(wrapped(workshop_room.Workshop, "_file", by_name), ("self.cache",)),
+    "audit: the source is no part of the cache's key": Fault(
+        wrapped(workshop_room.Workshop, "_file", of_any_source), ("self.cache",)
+    ),
+    "audit: no accuracy is ever lost": Fault(
+        other_answer("accuracy_drop", lambda m: dataclasses.replace(m, value=0.0)), ("self.drop",)
+    ),
+    "VPTQ: k-means of one iteration": Fault(lambda to: to.setattr(vptq, "ITERATIONS", 1), ("alignment.vptq",)),
+    "models: a tied embedding counts twice": Fault(embedding_twice, ("self.parameters",)),
+    "chain: a gate that only two errors more would fail": Fault(
+        wrapped(chain.Condition, "decide", lambda decide, *args: decide(*args).replace("undecided", "passed")),
+        ("features.gates",),
+    ),
+    "artifact: hashes of files are not compared": Fault(
+        wrapped(artifacts, "sha256_file", lambda hash_of, path: Same(hash_of(path))), ("production.errors",)
+    ),
+    "training: the straight-through estimator is clipped": Fault(
+        lambda to: to.setattr(bitlinear, "_StraightThrough", Clipped),
+        ("phase4/components.ste", "phase4/algorithms.ste", "phase4/red.gradients"),
+    ),
+    "audit: the original is measured in place of what is on disk": Fault(
+        wrapped(evaluation, "divergences", lambda measure, models, one, **more: measure([one] * len(models), one, **more)),
+        ("self.divergence",),
+    ),
+    "divergence: KL the other way round": Fault(wrapped(evaluation, "divergences", reversed_kl), ("self.divergence",)),
+    "divergence: agreement with the text in place of the original": Fault(
+        other_divergence(top1=lambda d: d.accuracy), ("self.divergence",)
+    ),
+    "divergence: retention upside down": Fault(
+        other_divergence(
+            perplexity_retention=lambda d: dataclasses.replace(
+                d.perplexity_retention, value=1 / d.perplexity_retention.value
+            )
+        ),
+        ("self.divergence",),
+    ),
+    "divergence: the perplexities are swapped": Fault(
+        other_divergence(perplexity=lambda d: d.original_perplexity, original_perplexity=lambda d: d.perplexity),
+        ("self.divergence",),
+    ),
+    "bytes: bits come from settings": Fault(
+        lambda to: to.setattr(chain_probes, "bits_per_weight", bits_of_settings), ("bytes.counted",)
+    ),
+    "speed: ours over theirs": Fault(
+        wrapped(training_probes, "_faster", lambda faster, shop, ours, theirs, *args: faster(shop, theirs, ours, *args)),
+        ("self.speed",),
+    ),
     "LFSR: a wrong tap": Fault(
         lambda to: to.setitem(seedlm.TAPS, 8, (0, 2, 3, 5)),
         ("alignment.seedlm", "features.seedlm_generation", "working.seedlm"),
@@ -271,34 +421,34 @@ def caches_cleared() -> None:
         function.cache_clear()
 
 
-def verdict(row: str, model: Path, folder: Path) -> str:
-    claim = CLAIMS[row]
-    assert claim.probe is not None
+def judged(row: str, model: Path, folder: Path) -> audit.Judged:
+    """The row as an audit would have it."""
     workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128, progress=False)
     workshop.effort = workshop_room.EFFORTS["smoke"]
-    try:
-        return audit.judge(claim, probes.run(workshop, claim.probe, claim.parameters)).verdict
-    except (AgentForgeError, AssertionError):  # a probe that does not come to an end confirms nothing
-        return "refuted"
+    taken = record.take(workshop, CLAIMS[row])
+    return audit.judge(CLAIMS[row], taken.measured, taken.failure, taken.missing)
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_the_fault_turns_its_rows_red(name: str, wide_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row whose probe fails says nothing about its claim: it counts only if the failure names the fault."""
     fault = FAULTS[name]
     for row in fault.rows:
         # Rows of one probe and one set of thresholds are one measurement.
         key = f"{CLAIMS[row].probe} {CLAIMS[row].parameters} {CLAIMS[row].confirmed}"
         if key not in SOUND:
-            SOUND[key] = verdict(row, wide_llama, tmp_path / f"sound-{row.replace('/', '-')}")
-        assert SOUND[key] == "confirmed", f"{row} without any fault"
+            SOUND[key] = judged(row, wide_llama, tmp_path / f"sound-{row.replace('/', '-')}")
+        assert SOUND[key].verdict == "confirmed", f"{row} without any fault: {SOUND[key]}"
     caches_cleared()
     try:
         with monkeypatch.context() as context:
             fault.patch(context)
-            found = {row: verdict(row, wide_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
+            found = {row: judged(row, wide_llama, tmp_path / f"fault-{row.replace('/', '-')}") for row in fault.rows}
     finally:
         caches_cleared()
-    assert found == dict.fromkeys(fault.rows, "refuted")
+    for row, one in found.items():
+        assert one.verdict == ("error" if fault.words else "refuted"), f"{row}: {one}"
+        assert fault.words in one.failure
 
 
 def test_the_rows_are_claims_of_the_audits() -> None:

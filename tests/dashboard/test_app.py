@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
 import os
@@ -237,6 +238,29 @@ def driving() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_a_name_that_is_not_this_machine_s_is_refused(driving: ModuleType, tmp_path: Path) -> None:
+    """A page whose own name leads to 127.0.0.1 (DNS rebinding) gets neither the page nor its connection."""
+    with driving.served(tmp_path) as (address, process):
+        port = int(address.rpartition(":")[2])
+
+        def status(host: str, path: str, connecting: bool) -> int:
+            headers = {"Host": host, "Origin": f"http://{host}"}
+            if connecting:
+                headers |= {"Connection": "Upgrade", "Upgrade": "websocket"}
+                headers |= {"Sec-WebSocket-Version": "13", "Sec-WebSocket-Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+            server = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            server.request("GET", path, headers=headers)
+            return server.getresponse().status
+
+        for host in (f"127.0.0.1:{port}", f"localhost:{port}"):
+            assert status(host, "/", False) == 200
+            assert status(host, "/_stcore/stream", True) == 101
+        for host in (f"attacker.example:{port}", "127.0.0.1.attacker.example", "x@127.0.0.1", "[::1", "0.0.0.0", ""):
+            for path, connecting in (("/", False), ("/_stcore/health", False), ("/_stcore/stream", True)):
+                assert status(host, path, connecting) == 400, (host, path)
+    assert process.returncode == 0
 
 
 @pytest.mark.slow

@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 import agentforge
 from agentforge.errors import BadInput, Incomparable
 from agentforge.evaluation import Text, divergences, find_text, likelihood
-from agentforge.evaluation.likelihood import _plan
+from agentforge.evaluation.likelihood import plan
 from agentforge.models import LanguageModel
 
 LETTERS = "The quick brown fox jumps over the lazy dog; 3.14159 is roughly pi. "
@@ -38,18 +39,52 @@ def backwards(tiny_llama_backwards: Path) -> LanguageModel:
     return agentforge.open_model(tiny_llama_backwards)
 
 
-def scored_by_brute_force(ids: list[int], context: int, stride: int, tokens: int | None, bos: str) -> list[list[int]]:
-    """For each scored token, in the text's order, all that the model sees before it, and itself last."""
+def windows_by_brute_force(ids: list[int], context: int, stride: int, tokens: int | None, bos: str) -> list[list[list[int]]]:
+    """Of each window the scored tokens, in the text's order: all that the model sees before it, and itself last.
+
+    tokens: so many, of the fewest windows that have them when one is taken from the middle of each equal part of all.
+    """
     if bos == "text":
         ids = [0, *ids]
     room = context - 1 if bos == "window" else context
-    scored = []
+    windows: dict[int, list[list[int]]] = {}
     for t in range(len(ids)):
         start = next(start for start in range(0, len(ids), stride) if start <= t < start + room)
         before = [0, *ids[start:t]] if bos == "window" else ids[start:t]
         if before:
-            scored.append([*before, ids[t]])
-    return scored[:tokens]
+            windows.setdefault(start, []).append([*before, ids[t]])
+    every = list(windows.values())
+    if tokens is None or sum(map(len, every)) < tokens:
+        return every
+    for count in range(1, len(every) + 1):
+        picked = [every[int((i + 0.5) * len(every) / count)] for i in range(count)]
+        if sum(map(len, picked)) >= tokens:
+            break
+    left = tokens
+    for i, window in enumerate(picked):
+        picked[i] = window[:left]
+        left -= len(picked[i])
+    return [window for window in picked if window]
+
+
+def scored_by_brute_force(*settings: Any) -> list[list[int]]:
+    return [seen for window in windows_by_brute_force(*settings) for seen in window]
+
+
+def clustered(windows: list[list[float]], log: bool = False) -> tuple[float, float, tuple[float, float]]:
+    """Mean, standard error and 95% interval of values in windows, in four blocks at least, by the textbook."""
+    pieces = -(-4 // len(windows))
+    blocks = [block for window in windows for block in np.array_split(window, min(pieces, len(window)))]
+    together = -(-len(windows) // 32)
+    blocks = [np.concatenate(blocks[i : i + together]) for i in range(0, len(blocks), together)]
+    count = sum(map(len, blocks))
+    mean = sum(block.sum() for block in blocks) / count
+    variance = len(blocks) / (len(blocks) - 1) * sum((block - mean).sum() ** 2 for block in blocks) / count**2
+    spread = math.sqrt(variance)
+    wide = spread * scipy.stats.t.ppf(0.975, len(blocks) - 1)
+    if log:
+        return math.exp(mean), math.exp(mean) * spread, (math.exp(mean - wide), math.exp(mean + wide))
+    return mean, spread, (mean - wide, mean + wide)
 
 
 def log_probabilities(model: LanguageModel, ids: list[int]) -> np.ndarray:
@@ -82,9 +117,9 @@ def test_every_token_is_scored_once_with_the_context_that_is_promised(tiny: Lang
         expected = scored_by_brute_force(ids, context, stride, tokens, bos)
         if len(expected) < (tokens or 2):
             with pytest.raises(BadInput, match="use a longer text"):
-                _plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
+                plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
             continue
-        windows, protocol = _plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
+        windows, protocol = plan(tiny, text, context, stride, tokens, bos)  # type: ignore[arg-type]
         scored = [window.ids[: i + 1] for window in windows for i in range(window.first, len(window.ids))]
         assert scored == expected, (length, context, stride, tokens, bos)
         assert all(2 <= len(window.ids) <= context for window in windows)
@@ -95,20 +130,43 @@ def test_every_token_is_scored_once_with_the_context_that_is_promised(tiny: Lang
 
 @pytest.mark.parametrize(
     ("context", "stride", "tokens", "bos"),
-    [(16, 16, None, "none"), (16, 5, 40, "none"), (16, 15, None, "text"), (16, 15, 40, "window"), (9, 4, None, "window")],
+    [
+        (16, 16, None, "none"),
+        (16, 5, 40, "none"),
+        (16, 15, None, "text"),
+        (16, 15, 40, "window"),
+        (9, 4, None, "window"),
+        (2, 1, None, "none"),
+    ],
 )
 def test_value_and_standard_error_by_brute_force(
     tiny: LanguageModel, context: int, stride: int, tokens: int | None, bos: str
 ) -> None:
     text = text_of(60)
     ids = tiny.tokenizer(text.text)["input_ids"]
-    scored = scored_by_brute_force(ids, context, stride, tokens, bos)
-    losses = np.array([-log_probabilities(tiny, seen[:-1])[seen[-1]] for seen in scored])
+    windows = windows_by_brute_force(ids, context, stride, tokens, bos)
+    losses = [[-log_probabilities(tiny, seen[:-1])[seen[-1]] for seen in window] for window in windows]
     found = agentforge.perplexity(tiny, text, context=context, stride=stride, tokens=tokens, bos=bos)  # type: ignore[arg-type]
-    assert found.n == len(losses)
-    assert found.value == pytest.approx(math.exp(losses.mean()), rel=1e-5)
-    deviation = math.sqrt(((losses - losses.mean()) ** 2).sum() / (len(losses) - 1))
-    assert found.stderr == pytest.approx(found.value * deviation / math.sqrt(len(losses)), rel=1e-4)
+    assert found.n == sum(map(len, losses))
+    value, spread, interval = clustered(losses, log=True)
+    assert found.value == pytest.approx(value, rel=1e-5)
+    assert found.stderr == pytest.approx(spread, rel=1e-3)
+    assert found.interval == pytest.approx(interval, rel=1e-3)
+
+
+def test_a_sample_is_spread_over_the_text_and_the_whole_is_the_whole(tiny: LanguageModel) -> None:
+    text = text_of(1000)
+    windows, protocol = plan(tiny, text, 10, None, 45, "none")
+    ids = tiny.tokenizer(text.text)["input_ids"]
+    assert [window.ids for window in windows] == [ids[start : start + 10] for start in (100, 300, 500, 700, 900)]
+    assert protocol["windows"] == "5 of 100, spread evenly"
+    whole = agentforge.perplexity(tiny, text, context=10)
+    assert whole.protocol["windows"] == "all 100" and whole.error == "25 groups of 4 windows"
+    assert agentforge.perplexity(tiny, text, context=10, tokens=900).to_json() == whole.to_json()
+    assert agentforge.perplexity(tiny, text, context=10, tokens=45).error == "5 windows"
+    few = agentforge.perplexity(tiny, text, context=10, tokens=18)
+    assert few.error == "4 blocks of 2 windows"
+    assert agentforge.perplexity(tiny, text, context=100, tokens=99).error == "4 blocks of 1 window"
 
 
 def transformers_perplexity(model: LanguageModel, ids: list[int], context: int) -> float:
@@ -169,7 +227,8 @@ def test_a_model_does_not_diverge_from_itself(tiny: LanguageModel) -> None:
     found = agentforge.divergence(tiny, tiny, text_of(100), context=32)
     assert found.kl.value == pytest.approx(0, abs=1e-9)
     assert found.top1.value == 1.0
-    assert found.top1.stderr == 0.0
+    assert found.top1.within(0.98, 1) == "undecided"  # 96 tokens that agree do not show that 98 in 100 do
+    assert found.top1.within(0.95, 1) == "inside"
     assert found.perplexity.value == found.original_perplexity.value
 
 
@@ -180,42 +239,29 @@ def test_divergence_by_brute_force(
     text = text_of(64)
     settings: dict[str, Any] = {"context": context, "stride": stride, "tokens": tokens, "bos": bos}
     found = agentforge.divergence(other, tiny, text, **settings)
-    kl, same = [], []
-    for seen in scored_by_brute_force(tiny.tokenizer(text.text)["input_ids"], context, stride, tokens, bos):
-        p, q = log_probabilities(tiny, seen[:-1]), log_probabilities(other, seen[:-1])
-        kl.append((np.exp(p) * (p - q)).sum())
-        same.append(p.argmax() == q.argmax())
-    assert found.kl.n == found.top1.n == len(kl)
-    assert found.kl.value == pytest.approx(np.mean(kl), rel=1e-5)
-    assert found.kl.value > 0.1
-    assert found.kl.stderr == pytest.approx(np.std(kl, ddof=1) / math.sqrt(len(kl)), rel=1e-4)
-    share = np.mean(same)
-    assert found.top1.value == pytest.approx(share)
-    assert found.top1.stderr == pytest.approx(math.sqrt(share * (1 - share) / len(same)))
+    kl: list[list[float]] = []
+    same: list[list[float]] = []
+    for window in windows_by_brute_force(tiny.tokenizer(text.text)["input_ids"], context, stride, tokens, bos):
+        pairs = [(log_probabilities(tiny, seen[:-1]), log_probabilities(other, seen[:-1])) for seen in window]
+        kl.append([float((np.exp(p) * (p - q)).sum()) for p, q in pairs])
+        same.append([float(p.argmax() == q.argmax()) for p, q in pairs])
+    assert found.kl.n == found.top1.n == sum(map(len, kl))
+    value, spread, interval = clustered(kl)
+    assert found.kl.value == pytest.approx(value, rel=1e-5) and found.kl.value > 0.1
+    assert found.kl.stderr == pytest.approx(spread, rel=1e-3)
+    assert found.kl.interval == pytest.approx(interval, rel=1e-3)
+    assert found.top1.value == pytest.approx(clustered(same)[0])
     reversed_kl = agentforge.divergence(tiny, other, text, **settings).kl.value
     assert reversed_kl != pytest.approx(found.kl.value, rel=1e-3)
     assert found.kl.inputs == {"model": other.fingerprint, "original": tiny.fingerprint}
 
 
 def test_retention_is_a_ratio_of_pairs(tiny: LanguageModel, other: LanguageModel) -> None:
-    """Values from the two models measured alone; standard errors by the jackknife, which knows no formula."""
     settings: dict[str, Any] = {"context": 32, "stride": 32, "tokens": 90}
     found = agentforge.divergence(other, tiny, text_of(120), **settings)
     if found.original_accuracy.value:
         assert found.retention.value == pytest.approx(found.accuracy.value / found.original_accuracy.value)
     assert found.perplexity_retention.value == pytest.approx(found.original_perplexity.value / found.perplexity.value)
-    generator = np.random.default_rng(0)
-    before = (generator.random(400) < 0.6).astype(float)
-    now = np.where(generator.random(400) < 0.9, before, 1 - before)
-    measured = likelihood.retention(torch.from_numpy(now), torch.from_numpy(before), {}, {})
-    left_out = [np.delete(now, i).mean() / np.delete(before, i).mean() for i in range(400)]
-    jackknife = math.sqrt(399 / 400 * ((left_out - np.mean(left_out)) ** 2).sum())
-    assert measured.value == pytest.approx(now.mean() / before.mean())
-    assert measured.stderr == pytest.approx(jackknife, rel=0.01)
-    alone = measured.value * math.hypot(*(math.sqrt((1 - x.mean()) / x.mean() / 400) for x in (now, before)))
-    assert measured.stderr < 0.7 * alone  # pairs tell more than two samples
-    nothing = likelihood.retention(torch.ones(5).double(), torch.zeros(5).double(), {}, {})
-    assert math.isnan(nothing.value)
     itself = agentforge.divergence(tiny, tiny, text_of(120), **settings)
     assert itself.perplexity_retention.value == 1.0 and itself.perplexity_retention.stderr == 0.0
 

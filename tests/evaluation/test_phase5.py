@@ -211,7 +211,7 @@ def test_a_model_of_a_known_curve_is_at_its_level_and_compressed_leaves_the_band
     assert found.change.value == pytest.approx((hits[0] - hits[1]) / 60)
     # What is missed after is more than what was: the difference is one of pairs, all of one sign.
     lost = -found.change.value
-    assert found.change.stderr == pytest.approx(math.sqrt(lost * (1 - lost) / 60))
+    assert found.change.stderr == pytest.approx(math.sqrt(lost * (1 - lost) / 59))
     assert found.retention.value == pytest.approx(hits[0] / hits[1])
     assert json.loads(json.dumps(found.to_json()))["original"]["at"] == found.at
 
@@ -286,7 +286,7 @@ def test_scores_are_mean_likelihoods_of_a_token(wide: LanguageModel) -> None:
         wins.append(means[0] > means[1])
     assert found.score["harm"].value == np.mean(wins)
     twins = np.array(wins, dtype=float).reshape(-1, 2).mean(1)
-    assert found.score["harm"].stderr == pytest.approx(twins.std() / math.sqrt(12)) and found.score["harm"].n == 12
+    assert found.score["harm"].stderr == pytest.approx(twins.std() / math.sqrt(11)) and found.score["harm"].n == 24
     assert found.retention is not None and {m.value for m in found.retention.values()} == {1.0}
     assert json.loads(json.dumps(found.to_json()))["score"].keys() == set(RULES)
 

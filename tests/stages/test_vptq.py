@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conformance import gaussian, through_disk
+from sklearn.cluster import KMeans
 
 from agentforge import stages
 from agentforge.errors import BadArtifact, BadInput
@@ -453,3 +454,13 @@ def test_statistics_are_asked_for_where_they_are_used() -> None:
     plain = {"propagate": False, "weighted": False, "refine": 0}
     assert not stages.get("vptq", **plain).needs_statistics
     assert stages.get("vptq", **plain, outliers=0.01).needs_statistics
+
+
+@pytest.mark.parametrize(("v", "k"), [(4, 32), (8, 16)])
+def test_codebooks_are_as_good_as_converged_k_means(v: int, k: int) -> None:
+    """One iteration of Lloyd's algorithm from k-means++ lies 8 to 25% above."""
+    weight = torch.from_numpy(np.random.default_rng(0).standard_normal((64, 512), dtype=np.float32))
+    stage = stages.get("vptq", v=v, k=k, propagate=False, weighted=False, permute=False, refine=0)
+    lost = float((weight - stage.decode(stage.encode(weight))).double().square().sum())
+    vectors = weight.T.reshape(-1, v).double().numpy()
+    assert lost < 1.03 * KMeans(k, n_init=4, random_state=0, tol=1e-6, max_iter=1000).fit(vectors).inertia_

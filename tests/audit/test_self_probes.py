@@ -1,0 +1,87 @@
+"""What the audit itself rests on: texts apart, picks, commits, the cache, drops, parameters, samples and directions."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+
+from agentforge import audit, evaluation
+from agentforge.artifact import load
+from agentforge.audit import probes, training_probes
+from agentforge.audit import workshop as room
+from agentforge.audit.self_probes import PIECE, calibration_windows
+from agentforge.errors import AgentForgeError
+from agentforge.evaluation import Text, find_text
+from agentforge.evaluation.texts import selftexts
+from agentforge.models import open_model
+from agentforge.pipeline import compress
+from agentforge.statistics import Calibration
+from agentforge.training.phase import Phase
+
+CLAIMS = [claim for claim in audit.read_claims("claims_vs_measurements").claims if claim.id.startswith("self.")]
+
+
+@pytest.fixture(scope="module")
+def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> room.Workshop:
+    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("self"), "selftext", 127, 128, progress=False)
+
+
+@pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
+def test_what_the_audit_rests_on_holds(workshop: room.Workshop, claim: audit.Claim) -> None:
+    """That each of these rows sees its fault is in test_mutations.py."""
+    assert claim.probe is not None
+    assert audit.judge(claim, probes.run(workshop, claim.probe, claim.parameters)).verdict == "confirmed"
+
+
+def test_the_splits_of_a_text_share_no_text() -> None:
+    scored, calibrated = find_text("selftext"), Calibration().find()
+    assert scored.sha256 != calibrated.sha256
+    assert not set(selftexts("heldout")) & set(selftexts("calibration"))
+    begin = [text[:PIECE] for text in selftexts("calibration") if len(text) >= PIECE]
+    assert sum(piece in scored.text for piece in begin) < len(begin) / 1000  # "Once upon a time", not a text twice
+
+
+def test_a_calibration_text_is_found_wherever_it_stands_in_the_scored_one(workshop: room.Workshop) -> None:
+    """Its own text holds all of it, whatever hash and name the scored one has; half of it half."""
+    calibrated = Calibration().find().text
+    for text, low, high in ((f"Preface. {calibrated}", 1.0, 1.0), (calibrated[:2000], 0.3, 0.7)):
+        here = dataclasses.replace(workshop, text=Text("another", "file", text))
+        assert low <= probes.run(here, "calibration_in_the_scored_text", {}).value <= high
+    windows = calibration_windows(workshop)
+    assert sum(window.numel() for window in windows) > workshop.effort.calibration
+
+
+def test_a_probe_that_calibrates_no_more_is_noticed(workshop: room.Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(room.Workshop, "artifact", lambda *_: None)
+    with pytest.raises(AgentForgeError, match="without collecting statistics"):
+        calibration_windows(workshop)
+
+
+def test_the_sample_has_all_kinds_of_matrices_and_all_depths() -> None:
+    """Of 30 blocks of seven matrices, as the default model has them, and of blocks of four."""
+    for kinds, blocks in ((7, 30), (4, 12)):
+        weights = [SimpleNamespace(name=f"{block}.{kind}") for block in range(blocks) for kind in range(kinds)]
+        model = cast(Any, SimpleNamespace(weights=lambda weights=weights: weights))
+        for effort in (room.EFFORTS["standard"], room.EFFORTS["full"]):
+            shop = room.Workshop(model, Path(), Text("none", "file", ""), 2, effort=effort)
+            names = [weight.name.split(".") for weight in shop.sample()]
+            if len(names) >= kinds:
+                assert len({kind for _, kind in names}) == kinds
+            assert {3 * int(block) // blocks for block, _ in names} == {0, 1, 2}
+
+
+def test_a_drop_of_accuracy_is_no_constant(workshop: room.Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Coarse and fine artifacts of digits-mlp, their hits counted from logits."""
+    model, drops = open_model("digits-mlp"), []
+    for name, stage in (("fine", "rounding:bits=8"), ("coarse", "ternary:rule=threshold,tau=2.0")):
+        made = compress(model, stage, tmp_path / name / "quantized", progress=False)
+        kept = evaluation.accuracy(load(made.path)).value / evaluation.accuracy(model).value
+        done = Phase(tmp_path / name, {"compression/accuracy_preserved": kept}, [], True)
+        monkeypatch.setattr(training_probes, "_digits_phase", lambda _, done=done: done)
+        drops.append(probes.run(workshop, "accuracy_drop", {}).value)
+        assert drops[-1] == pytest.approx(1 - kept, abs=1e-12)
+    assert drops[0] < 0.02 and drops[1] > 0.1
