@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import parse_wheel_filename
+
+from agentforge.audit.workshop import EFFORTS
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -132,6 +135,34 @@ def test_the_set_up_is_never_silent_and_fails_with_pips_own_words(
     first, *later = capsys.readouterr().out.splitlines()
     assert first == "installing x"
     assert later[0].endswith("s: 1 of 2, asking the package index")
+
+
+def test_readme_says_what_is_downloaded_and_measured() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    where = ("3.11.0", "linux", "x86_64")
+    tags = environment.tags(*where)
+
+    def gigabytes(lock: str, pick: Callable[[list[int]], int] = min) -> float:
+        total = 0
+        for pin in install.read(lock):
+            if environment.applies(pin.marker, *where):
+                files = [f for f in pin.files if not f.endswith(".whl") or parse_wheel_filename(f)[3] & tags]
+                total += pick([pin.files[file][0] for file in files])
+        return total / 1e6
+
+    audit, dev, cuda = map(gigabytes, environment.LOCKS)
+    cuda += gigabytes("requirements.lock", max) - audit
+    assert f"`make audit` downloads {audit:.1f} GB, `make test` {audit + dev:.1f} GB" in readme
+    assert f"PyPI's torch brings {cuda:.1f} GB of CUDA" in readme
+    quick, standard, full = (EFFORTS[name] for name in ("quick", "standard", "full"))
+    assert f"likelihoods on {quick.tokens:,} tokens, one in {quick.every} of" in readme
+    assert f"`make audit BUDGET=standard` takes {standard.tokens:,} tokens, one matrix in {standard.every}," in readme
+    assert (
+        f"BUDGET=full` ({full.tokens:,} tokens, one matrix in {full.every}, five seeds, {full.calibration:,} tokens"
+        in readme
+    )
+    assert f"calibrated on {quick.calibration:,} tokens" in readme
+    assert (quick.seeds, full.seeds) == (2, 5)
 
 
 def test_environment_yml_is_the_same_environment() -> None:

@@ -88,6 +88,7 @@ def measure(
         known = elapsed > 10 and past > whole / 10
         left = f" ({duration(elapsed / past * (whole - past))} left)" if known and past < whole else ""
         say(f"[{done}/{len(probed)}] {row['verdict']}: {claim.title}: {found}{left}", flush=True)
+    say("[now] drawing the report", flush=True)
     ordered = [rows[claim.id] for claim in claims.claims]
     stage_rows = [
         workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) if stage in new else stages_before[stage]

@@ -278,16 +278,14 @@ class _Progress(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
-        self.rest, self.doing, self.since, self.said = "", "starting", time.monotonic(), time.monotonic()
+        self.doing, self.since, self.said = "starting", time.monotonic(), time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
-        *lines, self.rest = (self.rest + record.getMessage()).split("\n")
-        for line in lines:
-            if line.startswith("[now] "):
-                self.doing, self.since = line.removeprefix("[now] "), time.monotonic()
-            elif line.startswith("fetching "):  # the default model, before anything can be measured
-                self.doing, self.since = line, time.monotonic()
-            elif match := re.match(rf"(\[\d+/\d+\] )({'|'.join(COLOURS)})?", line):
+        for line in record.getMessage().splitlines():
+            match = re.match(rf"(\[\d+/\d+\] )({'|'.join(COLOURS)})?", line)
+            if match or line.startswith(("[now] ", "fetching ")):  # the default model is fetched before anything is measured
+                self.doing, self.since = re.sub(r"^\[.*?\] ", "", line), time.monotonic()
+            if match:
                 style = STYLES.get(COLOURS.get(match[2] or "", ""), "")
                 self.show(Text(match[1]) + Text(match[2] or "", style) + Text(line[match.end() :]))
 
