@@ -3,12 +3,14 @@
     config.json                     the model's own, with a quantization_config that names us
     model-00001-of-0000N.safetensors    planes and kept tensors (or one model.safetensors)
     model.safetensors.index.json    which tensor is in which shard (only where there are several)
-    agentforge.json                 the manifest: recipe, a row a tensor, sizes, sha256 of every file
+    agentforge.json                 the manifest: recipe, a row a tensor, sizes, sha256 of every file, itself included
     tokenizer files, licence        copied
 
 A writer works in `NAME.partial` beside the folder.  Every finished tensor is there as a file of its own, complete or
 not at all; the last step joins them into shards and renames the folder.  Killed at any byte, the same command goes on
-from the finished tensors and ends with the same bytes.
+from the finished tensors, whose hashes lie beside them, and ends with the same bytes.
+
+Files are held against their hashes when they are read, once in a process; `verify` reads them in any case.
 
 Files come from anywhere: nothing here is executed or unpickled, names cannot lead out of the folder, and no size from
 a file is believed before it is held against what the stage's settings give and what is on disk.
@@ -21,7 +23,7 @@ import fcntl
 import hashlib
 import json
 import math
-import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +36,7 @@ import torch
 
 from . import stages
 from .errors import AgentForgeError, BadArtifact, BadInput
+from .folders import check_out, foreign, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
 from .planes import FLOATS, Packed, Plane, bits_per_value, is_coded, stored_bytes, tensor_bytes
 from .stages.entropy import VALUES_A_BYTE
@@ -41,12 +44,16 @@ from .tensorfiles import (
     DTYPES,
     WEIGHTS_INDEX,
     Entry,
+    check_files,
+    describe_files,
     index_file,
     index_folder,
+    json_bytes,
     plain_file,
     read_json,
     read_tensor,
     sha256_file,
+    write_atomic,
     write_json,
     write_safetensors,
     write_tensors,
@@ -54,8 +61,13 @@ from .tensorfiles import (
 
 MANIFEST = "agentforge.json"
 FORMAT = 1
+KEYS = {"format", "recipe", "original", "files", "shared", "fallbacks", "tensors", "sha256"}  # of a manifest
 SHARED = "agentforge.shared"  # the name of the planes that all encoded tensors share
 SHARD_BYTES = 2 << 30
+RECIPE = "recipe.json"  # marks what is unfinished
+HISTORY = "history.json"  # of training, beside what the manifest knows
+NO_HASH = "0" * 64
+
 ERROR_BLOCK = 1 << 20  # values that `relative_error` takes at a time
 LARGEST_SIDE = 1 << 24  # rows or columns of a weight; beyond that a manifest lies
 
@@ -151,16 +163,10 @@ class Artifact:
 
         Raises BadArtifact at the first thing that is not as it should be.
         """
-        for name, about in self.manifest["files"].items():
-            path = plain_file(self.path, name)
-            if not path.is_file():
-                raise BadArtifact(f"{path}: is missing; fetch or write the artifact again")
-            if path.stat().st_size != about["bytes"]:
-                raise BadArtifact(
-                    f"{path}: has {path.stat().st_size} bytes, expected {about['bytes']}; it is truncated or changed"
-                )
-            if sha256_file(path) != about["sha256"]:
-                raise BadArtifact(f"{path}: its sha256 is not the one in the manifest; it was changed")
+        self.check(again=True)
+        others = sorted({file.name for file in self.path.iterdir()} - {*self.manifest["files"], MANIFEST})
+        if read := [n for n in others if re.search(r"\.(safetensors|json|txt|model|jinja)$", n) and n != HISTORY]:
+            raise BadArtifact(f"{self.path}: {read[0]!a:.80} is not in the manifest, loaders may read it; take it away")
         expected = set()
         if self.manifest["shared"]:
             expected |= {f"{SHARED}.{plane.name}" for plane in self.shared}
@@ -181,8 +187,6 @@ class Artifact:
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: its planes are not those that were encoded")
                 if not torch.isfinite(self.decode(row, packed)).all():
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: decodes to values that are not finite")
-        if odd := sorted({entry.file.name for entry in self._entries.values()} - set(self.manifest["files"])):
-            raise BadArtifact(f"{self.path}: {odd[0]} is not in the manifest; fetch or write the artifact again")
         if odd := sorted(set(self._entries) - expected):
             raise BadArtifact(f"{self.path}: the weight files hold {odd[0]}, which the manifest does not know")
         touched = sum(row["stage"] is not None for row in self.rows)
@@ -191,7 +195,20 @@ class Artifact:
             f"{touched} encoded tensors: planes, hashes, decoded to finite values",
             f"{len(self.rows) - touched} kept tensors: shape, dtype, hash",
             *(f"{name}: kept with values that are not finite, as the original has them" for name in odd_values),
+            *([f"not in the manifest, and not checked: {', '.join(f'{name!a:.80}' for name in others)}"] if others else []),
         ]
+
+    def check(self, again: bool = False, absent: bool = False) -> None:
+        """Hold every file against its size and hash in the manifest.  again: read them, even if this process has done so.
+        absent: some may be missing, as in the hub's cache.
+
+        Raises BadArtifact for the first that is missing or changed, by its name.
+        """
+        files = self.manifest["files"]
+        try:
+            check_files(self.path, {n: f for n, f in files.items() if not absent or (self.path / n).exists()}, again)
+        except BadInput as error:
+            raise BadArtifact(str(error)) from None
 
     def read(self, row: dict[str, Any]) -> Packed | torch.Tensor:
         """A row's planes, or its tensor where it was kept.
@@ -296,6 +313,7 @@ class Artifact:
 
     @cached_property
     def _entries(self) -> dict[str, Entry]:
+        self.check(absent=True)
         return index_folder(self.path)
 
 
@@ -334,7 +352,7 @@ class _ArtifactModel(LanguageModel):
         """Size of the artifact's weight files."""
         return self.artifact.weight_bytes
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """The hash of the manifest, which holds the hashes of all files."""
         return self.artifact.sha256
@@ -367,11 +385,14 @@ def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
     and compute from them (runtime="packed": `runtime.TernaryLinear`, with activations of 8 bits, for stage ternary; for any
     other stage `runtime.PackedLinear`).
 
-    Raises BadInput for another runtime, BadArtifact for a folder that is none of ours or damaged.
+    Every file is held against its hash, once in a process.  Raises BadInput for another runtime, BadArtifact for a folder
+    that is none of ours or damaged.
     """
     if runtime not in RUNTIMES:
         raise BadInput(f"runtime {runtime!r} does not exist; there are {', '.join(RUNTIMES)}")
-    return _ArtifactModel(Artifact(path), runtime)
+    artifact = Artifact(path)
+    artifact.check()
+    return _ArtifactModel(artifact, runtime)
 
 
 def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -381,12 +402,17 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
     its files.  The folder appears whole or not at all.  Raises BadInput where `out` is in the way or a value does not fit.
     """
     artifact = artifact if isinstance(artifact, Artifact) else Artifact(artifact)
-    out = Path(out).expanduser()
+    artifact.check()
+    out = check_out(out, artifact.path)
     if out.exists() and not _is_empty(out):
         raise BadInput(f"{out}: is in the way; choose another folder")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    unfinished = out.with_name(out.name + ".partial")
+    remove(unfinished)
+    unfinished.mkdir(parents=True)
+    made_from = {"artifact_manifest_sha256": artifact.sha256, "recipe": artifact.manifest["recipe"]}
+    write_json(unfinished / RECIPE, made_from)
+    partial = unfinished / "folder"
+    partial.mkdir()
     tensors = {}
     for row in artifact.rows:
         tensor = artifact.decode(row).to(dtype)
@@ -399,12 +425,9 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
     for name in artifact.manifest["files"]:
         if name != "config.json" and not name.endswith((".safetensors", WEIGHTS_INDEX)):
             shutil.copyfile(plain_file(artifact.path, name), partial / name)
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(partial.iterdir())}
-    made_from = {"artifact_manifest_sha256": artifact.sha256, "recipe": artifact.manifest["recipe"]}
-    write_json(partial / SOURCE_FILE, {**made_from, "files": files})
-    if out.exists():
-        out.rmdir()
-    os.replace(partial, out)
+    write_json(partial / SOURCE_FILE, {**made_from, "files": describe_files(partial)})
+    replace(partial, out)
+    remove(unfinished)
     return out
 
 
@@ -415,7 +438,7 @@ class Writer:
     """
 
     def __init__(self, out: Path, recipe: dict[str, Any], overwrite: bool = False) -> None:
-        self.out, self.recipe = out, recipe
+        self.out, self.recipe = check_out(out, replace=overwrite), recipe
         self.partial = out.with_name(out.name + ".partial")
         self.tensors = self.partial / "tensors"
         self.finished = False
@@ -432,6 +455,8 @@ class Writer:
                 raise BadInput(
                     f"{out}: is no artifact of agentforge, so --overwrite does not touch it; choose another --out"
                 )
+        if self.partial.exists() and (strange := foreign(self.partial)):
+            raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.partial / "lock", "w")  # noqa: SIM115  (held until the writer is closed)
@@ -456,24 +481,31 @@ class Writer:
                 raise
 
     def _go_on(self, overwrite: bool) -> None:
-        """Take up an unfinished run of the same recipe, or begin."""
-        recipe_file = self.partial / "recipe.json"
-        if recipe_file.is_file() and (found := read_json(recipe_file)) != self.recipe:
-            if not overwrite:
+        """Take up an unfinished run of the same recipe, or begin.  What of it was damaged since is made again."""
+        recipe_file = self.partial / RECIPE
+        found: dict[str, Any] | None = None
+        with contextlib.suppress(BadInput):
+            found = read_json(recipe_file)
+        if recipe_file.is_file() and found != self.recipe:
+            if not overwrite and found is not None:
                 raise BadInput(
                     f"{self.partial}: an unfinished run with {_difference(found, self.recipe)}; "
                     "run that command again to finish it, or pass --overwrite to discard it"
                 )
             shutil.rmtree(self.tensors, ignore_errors=True)
-        self.tensors.mkdir(exist_ok=True)
         write_json(recipe_file, self.recipe)
+        self.tensors.mkdir(exist_ok=True)
+        for piece in self.tensors.glob("*.safetensors"):
+            if not is_sealed(piece):
+                piece.unlink()
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self.finished or not any(self.tensors.glob("*")):
-            shutil.rmtree(self.partial, ignore_errors=True)
+            with contextlib.suppress(BadInput):  # where somebody has put something beside our files meanwhile, it all stays
+                remove(self.partial)
         self._lock.close()
         if isinstance(error, OSError):
             raise self._not_written(error) from None
@@ -513,6 +545,7 @@ class Writer:
             (plane.data.data for plane in encoded.planes),
             {"row": json.dumps(row)},
         )
+        seal(self._piece(index))
 
     def has_shared(self) -> bool:
         """Whether the planes that the weights share are finished."""
@@ -525,6 +558,7 @@ class Writer:
         bytes_ = sum(t.nbytes for t in stored.values())
         row = {"stage": stage.to_json(), "bits": shared.bits, "bytes": bytes_, "sha256": shared.sha256}
         write_tensors(self.shared_piece, stored, {"row": json.dumps(row)})
+        seal(self.shared_piece)
 
     def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str, fallback: bool = False) -> None:
         """Write a tensor that no stage touches: a matrix in float32 as float16 where that keeps it (relative error below
@@ -548,9 +582,16 @@ class Writer:
             **({"fallback": True} if fallback else {}),
         }
         write_tensors(self._piece(index), {name: kept.contiguous()}, {"row": json.dumps(row)})
+        seal(self._piece(index))
 
     def finish(self, model: LanguageModel, count: int) -> Artifact:
-        """Join the `count` finished tensors into shards, write the manifest, and rename the folder."""
+        """Join the `count` finished tensors into shards, write the manifest, and rename the folder.
+
+        Raises BadInput where the model's files are not those that the run began with; what was made of them is discarded.
+        """
+        if model.fingerprint != self.recipe["model"]:
+            shutil.rmtree(self.tensors)
+            raise BadInput(f"{model.path}: was changed while it was read, so that nothing was written; run again")
         folder = self.partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -589,7 +630,7 @@ class Writer:
         stage = {key: value for key, value in self.recipe["stage"].items() if key != "weights"}  # the manifest has them
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": stage}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
-        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
+        files = describe_files(folder)
         rows = [_row_of(path) for path in files_of_tensors]
         shared = _row_of(self.shared_piece) if first else None
         fallbacks = sum(row.get("fallback", False) for row in rows)
@@ -600,8 +641,8 @@ class Writer:
             "dtypes": model.dtypes,
             "source": model.source,
         }
-        write_json(
-            folder / MANIFEST,
+        write_manifest(
+            folder,
             {
                 "format": FORMAT,
                 "recipe": self.recipe,
@@ -612,19 +653,9 @@ class Writer:
                 "tensors": rows,
             },
         )
-        self._swap_in(folder)
+        replace(folder, self.out)
         self.finished = True
         return Artifact(self.out)
-
-    def _swap_in(self, folder: Path) -> None:
-        """Put `folder` in the place of an artifact that may be there; what was there goes last."""
-        _sync(folder)
-        old = self.partial / "old"
-        shutil.rmtree(old, ignore_errors=True)
-        if self.out.exists():
-            os.replace(self.out, old)
-        os.replace(folder, self.out)
-        _sync(self.out.parent)
 
     @property
     def shared_piece(self) -> Path:
@@ -694,6 +725,25 @@ def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
     return math.sqrt(lost) / math.sqrt(power) if power else float(lost > 0)
 
 
+def seal(piece: Path) -> None:
+    """Write the hash of a file beside it, for `is_sealed`."""
+    write_atomic(piece.with_suffix(".sha256"), [sha256_file(piece).encode()])
+
+
+def is_sealed(piece: Path) -> bool:
+    """Whether a file is there, and is as it was when it was sealed."""
+    try:
+        return piece.with_suffix(".sha256").read_bytes() == sha256_file(piece).encode()
+    except OSError:
+        return False
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the hash of its own bytes, in which zeros stand for that hash."""
+    blank = {**manifest, "sha256": NO_HASH}
+    write_json(folder / MANIFEST, {**blank, "sha256": hashlib.sha256(json_bytes(blank)).hexdigest()})
+
+
 def _is_empty(path: Path) -> bool:
     return path.is_dir() and not any(path.iterdir())
 
@@ -744,21 +794,13 @@ def _flat(recipe: dict[str, Any]) -> dict[str, str]:
     return flat
 
 
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an artifact, its structure checked.  Raises BadArtifact."""
     if not (path / MANIFEST).is_file():
         raise BadArtifact(f"{path}: {MANIFEST} is missing; expected an artifact of agentforge")
     try:
-        manifest: dict[str, Any] = read_json(path / MANIFEST)
-        config = read_json(path / "config.json")
+        manifest: dict[str, Any] = read_json(plain_file(path, MANIFEST))
+        config = read_json(plain_file(path, "config.json"))
     except BadInput as error:
         raise BadArtifact(str(error)) from None
 
@@ -766,7 +808,16 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         return BadArtifact(f"{path}/{MANIFEST}: {what}; fetch or write the artifact again")
 
     if manifest.get("format") != FORMAT:
-        raise refuse(f"format {manifest.get('format')!r}, this agentforge reads {FORMAT}")
+        raise refuse(f"format {manifest.get('format')!r:.40}, this agentforge reads {FORMAT}")
+    if odd := set(manifest) - KEYS:
+        raise refuse(f"{min(odd)!a:.40} is nothing that a manifest has; it is damaged")
+    if "sha256" in manifest:  # older artifacts have none
+        said = manifest["sha256"]
+        if not isinstance(said, str) or not re.fullmatch("[0-9a-f]{64}", said):
+            raise refuse("its own sha256 is none; it is damaged")
+        raw = (path / MANIFEST).read_bytes().replace(said.encode(), NO_HASH.encode())
+        if hashlib.sha256(raw).hexdigest() != said:
+            raise refuse("is damaged or was changed (its sha256 is another)")
     quantization = config.get("quantization_config")
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "agentforge":
         raise BadArtifact(f"{path}/config.json: its quantization_config does not name agentforge")
@@ -776,7 +827,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for name, about in manifest["files"].items():
         plain_file(path, name)
         if not isinstance(about, dict) or type(about.get("bytes")) is not int or not isinstance(about.get("sha256"), str):
-            raise refuse(f"file {name!r} lacks bytes or sha256")
+            raise refuse(f"file {name!r:.80} lacks bytes or sha256")
+    if "config.json" in manifest["files"]:
+        try:
+            check_files(path, {"config.json": manifest["files"]["config.json"]})
+        except BadInput as error:
+            raise BadArtifact(str(error)) from None
     if not any(name.endswith(".safetensors") for name in manifest["files"]):
         raise refuse("files name no weight file")
     if not isinstance(manifest["recipe"].get("stage"), dict):

@@ -711,7 +711,9 @@ def audit(
     check: Annotated[bool, typer.Option(help="Measure nothing: is each report what its record gives?")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON."""
+    """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON.
+
+    The exit code is 1 if a probe failed, which is no verdict on its claim, and 2 if the claims file is not in order."""
     from .audit import report as room
     from .errors import BadInput
 
@@ -729,12 +731,16 @@ def audit(
             raise BadInput("--only asks for claims of one report; name the report, too")
         rows = room.only(names[0], only, settings)
         _show({"claims": rows}, as_json, lambda: _claims(rows))
+        if any(row["verdict"] == "error" for row in rows):
+            raise typer.Exit(1)
         return
     if not as_json:
         out.print(room.foreseen(names, budget), markup=False)
     made = [room.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
     found = [{"path": str(folder), **_summary(folder)} for folder in made]
     _show({"reports": found}, as_json, lambda: _made(found))
+    if any(one["summary"]["error"] for one in found):
+        raise typer.Exit(1)
 
 
 def _made(found: list[dict[str, Any]]) -> None:

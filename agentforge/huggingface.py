@@ -26,12 +26,12 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import stages
-from .artifact import FORMAT, MANIFEST, SHARED, Artifact, oriented, relative_error
+from .artifact import FORMAT, MANIFEST, SHARED, Artifact, oriented, relative_error, write_manifest
 from .errors import BadArtifact, BadInput
 from .planes import Packed, Plane, tensor_bytes
 from .runtime.decoding import PackedWeight, SharedPlanes
 from .runtime.holding import Holding, place
-from .tensorfiles import WEIGHTS_INDEX, Entry, plain_file, read_json, sha256_file, write_json, write_safetensors
+from .tensorfiles import WEIGHTS_INDEX, Entry, describe_files, plain_file, read_json, write_json, write_safetensors
 
 if TYPE_CHECKING:
     from .evaluation import Measurement
@@ -56,6 +56,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
     requires_calibration = True
     artifact: Artifact
     loaded_config: dict[str, Any]
+    loaded_generation: dict[str, Any]
 
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **_: Any) -> Any:
         if not checkpoint_files:
@@ -63,6 +64,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = Path(checkpoint_files[0]).parent
         _fetch(model.config, folder, MANIFEST)
         self.artifact = Artifact(folder)
+        self.artifact.check(absent=True)
         entries = self.artifact.entries()
         if {Path(file) for file in checkpoint_files} != {entry.file for entry in entries.values()}:
             raise BadArtifact(f"{folder}: transformers reads other weight files here than those that the manifest has")
@@ -79,6 +81,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
             if owner is not None and owner.get_buffer(leaf).dtype != entry.dtype:
                 setattr(owner, leaf, owner.get_buffer(leaf).to(entry.dtype))
         self.loaded_config = _config_of(model)
+        self.loaded_generation = _generation_of(model)
         model.save_pretrained = MethodType(_save_pretrained, model)
         model.push_to_hub = MethodType(_push_to_hub, model)
         return model
@@ -212,13 +215,18 @@ def _config_of(model: Any) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("quantization_config", "transformers_version")}
 
 
+def _generation_of(model: Any) -> dict[str, Any]:
+    config = getattr(model, "generation_config", None)
+    return copy.deepcopy(config.to_dict()) if config is not None else {}
+
+
 def _save_pretrained(
     self: Any, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
 ) -> None:
     """Write the artifact again: the same bytes, where nothing was changed since it was loaded.
 
-    Kept tensors and settings of config.json that were changed are written as they are now, with their hashes in the
-    manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
+    Kept tensors and settings of config.json and generation_config.json that were changed are written as they are now, with
+    their hashes in the manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
 
     Raises BadInput for other options, for planes that were changed, and where the model holds only a part of the artifact
     or is offloaded.
@@ -273,11 +281,13 @@ def _write(model: Any, out: Path) -> None:
     config, before = _config_of(model), model.hf_quantizer.loaded_config
     if changed := {key: value for key, value in config.items() if key not in before or before[key] != value}:
         write_json(out / "config.json", {**read_json(out / "config.json"), **changed})
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(out.iterdir())}
+    if _generation_of(model) != model.hf_quantizer.loaded_generation:
+        model.generation_config.save_pretrained(out)
+    files = describe_files(out)
     if rows == artifact.rows and files == artifact.manifest["files"]:
         shutil.copyfile(artifact.path / MANIFEST, out / MANIFEST)  # older ones may lack what reading them fills in
     else:
-        write_json(out / MANIFEST, {**artifact.manifest, "files": files, "tensors": rows})
+        write_manifest(out, {**artifact.manifest, "files": files, "tensors": rows})
 
 
 def _row_now(artifact: Artifact, row: dict[str, Any], held: dict[str, torch.Tensor]) -> dict[str, Any]:

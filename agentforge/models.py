@@ -29,7 +29,19 @@ from torch import nn
 
 from . import digits
 from .errors import BadInput
-from .tensorfiles import WEIGHTS_INDEX, Entry, index_folder, read_json, read_tensor, sha256_file, write_json, write_tensors
+from .tensorfiles import (
+    WEIGHTS_INDEX,
+    Entry,
+    check_files,
+    describe_files,
+    index_folder,
+    plain_file,
+    read_json,
+    read_tensor,
+    sha256_file,
+    write_json,
+    write_tensors,
+)
 
 SAMPLED = 512  # short, so that a few thousand tokens are enough windows for an error
 SMOLLM2 = {
@@ -47,7 +59,7 @@ NAMED = {
 SOURCE_FILE = "agentforge-source.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
 # What a cached conversion depends on besides its input; a higher number converts again.
-CONVERSION = 1
+CONVERSION = 2
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters a second (they take 100,000 and more)
 
 
@@ -94,6 +106,7 @@ class LanguageModel:
 
     def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
         self.name, self.path, self.entries, self.source = name, path, entries, source
+        self.weight_files = sorted({entry.file for entry in entries.values()})
         self.config = read_json(path / "config.json")
 
     def __repr__(self) -> str:
@@ -112,7 +125,7 @@ class LanguageModel:
     @property
     def bytes_on_disk(self) -> int:
         """Size of all weight files together."""
-        return sum(file.stat().st_size for file in {entry.file for entry in self.entries.values()})
+        return sum(file.stat().st_size for file in self.weight_files)
 
     @property
     def opened_bytes(self) -> int:
@@ -137,15 +150,19 @@ class LanguageModel:
 
     @property
     def side_files(self) -> list[Path]:
-        """Configuration, tokenizer and licence: all files beside the weights that belong to the model."""
-        found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern) if file.is_file()}
-        return sorted(file for file in found if file.name not in (SOURCE_FILE, WEIGHTS_INDEX))
+        """Configuration, tokenizer and licence: all files beside the weights that belong to the model.
 
-    @cached_property
+        Raises BadInput for a link that leads out of the folder.
+        """
+        found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern)}
+        checked = [plain_file(self.path, file.name) for file in sorted(found)]
+        return [file for file in checked if file.is_file() and file.name not in (SOURCE_FILE, WEIGHTS_INDEX)]
+
+    @property
     def fingerprint(self) -> str:
-        """A hash over the bytes of weight files, configuration, tokenizer and licence."""
+        """A hash over the bytes of weight files, configuration, tokenizer and licence, as they are now."""
         digest = hashlib.sha256()
-        for file in [*self.side_files, *sorted({entry.file for entry in self.entries.values()})]:
+        for file in [*self.side_files, *self.weight_files]:
             digest.update(f"{file.name} {sha256_file(file)}\n".encode())
         return digest.hexdigest()
 
@@ -364,11 +381,7 @@ class BuiltModel(LanguageModel):
 
     def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
         super().__init__(name, path, entries, source)
-        self._file_bytes, self._file_fingerprint, self._file_dtypes = (
-            super().bytes_on_disk,
-            super().fingerprint,
-            super().dtypes,
-        )
+        self._file_dtypes = super().dtypes
         module = self.model  # built while `entries` are still those of the files
         self.entries = {}
         seen: set[int] = set()
@@ -378,19 +391,9 @@ class BuiltModel(LanguageModel):
             seen.add(tensor.data_ptr())
 
     @property
-    def bytes_on_disk(self) -> int:
-        """Size of all weight files together."""
-        return self._file_bytes
-
-    @property
     def dtypes(self) -> str:
         """The dtypes of the weight files, for a label."""
         return self._file_dtypes
-
-    @property
-    def fingerprint(self) -> str:
-        """A hash over the bytes of configuration and weight files."""
-        return self._file_fingerprint
 
     @cached_property
     def model(self) -> Any:
@@ -482,7 +485,7 @@ def cache_dir() -> Path:
 
 
 def _open_folder(name: str, path: Path) -> LanguageModel:
-    config = read_json(path / "config.json")
+    config = read_json(plain_file(path, "config.json"))
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
         from .artifact import load
@@ -493,7 +496,16 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     if (path / "adapter_config.json").is_file():
         raise BadInput(f"{path}: holds an adapter for another model; merge the two first")
     entries = index_folder(path)
-    source = read_json(path / SOURCE_FILE) if (path / SOURCE_FILE).is_file() else {"name": name}
+    source: dict[str, Any] = {"name": name}
+    if plain_file(path, SOURCE_FILE).is_file():
+        source = read_json(path / SOURCE_FILE)
+        files: Any = source.pop("files", {})
+        try:
+            check_files(path, files)
+        except (AttributeError, KeyError, TypeError):
+            raise BadInput(f"{path / SOURCE_FILE}: is damaged; remove the folder and make it again") from None
+        except BadInput as error:
+            raise BadInput(f"{error}, or remove {SOURCE_FILE} from it if the change is yours") from None
     if not path.is_relative_to(cache_dir()):
         source.pop("bytes", None)  # only of our own conversions do we know what they were made from
     opened = LanguageModel(name, path, entries, source)
@@ -562,35 +574,39 @@ def _download_smollm2(scratch: Path) -> Path:
 
 
 def _digits() -> Path:
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> dict[str, Any]:
         model, config = digits.train()
         folder.mkdir()
         write_tensors(folder / "model.safetensors", {k: v.detach() for k, v in model.state_dict().items()})
         write_json(folder / "config.json", config)
-        write_json(folder / SOURCE_FILE, {"name": "digits-mlp", "seed": config["seed"], "precision": "float32"})
+        return {"name": "digits-mlp", "seed": config["seed"], "precision": "float32"}
 
     return _cached(f"digits-mlp-{CONVERSION}", make)
 
 
 def _converted(gguf: Path, target: str, source: dict[str, Any]) -> Path:
-    def make(folder: Path) -> None:
+    def make(folder: Path) -> dict[str, Any]:
         from .gguf_import import convert
 
         about = convert(gguf, folder)
-        write_json(folder / SOURCE_FILE, {"name": about["title"], "bytes": gguf.stat().st_size, **source, **about})
+        return {"name": about["title"], "bytes": gguf.stat().st_size, **source, **about}
 
     return _cached(target, make)
 
 
-def _cached(target: str, make: Callable[[Path], None]) -> Path:
-    """The cache folder `target`; `make` fills a temporary folder, which is then renamed."""
+def _cached(target: str, make: Callable[[Path], dict[str, Any]]) -> Path:
+    """The cache folder `target`; `make` fills a temporary folder, which is then renamed, and says where it comes from.
+
+    What it says, and the hash of each file, by which damage is noticed, go into `agentforge-source.json`.
+    """
     folder = cache_dir() / target
     if (folder / "config.json").is_file():
         return folder
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target}-") as scratch:
-            make(Path(scratch) / "model")
+            source = make(Path(scratch) / "model")
+            write_json(Path(scratch) / "model" / SOURCE_FILE, {**source, "files": describe_files(Path(scratch) / "model")})
             # Another process may have been faster; its folder is as good as ours.
             with contextlib.suppress(FileExistsError, OSError):
                 os.replace(Path(scratch) / "model", folder)

@@ -1,8 +1,9 @@
 """Tensors in safetensors files: read lazily, written as a stream, hashed.
 
-Reading goes through the safetensors library, which checks a header before it trusts it.  Writing is our own because
-the library wants all tensors of a file in memory at once; the format is eight bytes of header length, a JSON header
-and the bytes of the tensors in order (tests read it back with the library).
+The safetensors library checks a file's header before anything of it is trusted.  Bytes are read and written by ourselves:
+the library reads the whole header again for each tensor, which takes hours for a file of many, and it writes only what is in
+memory at once.  The format is eight bytes of header length, a JSON header and the bytes of the tensors in order (tests read
+it back with the library).
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable
+import secrets
+import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,15 +37,17 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 WEIGHTS_INDEX = "model.safetensors.index.json"
+SETTLED = 2.0  # seconds after a change, from which on a file's times tell any further one
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies, and what it is."""
+    """Where a tensor lies, and what it is.  offset: of its first byte in the file; -1 where it is not read from there."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    offset: int = -1
 
     @property
     def bytes(self) -> int:
@@ -57,14 +62,18 @@ def index_file(path: Path) -> dict[str, Entry]:
     """
     entries = {}
     try:
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (no mapping)
-                part = file.get_slice(name)
-                code = part.get_dtype()
-                if code not in DTYPES:
-                    raise BadInput(f"{path}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}")
-                entries[name] = Entry(path, tuple(part.get_shape()), DTYPES[code])
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt"), open(path, "rb") as file:  # the library has checked all sizes and offsets
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        for name, about in header.items():
+            if name == "__metadata__":
+                continue
+            if (code := about["dtype"]) not in DTYPES:
+                raise BadInput(f"{path}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}")
+            entries[name] = Entry(path, tuple(about["shape"]), DTYPES[code], 8 + size + about["data_offsets"][0])
+    except BadInput:
+        raise
+    except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"{path}: no readable safetensors file ({error}); fetch or write it again") from None
     return entries
 
@@ -74,7 +83,7 @@ def index_folder(folder: Path) -> dict[str, Entry]:
 
     Raises BadInput where there are none; pickled weights are never opened.
     """
-    index = folder / WEIGHTS_INDEX
+    index = plain_file(folder, WEIGHTS_INDEX)
     weight_map: Any = None
     if index.is_file():
         weight_map = read_json(index).get("weight_map")
@@ -102,21 +111,31 @@ def index_folder(folder: Path) -> dict[str, Entry]:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """`name` inside `folder`.  Raises BadInput where it would lead out of the folder or into another one."""
-    if not name or Path(name).name != name or name in (".", "..") or "\\" in name or "\0" in name:
-        raise BadInput(f"{folder}: file name {name!r} leads out of the folder; expected a plain name")
-    return folder / name
+    """`name` inside `folder`.  Raises BadInput where it would lead out of the folder or into another one, and for a link to
+    a file elsewhere, which would be copied; only the hub's cache keeps its files beside the folder, in blobs/."""
+    plain = name.isprintable() and len(os.fsencode(name)) <= 255
+    if not plain or not name or Path(name).name != name or name in (".", "..") or "\\" in name:
+        raise BadInput(f"{folder}: file name {name!a:.80} leads out of the folder; expected a plain name")
+    path = folder / name
+    if os.path.islink(path):
+        target, home = Path(os.path.realpath(path)), Path(os.path.realpath(folder))
+        blobs = home.parent.parent / "blobs"
+        if not target.is_relative_to(home) and not (home.parent.name == "snapshots" and target.is_relative_to(blobs)):
+            raise BadInput(f"{path}: is a link that leads out of the folder; put a copy of the file in its place")
+    return path
 
 
 def read_tensor(name: str, entry: Entry) -> torch.Tensor:
-    """One tensor, read from its file."""
+    """One tensor, read from its file.  name: for the message of the BadInput that is raised where it cannot be."""
+    raw = torch.empty(entry.bytes, dtype=torch.uint8)
     try:
-        with safe_open(entry.file, framework="pt") as file:
-            tensor = file.get_tensor(name)
-            assert isinstance(tensor, torch.Tensor)
-            return tensor
-    except (SafetensorError, OSError) as error:
-        raise BadInput(f"{entry.file}: tensor {name} cannot be read ({error})") from None
+        with open(entry.file, "rb") as file:
+            file.seek(entry.offset)
+            if file.readinto(raw.numpy().data) != entry.bytes:
+                raise BadInput(f"{entry.file}: tensor {name} cannot be read (the file is too short); fetch it again")
+    except OSError as error:
+        raise BadInput(f"{entry.file}: tensor {name} cannot be read ({error.strerror})") from None
+    return raw.view(entry.dtype).reshape(entry.shape)
 
 
 def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
@@ -138,7 +157,12 @@ def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
 
 def write_json(path: Path, data: object) -> None:
     """Write JSON under a temporary name and rename it: the file is there whole or not at all."""
-    write_atomic(path, [(json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode()])
+    write_atomic(path, [json_bytes(data)])
+
+
+def json_bytes(data: object) -> bytes:
+    """Data as our JSON files have it; what is no UTF-8 in a name of a file becomes an escape."""
+    return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def write_safetensors(
@@ -183,10 +207,10 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
 
 
 def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """Write `parts` to a temporary file beside `path`, bring it to disk, and rename it."""
-    temporary = path.with_name(path.name + ".tmp")
+    """Write `parts` to a temporary file beside `path`, which no other writer has, bring it to disk, and rename it."""
+    temporary = path.with_name(f"{path.name[:60]}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             for part in parts:
                 file.write(part)
             file.flush()
@@ -197,7 +221,39 @@ def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
         raise
 
 
-def sha256_file(path: Path) -> str:
-    """The sha256 of a file's bytes, in hex."""
+def sha256_file(path: Path, again: bool = False) -> str:
+    """The sha256 of a file's bytes, in hex.  A file is read once in a process, for as long as its times and size do not say
+    that it was changed.  again: read it in any case."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        about = os.fstat(file.fileno())
+        state = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+        if again or state not in _hashes:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if time.time() - max(about.st_mtime, about.st_ctime) < SETTLED:
+                return digest
+            _hashes[state] = digest
+        return _hashes[state]
+
+
+_hashes: dict[tuple[int, ...], str] = {}
+
+
+def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 of each file in a folder, by name: what `check_files` holds the folder against."""
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
+
+
+def check_files(folder: Path, files: Mapping[str, Any], again: bool = False) -> None:
+    """Hold files against what `describe_files` said of them.  again: read them, even if this process has done so before.
+
+    Raises BadInput for the first that is missing or changed, by its name.
+    """
+    for name, about in files.items():
+        path = plain_file(folder, name)
+        if not path.is_file():
+            raise BadInput(f"{path}: is missing; fetch or write the folder again")
+        if (size := path.stat().st_size) != about["bytes"]:
+            raise BadInput(f"{path}: has {size} bytes, expected {about['bytes']}; fetch or write the folder again")
+        if sha256_file(path, again) != about["sha256"]:
+            raise BadInput(f"{path}: is damaged or was changed (its sha256 is another); fetch or write the folder again")

@@ -7,9 +7,10 @@ import fcntl
 import hashlib
 import json
 import os
+import random
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import agentforge
 from agentforge import artifact as artifact_module
-from agentforge import stages
+from agentforge import folders, stages, tensorfiles
 from agentforge.artifact import Artifact, Ratio, Writer, relative_error
 from agentforge.errors import AgentForgeError, BadArtifact, BadInput
 from agentforge.models import LanguageModel
+from agentforge.planes import tensor_bytes
+from agentforge.tensorfiles import sha256_file
 
 STAGES = [
     "rounding:bits=4,group=64",
@@ -302,6 +305,154 @@ def test_an_artifact_can_be_compressed_again(digits: LanguageModel, tmp_path: Pa
     Artifact(tmp_path / "second").verify()
 
 
+# Damage
+
+
+def damaged_copies(folder: Path, place: Path, count: int) -> Iterator[Path]:
+    """Copies of a folder with one bit flipped each, anywhere in its files, by a fixed seed."""
+    rng = random.Random(0)
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for i in range(count):
+        copy = Path(shutil.copytree(folder, place / str(i)))
+        file = copy / files[i % len(files)].name
+        raw = bytearray(file.read_bytes())
+        bit = rng.randrange(8 * len(raw))
+        raw[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(raw)
+        yield copy
+
+
+def test_every_flipped_bit_is_noticed(tiny_llama: Path, tmp_path: Path) -> None:
+    """In weights, manifest, configuration and tokenizer alike, by each way in."""
+    import transformers
+
+    sound = agentforge.compress(tiny_llama, "rounding:bits=4,group=64", tmp_path / "sound", progress=False)
+    ways: list[Callable[[Path], Any]] = [
+        agentforge.load,
+        agentforge.open_model,
+        lambda folder: agentforge.load(folder, runtime="packed"),
+        lambda folder: Artifact(folder).verify(),
+    ]
+    for copy in damaged_copies(sound.path, tmp_path / "copies", 60):
+        for way in ways:
+            with pytest.raises(BadInput) as error:
+                way(copy)
+            assert_sentence(error, str(copy))
+        # transformers reads config.json before it asks us; without the name of this one key it never does, and only warns.
+        if b'"quantization_config"' in (copy / "config.json").read_bytes():
+            with pytest.raises((BadInput, OSError)):
+                transformers.AutoModelForCausalLM.from_pretrained(copy)
+    assert agentforge.load(sound.path).state_dict()
+
+
+def test_a_cached_conversion_that_was_damaged_is_noticed(digits: LanguageModel, tmp_path: Path) -> None:
+    for copy in damaged_copies(digits.path, tmp_path / "copies", 12):
+        if (copy / "agentforge-source.json").read_bytes() == (digits.path / "agentforge-source.json").read_bytes():
+            with pytest.raises(BadInput) as error:
+                agentforge.open_model(copy)
+            assert_sentence(error, str(copy))
+
+
+def test_a_file_is_read_once_unless_it_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, how: reads.append(file.name) or real(file, how))
+    file = tmp_path / "a"
+    file.write_bytes(b"one")
+    os.utime(file, (1, 1))
+    monkeypatch.setattr(tensorfiles, "SETTLED", -1.0)
+    first = [sha256_file(file), sha256_file(file), sha256_file(file)]
+    assert len(reads) == 1 and len(set(first)) == 1
+    file.write_bytes(b"two")
+    os.utime(file, (1, 1))  # of the same size, and as old
+    assert sha256_file(file) == hashlib.sha256(b"two").hexdigest()
+    assert len(reads) == 2
+    assert sha256_file(file, again=True) and len(reads) == 3
+
+
+def test_what_a_change_of_a_moment_ago_left_is_not_remembered(tmp_path: Path) -> None:
+    """The file system's clock is coarse: of two changes in one tick, the second does not show."""
+    file = tmp_path / "a"
+    for i in range(50):
+        file.write_bytes(bytes([i]))
+        assert sha256_file(file) == hashlib.sha256(bytes([i])).hexdigest()
+
+
+def test_files_that_should_not_be_there_are_named(digits: LanguageModel, tmp_path: Path) -> None:
+    artifact = agentforge.compress(digits, "ternary", tmp_path / "a", progress=False)
+    (tmp_path / "a" / "README.md").write_text("mine")
+    assert artifact.verify()[-1] == "not in the manifest, and not checked: 'README.md'"
+    (tmp_path / "a" / "added_tokens.json").write_text("{}")
+    with pytest.raises(BadArtifact) as error:
+        artifact.verify()
+    assert_sentence(error, "added_tokens.json")
+
+
+def test_a_piece_damaged_after_a_kill_is_made_again(tiny_llama: Path, tmp_path: Path) -> None:
+    agentforge.compress(tiny_llama, "ternary", tmp_path / "whole", progress=False)
+    out = tmp_path / "a"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            agentforge.compress(tiny_llama, "ternary", out, progress=False)
+    pieces = sorted((partial_of(out) / "tensors").glob("*.safetensors"))
+    assert pieces
+    for i, piece in enumerate(pieces):
+        raw = bytearray(piece.read_bytes())
+        raw[(i * 37) % len(raw)] ^= 4
+        piece.write_bytes(raw)
+    agentforge.compress(tiny_llama, "ternary", out, progress=False)
+    assert hashes(out) == hashes(tmp_path / "whole")
+
+
+def test_a_model_that_changes_while_it_is_read_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    model = agentforge.open_model(folder)
+    real = Writer.put_kept
+
+    def put_kept(self: Writer, *args: Any, **kwargs: Any) -> None:
+        with open(folder / "model.safetensors", "r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"\0")
+        real(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "put_kept", put_kept)
+        with pytest.raises(BadInput) as error:
+            agentforge.compress(model, "ternary", tmp_path / "a", progress=False)
+    assert_sentence(error, "was changed while it was read")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_a_model_that_changed_after_a_kill_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny_llama, tmp_path / "model"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            agentforge.compress(folder, "ternary", tmp_path / "a", progress=False)
+    (folder / "LICENSE").write_text("another")
+    with pytest.raises(BadInput) as error:
+        agentforge.compress(folder, "ternary", tmp_path / "a", progress=False)
+    assert_sentence(error, "unfinished run with model")
+
+
+OLD = Path(__file__).parent / "data" / "old_artifacts"
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in OLD.iterdir() if path.is_dir()))
+def test_artifacts_of_older_versions_load_as_they_did(name: str, tmp_path: Path) -> None:
+    """They have no hash of the manifest."""
+    loaded = agentforge.load(OLD / name)
+    found = {
+        key: hashlib.sha256(str((t.dtype, tuple(t.shape))).encode() + bytes(tensor_bytes(t))).hexdigest()
+        for key, t in loaded.state_dict().items()
+    }
+    assert found == json.loads((OLD / "tensors.json").read_text())[name]
+    assert "sha256" not in Artifact(OLD / name).manifest
+    Artifact(OLD / name).verify()
+    agentforge.compress(loaded, "rounding:bits=8,group=32", tmp_path / "a", progress=False).verify()
+
+
 # What is there already
 
 
@@ -540,7 +691,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on_later(tiny_llama:
                 full(artifact_module.write_json, lambda path, *_: path.name == "agentforge.json"),
             )
         else:
-            patch.setattr(artifact_module.os, "replace", full(os.replace, lambda _, target: Path(target) == out))
+            patch.setattr(folders.os, "replace", full(os.replace, lambda _, target: Path(target) == out))
         with pytest.raises(AgentForgeError) as error:
             agentforge.compress(tiny_llama, "ternary", out, progress=False)
     assert_sentence(error, "No space left on device")
@@ -563,7 +714,7 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(digits: La
         real(source, target)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact_module.os, "replace", replace)
+        patch.setattr(folders.os, "replace", replace)
         with pytest.raises(KeyboardInterrupt):
             agentforge.compress(digits, "ternary", out, overwrite=True, progress=False)
     assert not out.exists()
@@ -575,7 +726,7 @@ def test_a_kill_between_the_two_renames_of_an_overwrite_loses_nothing(digits: La
 def test_a_kill_after_the_rename_is_cleaned_up_by_the_same_call(digits: LanguageModel, tmp_path: Path) -> None:
     out = tmp_path / "a"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(artifact_module.shutil, "rmtree", lambda *_, **__: None)
+        patch.setattr(artifact_module, "remove", lambda _: None)
         agentforge.compress(digits, "ternary", out, progress=False)
     assert partial_of(out).exists(), "the kill left it behind"
     before = hashes(out)

@@ -19,7 +19,7 @@ from agentforge.artifact import Artifact, dequantize, load
 from agentforge.chain import Chain, run_chain
 from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
-from agentforge.tensorfiles import read_json, sha256_file, write_json
+from agentforge.tensorfiles import describe_files, read_json, write_json
 
 TO = {3: "4", 4: "5", 7: "8", 8: "deployment"}
 
@@ -113,7 +113,7 @@ def leading_out(_: Path, data: Any) -> None:
 HOSTILE: dict[str, tuple[Callable[[Path, Any], None], str]] = {
     "a model that leads out": (lambda _, data: data["models"].update({"../m": models(data)}), "leads out of the folder"),
     "a file that leads out": (leading_out, "leads out of the folder"),
-    "a linked model": (outside, "is no subfolder"),
+    "a linked model": (outside, "leads out of the folder"),
     "a linked file": (linked_file, "leads out of the folder"),
     "a file more": (added_file, "tokenizer_config.json was not handed over"),
     "a model less": (lost_model, "is no subfolder"),
@@ -215,8 +215,11 @@ def rewritten(folder: Path, name: str, change: Callable[[dict[str, torch.Tensor]
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, {"format": "pt"})
+    source: Any = read_json(path.with_name("agentforge-source.json"))
+    source["files"] |= {path.name: describe_files(path.parent)[path.name]}
+    write_json(path.with_name("agentforge-source.json"), source)
     data: Any = read_json(folder / "handoff.json")
-    data["models"][name]["files"][path.name] = {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+    data["models"][name]["files"] = describe_files(path.parent)
     data["models"][name]["quality"] = af.accuracy(af.open_model(folder / name)).to_json()
     write_json(folder / "handoff.json", data)
 
@@ -229,7 +232,7 @@ def test_the_dense_model_is_what_the_packed_one_decodes_to(sound: dict[int, Path
 
 
 def test_gradients_must_reach_every_tensor(digits: LanguageModel, tmp_path: Path) -> None:
-    shutil.copytree(digits.path, tmp_path / "dead")
+    shutil.copytree(digits.path, tmp_path / "dead", ignore=shutil.ignore_patterns("agentforge-source.json"))
     tensors = load_file(tmp_path / "dead/model.safetensors")
     tensors["layers.1.bias"].fill_(-1e4)  # no unit of this layer is ever active
     save_file(tensors, tmp_path / "dead/model.safetensors", {"format": "pt"})

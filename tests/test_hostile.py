@@ -197,13 +197,45 @@ def test_the_traps_work(tmp_path: Path) -> None:
     assert (tmp_path / MARKER).exists()
 
 
-def test_a_shard_that_is_a_link_to_itself_in_another_place_is_read(tmp_path: Path, bases: Callable[[str], Path]) -> None:
-    """The hub's cache keeps every file as a link to a blob elsewhere: links as such are no attack."""
-    folder = tmp_path / "artifact"
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path, bases: Callable[[str], Path]) -> None:
+    """It keeps every file as a link to a blob of the same repository."""
+    folder, blobs = tmp_path / "models--o--m" / "snapshots" / "abc", tmp_path / "models--o--m" / "blobs"
     shutil.copytree(bases("rounding"), folder)
-    (folder / SHARD).rename(tmp_path / "blob")
-    (folder / SHARD).symlink_to(tmp_path / "blob")
+    blobs.mkdir()
+    for i, file in enumerate(sorted(folder.iterdir())):
+        file.rename(blobs / str(i))
+        file.symlink_to(Path("..", "..", "blobs", str(i)))
     assert len(Artifact(folder).verify()) == 3
+    assert agentforge.load(folder).state_dict()
+    agentforge.compress(folder, "ternary", tmp_path / "again", progress=False)
+
+
+@pytest.mark.parametrize(
+    "name", [SHARD, "config.json", MANIFEST, "LICENSE", "tokenizer.json", "model.safetensors.index.json"]
+)
+def test_links_that_lead_elsewhere_are_refused_by_name(tmp_path: Path, tiny_llama: Path, name: str) -> None:
+    """What they lead to would be read as a model's, and copied into what is made of it."""
+    secret = tmp_path / "secret"
+    folder = tmp_path / "models--o--m" / "snapshots" / "abc"
+    shutil.copytree(tiny_llama, folder)
+    secret.write_text("of somebody else")
+    if (folder / name).exists():
+        shutil.move(folder / name, secret)
+    (tmp_path / "models--o--m" / "blobs").symlink_to(tmp_path)  # nor is this a way out
+    (folder / name).symlink_to(tmp_path / "models--o--m" / "blobs" / "secret")
+    if name == MANIFEST:
+        with pytest.raises(BadInput, match=name):
+            Artifact(folder)
+        return
+    with pytest.raises(BadInput, match=name) as error:
+        agentforge.compress(folder, "ternary", tmp_path / "a", progress=False)
+    assert_sentence(str(error.value))
+    assert not (tmp_path / "a").exists()
+    (folder / name).unlink()
+    (folder / "inside").write_bytes(secret.read_bytes())
+    (folder / name).symlink_to("inside")
+    if name in (SHARD, "config.json", "LICENSE", "tokenizer.json"):
+        agentforge.compress(folder, "ternary", tmp_path / "a", progress=False).verify()
 
 
 def test_refusing_an_absurd_shape_allocates_nothing(tmp_path: Path, bases: Callable[[str], Path]) -> None:

@@ -19,13 +19,21 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIte
 import agentforge as af
 from agentforge import artifact as artifact_module
 from agentforge import lm_eval
-from agentforge.artifact import MANIFEST, Artifact
+from agentforge.artifact import MANIFEST, Artifact, write_manifest
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.evaluation import Measurement
 from agentforge.modelcard import licence, model_card
 from agentforge.runtime.decoding import PackedEmbedding, PackedLinear, PackedWeight
 from agentforge.runtime.holding import Holding
-from agentforge.tensorfiles import index_folder, read_json, read_tensor, write_json, write_safetensors, write_tensors
+from agentforge.tensorfiles import (
+    describe_files,
+    index_folder,
+    read_json,
+    read_tensor,
+    write_json,
+    write_safetensors,
+    write_tensors,
+)
 
 if TYPE_CHECKING:
     from agentforge.models import LanguageModel
@@ -188,7 +196,7 @@ def test_a_manifest_with_impossible_experts_is_refused(shape: list[int], mixtral
     made = af.compress(mixtral, "rounding:bits=8,group=32", tmp_path / "a", progress=False)
     row = next(row for row in made.rows if row["name"] == "model.layers.0.mlp.experts.gate_up_proj")
     row["shape"] = shape
-    write_json(made.path / MANIFEST, made.manifest)
+    write_manifest(made.path, made.manifest)
     with pytest.raises(BadArtifact, match="shape"):
         Artifact(made.path)
 
@@ -418,7 +426,6 @@ def tampered(rounded: Path, out: Path, what: str) -> None:
     elif what == "two sets of weights":
         name = "model-00001-of-00001.safetensors"
         shutil.copyfile(out / "model.safetensors", out / name)
-        manifest["files"][name] = manifest["files"]["model.safetensors"]
         index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
         write_json(out / "model.safetensors.index.json", index)
     elif what == "a huge plane that is not there":
@@ -428,8 +435,8 @@ def tampered(rounded: Path, out: Path, what: str) -> None:
         (out / "model.safetensors").write_bytes(data[:-100])
     if what not in ("a huge plane that is not there", "two sets of weights"):
         write_tensors(out / "model.safetensors", tensors)
-        manifest["files"]["model.safetensors"]["bytes"] = (out / "model.safetensors").stat().st_size
-    write_json(out / MANIFEST, manifest)
+    (out / MANIFEST).unlink()
+    write_manifest(out, {**manifest, "files": describe_files(out)})  # whoever makes a hostile file can compute a hash, too
 
 
 @pytest.mark.parametrize(

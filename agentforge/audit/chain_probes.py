@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -37,19 +37,19 @@ from .compression_probes import gaussian, share
 from .probes import bits_per_weight, probe
 from .workshop import Workshop
 
+Which = Literal["gated", "to the end"]
 
-def _chain(workshop: Workshop, which: str, digits: bool = False, track: Path | None = None) -> tuple[Result, Path]:
+
+def _chain(workshop: Workshop, which: Which, digits: bool = False, track: Path | None = None) -> tuple[Result, Path]:
     """The documented chain, run once a workshop, and its folder: of digits-mlp but in full effort."""
-    if which not in ("gated", "to the end"):
-        raise BadInput(f"chain={which!r}; expected gated or to the end")
     digits = digits or workshop.effort.name != "full"
     file = CHECKOUT / "chains" / f"documented{'_digits' * digits}{'_go_on' * (which != 'gated')}.yaml"
     model, out = open_model("digits-mlp") if digits else workshop.model, workshop.folder / f"chain-{file.stem}"
     return run_chain(model, file, out, overwrite=True, progress=workshop.progress, track=track), out
 
 
-@probe
-def documented_chain(workshop: Workshop, chain: str, quantity: str) -> Measurement:
+@probe()
+def documented_chain(workshop: Workshop, chain: Which, quantity: str) -> Measurement:
     """A quantity of the last step that the documented chain accepted, or how many steps it did; 1 where that is none, as
     rollback then ends at the original."""
     result, out = _chain(workshop, chain)
@@ -63,7 +63,7 @@ def documented_chain(workshop: Workshop, chain: str, quantity: str) -> Measureme
     return dataclasses.replace(found, protocol={**found.protocol, **about})
 
 
-@probe
+@probe("share of tensors")
 def steps_build_on_each_other(workshop: Workshop) -> Measurement:
     """Share of a step's encoded tensors equal, bit for bit, to its stage applied to the weights of the step before."""
     result, out = _chain(workshop, "to the end", digits=True)
@@ -86,7 +86,7 @@ def _hits(model: LanguageModel) -> torch.Tensor:
     return hits
 
 
-@probe
+@probe("share of settings")
 def gates_that_are_right(workshop: Workshop) -> Measurement:
     """Share of gates that accept exactly when the retention, counted here, keeps to them by two errors: one at 95% for each
     setting, and for the coarse ones one that is kept by less than that, and one by more."""
@@ -143,7 +143,7 @@ def _fault(kind: str, failing: int) -> Any:
     return mock.patch.object(rounding, *(("_encode", cannot) if kind == "cannot encode" else ("_decode", spoiled)))
 
 
-@probe
+@probe("share of runs")
 def faults_judged_rightly(workshop: Workshop) -> Measurement:
     """Share of runs that hand over what they should: all three steps where nothing is wrong, and after a fault the step
     before, bit for bit; nothing where that is the first."""
@@ -160,7 +160,7 @@ def faults_judged_rightly(workshop: Workshop) -> Measurement:
     return share(workshop, right, "runs", "what is handed over after a fault", model="digits-mlp")
 
 
-@probe
+@probe("share of kills")
 def chain_resumes(workshop: Workshop) -> Measurement:
     """Share of kills, in the middle of each step, after which the same command gives the bytes of a run without any."""
     settings = ("rounding:bits=8,group=32", "vptq:v=2,k=16,refine=0", "rounding:bits=7,group=32")
@@ -195,7 +195,7 @@ def hash_of(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in sorted(folder.glob("*.safetensors"))}
 
 
-@probe
+@probe("metrics")
 def chain_metrics(workshop: Workshop) -> Measurement:
     """How many documented metrics a tracked run of the documented chain logs with a finite value, read from its files."""
     folder = workshop.folder / "tracked-chain"
@@ -210,7 +210,7 @@ def chain_metrics(workshop: Workshop) -> Measurement:
     return workshop.exact(count, "metrics", len(names), "metrics read back", model="digits-mlp", wandb_offline_runs=offline)
 
 
-@probe
+@probe("bytes")
 def bytes_counted(workshop: Workshop) -> Measurement:
     """Largest deviation between the bytes of ratios and bits a weight and those that the weight files' own headers and sizes
     show."""
@@ -238,12 +238,10 @@ def bytes_counted(workshop: Workshop) -> Measurement:
 # ---- Grokfast
 
 
-@probe
-def grokfast_gain(workshop: Workshop, gradient: str, steps: int = 400) -> Measurement:
+@probe("x")
+def grokfast_gain(workshop: Workshop, gradient: Literal["constant", "alternating"], steps: int = 400) -> Measurement:
     """What the filter multiplies a gradient by in the end, one that stays or one that changes its sign with every step."""
     signs = {"constant": 1.0, "alternating": -1.0}
-    if gradient not in signs:
-        raise BadInput(f"gradient={gradient!r}; expected constant or alternating")
     g, ema = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     for _ in range(steps):
         g = g * signs[gradient]
@@ -278,7 +276,7 @@ def _trained(workshop: Workshop, steps: int, filtered: bool, seed: int) -> torch
     return _kl(load(done.artifact.path))
 
 
-@probe
+@probe("share of KL")
 def codebooks_recovered(workshop: Workshop, steps: int) -> Measurement:
     """Share of the KL divergence from the original that training VPTQ's codebooks, filter on, takes back."""
     before = _kl(load(compress("digits-mlp", CODEBOOKS, workshop.folder / "codebooks", progress=False).path))
@@ -288,7 +286,7 @@ def codebooks_recovered(workshop: Workshop, steps: int) -> Measurement:
     return Measurement(unit="share of KL", protocol=protocol, seed=0, inputs=_digits(), **found)
 
 
-@probe
+@probe("x")
 def codebook_gain_of_filter(workshop: Workshop, steps: int) -> Measurement:
     """KL divergence that is left with the filter over that without, mean over seeds."""
     found = []
@@ -308,7 +306,7 @@ def _digits() -> dict[str, str]:
 # ---- what goes wrong
 
 
-@probe
+@probe("share of cases")
 def extremes_handled(workshop: Workshop) -> Measurement:
     """Share of cases handled: NaN and infinity refused by the tensor's name; zeros, tiny and huge weights decoded to
     finite ones, zeros to zeros."""
@@ -329,7 +327,7 @@ def extremes_handled(workshop: Workshop) -> Measurement:
     return share(workshop, right, "cases", "NaN, infinity, 0, 1e-30, 1e30", stages=texts)
 
 
-@probe
+@probe("share of artifacts")
 def damaged_artifacts_refused(workshop: Workshop) -> Measurement:
     """Share of artifacts judged rightly by a check and by loading: sound ones accepted, damaged copies refused with an error
     of agentforge's own in one line."""

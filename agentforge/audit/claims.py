@@ -21,9 +21,11 @@ from typing import Any, Literal
 
 import jsonschema
 
+from .. import stages
 from ..errors import BadInput
 from ..evaluation.measurement import Measurement
 from ..yamlfiles import read_yaml
+from .probes import mistake
 
 CLAIMS = Path(__file__).parent / "claims"
 Verdict = Literal["confirmed", "partly", "refuted", "does not carry over", "not reproducible here", "not tested", "error"]
@@ -73,7 +75,7 @@ class Claim:
 class ClaimsFile:
     """All claims of one report.  source: the audit they were taken from.  model: what they are measured on.  against: the
     original that it was made from, for claims that compare the two.  baselines: stages that are measured beside those of
-    the claims, to read them against."""
+    the claims, to read them against.  places: file and line of each claim, for messages."""
 
     report: str
     title: str
@@ -83,6 +85,7 @@ class ClaimsFile:
     claims: tuple[Claim, ...]
     baselines: tuple[str, ...] = ()
     against: str | None = None
+    places: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -122,16 +125,24 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
         where = list(problem.absolute_path)
         raise BadInput(f"{path}, line {line(where)}: {_place(data, where)}: {problem.message:.300}")
     claims = tuple(_claim(row) for row in data["claims"])
-    seen: set[str] = set()
+    places: dict[str, str] = {}
     for number, claim in enumerate(claims):
-        if claim.id in seen:
+        if claim.id in places:
             raise BadInput(f"{path}, line {line(['claims', number])}: claim {claim.id} is there twice")
-        seen.add(claim.id)
-        if found := _nonsense(claim):
-            key, why = found
-            raise BadInput(f"{path}, line {line(['claims', number, key])}: claim {claim.id}, {key}: {why}")
+        unit = claim.claimed["unit"] if claim.claimed else None
+        if found := _nonsense(claim) or (mistake(claim.probe, claim.parameters, unit) if claim.probe else None):
+            part, why = found
+            place = line(["claims", number, *part])
+            raise BadInput(f"{path}, line {place}: claim {claim.id}, {', '.join(part)}: {why}")
+        places[claim.id] = f"{path}, line {line(['claims', number, 'probe'])}: claim {claim.id}"
+    baselines = tuple(data.get("baselines", ()))
+    for number, stage in enumerate(baselines):
+        try:
+            stages.parse(stage)
+        except BadInput as error:
+            raise BadInput(f"{path}, line {line(['baselines', number])}: {error}") from None
     rest = {key: value for key, value in data.items() if key not in ("claims", "baselines")}
-    return ClaimsFile(claims=claims, baselines=tuple(data.get("baselines", ())), **rest)
+    return ClaimsFile(claims=claims, baselines=baselines, places=places, **rest)
 
 
 def claims_sha256(claims: Iterable[Claim]) -> str:
@@ -220,18 +231,18 @@ def _claim(row: dict[str, Any]) -> Claim:
     return Claim(probe=probe["name"] if probe else None, parameters=(probe or {}).get("parameters", {}), **row)
 
 
-def _nonsense(claim: Claim) -> tuple[str, str] | None:
+def _nonsense(claim: Claim) -> tuple[tuple[str, ...], str] | None:
     """The part of a claim that makes no sense, and why."""
     for key, interval in (("confirmed", claim.confirmed), ("partly", claim.partly)):
         if interval and interval[0] > interval[1]:
-            return key, f"{interval[0]:g} to {interval[1]:g} holds nothing; expected the smaller bound first"
+            return (key,), f"{interval[0]:g} to {interval[1]:g} holds nothing; expected the smaller bound first"
         if interval and interval == (-math.inf, math.inf):
-            return key, "holds every value; expected a bound, or two"
+            return (key,), "holds every value; expected a bound, or two"
     if claim.claimed and claim.confirmed:
         value = claim.claimed["value"]
         ends = value if isinstance(value, list) else [value, value]
         if not claim.confirmed[0] <= ends[0] <= ends[1] <= claim.confirmed[1]:
-            return "claimed", (
+            return ("claimed",), (
                 f"{value} is claimed, and would not be confirmed ({claim.confirmed[0]:g} to {claim.confirmed[1]:g}); "
                 "expected `confirmed` around what is claimed"
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,16 +19,16 @@ from safetensors.torch import load_file
 from .. import evaluation, stages
 from ..artifact import load
 from ..digits import data as digits_data
-from ..errors import BadInput
 from ..evaluation import Measurement, intervals
 from ..models import open_model
 from ..planes import Packed, Plane, stored_bytes
 from ..stages import Stage, curves, entropy, seedlm
 from ..statistics import Calibration, InputStatistics, collect
 from ..tensorfiles import write_tensors
-from .probes import kept_in_16_bits, probe, ratio
+from .probes import StageText, kept_in_16_bits, probe, ratio
 from .workshop import Workshop
 
+Data = Literal["smooth", "weights"]
 ROWS = 64  # of a sampled matrix that slow probes look at
 # SeedLM's Table 6, as printed, for the registers that are built here a second time: taps of K = 2, 3, 4, ...
 TABLE_6 = "01 01 01 02 01 01 0234 04 03 02 0128 0125 012C 01 013C 03 07 0125 03 02 01 05 0127"
@@ -76,9 +76,7 @@ def _smooth() -> torch.Tensor:
     return torch.sin(2 * math.pi * turns[:, None] * t + phases[:, None])
 
 
-def _data(workshop: Workshop, data: str, rows: int = ROWS, matrices: int | None = None) -> list[torch.Tensor]:
-    if data not in ("smooth", "weights"):
-        raise BadInput(f"data={data!r}; expected smooth or weights")
+def _data(workshop: Workshop, data: Data, rows: int = ROWS, matrices: int | None = None) -> list[torch.Tensor]:
     return [_smooth()] if data == "smooth" else _parts(workshop, rows, matrices)
 
 
@@ -125,7 +123,7 @@ def _blocks_by_hand(packed: Packed, K: int, C: int, P: int) -> np.ndarray:
     return np.asarray(sums * (2.0 ** signed[0][:, None] / (half - 1)))
 
 
-@probe
+@probe("share of worked values")
 def lfsr_conformance(workshop: Workshop) -> Measurement:
     """Share of the paper's worked values that the register gives: Figure 3, a 16-bit sequence, and for each K the states of
     a second register with the printed taps, and a full period.
@@ -144,7 +142,7 @@ def lfsr_conformance(workshop: Workshop) -> Measurement:
     return share(workshop, right, "worked values", "Figure 3, its matrix, K = 16 from 1, taps and periods of Table 6")
 
 
-@probe
+@probe("share of entries")
 def bases_from_seeds(workshop: Workshop) -> Measurement:
     """Share of basis entries, over seeds spread through all of them, that a second register gives exactly."""
     same = total = 0
@@ -157,7 +155,7 @@ def bases_from_seeds(workshop: Workshop) -> Measurement:
     return workshop.exact(same / total, "share of entries", total, "U(s) by two registers")
 
 
-@probe
+@probe("share of weights")
 def decoded_by_seed(workshop: Workshop) -> Measurement:
     """Share of weights that a second register and integer sums give to the last bit, from planes read back from a file."""
     stage, same, total = stages.get("seedlm", K=8, C=8, P=3), 0, 0
@@ -170,7 +168,7 @@ def decoded_by_seed(workshop: Workshop) -> Measurement:
     return workshop.exact(same / total, "share of weights", total, "decoded twice", stage=str(stage), rows=16)
 
 
-@probe
+@probe("share of blocks")
 def block_independence(workshop: Workshop) -> Measurement:
     """Share of blocks that keep their code where every second block of the weight is another."""
     right: list[bool] = []
@@ -185,7 +183,7 @@ def block_independence(workshop: Workshop) -> Measurement:
     return share(workshop, right, "blocks", "blocks whose code does not depend on the others", K=8)
 
 
-@probe
+@probe("relative excess")
 def seed_search_excess(workshop: Workshop, K: int, C: int, P: int) -> Measurement:
     """Largest relative excess of a block's squared error over Algorithm 1 by brute force: every seed, its pseudo-inverse,
     its rounded fit."""
@@ -211,8 +209,8 @@ def seed_search_excess(workshop: Workshop, K: int, C: int, P: int) -> Measuremen
     return workshop.exact(worst, "relative excess", len(blocks), "largest error over brute force", K=K, C=C, P=P)
 
 
-@probe
-def gaussian_error(workshop: Workshop, stage: str) -> Measurement:
+@probe("of the squared weights")
+def gaussian_error(workshop: Workshop, stage: StageText) -> Measurement:
     """Squared error over squared weights on independent unit Gaussians."""
     parsed, rows = stages.parse(stage), 1024 * workshop.effort.seeds
     weight = gaussian(rows, 24)
@@ -226,7 +224,7 @@ def gaussian_error(workshop: Workshop, stage: str) -> Measurement:
 # ---- VPTQ
 
 
-@probe
+@probe("x")
 def kmeans_excess(workshop: Workshop, k: int) -> Measurement:
     """Squared distances to the nearest centroid over those of scikit-learn's k-means, the best of four starts."""
     from sklearn.cluster import KMeans
@@ -242,7 +240,7 @@ def kmeans_excess(workshop: Workshop, k: int) -> Measurement:
     return workshop.exact(ours / theirs, "x", count, "inertia over scikit-learn's", stage=str(stage), starts=4)
 
 
-@probe
+@probe("bits/weight")
 def table_10_bits(workshop: Workshop) -> Measurement:
     """Largest deviation of the bits that are stored from those that the paper prints, order and scales aside."""
     weights, worst = sum(rows * columns for rows, columns in LLAMA_2_13B), 0.0
@@ -255,7 +253,7 @@ def table_10_bits(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "bits/weight", len(TABLE_10), "bits against Table 10", shapes="Llama-2-13B")
 
 
-@probe
+@probe("share of vectors")
 def nearest_centroids(workshop: Workshop) -> Measurement:
     """Share of vectors that decode to the nearest centroid of the codebook in the file, by brute force."""
     stage = stages.get("vptq", v=4, k=64, propagate=False, weighted=False, refine=0)
@@ -271,8 +269,8 @@ def nearest_centroids(workshop: Workshop) -> Measurement:
     return workshop.exact(right / total, "share of vectors", total, "nearest centroid", stage=str(stage), rows=32)
 
 
-@probe
-def decoded_by_hand(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of weights")
+def decoded_by_hand(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of weights that VPTQ's definition gives, part by part and chunk by chunk from the planes of a file, to 1e-6 of
     the weights' size."""
     parsed, same, total = stages.parse(stage), 0, 0
@@ -297,8 +295,8 @@ def decoded_by_hand(workshop: Workshop, stage: str) -> Measurement:
     return workshop.exact(same / total, "share of weights", total, "decoded twice", stage=stage, rows=32)
 
 
-@probe
-def error_ratio(workshop: Workshop, stage: str, reference: str) -> Measurement:
+@probe("x")
+def error_ratio(workshop: Workshop, stage: StageText, reference: StageText) -> Measurement:
     """Squared error of one stage over that of another, all sampled matrices together."""
     parts, pair = _parts(workshop), (stages.parse(stage), stages.parse(reference))
     mine, theirs = (sum(_squared_error(one, weight) for weight in parts) for one in pair)
@@ -306,8 +304,8 @@ def error_ratio(workshop: Workshop, stage: str, reference: str) -> Measurement:
     return workshop.exact(mine / theirs, "x", count, "squared error", stage=stage, reference=reference, rows=ROWS)
 
 
-@probe
-def output_error_ratio(workshop: Workshop, stage: str, reference: str, tokens: int = 512) -> Measurement:
+@probe("x")
+def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageText, tokens: int = 512) -> Measurement:
     """Error of the layers' outputs, tr((W - Q) H (W - Q)^T), of one stage over that of another."""
     pair, lost, count = (stages.parse(stage), stages.parse(reference)), [0.0, 0.0], 0
     seen = _moments(workshop, tokens)
@@ -338,8 +336,8 @@ def _segments(values: np.ndarray, length: int) -> list[np.ndarray]:
     return [values[first : first + length] for first in range(0, len(values), length)]
 
 
-@probe
-def curve_fit(workshop: Workshop, data: str, degree: int = 7) -> Measurement:
+@probe("of the weights")
+def curve_fit(workshop: Workshop, data: Data, degree: int = 7) -> Measurement:
     """Root mean square distance between what curves decode to and numpy's least-squares polynomials, over the data's."""
     length, away, power, count = (64 if data == "smooth" else 26), 0.0, 0.0, 0
     for weight in _data(workshop, data):
@@ -358,9 +356,9 @@ def curve_fit(workshop: Workshop, data: str, degree: int = 7) -> Measurement:
     return workshop.exact(value, "of the weights", count, "distance from numpy's fit", **protocol)
 
 
-@probe
+@probe("R^2")
 def explained_variance(
-    workshop: Workshop, stage: str, data: str, rows: int = ROWS, matrices: int | None = None
+    workshop: Workshop, stage: StageText, data: Data, rows: int = ROWS, matrices: int | None = None
 ) -> Measurement:
     """R^2 of what a stage decodes to, 1 - sum (w - v)^2 / sum (w - mean)^2, all matrices together."""
     parsed, lost, power, count = stages.parse(stage), 0.0, 0.0, 0
@@ -371,7 +369,7 @@ def explained_variance(
     return workshop.exact(1 - lost / power, "R^2", count, "explained variance", stage=stage, data=data, rows=rows)
 
 
-@probe
+@probe("of the weights")
 def curves_by_hand(workshop: Workshop) -> Measurement:
     """Largest distance of decoded weights from de Casteljau's algorithm on the control points in a file, over the weights'
     root mean square."""
@@ -391,7 +389,7 @@ def curves_by_hand(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "of the weights", count, "distance from de Casteljau", stage=str(stage), rows=16)
 
 
-@probe
+@probe("x")
 def chosen_curves(workshop: Workshop, bits: float = 2.0) -> Measurement:
     """Squared error of the curves that are chosen for a budget over the least of 60 random settings within it."""
     worst, draw, parts = 0.0, random.Random(0), _parts(workshop, 16)
@@ -414,7 +412,7 @@ def _trajectory_entries(U: int, side: float, centroid: np.ndarray) -> np.ndarray
     return np.concatenate([centroid[None], points])
 
 
-@probe
+@probe("of the side l")
 def trajectory_points(workshop: Workshop) -> Measurement:
     """Largest distance, in units of l, between what each index decodes to and the point that the formula gives."""
     worst, count, centroid = 0.0, 0, torch.tensor([0.01, -0.02])
@@ -428,7 +426,7 @@ def trajectory_points(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "of the side l", count, "decoded points against the formula", U=[225, 361, 1600])
 
 
-@probe
+@probe("relative excess")
 def trajectory_excess(workshop: Workshop, U: int = 225) -> Measurement:
     """Squared error over that of the nearest entry by brute force, minus 1; the square holds all pairs of weights."""
     ours = least = 0.0
@@ -446,8 +444,8 @@ def trajectory_excess(workshop: Workshop, U: int = 225) -> Measurement:
     return workshop.exact(ours / least - 1, "relative excess", count, "error over brute force", U=U, rows=16)
 
 
-@probe
-def entropy_gain(workshop: Workshop, stage: str) -> Measurement:
+@probe("x")
+def entropy_gain(workshop: Workshop, stage: StageText) -> Measurement:
     """Bytes of all planes over their bytes when they are entropy-coded."""
     parsed, before, after = stages.parse(stage), 0, 0
     for weight in _parts(workshop):
@@ -457,8 +455,8 @@ def entropy_gain(workshop: Workshop, stage: str) -> Measurement:
     return workshop.exact(before / after, "x", after, "bytes uncoded over coded", stage=stage, rows=ROWS)
 
 
-@probe
-def entropy_lossless(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of planes")
+def entropy_lossless(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of planes whose values come back, one by one, from their entropy code."""
     parsed, right = stages.parse(stage), []
     for weight in _parts(workshop):
@@ -471,8 +469,8 @@ def entropy_lossless(workshop: Workshop, stage: str) -> Measurement:
 # ---- whole models
 
 
-@probe
-def round_trips(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of matrices")
+def round_trips(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of matrices that decode from a file as from memory, bit for bit, and encode to the same planes twice."""
     parsed, right = stages.parse(stage), []
     for weight in _parts(workshop):
@@ -483,8 +481,8 @@ def round_trips(workshop: Workshop, stage: str) -> Measurement:
     return share(workshop, right, "matrices", "encoded, stored, read back", stage=stage, rows=ROWS)
 
 
-@probe
-def sample_bits(workshop: Workshop, stage: str, rows: int) -> Measurement:
+@probe("bits/weight")
+def sample_bits(workshop: Workshop, stage: StageText, rows: int) -> Measurement:
     """Bits a weight of all planes as they are stored, the first rows of sampled matrices together."""
     parsed, parts = stages.parse(stage), _parts(workshop, rows)
     bytes_ = sum(plane.stored().nbytes for weight in parts for plane in parsed.encode(weight))
@@ -492,23 +490,23 @@ def sample_bits(workshop: Workshop, stage: str, rows: int) -> Measurement:
     return workshop.exact(8 * bytes_ / count, "bits/weight", count, "bits of stored planes", stage=stage, rows=rows)
 
 
-@probe
-def stage_ratio(workshop: Workshop, stage: str, of: str, bits: int) -> Measurement:
+@probe("x")
+def stage_ratio(
+    workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
+) -> Measurement:
     """Bytes on disk of the whole model, or of the touched tensors, against `bits` a parameter."""
     return ratio(_whole_model(workshop), stage, of, bits)
 
 
-@probe
-def kept_share(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of parameters")
+def kept_share(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of the parameters that no stage touches which are stored with 16 bits or more."""
     return kept_in_16_bits(_whole_model(workshop), stage)
 
 
-@probe
-def retention(workshop: Workshop, stage: str, of: str) -> Measurement:
+@probe("share")
+def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "perplexity"]) -> Measurement:
     """Accuracy over the original's, or the original's perplexity over this one's, of the same tokens or pictures."""
-    if of not in ("accuracy", "perplexity"):
-        raise BadInput(f"retention: of={of!r}; expected accuracy or perplexity")
     whole = _whole_model(workshop)
     if not whole.model.is_classifier:
         found = whole.divergence(stage)

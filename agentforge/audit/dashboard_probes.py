@@ -81,7 +81,7 @@ def _text(page: Any) -> str:
     return re.sub(r"\\(.)", r"\1", "\n".join(element.value for element in page.markdown)).replace("**", "")
 
 
-@probe
+@probe("share of facts")
 def dashboard_facts(workshop: Workshop) -> Measurement:
     """Share of the facts of a run that the page shows as the journal on disk has them: of every try its step, decision, gate
     with its measured value, bytes, ratio, accuracy and accuracy kept, with standard errors."""
@@ -114,7 +114,7 @@ def dashboard_facts(workshop: Workshop) -> Measurement:
     return share(workshop, right, "facts", "facts on the page against the journal", model="digits-mlp")
 
 
-@probe
+@probe("share of actions")
 def dashboard_controls(workshop: Workshop) -> Measurement:
     """Share of actions on the page that do what they say: start; start twice, refused; pause; resume, to the bytes of a run
     that nobody paused; abort, with nothing half-written left; names that lead out of the workspace, refused."""

@@ -14,9 +14,10 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
+import pydantic
 import torch
 from torch import nn
 
@@ -35,10 +36,21 @@ from ..training.bitlinear import quantize_activations
 from ..training.mugrokfast import MuGrokfast, amplify_slow, muon_scale, newton_schulz
 from ..training.phase import size_of
 from .documented import Coder, Shape, coder_of
-from .probes import probe
+from .probes import StageText, probe
 from .workshop import Workshop
 
 Source = Literal["sample", "gaussian"]
+
+
+def _coder(text: str) -> str:
+    try:
+        coder_of(text)
+    except TypeError as error:  # a setting that a documented coder does not have
+        raise ValueError(str(error)) from None
+    return text
+
+
+CoderText = Annotated[str, pydantic.AfterValidator(_coder)]
 INPUT_TOKENS = 255  # of the text, for what is asked of layers' inputs
 STATISTICS_TOKENS = 1024
 
@@ -46,7 +58,7 @@ STATISTICS_TOKENS = 1024
 # Arithmetic
 
 
-@probe
+@probe()
 def arithmetic(workshop: Workshop, expression: str, unit: str) -> Measurement:
     """An expression of numbers, + - * / **, log2, min and max: what follows from a claim's own figures."""
     try:
@@ -82,7 +94,7 @@ def _evaluate(node: ast.expr, text: str) -> float:
     raise BadInput(f"arithmetic: {text!r} holds {ast.unparse(node)!r}; expected numbers, + - * / **, log2, min and max")
 
 
-@probe
+@probe("names")
 def distinct_names(workshop: Workshop, patterns: list[str]) -> Measurement:
     """How many distinct names a list has, where "a/{b,c}" stands for two."""
     names: set[str] = set()
@@ -93,7 +105,7 @@ def distinct_names(workshop: Workshop, patterns: list[str]) -> Measurement:
     return Measurement(float(len(names)), "names", None, len(names), {"metric": "distinct names"})
 
 
-@probe
+@probe("share of gates")
 def gates_that_pass(workshop: Workshop, gates: list[str], measured: dict[str, float]) -> Measurement:
     """Share of gates that pass for given values, as this project's chains decide."""
     conditions = [Condition.parse(gate) for gate in gates]
@@ -102,7 +114,7 @@ def gates_that_pass(workshop: Workshop, gates: list[str], measured: dict[str, fl
     return workshop.exact(passed / len(gates), "share of gates", len(gates), "gates that pass", gates=gates, values=measured)
 
 
-@probe
+@probe("x")
 def size_target(workshop: Workshop, parameters: int) -> Measurement:
     """The ratio that the documentation's size-adaptive table asks of a model of this size."""
     size = size_of(parameters)
@@ -155,9 +167,9 @@ def _error(coder: Coder, weight: torch.Tensor, seed: int) -> float:
     return _squares(coder.approximate(weight, seed) - weight) / _squares(weight)
 
 
-@probe
+@probe("share of squared weights")
 def relative_error(
-    workshop: Workshop, coder: str, source: Source, rows: int = 0, columns: int = 256, std: float = 1.0
+    workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256, std: float = 1.0
 ) -> Measurement:
     """Squared error relative to the squared weights, mean over matrices; zeros have 1."""
     made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns, std))
@@ -166,17 +178,17 @@ def relative_error(
     return _over(workshop, pairs, "share of squared weights", n, source, "relative squared error", coder=coder, std=std)
 
 
-@probe
-def explained(workshop: Workshop, coder: str, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
+@probe("R2")
+def explained(workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
     """R2, 1 - squared error over squared deviation from the mean, mean over matrices: the audited code's quality."""
     made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns))
     pairs = [(1 - _squares(made.approximate(w, s) - w) / _squares(w - w.double().mean()), 1.0) for w, s in weights]
     return _over(workshop, pairs, "R2", sum(w.numel() for w, _ in weights), source, "explained variance", coder=coder)
 
 
-@probe
+@probe("x of the error")
 def errors_compared(
-    workshop: Workshop, coder: str, reference: str, source: Source, rows: int = 0, columns: int = 256
+    workshop: Workshop, coder: CoderText, reference: CoderText, source: Source, rows: int = 0, columns: int = 256
 ) -> Measurement:
     """Relative squared error of one coder over that of another, on the same weights, in pairs."""
     ours, theirs = coder_of(coder), coder_of(reference)
@@ -186,9 +198,9 @@ def errors_compared(
     return _over(workshop, pairs, "x of the error", n, source, "ratio of squared errors", coder=coder, reference=reference)
 
 
-@probe
+@probe("share")
 def code_retention(
-    workshop: Workshop, coder: str, source: Source, rows: int = 0, columns: int = 256, preserved: bool = False
+    workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256, preserved: bool = False
 ) -> Measurement:
     """1 - mean |w - w'| / max |w|, mean over matrices: "retention" in the audited SeedLM.
 
@@ -203,9 +215,9 @@ def code_retention(
     return _over(workshop, [(value, 1.0) for value in kept], "share", n, source, "1 - L1 / max", coder=coder)
 
 
-@probe
+@probe("bits/weight")
 def coded_bits(
-    workshop: Workshop, coder: str, source: Source = "sample", rows: int = 256, columns: int = 256
+    workshop: Workshop, coder: CoderText, source: Source = "sample", rows: int = 256, columns: int = 256
 ) -> Measurement:
     """Bits a weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
     shapes = _shapes(workshop, source, rows, columns)
@@ -213,16 +225,16 @@ def coded_bits(
     return workshop.exact(bits / n, "bits/weight", n, "bits of all that is stored", coder=coder, on=source)
 
 
-@probe
+@probe("x")
 def coded_ratio(
-    workshop: Workshop, coder: str, source: Source = "sample", rows: int = 256, columns: int = 256
+    workshop: Workshop, coder: CoderText, source: Source = "sample", rows: int = 256, columns: int = 256
 ) -> Measurement:
     """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
     bits = coded_bits(workshop, coder, source, rows, columns)
     return workshop.exact(32 / bits.value, "x", bits.n, "32 bits over all that is stored", coder=coder, on=source)
 
 
-@probe
+@probe("share of weights")
 def zeros(
     workshop: Workshop, tau: float, source: Source, rows: int = 0, columns: int = 256, absolute: bool = False
 ) -> Measurement:
@@ -235,7 +247,7 @@ def zeros(
     return _over(workshop, pairs, "share of weights", n, source, "weights below a threshold", tau=tau, absolute=absolute)
 
 
-@probe
+@probe("of mean |w|")
 def threshold_for_zeros(workshop: Workshop, share: float, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
     """The threshold, in units of a row's mean |w|, below which this share of a matrix lies; mean over matrices."""
     pairs, n = [], 0
@@ -246,8 +258,8 @@ def threshold_for_zeros(workshop: Workshop, share: float, source: Source, rows: 
     return _over(workshop, pairs, "of mean |w|", n, source, "threshold for a share of zeros", share=share)
 
 
-@probe
-def codes_entropy(workshop: Workshop, stage: str) -> Measurement:
+@probe("bits/weight")
+def codes_entropy(workshop: Workshop, stage: StageText) -> Measurement:
     """-sum p log2 p of the frequencies of a ternary stage's codes, over the sampled matrices."""
     ternary, counts = stages.parse(stage), torch.zeros(3, dtype=torch.float64)
     for weight, _ in _weights(workshop, "sample", 0):
@@ -260,15 +272,15 @@ def _entropy(counts: torch.Tensor) -> float:
     return float(-(p * p.log2()).sum())
 
 
-@probe
+@probe("x")
 def sparse_gain(workshop: Workshop, tau: float) -> Measurement:
     """A byte a weight over a bit a weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
     share = zeros(workshop, tau, "sample")
     return workshop.exact(8 / (1 + 8 * (1 - share.value)), "x", share.n, "int8 over a bitmap and int8", tau=tau)
 
 
-@probe
-def requantised(workshop: Workshop, stage: str, times: int) -> Measurement:
+@probe("share of the norm")
+def requantised(workshop: Workshop, stage: StageText, times: int) -> Measurement:
     """Share of the norm of what a stage decodes to that encoding and decoding it so many times more takes away."""
     made, pairs, n = coder_of(stage), [], 0
     for weight, seed in _weights(workshop, "sample", 0):
@@ -280,7 +292,7 @@ def requantised(workshop: Workshop, stage: str, times: int) -> Measurement:
     return _over(workshop, pairs, "share of the norm", n, "sample", "norm lost", stage=stage, times=times)
 
 
-@probe
+@probe("R2")
 def explained_at(workshop: Workshop, bits: float, rows: int = 192) -> Measurement:
     """R2 of rounding to the mean of each cell, its step such that the codes' entropy is `bits` a weight; mean over matrices.
 
@@ -305,8 +317,8 @@ def _cells(values: torch.Tensor, step: float) -> torch.Tensor:
     return codes - codes.min()
 
 
-@probe
-def decode_time(workshop: Workshop, stage: str, weights: int, rows: int) -> Measurement:
+@probe("ms")
+def decode_time(workshop: Workshop, stage: StageText, weights: int, rows: int) -> Measurement:
     """Milliseconds to decode so many weights, from the time for some rows of each sampled matrix, three rounds."""
     made, times = stages.parse(stage), []
     encoded = [made.encode(weight) for weight, _ in _weights(workshop, "sample", rows)]
@@ -325,7 +337,7 @@ def decode_time(workshop: Workshop, stage: str, weights: int, rows: int) -> Meas
 # The papers' and the audited code's own arithmetic
 
 
-@probe
+@probe("R2")
 def mismatched_decode(workshop: Workshop, count: int, segments: int, degree: int) -> Measurement:
     """R2 of polynomials fitted to segments of a smooth wave, less that of what the audited code decodes from them.
 
@@ -348,14 +360,14 @@ def _polynomial(values: np.ndarray, degree: int) -> np.polynomial.Polynomial:
     return np.polynomial.Polynomial.fit(x, values, min(degree, len(values) - 1), domain=[-1, 1])
 
 
-@probe
+@probe("share of states")
 def lfsr_states(workshop: Workshop, K: int, seed: int, states: list[int]) -> Measurement:
     """Share of printed states of a shift register that this project's has, too, at the same place."""
     same = int((lfsr(K, seed, len(states)) == np.array(states)).sum())
     return workshop.exact(same / len(states), "share of states", len(states), "equal states", K=K, from_seed=seed)
 
 
-@probe
+@probe("share of registers")
 def full_periods(workshop: Workshop) -> Measurement:
     """Share of Table 6's registers that come back to their seed after 2^K - 1 steps and not before."""
     full = sum(int(np.argmax(lfsr(K, 1, (1 << K) - 1) == 1)) == (1 << K) - 2 for K in TAPS)
@@ -370,7 +382,7 @@ LLAMAS = {
 }
 
 
-@probe
+@probe("bits/weight")
 def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) -> Measurement:
     """Bits a weight as the VPTQ paper counts them, over the linear layers of a Llama, of one matrix, or of this model."""
     if shapes == "here":
@@ -386,8 +398,8 @@ def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) 
     return workshop.exact(value, "bits/weight", n, "bits by Equations 3 to 5", shapes=shapes, v=v, k=k, **settings)
 
 
-@probe
-def trajectory_ratio(workshop: Workshop, stage: str, bits: int) -> Measurement:
+@probe("x")
+def trajectory_ratio(workshop: Workshop, stage: StageText, bits: int) -> Measurement:
     """`bits` a weight over what the Hyper-Compression paper counts, over the sampled matrices."""
     made, counted, n = stages.parse(stage), 0.0, 0
     for weight, _ in _weights(workshop, "sample", 0):
@@ -396,8 +408,8 @@ def trajectory_ratio(workshop: Workshop, stage: str, bits: int) -> Measurement:
     return workshop.exact(bits * n / counted, "x", n, "ratio by largest index", stage=stage, against=bits)
 
 
-@probe
-def output_errors_compared(workshop: Workshop, stage: str, reference: str, rows: int) -> Measurement:
+@probe("x of the error")
+def output_errors_compared(workshop: Workshop, stage: StageText, reference: StageText, rows: int) -> Measurement:
     """tr(dW H dW^T) relative to tr(W H W^T) of one stage over that of another, on some rows of the sampled matrices."""
     ours, theirs = stages.parse(stage), stages.parse(reference)
     statistics, pairs, n = _statistics(workshop), [], 0
@@ -434,7 +446,7 @@ def _statistics(workshop: Workshop) -> dict[str, InputStatistics]:
 # The model
 
 
-@probe
+@probe("share of parameters")
 def quantised_share(workshop: Workshop, kept: bool = False) -> Measurement:
     """Share of the model's parameters that stages may touch, or that are kept; tied ones count once."""
     total = workshop.model.parameters
@@ -443,7 +455,7 @@ def quantised_share(workshop: Workshop, kept: bool = False) -> Measurement:
     return workshop.exact(value, "share of parameters", total, "kept" if kept else "quantised")
 
 
-@probe
+@probe("share of bytes")
 def memory_saved(workshop: Workshop) -> Measurement:
     """1 - bytes of the running packed ternary model's tensors over those of its parameters in float32."""
     packed = load(workshop.artifact("ternary:rule=absmean").path, runtime="packed").model
@@ -472,7 +484,7 @@ def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None
     return tokens
 
 
-@probe
+@probe()
 def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB"]) -> Measurement:
     """Squared error of 8-bit activations, its mean or the signal's distance from it, over all layers' inputs."""
     sums = torch.zeros(3, dtype=torch.float64)
@@ -486,7 +498,7 @@ def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB
     return workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
 
 
-@probe
+@probe("share of inputs")
 def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
     """Share of the inputs of layers of this name that 8 bits a token round to zero."""
     counts = [0, 0]
@@ -500,7 +512,7 @@ def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
     return workshop.exact(counts[0] / counts[1], "share of inputs", counts[1], "inputs rounded to 0", **about)
 
 
-@probe
+@probe("x")
 def activation_cost(workshop: Workshop) -> Measurement:
     """Perplexity with 8-bit inputs of every touched layer, over the original's, in pairs, window by window."""
     changed = copy.copy(workshop.model)
@@ -515,7 +527,7 @@ def activation_cost(workshop: Workshop) -> Measurement:
     return found.through(lambda x: 1 / x, "x", metric="perplexity with 8-bit activations / perplexity")
 
 
-@probe
+@probe("x")
 def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
     """Perplexity with padding counted as tokens and labels, over that of the tokens alone; original model.
 
@@ -541,7 +553,7 @@ def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
     return workshop.exact(value, "x", count, "perplexity, padding counted", text=workshop.text.name, texts=len(lines))
 
 
-@probe
+@probe("share of layers")
 def conv1d_layers(workshop: Workshop) -> Measurement:
     """Share of the Conv1D layers of a small GPT-2, made here, that a stage may touch."""
     from transformers import GPT2Config, GPT2LMHeadModel
@@ -560,7 +572,7 @@ def conv1d_layers(workshop: Workshop) -> Measurement:
 # Grokfast and Muon
 
 
-@probe
+@probe("x")
 def filter_gain(
     workshop: Workshop, filter: Literal["low", "high"], signal: Literal["constant", "alternating"], steps: int = 500
 ) -> Measurement:
@@ -581,7 +593,7 @@ def filter_gain(
     return workshop.exact(value, "x", steps, "gain of a filter", filter=filter, signal=signal, alpha=0.98, lamb=2.0)
 
 
-@probe
+@probe("share of singular values")
 def singular_values(workshop: Workshop, low: float, high: float) -> Measurement:
     """Share of singular values within low..high after Newton-Schulz, on 128 x 256 Gaussian matrices."""
     pairs = []
@@ -592,7 +604,7 @@ def singular_values(workshop: Workshop, low: float, high: float) -> Measurement:
     return _over(workshop, pairs, "share of singular values", n, "gaussian", "singular values", low=low, high=high)
 
 
-@probe
+@probe("root mean square")
 def step_size(workshop: Workshop, rows: int, columns: int) -> Measurement:
     """Root mean square of Muon's scaled step, at a learning rate of 1, from Gaussian gradients."""
     steps = [muon_scale(rows, columns) * newton_schulz(w).double() for w, _ in _weights(workshop, "gaussian", rows, columns)]
@@ -600,7 +612,7 @@ def step_size(workshop: Workshop, rows: int, columns: int) -> Measurement:
     return _over(workshop, pairs, "root mean square", rows * columns * len(pairs), "gaussian", "size of a step")
 
 
-@probe
+@probe("share of shapes")
 def muon_shapes(workshop: Workshop, shapes: list[list[int]]) -> Measurement:
     """Share of shapes of which MuGrokfast's Muon makes a finite step that is not zero."""
     good = 0
@@ -610,7 +622,7 @@ def muon_shapes(workshop: Workshop, shapes: list[list[int]]) -> Measurement:
     return workshop.exact(good / len(shapes), "share of shapes", len(shapes), "Muon's steps")
 
 
-@probe
+@probe("norm of the step")
 def step_at_zero_rate(workshop: Workshop) -> Measurement:
     """Norm of what one step of MuGrokfast changes at a learning rate of 0: a matrix by Muon, a vector by AdamW."""
     norm = _step_norm([torch.Size((64, 128)), torch.Size((64,))], [True, False], lr=0.0)

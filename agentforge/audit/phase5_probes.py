@@ -15,14 +15,14 @@ from ..evaluation.choices import likelihoods
 from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
 from ..evaluation.questions import CHANCE, questions
 from ..models import LanguageModel
-from .probes import probe
-from .workshop import Workshop
+from .probes import StageText, probe
+from .workshop import Unmeasured, Workshop
 
 ASKED = {"smoke": (4, 40), "standard": (8, 160), "full": (12, 400)}  # questions a level, and at the level found
 TOLERANCE = 1e-3  # nats, between likelihoods of one text computed in two ways
 
 
-@probe
+@probe("share of checks")
 def phase5_checks(workshop: Workshop) -> Measurement:
     """Share of the five checks, edge of chaos and four rules, that give a value with its error and whose log-likelihoods a
     second computation, one text at a time by transformers' own loss, gives as well."""
@@ -39,35 +39,35 @@ def phase5_checks(workshop: Workshop) -> Measurement:
     )
 
 
-@probe
-def edge_accuracy(workshop: Workshop, stage: str | None = None) -> Measurement:
+@probe("share of answers")
+def edge_accuracy(workshop: Workshop, stage: StageText | None = None) -> Measurement:
     """Share of answers right at the original's edge of chaos: of the original, or of the model compressed with `stage`."""
     found = _edge(workshop, stage)
     return Measurement(**found["accuracy"])
 
 
-@probe
-def edge_kept(workshop: Workshop, stage: str) -> Measurement:
+@probe("share")
+def edge_kept(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of the original's accuracy at its edge of chaos that the model compressed with `stage` keeps, in pairs."""
     return Measurement(**_edge(workshop, stage)["retention"])
 
 
-@probe
-def edge_of_what_passes(workshop: Workshop, stages: list[str], least: float) -> Measurement:
+@probe("share of answers")
+def edge_of_what_passes(workshop: Workshop, stages: list[StageText], least: float) -> Measurement:
     """Lowest share of answers right at the original's edge of chaos, among the stages that keep at least `least` of the
     original's; what each of them keeps stands in the protocol."""
     found = {stage: _edge(workshop, stage) for stage in stages}
     passing = {stage: one["accuracy"] for stage, one in found.items() if one["retention"]["value"] >= least}
     kept = {stage: one["retention"]["value"] for stage, one in found.items()}
     if not passing:
-        return workshop.exact(math.nan, "share of answers", len(stages), "lowest accuracy that passes", kept=kept)
+        raise Unmeasured(f"a stage that keeps {least:.0%} of the answers")
     lowest = Measurement(**min(passing.values(), key=lambda one: float(one["value"])))
     about = {**lowest.protocol, "metric": "lowest accuracy that passes", "least": least, "kept": kept}
     return dataclasses.replace(lowest, protocol=about)
 
 
-@probe
-def lowest_rule(workshop: Workshop, stage: str | None = None) -> Measurement:
+@probe("share of items")
+def lowest_rule(workshop: Workshop, stage: StageText | None = None) -> Measurement:
     """The lowest of the four rules' scores: of the original, or of the model compressed with `stage`."""
     return min(_rules(workshop, stage).values(), key=lambda score: score.value)
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import pydantic
 import torch
 
-from .. import evaluation
+from .. import evaluation, stages
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..models import open_model
@@ -24,28 +25,73 @@ from .workshop import Workshop
 
 Probe = Callable[..., Measurement]
 PROBES: dict[str, Probe] = {}
+UNITS: dict[str, str] = {}  # of what a probe measures, unless its parameters say it
+COMPARES: set[str] = set()  # the probes that need an original to compare with
 
 
-def probe(function: Probe) -> Probe:
-    """Decorator: makes a probe known under its function's name, which no other has."""
-    assert function.__name__ not in PROBES, f"there are two probes called {function.__name__}"
-    PROBES[function.__name__] = function
-    return function
+def _stage(text: str) -> str:
+    stages.parse(text)
+    return text
+
+
+StageText = Annotated[str, pydantic.AfterValidator(_stage)]  # as `stages.parse` takes it
+
+
+def probe(unit: str = "", compares: bool = False) -> Callable[[Probe], Probe]:
+    """Decorator: makes a probe known under its function's name, which no other has.
+
+    unit: of what it measures; "" if that depends on its parameters.  compares: whether it needs an original.
+    """
+
+    def know(function: Probe) -> Probe:
+        name = function.__name__
+        assert name not in PROBES, f"there are two probes called {name}"
+        PROBES[name] = function
+        UNITS[name] = unit
+        COMPARES.update([name] * compares)
+        return function
+
+    return know
+
+
+def mistake(name: str, parameters: dict[str, Any], unit: str | None = None) -> tuple[tuple[str, ...], str] | None:
+    """What is wrong with a call of a probe, as a place in the claim and why, before anything runs; None if nothing is.
+
+    unit: in which the claim is made.
+    """
+    if name not in PROBES:
+        return ("probe", "name"), f"probe {name!r} does not exist; there are {', '.join(sorted(PROBES))}"
+    signature = inspect.signature(PROBES[name], eval_str=True)
+    taken = list(signature.parameters.values())[1:]
+    open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
+    known = {parameter.name: parameter.annotation for parameter in taken if parameter.kind is not parameter.VAR_KEYWORD}
+    for key, value in parameters.items():
+        if key not in known and not open_ended:
+            return ("probe", "parameters", key), f"probe {name} takes no {key!r}; expected {', '.join(known) or 'none'}"
+        try:
+            pydantic.TypeAdapter(known.get(key, Any)).validate_python(value, strict=True)
+        except pydantic.ValidationError as error:
+            why = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+            return ("probe", "parameters", key), f"probe {name}: {key}={value!r:.100}: {why}"
+    if lacking := [p.name for p in taken if p.default is p.empty and p.name in known and p.name not in parameters]:
+        return ("probe", "parameters"), f"probe {name} needs {lacking[0]!r}"
+    measures = parameters.get("unit") if "unit" in known else UNITS.get(name)
+    if unit and measures and unit != measures:
+        return ("claimed", "unit"), f"{unit!r} is claimed, and probe {name} measures {measures!r}; expected that"
+    return None
 
 
 def run(workshop: Workshop, name: str, parameters: dict[str, Any]) -> Measurement:
     """Run a probe.  Raises BadInput for an unknown probe, or parameters that it does not take."""
-    if name not in PROBES:
-        raise BadInput(f"probe {name!r} does not exist; there are {', '.join(sorted(PROBES))}")
-    try:
-        inspect.signature(PROBES[name]).bind(workshop, **parameters)
-    except TypeError as error:
-        raise BadInput(f"probe {name}: {error}") from None
-    return PROBES[name](workshop, **parameters)
+    if found := mistake(name, parameters):
+        raise BadInput(found[1])
+    measured = PROBES[name](workshop, **parameters)
+    assert measured.unit == UNITS.get(name) or not UNITS.get(name), f"probe {name} gave {measured.unit}"
+    return measured
 
 
-@probe
-def ternary_values(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of weights")
+def ternary_values(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of decoded weights that are -s, 0 or +s, s being the largest magnitude in their row."""
     artifact = workshop.artifact(stage)
     good = total = 0
@@ -58,8 +104,8 @@ def ternary_values(workshop: Workshop, stage: str) -> Measurement:
     return workshop.exact(good / total, "share of weights", total, "weights of value -s, 0, +s", stage=stage)
 
 
-@probe
-def zero_share(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of weights")
+def zero_share(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of ternary weights that are zero."""
     zeros = total = 0.0
     for _, packed in workshop.encoded(stage):
@@ -69,8 +115,8 @@ def zero_share(workshop: Workshop, stage: str) -> Measurement:
     return workshop.exact(zeros / total, "share of weights", int(total), "weights of value zero", stage=stage)
 
 
-@probe
-def code_agreement(workshop: Workshop, stage: str, reference: str) -> Measurement:
+@probe("share of weights")
+def code_agreement(workshop: Workshop, stage: StageText, reference: StageText) -> Measurement:
     """Share of weights to which two ternary rules give the same code."""
     same = total = 0
     for (_, ours), (_, theirs) in zip(workshop.encoded(stage), workshop.encoded(reference), strict=True):
@@ -79,8 +125,8 @@ def code_agreement(workshop: Workshop, stage: str, reference: str) -> Measuremen
     return workshop.exact(same / total, "share of weights", total, "equal codes", stage=stage, reference=reference)
 
 
-@probe
-def row_scale_error(workshop: Workshop, stage: str) -> Measurement:
+@probe("relative deviation")
+def row_scale_error(workshop: Workshop, stage: StageText) -> Measurement:
     """Largest relative deviation of a stored row scale from that row's mean |w|."""
     worst, rows = 0.0, 0
     weights = {weight.name: weight for weight in workshop.model.weights()}
@@ -97,8 +143,10 @@ def row_scale_error(workshop: Workshop, stage: str) -> Measurement:
     return workshop.exact(worst, "relative deviation", rows, "row scale against mean |w|", stage=stage)
 
 
-@probe
-def ratio(workshop: Workshop, stage: str, of: str, bits: int) -> Measurement:
+@probe("x")
+def ratio(
+    workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
+) -> Measurement:
     """Bytes on disk of the whole model, or of the touched tensors, against `bits` a parameter."""
     for candidate in workshop.artifact(stage).ratios:
         if candidate.what == of and candidate.denominator.endswith(f"at {bits} bits"):
@@ -115,8 +163,8 @@ def ratio(workshop: Workshop, stage: str, of: str, bits: int) -> Measurement:
     raise BadInput(f"ratio: of={of!r}, bits={bits}; expected 'whole model' or 'touched tensors', and 16 or 32")
 
 
-@probe
-def ratio_of(workshop: Workshop, model: str, stage: str, bits: int) -> Measurement:
+@probe("x")
+def ratio_of(workshop: Workshop, model: str, stage: StageText, bits: int) -> Measurement:
     """As `ratio` of the whole model, for another model than the workshop's."""
     opened = open_model(model)
     artifact = compress(opened, stage, workshop.folder / f"ratio-of-{opened.name}", overwrite=True, progress=False)
@@ -125,16 +173,16 @@ def ratio_of(workshop: Workshop, model: str, stage: str, bits: int) -> Measureme
     return Measurement(artifact.ratio_to(bits), "x", None, artifact.weight_bytes, protocol, inputs=inputs)
 
 
-@probe
-def bits_per_weight(workshop: Workshop, stage: str) -> Measurement:
+@probe("bits/weight")
+def bits_per_weight(workshop: Workshop, stage: StageText) -> Measurement:
     """Bytes of the planes on disk, in bits, over the number of weights they encode."""
     rows = [row for row in workshop.artifact(stage).rows if row["stage"]]
     count = sum(math.prod(row["shape"]) for row in rows)
     return workshop.exact(8 * sum(row["bytes"] for row in rows) / count, "bits/weight", count, "bits on disk", stage=stage)
 
 
-@probe
-def kept_in_16_bits(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of parameters")
+def kept_in_16_bits(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of the parameters outside the touched weights (embedding, head, norms, biases) stored with 16 bits or more."""
     rows = [row for row in workshop.artifact(stage).rows if not row["stage"]]
     wide = sum(math.prod(row["shape"]) for row in rows if row["dtype"] in ("float16", "bfloat16", "float32"))
@@ -142,20 +190,20 @@ def kept_in_16_bits(workshop: Workshop, stage: str) -> Measurement:
     return workshop.exact(wide / total, "share of parameters", total, "kept at 16 bits or more", stage=stage)
 
 
-@probe
-def perplexity_factor(workshop: Workshop, stage: str) -> Measurement:
+@probe("x")
+def perplexity_factor(workshop: Workshop, stage: StageText) -> Measurement:
     """Perplexity of the compressed model over that of the original, on the same tokens."""
     kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, window by window
     return kept.through(lambda x: 1 / x, "x", metric="perplexity / original perplexity", stage=stage)
 
 
-@probe
-def top1_agreement(workshop: Workshop, stage: str) -> Measurement:
+@probe("share of tokens")
+def top1_agreement(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of tokens at which the compressed model and the original have the same most likely next token."""
     return workshop.divergence(stage).top1
 
 
-@probe
+@probe("relative difference")
 def perplexity_formula(workshop: Workshop, tokens: int = 1023) -> Measurement:
     """Relative difference between our perplexity and the one from transformers' own loss, on one window."""
     tokens = min(tokens, workshop.tokens, workshop.context - 1)

@@ -27,7 +27,7 @@ from .workshop import PACKAGE, Unmeasured, Workshop
 POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 
 
-@probe
+@probe("share of points")
 def score(workshop: Workshop, sections: list[str] | None = None, stages: list[str] | None = None) -> Measurement:
     """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
 
@@ -47,7 +47,7 @@ def score(workshop: Workshop, sections: list[str] | None = None, stages: list[st
     return workshop.exact(sum(points) / len(points), "share of points", len(points), "points over rows", **counted)
 
 
-@probe
+@probe("share of lines")
 def coverage(workshop: Workshop, files: str = "") -> Measurement:
     """Share of the package's lines that the last whole test run executed, from coverage.py's data (`make test` writes it).
 
@@ -75,7 +75,7 @@ def coverage(workshop: Workshop, files: str = "") -> Measurement:
     return workshop.exact(1 - missing / lines, "share of lines", lines, "lines executed by the tests", files=files or "all")
 
 
-@probe
+@probe("share of figures")
 def figures_that_come_back(workshop: Workshop) -> Measurement:
     """Share of the figures in README's table of stages that come back when they are measured again.
 
@@ -119,7 +119,7 @@ def _near(printed: str, measured: Measurement) -> bool:
     return abs(value - measured.value) <= 2 * math.hypot(spread, measured.stderr or 0.0)
 
 
-@probe
+@probe("share of facts")
 def registry_facts(workshop: Workshop) -> Measurement:
     """Share of facts that MLflow's own client reads back of two artifacts of digits-mlp, the second made from the first.
 
@@ -174,7 +174,7 @@ def _facts_read_back(uri: str, artifact: Artifact, base: str, parent: str | None
     ]
 
 
-@probe
+@probe("share of functions")
 def short_functions(workshop: Workshop, lines: int = 60) -> Measurement:
     """Share of the package's functions that are at most `lines` lines long."""
     functions = [f for _, f in _functions()]
@@ -182,7 +182,7 @@ def short_functions(workshop: Workshop, lines: int = 60) -> Measurement:
     return workshop.exact(short / len(functions), "share of functions", len(functions), f"at most {lines} lines")
 
 
-@probe
+@probe("share of functions")
 def typed_functions(workshop: Workshop) -> Measurement:
     """Share of the package's public functions whose arguments and result all have type hints."""
     functions = [(inside, f) for inside, f in _functions() if not f.name.startswith("_")]
@@ -193,7 +193,7 @@ def typed_functions(workshop: Workshop) -> Measurement:
     return workshop.exact(typed / len(functions), "share of functions", len(functions), "public and fully typed")
 
 
-@probe
+@probe("share of functions")
 def documented_functions(workshop: Workshop) -> Measurement:
     """Share of the package's public functions that have a docstring."""
     functions = [f for _, f in _functions() if not f.name.startswith("_")]

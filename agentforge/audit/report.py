@@ -29,11 +29,13 @@ from rich.text import Text
 
 from ..errors import AgentForgeError, BadInput
 from ..escaping import markdown_of
-from ..evaluation.texts import CHECKOUT
+from ..evaluation.texts import CHECKOUT, SPLITS
+from ..models import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
 from .drawing import MARKS, measured_text
 from .figures import FIGURES
+from .probes import COMPARES
 from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
 from .workshop import Workshop, check_settings, workshop_for
@@ -73,10 +75,11 @@ def run(
 
     Raises BadInput for an unknown report and unusable settings, AgentForgeError where a cell of the notebook fails.
     """
+    report = _place(report)
     claims = read_claims(report)
     check_settings(tokens, budget, device)
-    own = _claims_path(report)
-    folder = (Path(out) if out is not None else reports_folder(budget)) / claims.report
+    model, against, text = _places(claims, {"model": model, "against": against, "text": text})
+    folder = (Path(out).expanduser().absolute() if out is not None else reports_folder(budget)) / claims.report
     before = folder / f"{claims.report}.json"
     if keep and not before.is_file():
         raise BadInput(f"{before}: there is no report to keep anything of; run without --keep")
@@ -87,7 +90,7 @@ def run(
         made = Path(scratch) / claims.report
         made.mkdir()
         parameters = {
-            "report": str(own),
+            "report": str(report),
             "model": model,
             "against": against,
             "text": text,
@@ -144,18 +147,19 @@ def only(report: str | Path, ids: Sequence[str], settings: dict[str, Any]) -> li
     Raises BadInput for a claim that the file does not have.
     """
     claims = read_claims(report)
+    settings = settings | dict(zip(("model", "against", "text"), _places(claims, settings), strict=True))
     known = {claim.id: claim for claim in claims.claims}
     if unknown := [name for name in ids if name not in known]:
         raise BadInput(f"claim {unknown[0]!r} is not in {claims.report}; there are {', '.join(sorted(known))}")
     few = dataclasses.replace(claims, claims=tuple(known[name] for name in ids), baselines=())
     with tempfile.TemporaryDirectory() as folder:
-        rows: list[dict[str, Any]] = measure(few, _workshop(claims, Path(folder), settings), lambda *_, **__: None)["claims"]
+        rows: list[dict[str, Any]] = measure(few, _workshop(few, Path(folder), settings), lambda *_, **__: None)["claims"]
     return rows
 
 
 def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Workshop:
     model, against = settings["model"] or claims.model, settings["against"] or claims.against
-    return workshop_for(
+    made = workshop_for(
         against or model,
         folder,
         settings["text"],
@@ -166,6 +170,12 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
         subject=None if claims.report in REPORTS else model,
         memory=not settings["fresh"],
     )
+    for claim in claims.claims:
+        if claim.probe in COMPARES and (made.subject is None or made.subject.fingerprint == made.model.fingerprint):
+            raise BadInput(
+                f"{claims.places[claim.id]}: probe {claim.probe} compares with an original; name that one with --against"
+            )
+    return made
 
 
 def check(folder: Path, claims: ClaimsFile | None = None) -> None:
@@ -205,9 +215,22 @@ def _comparable(file: Path) -> str:
     return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=\n]*", "", text)
 
 
-def _claims_path(report: str | Path) -> str | Path:
+def _place(report: str | Path) -> str | Path:
     """A report's name as it is; a path made absolute, because the notebook runs elsewhere."""
-    return Path(report).expanduser().resolve() if Path(report).suffix in (".yaml", ".yml") else report
+    return Path(report).expanduser().absolute() if Path(report).suffix in (".yaml", ".yml") else report
+
+
+def _places(claims: ClaimsFile, settings: dict[str, Any]) -> list[str | None]:
+    """Model, original and text, as asked for or as the claims have them, seen from the current folder: paths absolute, names
+    (of ours, or a hub id) as they are."""
+    asked = (settings["model"] or claims.model, settings["against"] or claims.against, settings["text"])
+    return [_absolute(name) if name and name not in (*NAMED, *SPLITS) else name for name in asked]
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of what is there; any other name as it is."""
+    path = os.path.abspath(os.path.expanduser(name))
+    return path if os.path.exists(path) else name
 
 
 def reports_folder(budget: str = "full") -> Path:
@@ -253,23 +276,29 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
     template = TEMPLATES / f"{name}.ipynb"
     template = template if template.is_file() else TEMPLATES / "claims.ipynb"
     logging.getLogger("blib2to3").setLevel(logging.ERROR)
+    before = dict(os.environ)
+    # The kernel's own folder is an empty one, in which no relative path leads anywhere; so it is told where this package is.
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(CHECKOUT), *filter(None, [before.get("PYTHONPATH")])])
+    os.environ |= {key: os.path.abspath(before[key]) for key in ("AGENTFORGE_CACHE", "AGENTFORGE_DATA") if key in before}
     # A backend that was chosen for this process (Streamlit does, when it is imported) would leave the page without pictures.
-    backend = os.environ.pop("MPLBACKEND", None)
+    os.environ.pop("MPLBACKEND", None)
     try:
         papermill.execute_notebook(
             template,
             folder / f"{name}.ipynb",
             parameters=parameters,
-            cwd=CHECKOUT if CHECKOUT.is_dir() else Path.cwd(),
+            cwd=folder,
             log_output=progress,
             progress_bar=False,
             kernel_name="python3",
         )
     except PapermillExecutionError as error:
+        if error.ename == "BadInput":
+            raise BadInput(error.evalue) from None
         raise AgentForgeError(f"{template.name}: cell {error.exec_count} failed: {error.ename}: {error.evalue}") from None
     finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class _Progress(logging.Handler):

@@ -13,6 +13,7 @@ import itertools
 import math
 import subprocess
 import tempfile
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,7 +33,7 @@ from ..training.phase import Phase
 from . import paper_probes, phase5_probes, record, training_probes
 from . import workshop as room
 from .compression_probes import share
-from .probes import probe, run
+from .probes import StageText, probe, run
 from .workshop import Unmeasured, Workshop
 
 PIECE = 100  # characters of a calibration text that are looked for in the scored one
@@ -68,7 +69,7 @@ def calibration_windows(workshop: Workshop) -> list[torch.Tensor]:
     return found
 
 
-@probe
+@probe("share of pieces")
 def calibration_in_the_scored_text(workshop: Workshop) -> Measurement:
     """Share of the pieces of 100 characters of all that the audit calibrates on that stand in the text it scores."""
     if workshop.model.is_classifier:
@@ -81,7 +82,7 @@ def calibration_in_the_scored_text(workshop: Workshop) -> Measurement:
     return workshop.exact(value, "share of pieces", len(pieces), "calibration text that is scored", text=workshop.text.name)
 
 
-@probe
+@probe("share of cases")
 def picks_of_probes(workshop: Workshop) -> Measurement:
     """Share of cases in which what rows pick as the lowest of several is what sorting finds; the scores are made up."""
 
@@ -102,7 +103,7 @@ def picks_of_probes(workshop: Workshop) -> Measurement:
     return share(workshop, right, "cases", "the lowest of made-up scores")
 
 
-@probe
+@probe("share of states")
 def commits_told(workshop: Workshop) -> Measurement:
     """Share of states of a small git repository, made here, whose commit and dirty flag the audit tells as they are."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -136,7 +137,7 @@ def commits_told(workshop: Workshop) -> Measurement:
     return share(workshop, right, "states", "commit and dirty flag of a repository")
 
 
-@probe
+@probe("share of changes")
 def measured_anew(workshop: Workshop) -> Measurement:
     """Share of changes, one at a time to what a measurement depends on, after which it is not taken from the cache; and the
     same again, after which it is."""
@@ -144,8 +145,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     effort = dataclasses.replace(here.effort, seeds=here.effort.seeds + 1)
     # A text of the same name, a model of the same name, and so on: names are not what a measurement depends on.
     text = dataclasses.replace(here.text, text=here.text.text + ".")
-    model, subject = (copy.copy(here.model) for _ in range(2))
-    vars(model)["fingerprint"], vars(subject)["fingerprint"] = "another", "a third"
+    model, subject = (types.SimpleNamespace(fingerprint=of) for of in ("another", "a third"))
     changes: list[dict[str, Any]] = [{}, {"text": text}, {"model": model}, {"subject": subject}, {"effort": effort}]
     changes += [{"tokens": here.tokens - 1}, {"context": here.context + 1}, {"device": "another"}]
     others = [("another", {"a": 1}), ("kind", {"a": 2})]
@@ -167,7 +167,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     return share(workshop, right, "changes", "measured again after a change, and not without one")
 
 
-@probe
+@probe("share of accuracy")
 def drop_counted(workshop: Workshop) -> Measurement:
     """Largest deviation of the row on the drop of accuracy from counting pictures, of digits-mlp made so coarse that it
     loses some, and of one that loses hardly any."""
@@ -193,7 +193,7 @@ def _right_by_hand(folder: Path) -> int:
     return int((x.argmax(1) == labels.numpy()).sum())
 
 
-@probe
+@probe("relative deviation")
 def parameters_counted(workshop: Workshop) -> Measurement:
     """Largest relative deviation of the parameters that ratios count from the tensors in memory, each once: of the model
     that is here, and of small ones with a head of their own, tied, and tied but stored twice."""
@@ -223,7 +223,7 @@ def _off(model: LanguageModel, two_each: list[int]) -> float:
     return max(abs(count / (2 * held) - 1) for count in two_each)
 
 
-@probe
+@probe("x")
 def speed_by_a_clock(workshop: Workshop) -> Measurement:
     """How many times as fast the audit finds what takes a second than what takes three, by a clock that is set here."""
     clock = [0.0]
@@ -235,8 +235,8 @@ def speed_by_a_clock(workshop: Workshop) -> Measurement:
         return training_probes._faster(workshop, lambda: takes(1), lambda: takes(3), 5, "float32", "made-up seconds")
 
 
-@probe
-def divergence_by_hand(workshop: Workshop, stage: str) -> Measurement:
+@probe("relative deviation")
+def divergence_by_hand(workshop: Workshop, stage: StageText) -> Measurement:
     """Largest deviation of what one pass over a text says of a compressed model from a second computation, in double
     precision, whose weights are decoded from the file and put into a copy of the original.
 

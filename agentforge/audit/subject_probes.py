@@ -5,6 +5,7 @@ The subject is the model that is audited; the workshop's model is its original, 
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ from ..errors import BadInput
 from ..evaluation import Divergence, Measurement, intervals
 from ..models import LanguageModel
 from .probes import probe
-from .workshop import Workshop
+from .workshop import Unmeasured, Workshop
 
 
 def subject_of(workshop: Workshop, compares: bool = True) -> LanguageModel:
@@ -48,7 +49,7 @@ def _divergence(workshop: Workshop) -> Divergence:
     return Divergence(**{name: Measurement(**kept[name]) for name in Divergence._fields})
 
 
-@probe
+@probe("x", compares=True)
 def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
     """The original's parameters at `bits` each over the bytes of the subject's weight files, headers included."""
     subject = subject_of(workshop)
@@ -58,7 +59,7 @@ def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
     )
 
 
-@probe
+@probe("bits/parameter")
 def bits_on_disk(workshop: Workshop) -> Measurement:
     """Bits of the subject's weight files over the original's number of parameters (its own, where no original is named)."""
     subject = subject_of(workshop, compares=False)
@@ -66,7 +67,7 @@ def bits_on_disk(workshop: Workshop) -> Measurement:
     return _size(workshop, 8 * subject.opened_bytes / count, "bits/parameter", f"all {count:,} parameters")
 
 
-@probe
+@probe("MB")
 def megabytes_on_disk(workshop: Workshop) -> Measurement:
     """Bytes of the subject's weight files, in millions."""
     return _size(workshop, subject_of(workshop, compares=False).opened_bytes / 1e6, "MB", "none")
@@ -80,7 +81,7 @@ def _size(workshop: Workshop, value: float, unit: str, denominator: str) -> Meas
     return Measurement(value, unit, None, size, protocol, inputs=inputs)
 
 
-@probe
+@probe("perplexity")
 def perplexity(workshop: Workshop) -> Measurement:
     """The subject's perplexity on the workshop's text."""
     subject = subject_of(workshop, compares=False)
@@ -88,41 +89,44 @@ def perplexity(workshop: Workshop) -> Measurement:
     return evaluation.perplexity(subject, workshop.text, context=context, tokens=workshop.tokens, progress=workshop.progress)
 
 
-@probe
+@probe("nats/token", compares=True)
 def kl(workshop: Workshop) -> Measurement:
     """KL(original || subject), nats a token."""
     return _divergence(workshop).kl
 
 
-@probe
+@probe("share of tokens", compares=True)
 def same_top_token(workshop: Workshop) -> Measurement:
     """Share of tokens at which subject and original have the same most likely next token."""
     return _divergence(workshop).top1
 
 
-@probe
+@probe("share", compares=True)
 def accuracy_kept(workshop: Workshop) -> Measurement:
     """Accuracy over the original's: of the next token, or of digits for classifiers; the error is that of pairs."""
     subject = subject_of(workshop)
-    if subject.is_classifier:
-        return evaluation.accuracy_retention(subject, workshop.model)
-    return _divergence(workshop).retention
+    kept = (
+        evaluation.accuracy_retention(subject, workshop.model) if subject.is_classifier else _divergence(workshop).retention
+    )
+    if math.isnan(kept.value):
+        raise Unmeasured("an original that gets something right: of nothing nothing can be kept")
+    return kept
 
 
-@probe
+@probe("share", compares=True)
 def perplexity_kept(workshop: Workshop) -> Measurement:
     """The original's perplexity over the subject's, on the same tokens; the error is that of pairs."""
     return _divergence(workshop).perplexity_retention
 
 
-@probe
+@probe("tokens/s")
 def tokens_a_second(workshop: Workshop, tokens: int = 32, runs: int = 6) -> Measurement:
     """Tokens that the subject generates a second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
     rates = _rates(workshop, subject_of(workshop, compares=False), tokens, runs)
     return _speed(workshop, rates, "tokens/s", tokens)
 
 
-@probe
+@probe("x", compares=True)
 def times_as_fast(workshop: Workshop, tokens: int = 32, runs: int = 6) -> Measurement:
     """Tokens a second of the subject over those of its original, both as they are loaded; median of pairs of runs."""
     subject, original = subject_of(workshop), workshop.on_device(workshop.model)

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Annotated
+
+import pydantic
 
 from ..artifact import load
 from ..errors import BadInput
 from ..evaluation import Measurement
-from ..evaluation.tasks import TaskResult, evaluate_tasks
+from ..evaluation.tasks import SUITES, TaskResult, evaluate_tasks
 from ..models import LanguageModel
-from .probes import probe
+from .probes import StageText, probe
 from .subject_probes import subject_of
 from .workshop import Unmeasured, Workshop
 
+
+def _task(name: str) -> str:
+    if name not in SUITES:
+        raise ValueError(f"there is no such suite; expected one of {', '.join(SUITES)}")
+    return name
+
+
+TaskName = Annotated[str, pydantic.AfterValidator(_task)]
 QUESTIONS = {"smoke": 8, "standard": 12, "full": 200}
 
 
-@probe
-def suites_that_measure(workshop: Workshop, tasks: list[str]) -> Measurement:
+@probe("share of suites")
+def suites_that_measure(workshop: Workshop, tasks: list[TaskName]) -> Measurement:
     """Share of the suites that give the original's accuracy with a finite standard error, from two questions each; what
     the others lack stands in the protocol."""
     lacking = {}
@@ -35,28 +46,28 @@ def suites_that_measure(workshop: Workshop, tasks: list[str]) -> Measurement:
     return workshop.exact(value, "share of suites", len(tasks), "suites that measure", tasks=tasks, lacking=lacking)
 
 
-@probe
-def suite_retention(workshop: Workshop, task: str, stage: str) -> Measurement:
+@probe("share")
+def suite_retention(workshop: Workshop, task: TaskName, stage: StageText) -> Measurement:
     """Accuracy on a suite that the model compressed with `stage` keeps, in pairs; as many questions as the effort says."""
     compressed = load(workshop.artifact(stage).path)
     found = _on_suite(workshop, compressed, task, QUESTIONS[workshop.effort.name], workshop.model)
     return _kept(found, task)
 
 
-@probe
-def task_accuracy(workshop: Workshop, task: str, limit: int | None = None) -> Measurement:
+@probe("accuracy")
+def task_accuracy(workshop: Workshop, task: TaskName, limit: int | None = None) -> Measurement:
     """The subject's accuracy on a suite by name (`evaluation.tasks.SUITES`), with its binomial standard error."""
     return _on_suite(workshop, subject_of(workshop, compares=False), task, limit, None).accuracy
 
 
-@probe
-def task_accuracy_kept(workshop: Workshop, task: str, limit: int | None = None) -> Measurement:
+@probe("share", compares=True)
+def task_accuracy_kept(workshop: Workshop, task: TaskName, limit: int | None = None) -> Measurement:
     """The subject's accuracy on a suite over its original's; the error is that of pairs."""
     return _kept(_on_suite(workshop, subject_of(workshop), task, limit, workshop.model), task)
 
 
 def _on_suite(
-    workshop: Workshop, model: LanguageModel, task: str, limit: int | None, original: LanguageModel | None
+    workshop: Workshop, model: LanguageModel, task: TaskName, limit: int | None, original: LanguageModel | None
 ) -> TaskResult:
     try:
         return evaluate_tasks(model, [task], original=original, limit=limit, progress=False)[task]
@@ -66,7 +77,7 @@ def _on_suite(
         raise
 
 
-def _kept(found: TaskResult, task: str) -> Measurement:
+def _kept(found: TaskResult, task: TaskName) -> Measurement:
     if found.retention is None or not found.signal:
         raise Unmeasured(f"an original that is above chance on {task}: of what it guesses nothing can be kept")
     return found.retention

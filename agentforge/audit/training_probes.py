@@ -45,7 +45,7 @@ def _student(workshop: Workshop) -> nn.Module:
     return student
 
 
-@probe
+@probe("share of tensors")
 def gradients_that_flow(workshop: Workshop) -> Measurement:
     """Share of the ternary model's trainable tensors that get a finite gradient, not zero everywhere, from one batch; of a
     ternary layer both gradients have to be those of the identity, dL/dW = (dL/dy)^T x_q and dL/dx = (dL/dy) W_q, however
@@ -91,7 +91,7 @@ def _near(found: torch.Tensor, by_hand: torch.Tensor) -> bool:
     return float((found - by_hand).norm()) <= 1e-3 * float(by_hand.norm())
 
 
-@probe
+@probe("share of weights")
 def export_agreement(workshop: Workshop) -> Measurement:
     """Share of weights that are on disk, bit for bit, what the training's forward pass computes with."""
     stored = load(workshop.artifact("ternary").path)
@@ -132,7 +132,7 @@ def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str, seed: 
     )
 
 
-@probe
+@probe("share of KL")
 def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = "adamw") -> Measurement:
     """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext.
 
@@ -158,7 +158,7 @@ def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = 
     return Measurement(unit="share of KL", protocol=protocol, seed=0, inputs=inputs, **found)
 
 
-@probe
+@probe("nats")
 def resume_difference(workshop: Workshop) -> Measurement:
     """Largest difference between the losses of a run that was killed and went on, and one that was not (digits-mlp)."""
     from ..training import recover as module
@@ -185,7 +185,7 @@ def resume_difference(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "nats", len(losses[0]), "killed at step 13 against not killed", model="digits-mlp")
 
 
-@probe
+@probe("share")
 def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
     """Output error of the calibrated ternary rule over that of the paper's, summed over the sample of matrices, on
     H = E[x x^T]."""
@@ -203,7 +203,7 @@ def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
     )
 
 
-@probe
+@probe("share")
 def fewer_samples(workshop: Workshop) -> Measurement:
     """Output error of the calibrated ternary rule with a quarter of the calibration text, over that with all of it, on text
     that neither has seen; mean over the sample of matrices, each held against itself."""
@@ -232,7 +232,7 @@ def fewer_samples(workshop: Workshop) -> Measurement:
     return Measurement(unit="share", protocol=protocol, inputs=inputs, **found)
 
 
-@probe
+@probe("x")
 def recovery_gain_of_filter(
     workshop: Workshop, alpha: float = 0.98, lamb: float = 2.0, other_alpha: float = 0.98, other_lamb: float = 0.0
 ) -> Measurement:
@@ -259,7 +259,7 @@ def recovery_gain_of_filter(
     return Measurement(unit="x", protocol=protocol, seed=0, inputs={"model": model.fingerprint}, **found)
 
 
-@probe
+@probe("share of tokens")
 def dual_agreement(workshop: Workshop, tokens: int = 511) -> Measurement:
     """Share of tokens at which the packed model and the dequantised float16 one have the same most likely next token."""
     artifact = workshop.artifact("ternary")
@@ -278,7 +278,7 @@ def _digits_phase(workshop: Workshop) -> Phase:
     return phase("digits-mlp", workshop.folder / "phase-digits", DIGITS, always_train=True, progress=False)
 
 
-@probe
+@probe("metrics")
 def metrics_with_values(workshop: Workshop) -> Measurement:
     """How many of the 19 documented metrics a run of phase 4 logs with a measured value (digits-mlp), read back."""
     found = tracking.read(_digits_phase(workshop).path / "tracking")
@@ -286,7 +286,7 @@ def metrics_with_values(workshop: Workshop) -> Measurement:
     return workshop.exact(float(count), "metrics", len(tracking.METRICS), "metrics read back", model="digits-mlp")
 
 
-@probe
+@probe("share of accuracy")
 def accuracy_drop(workshop: Workshop) -> Measurement:
     """Share of its accuracy that digits-mlp loses in phase 4, training included, on 450 test pictures."""
     result = _digits_phase(workshop)
@@ -294,7 +294,7 @@ def accuracy_drop(workshop: Workshop) -> Measurement:
     return kept.through(lambda x: 1 - x, "share of accuracy", metric="1 - accuracy / original accuracy", model="digits-mlp")
 
 
-@probe
+@probe("share of cases")
 def triggers_that_are_right(workshop: Workshop) -> Measurement:
     """Share of cases in which training is triggered exactly when quality fell by more than 5% (digits-mlp)."""
     right = 0
@@ -306,7 +306,7 @@ def triggers_that_are_right(workshop: Workshop) -> Measurement:
     return workshop.exact(right / len(cases), "share of cases", len(cases), "trigger at 5%", model="digits-mlp")
 
 
-@probe
+@probe("share of hand-offs")
 def handoff_faults_refused(workshop: Workshop) -> Measurement:
     """Share of hand-offs judged rightly: a sound one accepted, and one refused for each of six injected faults."""
     sound = _digits_phase(workshop).path
@@ -335,7 +335,7 @@ def handoff_faults_refused(workshop: Workshop) -> Measurement:
     return workshop.exact(right / total, "share of hand-offs", total, "hand-offs judged rightly", model="digits-mlp")
 
 
-@probe
+@probe("share of faults")
 def fallback_chain(workshop: Workshop) -> Measurement:
     """Share of faults after which a text is found all the same, and what was skipped is named."""
     faults = {"missing": BadInput("wikitext2: not there"), "broken": BadInput("wikitext2: its sha256 is another")}
@@ -347,7 +347,7 @@ def fallback_chain(workshop: Workshop) -> Measurement:
     return workshop.exact(right / len(faults), "share of faults", len(faults), "fallback named and used")
 
 
-@probe
+@probe("share of target")
 def adaptive_ratio(workshop: Workshop) -> Measurement:
     """Ratio on disk, against 32 bits, that the size-adaptive table reaches on this model, over the one it promises."""
     stage, target = adaptive(workshop.model), size_of(workshop.model.parameters)
@@ -363,7 +363,7 @@ def adaptive_ratio(workshop: Workshop) -> Measurement:
     )
 
 
-@probe
+@probe("x")
 def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32") -> Measurement:
     """How many times faster TernaryLinear multiplies one vector than torch does, medians of runs taken in turns."""
     from ..runtime import TernaryLinear
@@ -376,7 +376,7 @@ def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32")
     return _faster(workshop, lambda: packed(x), lambda: dense(y), 40, against, f"{size} x {size}, one vector")
 
 
-@probe
+@probe("x")
 def generation_speed(workshop: Workshop, against: str = "float32", tokens: int = 16) -> Measurement:
     """How many times faster the ternary model generates from its packed planes than the same model in torch."""
     packed = load(workshop.artifact("ternary").path, runtime="packed").model

@@ -161,16 +161,17 @@ class Workshop:
         if not self.memory:
             return None
         try:
-            found = json.loads(self._file(kind, parameters).read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # not measured yet, or a file that something else damaged: measure
+            entry = json.loads(self._file(kind, parameters).read_text(encoding="utf-8"))
+            found: dict[str, Any] = entry["found"]
+            return found if {**entry, "found": None} == {**_entry(found), "found": None} else None
+        except (OSError, ValueError, TypeError, LookupError, RecursionError):  # not there, damaged, or of another form
             return None
-        return found if isinstance(found, dict) else None
 
     def _keep(self, kind: str, parameters: Mapping[str, Any], found: dict[str, Any]) -> None:
         if self.memory:
             file = self._file(kind, parameters)
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(file, [json.dumps(found).encode()])
+            write_atomic(file, [json.dumps(_entry(found)).encode()])
 
     def _file(self, kind: str, parameters: Mapping[str, Any]) -> Path:
         depends = {
@@ -188,6 +189,12 @@ class Workshop:
         }
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
         return cache_dir() / "measurements" / f"{key}.json"
+
+
+def _entry(found: dict[str, Any]) -> dict[str, Any]:
+    """A file of the cache: its form, what was found, and the hash of that."""
+    digest = hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+    return {"form": 2, "found": found, "sha256": digest}
 
 
 @functools.cache

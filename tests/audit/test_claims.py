@@ -23,8 +23,11 @@ def measured(value: float, stderr: float | None = None) -> Measurement:
     return Measurement(value, "x", stderr, 10, {"metric": "test"}, environment={})
 
 
+PROBE = {"name": "ratio", "parameters": {"stage": "ternary", "of": "whole model", "bits": 16}}
+
+
 def file_with(tmp_path: Path, **changes: Any) -> Path:
-    row = {"id": "a.b", "stage": "ternary", "section": "S", "title": "T", "audit": "GREEN", "probe": {"name": "ratio"}}
+    row = {"id": "a.b", "stage": "ternary", "section": "S", "title": "T", "audit": "GREEN", "probe": dict(PROBE)}
     row |= {"protocol": "P", "confirmed": [1, 2]}
     row.update(changes)
     row = {key: value for key, value in row.items() if value is not None}
@@ -152,6 +155,22 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ({"claimed": {"by": "paper", "value": 2.5, "unit": "x"}}, "claim a.b, claimed: 2.5 is claimed, and would not be"),
         ({"claimed": {"by": "paper", "value": [1, 3], "unit": "x"}}, "claim a.b, claimed"),
         ({"claimed": {"by": "paper", "value": [2, 1], "unit": "x"}}, "claim a.b, claimed"),
+        (
+            {"claimed": {"by": "paper", "value": 1, "unit": "MB"}},
+            "claim a.b, claimed, unit: 'MB' is claimed, and probe ratio",
+        ),
+        ({"probe": {"name": "ration"}}, "claim a.b, probe, name: probe 'ration' does not exist; there are"),
+        ({"probe": PROBE | {"parameters": {"stage": "ternary"}}}, "claim a.b, probe, parameters: probe ratio needs 'of'"),
+        (
+            {"probe": {"name": "ratio_on_disk", "parameters": {"bit": 16}}},
+            "parameters, bit: probe ratio_on_disk takes no 'bit'",
+        ),
+        ({"probe": {"name": "ratio_on_disk", "parameters": {"bits": "16"}}}, "bits='16': Input should be a valid integer"),
+        ({"probe": {"name": "zero_share", "parameters": {"stage": "roundng:bits=4"}}}, "stage 'roundng' does not exist"),
+        ({"probe": {"name": "zero_share", "parameters": {"stage": 4}}}, "stage=4: Input should be a valid string"),
+        ({"probe": {"name": "edge_of_what_passes", "parameters": {"stages": ["ternary", "magic"], "least": 1}}}, "'magic'"),
+        ({"probe": {"name": "coded_bits", "parameters": {"coder": "v1_seedlm:blok=3"}}}, "coder='v1_seedlm:blok=3'"),
+        ({"probe": {"name": "grokfast_gain", "parameters": {"gradient": "steep"}}}, "'constant' or 'alternating'"),
     ],
 )
 def test_a_bad_row_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:

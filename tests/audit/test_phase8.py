@@ -211,7 +211,7 @@ def test_curves(workshop: probes.Workshop) -> None:
     assert value(workshop, "curve_fit", data="weights") < 0.002
     assert value(workshop, "curves_by_hand") < 1e-6
     assert value(workshop, "chosen_curves") <= 1.0
-    with pytest.raises(BadInput, match="smooth or weights"):
+    with pytest.raises(BadInput, match="'smooth' or 'weights'"):
         value(workshop, "curve_fit", data="noise")
 
 
@@ -277,7 +277,7 @@ def test_retention_against_argmax_by_hand(workshop: probes.Workshop) -> None:
     assert value(workshop, "retention", stage=ROUNDING, of="accuracy") == pytest.approx(hits[1] / hits[0])
     expected = math.exp((losses[0] - losses[1]) / scored)
     assert value(workshop, "retention", stage=ROUNDING, of="perplexity") == pytest.approx(expected, rel=1e-4)
-    with pytest.raises(BadInput, match="accuracy or perplexity"):
+    with pytest.raises(BadInput, match="'accuracy' or 'perplexity'"):
         value(workshop, "retention", stage=ROUNDING, of="both")
 
 
@@ -309,7 +309,7 @@ def test_the_documented_chain_and_its_journal(workshop: probes.Workshop) -> None
     artifact = Artifact(workshop.folder / "chain-documented_digits_go_on/artifact")
     assert value(workshop, "documented_chain", chain="to the end", quantity="ratio") == artifact.ratio_to(32)
     assert value(workshop, "steps_build_on_each_other") == 1.0
-    with pytest.raises(BadInput, match="gated or to the end"):
+    with pytest.raises(BadInput, match="'gated' or 'to the end'"):
         value(workshop, "documented_chain", chain="half way", quantity="steps")
 
 
@@ -364,7 +364,7 @@ def test_gates_meet_settings_on_both_sides(workshop: probes.Workshop) -> None:
 def test_the_filters_gain_in_closed_form(workshop: probes.Workshop) -> None:
     assert value(workshop, "grokfast_gain", gradient="constant") == pytest.approx(1 + 2.0)
     assert value(workshop, "grokfast_gain", gradient="alternating") == pytest.approx(1 + 2.0 * 0.02 / 1.98, rel=1e-3)
-    with pytest.raises(BadInput, match="constant or alternating"):
+    with pytest.raises(BadInput, match="'constant' or 'alternating'"):
         value(workshop, "grokfast_gain", gradient="random")
 
 

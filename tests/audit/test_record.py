@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +23,10 @@ from agentforge.audit.claims import read_claims
 from agentforge.audit.record import SLOW as SLOW_PROBES
 from agentforge.audit.record import check_record, expected_seconds, measure, record_sha256
 from agentforge.audit.sarif import sarif
+from agentforge.cli import app
 from agentforge.errors import AgentForgeError, BadInput
 from agentforge.evaluation import Measurement
+from agentforge.pipeline import compress
 
 HEAD = {"report": "mine", "title": "Mine", "about": "About.", "source": "nobody", "model": "digits-mlp"}
 CLAIMS: list[dict[str, Any]] = [
@@ -193,12 +198,43 @@ def test_what_nothing_has_changed_for_is_not_measured_again(
 
 def test_a_damaged_cache_is_measured_past(tmp_path: Path, asked: list[str]) -> None:
     claims = read_claims(claims_file(tmp_path, CLAIMS[:1]))
-    measure(claims, shop(tmp_path / "a", memory=True), quiet)
-    for file in (tmp_path / "cache" / "measurements").iterdir():
-        file.write_text("{")
+    sound = measure(claims, shop(tmp_path / "a", memory=True), quiet)
+    (file,) = (tmp_path / "cache" / "measurements").iterdir()
+    text = file.read_text()
+    value = json.dumps(row_of(sound, "zeros")["measured"]["value"])
+    damages = ["", "{", "[]", "3", "null", "{}", '{"found": {}}', json.dumps(json.loads(text)["found"]), "[" * 100_000]
+    for damaged in [*damages, text.replace(value, "0.9"), text.replace('"form": 2', '"form": 1'), text[:-9]]:
+        assert damaged != text
+        file.write_text(damaged)
+        asked.clear()
+        again = measure(claims, shop(tmp_path / "b", memory=True), quiet)
+        assert row_of(again, "zeros")["measured"] == row_of(sound, "zeros")["measured"]
+        assert asked == ["zero_share"]
     asked.clear()
-    assert row_of(measure(claims, shop(tmp_path / "b", memory=True), quiet), "zeros")["verdict"] == "confirmed"
-    assert asked == ["zero_share"]
+    measure(claims, shop(tmp_path / "b", memory=True), quiet)
+    assert asked == []
+
+
+def concurrently(folder: Path, count: int, claims: Path) -> list[list[tuple[str, str]]]:
+    """The verdicts of `count` audits that run at once on one empty cache."""
+    command = [sys.executable, "-m", "agentforge", "audit", "--claims", str(claims), "--json", "--text", "selftext"]
+    command += [word for row in CLAIMS[:3] for word in ("--only", row["id"])]
+    environment = {**os.environ, "AGENTFORGE_CACHE": str(folder / "cache")}
+    running = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(count)
+    ]
+    outputs = [process.communicate() for process in running]
+    assert [process.returncode for process in running] == [0] * count, outputs[0][1].decode()
+    assert not list(folder.rglob("*.tmp"))
+    return [[(row["id"], row["verdict"]) for row in json.loads(out)["claims"]] for out, _ in outputs]
+
+
+@pytest.mark.parametrize("count", [3, pytest.param(24, marks=pytest.mark.slow)])
+def test_audits_that_share_a_cache_do_not_disturb_each_other(tmp_path: Path, count: int) -> None:
+    claims = claims_file(tmp_path, CLAIMS[:3])
+    assert (
+        concurrently(tmp_path, count, claims) == [[("zeros", "confirmed"), ("bits", "partly"), ("small", "refuted")]] * count
+    )
 
 
 def test_the_cache_hash_follows_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -411,3 +447,71 @@ def test_what_is_left_is_weighed_by_how_long_rows_took(tmp_path: Path, monkeypat
     assert left[0] == "about 60 s left)"
     assert left[-1] == "about 6 s left)"
     assert len(left) == 10
+
+
+def without_times(found: Any) -> Any:
+    """A record, or a row, without what differs from run to run."""
+    if isinstance(found, dict):
+        return {
+            key: without_times(value)
+            for key, value in found.items()
+            if key not in ("seconds", "created", "peak_memory_bytes")
+        }
+    return [without_times(value) for value in found] if isinstance(found, list) else found
+
+
+@pytest.mark.slow
+def test_a_command_audits_what_it_names_from_whatever_folder(
+    tmp_path: Path, digits: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One command in three folders; in two of them, and beside the checkout, lie other models under the same name."""
+    rows = [{"id": "size", "probe": {"name": "megabytes_on_disk"}, "confirmed": [0, 1]}]
+    made = {}
+    for place, stage in (("one", "rounding:bits=3"), ("two", "rounding:bits=8"), ("two/deep/er", "rounding:bits=3")):
+        folder = tmp_path / place
+        folder.mkdir(parents=True, exist_ok=True)
+        compress(digits, stage, out=folder / "small", progress=False)
+        claims_file(folder, rows)
+        (folder / "text.txt").write_text("a text " * 100)
+        monkeypatch.chdir(folder)
+        command = ["audit", "--claims", "mine.yaml", "--model", "small", "--text", "text.txt", "--json"]
+        app([*command, "--only", "size"], standalone_mode=False)
+        (row,) = json.loads(capsys.readouterr().out)["claims"]
+        app([*command, "--out", "out"], standalone_mode=False)
+        capsys.readouterr()
+        record = json.loads((folder / "out/mine/mine.json").read_text())
+        assert without_times(record["claims"]) == without_times([row])
+        record["text"]["origin"] = record["text"]["origin"].replace(str(folder), "")
+        made[place] = without_times(record)
+    assert made["one"] == made["two/deep/er"]
+    sizes = [made[place]["claims"][0]["measured"]["value"] for place in ("one", "two")]
+    assert sizes[0] < sizes[1]
+
+
+def test_a_relative_name_is_looked_for_in_the_current_folder_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = read_claims(claims_file(tmp_path, CLAIMS[:1], against="tests"))
+    settings = {"model": "agentforge/audit", "text": None, "against": None}
+    monkeypatch.chdir(tmp_path)
+    assert report._places(claims, settings) == ["agentforge/audit", "tests", None]
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "smollm2-135m").mkdir()
+    assert report._places(claims, settings | {"model": "smollm2-135m"}) == ["smollm2-135m", str(tmp_path / "tests"), None]
+
+
+def test_mistakes_in_a_claims_file_end_the_command_before_anything_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [*CLAIMS[:1], {"id": "kl", "probe": {"name": "kl"}, "confirmed": [0, 1]}]
+    settings = dict.fromkeys(("model", "against"), None) | {"text": "selftext", "tokens": 127, "budget": "smoke"}
+    with pytest.raises(BadInput, match=r"mine.yaml, line \d+: claim kl: probe kl compares with an original; .* --against"):
+        report.only(claims_file(tmp_path, rows), ["kl"], settings | {"device": "cpu", "fresh": True})
+    with pytest.raises(BadInput, match="text 'nought' does not exist"):
+        report.only(claims_file(tmp_path), ["zeros"], settings | {"device": "cpu", "fresh": True, "text": "nought"})
+
+
+def test_a_probe_that_fails_ends_in_exit_code_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["audit", "--claims", str(claims_file(tmp_path)), "--text", "selftext", "--fresh", "--json", "--only"]
+    assert app([*command, "broken"], standalone_mode=False) == 1
+    (row,) = json.loads(capsys.readouterr().out)["claims"]
+    assert (row["verdict"], row["measured"]) == ("error", None)
+    assert not app([*command, "small"], standalone_mode=False)

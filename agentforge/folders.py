@@ -1,0 +1,154 @@
+"""Folders that agentforge writes: told from those of others, replaced by renames, removed last.
+
+Nothing is removed or replaced but what agentforge has made.  Each of its folders carries a mark, a file that says what else
+it has put there; a folder without one, and anything beside it that the mark does not account for, belongs to the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from .errors import BadInput
+from .tensorfiles import read_json
+
+# The mark of a folder, and what may lie beside it; where the mark has "files", these may, too.
+MARKS = {
+    "agentforge.json": r"history\.json",
+    "agentforge-source.json": r"",
+    "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.(safetensors|sha256)",
+    "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.old)?",
+}
+# What an artifact can be of, where its mark is damaged and no longer says so.
+USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
+PIECES = r"(\d{5,}|shared)\.(safetensors|sha256)"
+REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
+
+
+def foreign(folder: Path) -> str | None:
+    """The first thing in a folder that agentforge has not put there; None for one that is all its own, or empty."""
+    if folder.is_symlink() or not folder.is_dir():
+        return "is no folder of agentforge's"
+    children = sorted(folder.iterdir())
+    if all(re.fullmatch(r"lock|recipe\.json\..*tmp", child.name) for child in children):
+        return None  # empty, or just begun
+    mark, pattern = _mark(folder)
+    if mark is None:
+        return f"holds {children[0].name!a:.80} and nothing that says agentforge made it"
+    for child in children:
+        if child.name == mark or re.fullmatch(r".+\.tmp", child.name):
+            continue
+        if not re.fullmatch(pattern, child.name):
+            return f"holds {child.name!a:.80}, which agentforge did not put there"
+        if child.is_symlink() or not child.is_dir() or (mark, child.name) == ("recipe.json", "folder"):
+            continue
+        if mark == "recipe.json":
+            strange = [piece.name for piece in child.iterdir() if not re.fullmatch(PIECES + r"|.+\.tmp", piece.name)]
+            found = f"holds {strange[0]!a:.80}, which agentforge did not put there" if strange else None
+        else:
+            found = foreign(child)
+        if found:
+            return f"holds {child.name}, which {found}"
+    return None
+
+
+def _mark(folder: Path) -> tuple[str | None, str]:
+    """The name of the file that marks a folder as made by agentforge, and the pattern of what may lie beside it."""
+    for name, pattern in MARKS.items():
+        if (folder / name).is_file() and not (folder / name).is_symlink():
+            data: Any = {}
+            with contextlib.suppress(BadInput):
+                data = read_json(folder / name)
+            files = data.get("files")
+            listed = map(re.escape, files) if isinstance(files, dict) else [USUAL]
+            return name, "|".join([pattern, *listed] if name.startswith("agentforge") else [pattern])
+    for file in sorted(folder.glob("*.json")):  # a report is marked by its record
+        with contextlib.suppress(BadInput):
+            data = read_json(file)
+            if data.get("report") == file.stem and isinstance(data.get("claims"), list):
+                return file.name, "|".join([*(re.escape(file.stem + end) for end in REPORT), r"figure-\d+\.png"])
+    return None, ""
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that agentforge has made, its mark last, so that what a kill leaves can be told, too.
+
+    Nothing happens where there is none.  Raises BadInput where anything in it is not agentforge's.
+    """
+    if not os.path.lexists(folder):
+        return
+    if strange := foreign(folder):
+        raise BadInput(f"{folder}: {strange}, so that it is not removed; move it away and run again")
+    mark, _ = _mark(folder)
+    for child in sorted(folder.iterdir(), key=lambda child: child.name == mark):
+        shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
+    folder.rmdir()
+
+
+def old_of(out: Path) -> Path:
+    """Where what `replace` takes out of the way lies until the new one is there."""
+    return out.with_name(out.name + ".old")
+
+
+def check_out(out: str | Path, *inputs: Path, replace: bool = False) -> Path:
+    """The folder to write, absolute, and free to be written: what a kill left of its replacement is put right.
+
+    inputs: what must not be written over.  replace: a folder of agentforge's may be there, and is to go.
+    Raises BadInput where the place cannot be used, before any work.
+    """
+    out = Path(out).expanduser()
+    place = Path(os.path.abspath(out))
+    here = Path(os.path.abspath("."))
+    if place == here or place in here.parents:
+        raise BadInput(f"{out}: is the folder that this runs in, or above it; name a new folder")
+    real = Path(os.path.realpath(place))
+    for path in inputs:
+        if real == (held := Path(os.path.realpath(path))) or real in held.parents:
+            raise BadInput(f"{out}: is the folder of {path}, which is read, or above it; name another one")
+    try:
+        old = old_of(place)
+        if os.path.lexists(old):
+            if strange := foreign(old):
+                raise BadInput(f"{old}: {strange}; it is in the way, move it and run again")
+            if os.path.lexists(place):
+                remove(old)
+            else:
+                os.replace(old, place)
+        if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink()):
+            raise BadInput(f"{out}: is in the way and no folder; choose another one")
+        if replace and place.is_dir() and (strange := foreign(place)):
+            raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")
+    except OSError as error:
+        raise BadInput(f"{str(out)!a:.80}: cannot be written ({error.strerror}); choose another folder") from None
+    return place if out.name in ("", "..") else out
+
+
+def replace(made: Path, out: Path) -> None:
+    """Rename the folder `made` to `out`.  What was there, a folder of agentforge's, is renamed away and removed last: killed
+    at any moment, one of the two is whole, and `check_out` puts it in its place.
+
+    Raises BadInput where anything in the old one is not agentforge's.
+    """
+    if out.is_dir() and (strange := foreign(out)):
+        raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")
+    sync(made)
+    old = old_of(out)
+    if out.exists():
+        remove(old)
+        os.replace(out, old)
+    os.replace(made, out)
+    sync(out.parent)
+    remove(old)
+
+
+def sync(folder: Path) -> None:
+    """Bring the names in a folder to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
