@@ -745,13 +745,14 @@ def audit(
 
 def _made(found: list[dict[str, Any]]) -> None:
     """How many rows of each report got which verdict, and the pages to open."""
-    verdicts = [verdict for verdict in found[0]["summary"] if any(one["summary"][verdict] for one in found)]
     paths = [Path(one["path"]).resolve() for one in found]
     rows = [
-        [path.name, *(str(one["summary"][verdict]) for verdict in verdicts), f"{one['seconds']:.0f}"]
-        for path, one in zip(paths, found, strict=True)
+        [verdict, *(str(one["summary"][verdict]) for one in found)]
+        for verdict in found[0]["summary"]
+        if any(one["summary"][verdict] for one in found)
     ]
-    _table("report", *verdicts, "seconds", rows=rows, right=tuple(range(1, len(verdicts) + 2)))
+    rows.append(["minutes", *(f"{one['seconds'] / 60:.1f}" for one in found)])
+    _table("", *(path.name.replace("_", " ") for path in paths), rows=rows, right=tuple(range(1, len(paths) + 1)))
     out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)
 
 

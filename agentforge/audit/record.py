@@ -29,7 +29,17 @@ COMPARING = ("perplexity_factor", "retention", "top1_agreement")
 # What these read lies outside of the package: other rows, the coverage data, the README.
 NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
 # Probes that take longer than the quick budget has for all: it leaves their rows untested, and says so.
-SLOW = ("recovery", "fewer_samples", "figures_that_come_back")
+SLOW = (
+    "activation_cost",
+    "edge_accuracy",
+    "edge_of_what_passes",
+    "fewer_samples",
+    "figures_that_come_back",
+    "phase5_checks",
+    "recovery",
+    "suite_retention",
+    "suites_that_measure",
+)
 
 
 class Taken(NamedTuple):
