@@ -284,8 +284,10 @@ def fit(
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
     out = Path(out).expanduser()
-    if budget.bits is None and not overwrite and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if budget.bits is None and not overwrite:
+            raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
+        Artifact(out)  # raises for anything that is none of ours, before the work
     found_text = evaluation.find_text(text)
     if recovery is not None and (budget.bits is None or embeddings is not None):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")

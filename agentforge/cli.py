@@ -1,14 +1,20 @@
 """The command line: the package's verbs as commands, with no logic of their own.
 
-Exit codes: 0 done, 1 a check says no, 2 bad input, 130 interrupted.
+Exit codes: 0 done, 1 a check says no, 2 bad input (or no room, or no memory), 70 a fault of agentforge's own, 128 + n ended
+by signal n (Ctrl-C: 130, SIGTERM: 143, SIGHUP: 129).
 """
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import signal
 import sys
+import tempfile
 import time
+import traceback
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -17,7 +23,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .errors import AgentForgeError
+from .errors import AgentForgeError, BadInput
+from .escaping import printable
 
 app = typer.Typer(
     add_completion=False,
@@ -43,28 +50,84 @@ FromPhase = Annotated[int, typer.Option("--from", help="The phase that hands ove
 ToPhase = Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")]
 
 
+def _checked_out(path: Path | None) -> Path | None:
+    """A folder to be written, as the option --out has it.  Raises BadInput, before any work, where none can be made."""
+    if path is None:
+        return None
+    path = path.expanduser()
+    if path.name in ("", ".."):  # "." has no name that another folder could lie beside
+        path = path.resolve()
+    # An artifact is made beside its place and renamed; what exists is replaced, or written into.
+    for where in {path if path.exists() else path.parent, path.parent}:
+        nearest = next(folder for folder in (where, *where.absolute().parents) if folder.exists())
+        try:
+            with tempfile.TemporaryDirectory(prefix=".agentforge-", dir=nearest):
+                pass
+        except OSError as error:
+            reason = error.strerror if nearest.is_dir() else "is no folder"
+            raise BadInput(f"--out {path}: {nearest} cannot be written ({reason}); choose another --out") from None
+    return path
+
+
+OutDir = Annotated[Path, typer.Option("--out", help="The artifact's folder.", callback=_checked_out)]
+
+
 def main() -> None:
     """Run the command line and exit with its code."""
+    caught = [signal.SIGINT]
+
+    def stop(number: int, _: object) -> None:
+        caught.append(signal.Signals(number))
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # nohup's stays
+            signal.signal(number, stop)
+    code: Any = 130
     try:
         # Outside of standalone mode, an exit and an interrupt come back as the code that they asked for.
         code = app(standalone_mode=False)
     except AgentForgeError as error:
         _complain(str(error), 2)
-    except OSError as error:
-        _complain(f"{error.filename or 'input or output'}: {error.strerror or error}", 2)
-    except KeyboardInterrupt:
-        _complain("interrupted; the same command goes on from what is finished", 130)
-    except Exception as error:
+    except (KeyboardInterrupt, SystemExit) as error:
+        code = 130 if isinstance(error, KeyboardInterrupt) else error.code
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         # click's usage errors come through here because standalone_mode is off: they know how to show themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
             sys.exit(error.exit_code)
-        if type(error).__name__ == "Abort":
-            _complain("interrupted; the same command goes on from what is finished", 130)
-        raise
+        if type(error).__name__ != "Abort":
+            if sys.flags.dev_mode:
+                raise
+            _complain(*_unexpected(error))
     if code == 130:
-        _complain("interrupted; the same command goes on from what is finished", 130)
+        _complain(f"interrupted; the same command {_again(sys.argv[1:])}", 128 + caught[-1])
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _unexpected(error: BaseException) -> tuple[str, int]:
+    """What to say of an error that nobody has put in words, and the exit code."""
+    if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
+        return "memory ran out; free some, or raise its limit (--workers 1 takes the least, where a command has it)", 2
+    if isinstance(error, OSError):
+        return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    where = f"{Path(last.filename).name}, line {last.lineno}"
+    what = f"{type(error).__name__}: {error}"
+    return f"{what:.300} ({where}); this is a bug of agentforge: report it with what PYTHONDEVMODE=1 shows", 70
+
+
+# How torch, safetensors, the dynamic linker and threads say that there is none.
+_NO_MEMORY = r"(?i)can(not|'t) allocate memory|out of memory|can't start new thread|failed to map segment|bad_alloc"
+
+
+def _again(asked: list[str]) -> str:
+    """What the same command does after an interrupt: what it keeps under --out or in the cache is not made again."""
+    names = {word.partition("=")[0] for word in asked}
+    goes_on = asked and asked[0] in ("compress", "fit", "pipeline", "recover", "audit") and "--fresh" not in names
+    if asked and asked[0] == "fit" and "--bits" not in names:
+        goes_on = False  # it tries artifacts in a folder that is gone
+    return "goes on from what is finished" if goes_on else "starts again"
 
 
 @app.command()
@@ -129,7 +192,7 @@ def models(
 def compress(
     model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
     stage: Annotated[str, typer.Option(help="For example rounding:bits=4,group=64 or ternary.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="The artifact's folder.")],
+    out_dir: OutDir,
     embeddings: Annotated[bool, typer.Option(help="Encode the token embedding and output head, too.")] = False,
     seed: Annotated[int, typer.Option(help="For stages that draw random numbers.")] = 0,
     workers: Annotated[
@@ -191,8 +254,8 @@ def compress(
         lambda: _ratios(
             artifact,
             f"{parsed}: {len(touched)} of {len(artifact.rows)} tensors encoded in {seconds:.1f} s, "
-            f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}"
-            + "".join(f"\nnot as asked, {name}: {why}" for name, why in fallbacks.items()),
+            f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}",
+            *(f"not as asked, {name}: {why}" for name, why in fallbacks.items()),
         ),
     )
 
@@ -200,7 +263,7 @@ def compress(
 @app.command()
 def fit(
     model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="The artifact's folder.")],
+    out_dir: OutDir,
     target: Annotated[str | None, typer.Option(help="Of the whole model against 16 bits a parameter, as 4x.")] = None,
     bits: Annotated[float | None, typer.Option(help="A weight of the linear layers, on disk.")] = None,
     size: Annotated[
@@ -310,7 +373,6 @@ def verify(
 ) -> None:
     """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 where something is wrong)."""
     from .artifact import Artifact
-    from .errors import BadInput
 
     if not artifact_dir.is_dir():
         raise BadInput(f"{artifact_dir}: no such folder; expected an artifact of agentforge")
@@ -324,7 +386,7 @@ def verify(
     _show(
         {"path": str(artifact_dir), "ok": True, "checked": checks},
         as_json,
-        lambda: out.print(f"sound: {artifact_dir}\n" + "\n".join(f"  {check}" for check in checks), markup=False),
+        lambda: _say(f"sound: {artifact_dir}", *(f"  {check}" for check in checks)),
     )
 
 
@@ -350,9 +412,8 @@ def register(
     _show(
         found._asdict(),
         as_json,
-        lambda: out.print(
-            f"{artifact_dir} {what} {found.name}, version {found.packed} (dequantised: version {found.dequantised})",
-            markup=False,
+        lambda: _say(
+            f"{artifact_dir} {what} {found.name}, version {found.packed} (dequantised: version {found.dequantised})"
         ),
     )
 
@@ -383,7 +444,7 @@ def handoff_write(
 
     room.contract(phase, to)
     path = room.measure_and_write(folder, phase, text, tokens, progress=not as_json)
-    _show({"path": str(path)}, as_json, lambda: out.print(f"written: {path}", markup=False))
+    _show({"path": str(path)}, as_json, lambda: _say(f"written: {path}"))
 
 
 @handoff_app.command("check")
@@ -401,7 +462,7 @@ def handoff_check(
     _show(
         {"path": str(folder), "checked": checks},
         as_json,
-        lambda: out.print(f"accepted: {folder}\n" + "\n".join(f"  {check}" for check in checks), markup=False),
+        lambda: _say(f"accepted: {folder}", *(f"  {check}" for check in checks)),
     )
 
 
@@ -434,7 +495,6 @@ def evaluate(
     """Measure a model as it is loaded back from disk: perplexity, tasks, Phase 5 checks, or accuracy for digits-mlp."""
     from . import evaluation
     from .artifact import load
-    from .errors import BadInput
     from .models import device_named, open_model
 
     if tasks is None and (limit is not None or data is not None or allow_generated_code):
@@ -555,7 +615,12 @@ def _task_table(results: dict[str, Any]) -> None:
 def recover(
     model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
     out_dir: Annotated[
-        Path, typer.Option("--out", help="Folder for both outputs, the hand-off and the metrics; the same one goes on.")
+        Path,
+        typer.Option(
+            "--out",
+            help="Folder for both outputs, the hand-off and the metrics; the same one goes on.",
+            callback=_checked_out,
+        ),
     ],
     steps: Annotated[int, typer.Option(help="Steps of training, where it is needed.")] = 1000,
     batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
@@ -605,7 +670,7 @@ def recover(
             "value",
             rows=[[k, f"{v:.5g}"] for k, v in result.metrics.items()],
             right=(1,),
-            caption="\n".join(map(str, result.gates)),
+            caption=map(str, result.gates),
         ),
     )
     if not result.passed:
@@ -616,7 +681,10 @@ def recover(
 def pipeline(
     model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
     chain: Annotated[Path, typer.Argument(help="A YAML file of steps, settings to try, and gates.")],
-    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the artifact and the journal; the same one goes on.")],
+    out_dir: Annotated[
+        Path,
+        typer.Option("--out", help="Folder for the artifact and the journal; the same one goes on.", callback=_checked_out),
+    ],
     workers: Annotated[int | None, typer.Option(help="Threads (default: one a core).")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda: for searches where the stage can, and for measuring.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Discard what another chain has made there.")] = False,
@@ -647,12 +715,10 @@ def pipeline(
             "decision",
             rows=[_attempt_cells(row) for row in result.attempts],
             right=(2, 3, 4, 5, 6, 7, 8),
-            caption="\n".join(
-                [
-                    *(f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]),
-                    f"accepted: {path or 'nothing; the original stands'}",
-                ]
-            ),
+            caption=[
+                *(f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]),
+                f"accepted: {path or 'nothing; the original stands'}",
+            ],
         ),
     )
     if not result.finished:
@@ -681,10 +747,10 @@ def dashboard(
 
     server.check(port)
     folder = runs.open_workspace(workspace)
-    out.print(f"http://{server.ADDRESS}:{port}: workspace {folder}; Ctrl-C ends the dashboard, its runs go on", markup=False)
+    _say(f"http://{server.ADDRESS}:{port}: workspace {folder}; Ctrl-C ends the dashboard, its runs go on")
     server.serve(folder, port)
     alive = ", ".join(runs.active(folder))
-    out.print(f"the dashboard has ended; {f'going on: {alive}' if alive else 'no run goes on'}", markup=False)
+    _say(f"the dashboard has ended; {f'going on: {alive}' if alive else 'no run goes on'}")
 
 
 @app.command()
@@ -715,7 +781,6 @@ def audit(
 
     The exit code is 1 if a probe failed, which is no verdict on its claim, and 2 if the claims file is not in order."""
     from .audit import report as room
-    from .errors import BadInput
 
     if claims is not None and reports:
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
@@ -724,6 +789,7 @@ def audit(
         _check_reports(names, out_dir, as_json)
         return
     budget = budget or ("standard" if only else "quick")
+    out_dir = _checked_out(out_dir)
     settings = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
     settings |= {"device": device, "fresh": fresh}
     if only:
@@ -766,7 +832,6 @@ def _summary(folder: Path) -> dict[str, Any]:
 def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool) -> None:
     from .audit import report as room
     from .audit.claims import read_claims
-    from .errors import BadInput
 
     folder = out_dir or room.reports_folder()
     problems: dict[str, str] = {}
@@ -779,7 +844,7 @@ def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool)
     _show(
         {"ok": not problems, "problems": problems},
         as_json,
-        lambda: out.print("every report is what its record gives" if not problems else "\n".join(problems.values())),
+        lambda: _say(*(problems.values() or ["every report is what its record gives"])),
     )
     if problems:
         raise typer.Exit(1)
@@ -798,25 +863,36 @@ def _claims(rows: list[dict[str, Any]]) -> None:
 
 def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+        sys.stdout.write(json.dumps(data, indent=2) + "\n")  # in ASCII: nothing that would steer a terminal
     else:
         tables()
 
 
-def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), caption: str = "") -> None:
-    table = Table(caption=escape(caption) or None, caption_justify="left")
+def _say(*lines: str) -> None:
+    """Print lines; what stands in them may come from files of others, and steers no terminal."""
+    for line in lines:
+        out.print(printable(line), markup=False)
+
+
+def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), caption: str | Iterable[str] = ()) -> None:
+    lines = [caption] if isinstance(caption, str) else caption
+    table = Table(caption="\n".join(map(_cell, lines)) or None, caption_justify="left")
     for i, column in enumerate(columns):
         table.add_column(column, justify="right" if i in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*map(_cell, row))
     Console().print(table)
+
+
+def _cell(text: str) -> str:
+    return escape(printable(text))
 
 
 def _stage_name(row: dict[str, Any]) -> str:
     return row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})"
 
 
-def _ratios(artifact: Any, caption: str) -> None:
+def _ratios(artifact: Any, *caption: str) -> None:
     _table(
         "what",
         "bytes on disk",
@@ -832,7 +908,7 @@ def _ratios(artifact: Any, caption: str) -> None:
 
 
 def _complain(message: str, code: int) -> NoReturn:
-    sys.stderr.write(f"agentforge: {message}\n")
+    sys.stderr.write(f"agentforge: {printable(' '.join(message.split()))}\n")
     sys.exit(code)
 
 

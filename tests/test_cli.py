@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 
 import agentforge
 from agentforge import cli
+from agentforge.artifact import MANIFEST
 from agentforge.errors import AgentForgeError
 from agentforge.models import LanguageModel
 
@@ -30,6 +34,9 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
+NO_MEMORY = (
+    "agentforge: memory ran out; free some, or raise its limit (--workers 1 takes the least, where a command has it)\n"
+)
 
 
 @pytest.fixture
@@ -329,12 +336,15 @@ def test_help_exits_with_0(run: Run, args: list[str]) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
-        (KeyboardInterrupt(), 130, "agentforge: interrupted; the same command goes on from what is finished\n"),
+        (KeyboardInterrupt(), 130, "agentforge: interrupted; the same command starts again\n"),
+        (MemoryError(), 2, NO_MEMORY),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 2, NO_MEMORY),
+        (RuntimeError("can't start new thread"), 2, NO_MEMORY),
         (OSError(28, "No space left on device", "/x/y"), 2, "agentforge: /x/y: No space left on device\n"),
         (OSError("odd"), 2, "agentforge: input or output: odd\n"),
         (AgentForgeError("something is wrong"), 2, "agentforge: something is wrong\n"),
     ],
-    ids=["interrupt", "disk", "odd", "ours"],
+    ids=["interrupt", "memory", "torch", "threads", "disk", "odd", "ours"],
 )
 def test_what_goes_wrong_midway(
     run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
@@ -346,13 +356,109 @@ def test_what_goes_wrong_midway(
     assert run("models", "digits-mlp") == Result(code, "", message)
 
 
-def test_a_bug_is_not_hidden(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base", [ZeroDivisionError, type("PanicException", (BaseException,), {})])
+def test_a_bug_is_one_sentence_that_says_where(run: Run, monkeypatch: pytest.MonkeyPatch, base: Any) -> None:
+    def fail(*_: object) -> None:
+        raise base("a bug")
+
+    monkeypatch.setattr("agentforge.models.open_model", fail)
+    result = run("models", "digits-mlp")
+    assert_refused(
+        result, 70, f"{base.__name__}: a bug (test_cli.py, line ", "this is a bug of agentforge", "PYTHONDEVMODE=1"
+    )
+
+
+def test_a_developer_sees_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr("agentforge.models.open_model", fail)
+    monkeypatch.setattr("agentforge.cli.sys", SimpleNamespace(**{**vars(sys), "flags": SimpleNamespace(dev_mode=True)}))
     with pytest.raises(ZeroDivisionError):
         run("models", "digits-mlp")
+
+
+def test_what_comes_from_files_steers_no_terminal(run: Run, small: Path, tmp_path: Path) -> None:
+    """Names in a manifest, as JSON, in tables and in the sentence of an error."""
+    evil = "a\x1b]0;PWNED\x07\x9b31m\u202e[red]b[/red]\nsound: all is well"
+    folder = Path(shutil.copytree(small, tmp_path / "evil"))
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["original"]["name"] = evil
+    manifest.pop("sha256", None)  # of the manifest itself, which older ones do not have
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    odd = tmp_path / "\x1b[31m\u202enone"
+    said = [run("inspect", folder), run("inspect", folder, "--json"), run("verify", folder), run("verify", odd)]
+    said += [run("inspect", odd), run("models", odd), run("evaluate", odd)]
+    for result in said:
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", result.out + result.err)
+        assert "\nsound: all is well" not in result.out
+    assert "[red]b[/red]" in re.sub(r"\s", "", said[0].out) and r"\x1b" in said[0].out
+    assert said[1].json["original"]["name"] == evil
+
+
+@pytest.mark.parametrize("command", [["compress", "--stage", "ternary"], ["fit", "--bits", "3"], ["recover"], ["pipeline"]])
+def test_an_out_that_cannot_be_written_is_told_before_the_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: list[str]
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("a model was opened before --out was looked at")
+
+    monkeypatch.setattr("agentforge.models.open_model", worked)
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
+    args = [command[0], "digits-mlp", *(["x.yaml"] if command[0] == "pipeline" else []), *command[1:]]
+    for where, why in (("file", "is no folder"), ("file/below/x", "is no folder"), ("/proc/x/y", "/proc cannot be written")):
+        assert_refused(run(*args, "--out", tmp_path / where), 2, "--out", why, "choose another --out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
+
+
+def test_fit_tells_of_a_folder_in_the_way_before_the_work(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_llama: Path
+) -> None:
+    def worked(*_: object, **__: object) -> None:
+        raise AssertionError("statistics were collected before --out was looked at")
+
+    monkeypatch.setattr("agentforge.allocation.collect", worked)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs/thesis.tex").write_text("x")
+    for asked in (["--bits", "3"], ["--bits", "3", "--overwrite"], ["--max-kl", "1"], ["--max-kl", "1", "--overwrite"]):
+        assert_refused(run("fit", tiny_llama, *asked, "--out", tmp_path / "theirs"), 2, "theirs")
+    assert (tmp_path / "theirs/thesis.tex").read_text() == "x"
+
+
+# What a command says when it is interrupted, and how it ends
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("command", "goes_on"),
+    [
+        (["compress", "digits-mlp", "--stage", "ternary", "--out", "x"], True),
+        (["fit", "digits-mlp", "--bits=3", "--out", "x"], True),
+        (["fit", "digits-mlp", "--max-kl", "1", "--out", "x"], False),
+        (["recover", "digits-mlp", "--out", "x"], True),
+        (["evaluate", "digits-mlp"], False),
+        (["models", "digits-mlp"], False),
+    ],
+    ids=lambda value: " ".join(value[:1]) if isinstance(value, list) else None,
+)
+def test_signals_end_a_command_with_a_true_sentence(
+    run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: signal.Signals, command: list[str], goes_on: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for each in (signal.SIGTERM, signal.SIGHUP):
+        monkeypatch.setattr(signal, "getsignal", lambda _: signal.SIG_DFL)
+        before = signal.signal(each, signal.SIG_DFL)
+        assert before is not None
+
+    def work(*_: object, **__: object) -> None:
+        signal.raise_signal(number)
+
+    for module in ("models", "training.phase"):
+        monkeypatch.setattr(f"agentforge.{module}.open_model", work)
+    result = run(*command)
+    assert_refused(result, 128 + number, "interrupted; the same command " + ("goes on" if goes_on else "starts again"))
+    assert list(tmp_path.iterdir()) == []
 
 
 # In a process of its own
