@@ -20,7 +20,7 @@ from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
 from .probes import bits_per_weight, run
-from .workshop import Unmeasured, Workshop, source_sha256
+from .workshop import SLOW, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 SCHEMA = Path(__file__).parent / "record.schema.json"
@@ -28,18 +28,6 @@ SCHEMA = Path(__file__).parent / "record.schema.json"
 COMPARING = ("perplexity_factor", "retention", "top1_agreement")
 # What these read lies outside of the package: other rows, the coverage data, the README.
 NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
-# Probes that take longer than the quick budget has for all: it leaves their rows untested, and says so.
-SLOW = (
-    "activation_cost",
-    "edge_accuracy",
-    "edge_of_what_passes",
-    "fewer_samples",
-    "figures_that_come_back",
-    "phase5_checks",
-    "recovery",
-    "suite_retention",
-    "suites_that_measure",
-)
 
 
 class Taken(NamedTuple):

@@ -59,6 +59,19 @@ EFFORTS = {
     )
 }
 
+# Probes that take longer than the quick budget has for all: it leaves their rows untested, and says so.
+SLOW = (
+    "activation_cost",
+    "edge_accuracy",
+    "edge_of_what_passes",
+    "fewer_samples",
+    "figures_that_come_back",
+    "phase5_checks",
+    "recovery",
+    "suite_retention",
+    "suites_that_measure",
+)
+
 
 @dataclass
 class Workshop:

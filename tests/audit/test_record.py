@@ -20,7 +20,6 @@ from agentforge import audit
 from agentforge.audit import drawing, probes, report, workshop
 from agentforge.audit import record as record_module
 from agentforge.audit.claims import read_claims
-from agentforge.audit.record import SLOW as SLOW_PROBES
 from agentforge.audit.record import check_record, expected_seconds, measure, record_sha256
 from agentforge.audit.sarif import sarif
 from agentforge.cli import app
@@ -402,13 +401,17 @@ def test_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
 
 
 def test_the_quick_budget_leaves_slow_rows_untested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentforge.audit.record.SLOW", ("zero_share",))
+    assert set(workshop.SLOW) <= set(probes.PROBES)
+    for module in ("record", "project_probes"):
+        monkeypatch.setattr(f"agentforge.audit.{module}.SLOW", ("zero_share",))
     claims = read_claims(claims_file(tmp_path))
-    row = row_of(measure(claims, shop(tmp_path / "a", effort="quick"), quiet), "zeros")
-    assert row["verdict"] == "not tested"
-    assert "standard and full measure it" in row["needs"]
-    assert row_of(measure(claims, shop(tmp_path / "b", effort="standard"), quiet), "zeros")["verdict"] == "confirmed"
-    assert set(SLOW_PROBES) <= set(probes.PROBES)
+    quick = measure(claims, shop(tmp_path / "a", effort="quick"), quiet)
+    for name in ("zeros", "total"):  # the row, and the score that would count it
+        assert row_of(quick, name)["verdict"] == "not tested"
+        assert "standard and full measure it" in row_of(quick, name)["needs"]
+    standard = measure(claims, shop(tmp_path / "b", effort="standard"), quiet)
+    assert row_of(standard, "zeros")["verdict"] == "confirmed"
+    assert row_of(standard, "total")["measured"]
 
 
 def test_what_is_left_is_weighed_by_how_long_rows_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
