@@ -22,7 +22,7 @@ from ..models import open_model
 from ..pipeline import compress
 from ..tensorfiles import write_json
 from .probes import bits_per_weight, probe
-from .workshop import PACKAGE, SLOW, Unmeasured, Workshop
+from .workshop import LEFT_OUT, PACKAGE, Unmeasured, Workshop
 
 POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 
@@ -41,8 +41,8 @@ def score(workshop: Workshop, sections: list[str] | None = None, stages: list[st
         and (sections is None or row["section"] in sections)
         and (stages is None or row["stage"] in stages)
     ]
-    if workshop.effort.name == "quick" and (left_out := sum(row["probe"] in SLOW for row in rows)):
-        raise Unmeasured(f"the {left_out} rows that the quick budget leaves out; the budgets standard and full measure it")
+    if left_out := sum(row["needs"].endswith(LEFT_OUT) for row in rows):
+        raise Unmeasured(f"the {left_out} of its rows that a small budget leaves out; {LEFT_OUT}")
     points = [POINTS[row["verdict"]] for row in rows if row["verdict"] in POINTS]
     if not points:
         raise Unmeasured("at least one row with a verdict among those that the score counts")

@@ -20,7 +20,7 @@ from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
 from .probes import bits_per_weight, run
-from .workshop import SLOW, Unmeasured, Workshop, source_sha256
+from .workshop import LEFT_OUT, SLOW, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 SCHEMA = Path(__file__).parent / "record.schema.json"
@@ -62,6 +62,7 @@ def measure(
     comparing = [claim for claim in claims.claims if claim.probe in COMPARING]
     compared = list(dict.fromkeys([*claims.baselines, *(claim.parameters["stage"] for claim in comparing)]))
     asked = {claim.parameters["stage"] for claim in comparing if _key(claim) not in taken}
+    compared = [stage for stage in compared if workshop.has_time_for(stage)]
     new = [stage for stage in compared if stage in asked or stage not in stages_before]
     if new:
         say(f"[0/{len(claims.claims)}] scoring the original and {len(new)} compressed models on the text", flush=True)
@@ -178,7 +179,7 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
     assert claim.probe is not None
     name, parameters = claim.probe, claim.parameters
     if name in SLOW and workshop.effort.name == "quick":
-        return Taken(missing="more time than the quick budget has; the budgets standard and full measure it")
+        return Taken(missing=f"more time than the quick budget has; {LEFT_OUT}")
 
     def make() -> dict[str, Any]:
         workshop.used = {}

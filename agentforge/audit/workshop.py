@@ -59,7 +59,9 @@ EFFORTS = {
     )
 }
 
-# Probes that take longer than the quick budget has for all: it leaves their rows untested, and says so.
+# What takes longer than the quick budget has for everything: it leaves such rows untested, and says so.
+LEFT_OUT = "the budgets standard and full measure it"
+PLAIN = ("rounding", "ternary")  # stages that encode a language model in seconds
 SLOW = (
     "activation_cost",
     "edge_accuracy",
@@ -97,7 +99,9 @@ class Workshop:
     _divergences: dict[str, Divergence] = field(default_factory=dict)
 
     def artifact(self, stage: str, embeddings: bool = False) -> Artifact:
-        """The model compressed with `stage`, on disk."""
+        """The model compressed with `stage`, on disk.  Raises Unmeasured where the budget has no time for that."""
+        if not self.has_time_for(stage):
+            raise Unmeasured(f"the time to encode a whole language model by {stage}; {LEFT_OUT}")
         parsed = stages.parse(stage)
         name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{parsed}{'+embeddings' if embeddings else ''}")
         made = compress(
@@ -112,6 +116,10 @@ class Workshop:
         )
         self.used[f"{stage}{', embeddings too' if embeddings else ''}"] = made.sha256
         return made
+
+    def has_time_for(self, stage: str) -> bool:
+        """Whether the budget has the time to encode the whole model: the quick one has for small models and plain stages."""
+        return self.effort.name != "quick" or self.model.is_classifier or stages.parse(stage).name in PLAIN
 
     def compare(self, stages: Sequence[str]) -> None:
         """Take `divergence` of several stages in one pass over the text."""

@@ -402,8 +402,7 @@ def test_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
 
 def test_the_quick_budget_leaves_slow_rows_untested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(workshop.SLOW) <= set(probes.PROBES)
-    for module in ("record", "project_probes"):
-        monkeypatch.setattr(f"agentforge.audit.{module}.SLOW", ("zero_share",))
+    monkeypatch.setattr("agentforge.audit.record.SLOW", ("zero_share",))
     claims = read_claims(claims_file(tmp_path))
     quick = measure(claims, shop(tmp_path / "a", effort="quick"), quiet)
     for name in ("zeros", "total"):  # the row, and the score that would count it
@@ -412,6 +411,20 @@ def test_the_quick_budget_leaves_slow_rows_untested(tmp_path: Path, monkeypatch:
     standard = measure(claims, shop(tmp_path / "b", effort="standard"), quiet)
     assert row_of(standard, "zeros")["verdict"] == "confirmed"
     assert row_of(standard, "total")["measured"]
+
+
+def test_the_quick_budget_encodes_language_models_by_plain_stages_only(tmp_path: Path, tiny_llama: Path) -> None:
+    rows = [
+        {"id": stage, "probe": {"name": "perplexity_factor", "parameters": {"stage": stage}}, "confirmed": [0, 2]}
+        for stage in ("rounding:bits=4", "seedlm:bits=4")
+    ]
+    claims = read_claims(claims_file(tmp_path, rows, baselines=["rounding:bits=8", "vptq:bits=2"]))
+    made = audit.workshop_for(str(tiny_llama), tmp_path / "a", "selftext", 127, progress=False, effort="quick")
+    record = measure(claims, made, quiet)
+    assert [row["stage"] for row in record["stages"]] == ["rounding:bits=8", "rounding:bits=4"]
+    assert row_of(record, "rounding:bits=4")["measured"]
+    assert row_of(record, "seedlm:bits=4")["verdict"] == "not tested"
+    assert shop(tmp_path / "b", effort="quick").has_time_for("seedlm:bits=4")
 
 
 def test_what_is_left_is_weighed_by_how_long_rows_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
