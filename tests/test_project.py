@@ -132,6 +132,10 @@ def test_the_set_up_is_never_silent_and_fails_with_pips_own_words(
     with pytest.raises(SystemExit, match=r"(?s)ERROR: no space left.*installing x failed"):
         install.run("installing x", [], 2)
     first, *later = capsys.readouterr().out.splitlines()
+    slow.write_text("#!/bin/sh\necho 'ERROR: No matching distribution found for x'\nexit 1\n")
+    assert not install.run("installing x", [], optional=True)
+    with pytest.raises(SystemExit, match="installing x failed"):
+        install.run("installing x", [])
     assert first == "installing x"
     assert later[0].endswith("s: 1 of 2, asking the package index")
 

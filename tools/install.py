@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,7 +105,10 @@ def install(dev: bool) -> None:
     )
     pip(first)
     linux = sys.platform == "linux"
-    pip(torch, *(["--extra-index-url", CPU_INDEX] if torch and linux and answers(f"{CPU_INDEX}/torch/") else []))
+    index = ["--extra-index-url", CPU_INDEX] if torch and linux and answers(f"{CPU_INDEX}/torch/") else []
+    # Asked for by name: of two builds pip takes the one whose hash its index says, which a folder of wheels does not.
+    if not linux or not pip([replace(pin, version=f"{pin.version}+cpu") for pin in torch], *index, optional=True):
+        pip(torch)
     if linux and not installed("torch").endswith("+cpu"):
         cuda = missing("requirements-cuda.lock")
         if cuda:
@@ -145,18 +148,19 @@ def answers(url: str) -> bool:
         return False
 
 
-def pip(pins: list[Pin], *options: str) -> None:
-    """Install pins, by their hashes, and nothing else."""
-    if pins:
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write("\n\n".join(map(str, pins)) + "\n")
-            file.flush()
-            what = f"{pins[0].name} {pins[0].version}" if len(pins) == 1 else f"{len(pins)} packages"
-            run(f"installing {what}", ["--require-hashes", "--requirement", file.name, *options], len(pins))
+def pip(pins: list[Pin], *options: str, optional: bool = False) -> bool:
+    """Install pins, by their hashes, and nothing else.  optional: whether an index may lack them; False: it did."""
+    if not pins:
+        return True
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+        file.write("\n\n".join(map(str, pins)) + "\n")
+        file.flush()
+        what = f"{pins[0].name} {pins[0].version}" if len(pins) == 1 else f"{len(pins)} packages"
+        return run(f"installing {what}", ["--require-hashes", "--requirement", file.name, *options], len(pins), optional)
 
 
-def run(what: str, arguments: list[str], total: int = 1) -> None:
-    """pip install, with a line at least every QUIET seconds; ends with pip's own words where it fails."""
+def run(what: str, arguments: list[str], total: int = 1, optional: bool = False) -> bool:
+    """pip install, with a line at least every QUIET seconds; ends with pip's own words if it fails.  optional: as of `pip`."""
     say(what)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", *arguments]
@@ -187,8 +191,9 @@ def run(what: str, arguments: list[str], total: int = 1) -> None:
         if time.monotonic() - said >= QUIET:
             said = time.monotonic()
             say(f"  {said - began:.0f} s: {f'{collected} of {total}, ' if total > 1 else ''}{doing}")
-    if process.wait():
+    if process.wait() and not (optional and any("No matching distribution found" in line for line in heard)):
         sys.exit("\n".join([*filter(None, heard[-30:]), f"{what} failed; pip's last words stand above"]))
+    return process.returncode == 0
 
 
 def say(line: str) -> None:
