@@ -160,7 +160,7 @@ def pip(pins: list[Pin], *options: str, optional: bool = False) -> bool:
 
 
 def run(what: str, arguments: list[str], total: int = 1, optional: bool = False) -> bool:
-    """pip install, with a line at least every QUIET seconds; ends with pip's own words if it fails.  optional: as of `pip`."""
+    """pip install, with a line at least every QUIET seconds; ends with pip's words if it fails.  optional: as of `pip`."""
     say(what)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", *arguments]
