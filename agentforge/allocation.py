@@ -37,7 +37,7 @@ from . import evaluation, stages
 from .artifact import Artifact, load
 from .errors import BadInput
 from .evaluation import Divergence, Text
-from .models import LanguageModel, Weight, cache_dir, device_named, open_model
+from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named, open_model
 from .pipeline import compress
 from .statistics import Calibration, InputStatistics, collect
 
@@ -260,7 +260,7 @@ def fit(
     statistics: Mapping[str, InputStatistics] | None = None,
     recovery: Settings | None = None,
     text: str | Text | None = None,
-    tokens: int = 4094,
+    tokens: int = SAMPLED_TOKENS,
     workers: int | None = None,
     device: str = "cpu",
     overwrite: bool = False,
@@ -317,7 +317,7 @@ def fit(
         return artifact, sum(one.damage for one in chosen.values())
 
     def measure(artifact: Artifact) -> Divergence:
-        context = model.usual_context
+        context = model.sampled_context
         return evaluation.divergence(
             load(artifact.path).on(device), model.on(device), found_text, context=context, tokens=tokens, progress=progress
         )
@@ -394,7 +394,7 @@ def _within_kl(
     out: Path,
     overwrite: bool,
 ) -> Fit:
-    """The smallest artifact found whose divergence, and two standard errors, are at most `most`.
+    """The smallest artifact found whose divergence, its whole 95% interval, is at most `most`.
 
     The first one has that damage by prediction.  By how much the prediction was off tells the size of the next one, which
     has to lie between what failed and what passed.
@@ -408,7 +408,7 @@ def _within_kl(
         for _ in range(PASSES):
             artifact, predicted = make(at, trial, True)
             measured = measure(artifact)
-            bound = measured.kl.value + 2 * (measured.kl.stderr or 0.0)
+            bound = measured.kl.bounds[1]
             if bound <= most:
                 high, passed = at, (predicted, measured)
                 shutil.rmtree(best, ignore_errors=True)

@@ -33,7 +33,7 @@ from .artifact import Artifact, Ratio, load
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
-from .models import LanguageModel, device_named, open_model
+from .models import SAMPLED_TOKENS, LanguageModel, device_named, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
 from .tensorfiles import read_json, write_json
@@ -138,8 +138,8 @@ class Chain(BaseModel):
     gates: tuple[str, ...] = ()
     on_failure: Literal["stop", "go_on"] = "stop"
     text: str | None = None
-    tokens: int = Field(2047, ge=2)
-    most_tokens: int = Field(8188, ge=2)
+    tokens: int = Field(SAMPLED_TOKENS, ge=2)
+    most_tokens: int = Field(4 * SAMPLED_TOKENS, ge=2)
     bits: Literal[16, 32] = 16
 
     _conditions = field_validator("gates")(Step._conditions.__func__)  # type: ignore[attr-defined]
@@ -438,7 +438,7 @@ class _Run:
             found["total_retention"] = evaluation.accuracy_retention(candidate, original)
             found["retention"] = evaluation.accuracy_retention(candidate, before) if before else found["total_retention"]
             return found
-        protocol: dict[str, Any] = {"tokens": tokens, "context": self.original.usual_context}
+        protocol: dict[str, Any] = {"tokens": tokens, "context": self.original.sampled_context}
         total = evaluation.divergence(candidate, original, self.text, **protocol, progress=self.progress)
         step = total
         if before:  # a pass of its own, whose standard errors are of pairs

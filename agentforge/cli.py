@@ -274,7 +274,7 @@ def fit(
         str | None, typer.Option(help="A stage for embedding and output head, such as rounding:bits=8; else they are kept.")
     ] = None,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to score.")] = 4094,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to score, spread over it.")] = 6132,
     recover: Annotated[
         int | None, typer.Option(min=1, help="Train the codes for so many steps of 4,096 tokens, within the same bits.")
     ] = None,
@@ -436,7 +436,7 @@ def handoff_write(
     phase: FromPhase,
     to: ToPhase,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens to measure quality on.")] = 2047,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens to measure quality on.")] = 6132,
     as_json: AsJson = False,
 ) -> None:
     """Measure the models of a folder, and write its handoff.json."""
@@ -471,8 +471,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="An artifact, or any model.")],
     against: Annotated[str | None, typer.Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
     text: TextName = None,
-    tokens: Annotated[int | None, typer.Option(help="How many tokens to score (default: the whole text).")] = None,
-    context: Annotated[int, typer.Option(help="Window length in tokens.")] = 2048,
+    tokens: Annotated[
+        int | None, typer.Option(help="How many tokens to score, in windows spread evenly (default: the whole text).")
+    ] = None,
+    context: Annotated[int, typer.Option(help="Window length in tokens; of a sample, 512 gives a better error.")] = 2048,
     stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
     bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
     runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (weights stay packed).")] = "dense",
@@ -568,11 +570,19 @@ def _measure_table(measured: dict[str, Any], caption: str) -> None:
     _table(
         "measure",
         "value",
-        "standard error",
+        "95% interval",
         "unit",
         "n",
+        "error from",
         rows=[
-            [k, f"{m.value:.5g}", "exact" if m.stderr is None else f"{m.stderr:.2g}", m.unit, f"{m.n:,}"]
+            [
+                k,
+                f"{m.value:.5g}",
+                "-" if m.stderr is None else "{:.5g} to {:.5g}".format(*m.bounds),
+                m.unit,
+                f"{m.n:,}",
+                m.error,
+            ]
             for k, m in measured.items()
         ],
         right=(1, 2, 4),
@@ -587,8 +597,8 @@ def _task_table(results: dict[str, Any]) -> None:
     for name, result in results.items():
         protocol, kept = result.accuracy.protocol, result.retention
         values = [result.accuracy, result.original_accuracy, kept]
-        cells = ["-" if m is None else f"{m.value:.3f} ± {m.stderr:.3f}" for m in values]
-        interval = "-" if kept is None else f"{kept.value - 1.96 * kept.stderr:.3f} to {kept.value + 1.96 * kept.stderr:.3f}"
+        cells = ["-" if m is None else f"{m.value:.3f}{'' if m.stderr is None else f' ± {m.stderr:.3f}'}" for m in values]
+        interval = "-" if kept is None else "{:.3f} to {:.3f}".format(*kept.bounds)
         notes = [] if result.signal else [NO_SIGNAL]
         if truncated := protocol["truncated_items"]:
             notes.append(f"{truncated} items did not fit into the context")
@@ -631,7 +641,7 @@ def recover(
     always: Annotated[bool, typer.Option(help="Train even where perplexity rose by less than 5%.")] = False,
     packing: Annotated[str, typer.Option(help="trits (1.6 bits a weight) or 2bit.")] = "trits",
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to measure quality on.")] = 2047,
+    tokens: Annotated[int, typer.Option(help="How many tokens to measure quality on.")] = 6132,
     device: Annotated[
         str | None, typer.Option(help="To train and measure on: cpu or cuda (default: cuda where there is one).")
     ] = None,

@@ -100,7 +100,8 @@ def measure_and_write(
         if model.is_classifier:
             models[name] = evaluation.accuracy(model)
         else:
-            models[name] = evaluation.perplexity(model, text, context=model.usual_context, tokens=tokens, progress=progress)
+            context = model.usual_context if tokens is None else model.sampled_context
+            models[name] = evaluation.perplexity(model, text, context=context, tokens=tokens, progress=progress)
     return write_handoff(folder, phase, models, **facts)
 
 

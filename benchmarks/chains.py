@@ -111,9 +111,10 @@ def accepted(run: Run) -> dict[str, Any] | None:
 
 
 def promise(row: dict[str, Any]) -> str:
-    """What an attempt says about 84%: holds, does not hold, or open, by two standard errors."""
+    """What an attempt says about 84%: holds, does not hold, or open, by the whole 95% interval."""
     m = row["measured"]["total_retention"]
-    found = Condition("total_retention", ">=", PROMISE).decide(Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}))
+    taken = Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}, interval=m.get("interval"))
+    found = Condition("total_retention", ">=", PROMISE).decide(taken)
     return {"passed": "holds", "failed": "does not hold", "undecided": "is open within two standard errors"}[found]
 
 

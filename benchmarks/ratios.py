@@ -210,9 +210,10 @@ def _short(text: str) -> str:
 
 
 def decide(point: Row) -> str:
-    """Whether 84% holds there, by two standard errors."""
+    """Whether 84% holds there, by the whole 95% interval."""
     m = point["retention"]
-    found = Condition("total_retention", ">=", PROMISE).decide(Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}))
+    taken = Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}, interval=m.get("interval"))
+    found = Condition("total_retention", ">=", PROMISE).decide(taken)
     return {"passed": "holds", "failed": "does not hold", "undecided": "open"}[found]
 
 

@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace) -> Row:
     )
     model = open_model(options.model)
     done = recover(model, options.work / f"{options.name}-recovered", settings=settings)
-    protocol: dict[str, Any] = {"tokens": options.tokens, "context": min(model.usual_context, options.tokens + 1)}
+    protocol: dict[str, Any] = {"tokens": options.tokens, "context": model.sampled_context}
     path = done.artifact.path
     forms = {"int8": load(path, runtime="packed"), "floats": load(path)}
     found = {form: agentforge.divergence(student, model, **protocol)._asdict() for form, student in forms.items()}
@@ -170,7 +170,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--evaluate", type=int, default=10, help="steps between two looks at the held-out text")
     parser.add_argument("--heldout", type=int, default=2048, help="tokens to look at")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--tokens", type=int, default=2047, help="to measure on in the end")
+    parser.add_argument("--tokens", type=int, default=6132, help="to measure on in the end")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-recovery")
     parser.add_argument("--out", type=Path, default=Path("reports/recovery"))
     parser.add_argument("--report", action="store_true")

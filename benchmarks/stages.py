@@ -1,6 +1,6 @@
 """What every stage costs and keeps on a real model, beside rounding to nearest at matched bytes.
 
-    python benchmarks/stages.py [--tokens 4094] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
+    python benchmarks/stages.py [--tokens 6132] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
 
 Writes OUT/stages.json and OUT/stages.md.  Each row is measured in a process of its own, so that peaks of memory do not
 mix, and is written as soon as it is there; a second call takes only the rows that are missing, or whose recipe (stage,
@@ -286,8 +286,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A table of every stage, beside rounding at matched bytes.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--tokens", type=int, default=4094, help="tokens to score")
-    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=6132, help="tokens to score")
+    parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--out", type=Path, default=Path("reports/stages"))
     parser.add_argument("--only", action="append", help="stages that begin like this; may be given more than once")
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")

@@ -35,7 +35,7 @@ from ..training import mugrokfast
 from ..training import recover as recovery
 from .compression_probes import gaussian, share
 from .probes import bits_per_weight, probe
-from .workshop import Workshop
+from .workshop import Unmeasured, Workshop
 
 Which = Literal["gated", "to the end"]
 
@@ -44,6 +44,8 @@ def _chain(workshop: Workshop, which: Which, digits: bool = False, track: Path |
     """The documented chain, run once a workshop, and its folder: of digits-mlp but in full effort."""
     digits = digits or workshop.effort.name != "full"
     file = CHECKOUT / "chains" / f"documented{'_digits' * digits}{'_go_on' * (which != 'gated')}.yaml"
+    if not file.is_file():
+        raise Unmeasured(f"the chains that agentforge's repository has: chains/{file.name}")
     model, out = open_model("digits-mlp") if digits else workshop.model, workshop.folder / f"chain-{file.stem}"
     return run_chain(model, file, out, overwrite=True, progress=workshop.progress, track=track), out
 

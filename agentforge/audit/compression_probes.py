@@ -230,14 +230,22 @@ def kmeans_excess(workshop: Workshop, k: int) -> Measurement:
     from sklearn.cluster import KMeans
 
     plain = {"propagate": False, "weighted": False, "permute": False, "refine": 0}
-    stage, ours, theirs, count = stages.get("vptq", v=4, k=k, **plain), 0.0, 0.0, 0
+    stage, pairs, count = stages.get("vptq", v=4, k=k, **plain), list[tuple[float, ...]](), 0
     for weight in _parts(workshop):
         weight = weight[: len(weight) // 4 * 4, :128].contiguous()
         vectors = weight.T.reshape(-1, 4).numpy()
-        ours += _squared_error(stage, weight)
-        theirs += float(KMeans(k, n_init=4, random_state=0).fit(vectors.astype(np.float64)).inertia_)
+        theirs = KMeans(k, n_init=4, random_state=0).fit(vectors.astype(np.float64)).inertia_
+        pairs.append((_squared_error(stage, weight), float(theirs)))
         count += len(vectors)
-    return workshop.exact(ours / theirs, "x", count, "inertia over scikit-learn's", stage=str(stage), starts=4)
+    return _over(workshop, pairs, count, "inertia over scikit-learn's", stage=str(stage), starts=4)
+
+
+def _over(workshop: Workshop, pairs: list[tuple[float, ...]], n: int, metric: str, **protocol: Any) -> Measurement:
+    """The first over the second, summed over matrices, each a pair of n weights in all."""
+    top, bottom = torch.tensor(pairs, dtype=torch.float64).T
+    found = intervals.ratio(top, bottom, n, f"{len(pairs)} matrices")
+    inputs = {"model": workshop.model.fingerprint}
+    return Measurement(unit="x", protocol={"metric": metric, **protocol}, inputs=inputs, **found)
 
 
 @probe("bits/weight")
@@ -299,22 +307,21 @@ def decoded_by_hand(workshop: Workshop, stage: StageText) -> Measurement:
 def error_ratio(workshop: Workshop, stage: StageText, reference: StageText) -> Measurement:
     """Squared error of one stage over that of another, all sampled matrices together."""
     parts, pair = _parts(workshop), (stages.parse(stage), stages.parse(reference))
-    mine, theirs = (sum(_squared_error(one, weight) for weight in parts) for one in pair)
+    errors = [tuple(_squared_error(one, weight) for one in pair) for weight in parts]
     count = sum(part.numel() for part in parts)
-    return workshop.exact(mine / theirs, "x", count, "squared error", stage=stage, reference=reference, rows=ROWS)
+    return _over(workshop, errors, count, "squared error", stage=stage, reference=reference, rows=ROWS)
 
 
 @probe("x")
 def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageText, tokens: int = 512) -> Measurement:
     """Error of the layers' outputs, tr((W - Q) H (W - Q)^T), of one stage over that of another."""
-    pair, lost, count = (stages.parse(stage), stages.parse(reference)), [0.0, 0.0], 0
+    pair, lost, count = (stages.parse(stage), stages.parse(reference)), list[tuple[float, ...]](), 0
     seen = _moments(workshop, tokens)
     for weight, part in zip(workshop.sample(), _parts(workshop), strict=True):
         count += part.numel()
-        for i, one in enumerate(pair):
-            lost[i] += _squared_error(one, part, seen[weight.name])
+        lost.append(tuple(_squared_error(one, part, seen[weight.name]) for one in pair))
     protocol = {"stage": stage, "reference": reference, "tokens": tokens, "rows": ROWS}
-    return workshop.exact(lost[0] / lost[1], "x", count, "output error", **protocol)
+    return _over(workshop, lost, count, "output error", **protocol)
 
 
 def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import itertools
 import math
 import operator
@@ -231,7 +232,7 @@ def coded_ratio(
 ) -> Measurement:
     """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
     bits = coded_bits(workshop, coder, source, rows, columns)
-    return workshop.exact(32 / bits.value, "x", bits.n, "32 bits over all that is stored", coder=coder, on=source)
+    return bits.through(lambda x: 32 / x, "x", metric="32 bits over all that is stored")
 
 
 @probe("share of weights")
@@ -276,7 +277,7 @@ def _entropy(counts: torch.Tensor) -> float:
 def sparse_gain(workshop: Workshop, tau: float) -> Measurement:
     """A byte a weight over a bit a weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
     share = zeros(workshop, tau, "sample")
-    return workshop.exact(8 / (1 + 8 * (1 - share.value)), "x", share.n, "int8 over a bitmap and int8", tau=tau)
+    return share.through(lambda x: 8 / (1 + 8 * (1 - x)), "x", metric="int8 over a bitmap and int8", tau=tau)
 
 
 @probe("share of the norm")
@@ -495,7 +496,8 @@ def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB
     tokens = _listen(workshop, "", hook)
     lost, power, count = sums.tolist()
     value = lost / count if unit == "mean squared error" else 10 * math.log10(power / lost)
-    return workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
+    found = workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
+    return dataclasses.replace(found, error="unknown")  # of the one window
 
 
 @probe("share of inputs")
@@ -509,7 +511,8 @@ def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
 
     tokens = _listen(workshop, layers, hook)
     about = {"layers": layers, "text": workshop.text.name, "tokens": tokens}
-    return workshop.exact(counts[0] / counts[1], "share of inputs", counts[1], "inputs rounded to 0", **about)
+    found = workshop.exact(counts[0] / counts[1], "share of inputs", counts[1], "inputs rounded to 0", **about)
+    return dataclasses.replace(found, error="unknown")  # of the one window
 
 
 @probe("x")
@@ -538,7 +541,7 @@ def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
     lines = [line for line in workshop.text.text.splitlines() if len(line) > 100][:texts]
     if not lines:
         raise BadInput(f"padded_perplexity: text {workshop.text.name} has no line of more than 100 characters")
-    padded, alone, count = [], [], 0
+    padded, alone, counts = [], [], []
     for line in lines:
         ids = tokenizer(line, add_special_tokens=False)["input_ids"][:length]
         mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids))])
@@ -548,9 +551,13 @@ def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
         losses = nn.functional.cross_entropy(logits.float(), batch[0, 1:], reduction="none").double()
         padded.append(float(losses.mean()))
         alone.append(float(losses[: len(ids) - 1].sum()))
-        count += len(ids) - 1
-    value = math.exp(sum(padded) / len(padded) - sum(alone) / count)
-    return workshop.exact(value, "x", count, "perplexity, padding counted", text=workshop.text.name, texts=len(lines))
+        counts.append(len(ids) - 1)
+    with_padding, losses, count = (torch.tensor(x, dtype=torch.float64) for x in (padded, alone, counts))
+    # Linear in each text, so that its mean is the difference of the two means, and its error that of pairs.
+    each = with_padding - losses.sum() / count.sum() - (losses - losses.sum() / count.sum() * count) / count.mean()
+    about = {"metric": "perplexity, padding counted", "text": workshop.text.name, "texts": len(lines)}
+    found = intervals.mean(each, error=f"{len(lines)} texts", log=True) | {"n": int(count.sum())}
+    return Measurement(unit="x", protocol=about, inputs={"model": workshop.model.fingerprint}, **found)
 
 
 @probe("share of layers")

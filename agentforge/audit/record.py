@@ -199,6 +199,8 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
     except Unmeasured as error:
         return Taken(missing=str(error), seconds=time.perf_counter() - began)
     except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and not (error.name or "agentforge").startswith("agentforge"):
+            return Taken(missing=f"the package {error.name}; install it", seconds=time.perf_counter() - began)
         text = " ".join(f"{type(error).__name__}: {error}".split())
         return Taken(failure=text[:300], seconds=time.perf_counter() - began)
     measured = Measurement(**kept["measured"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Annotated
 
@@ -23,6 +24,12 @@ def _task(name: str) -> str:
     return name
 
 
+ABSENT = (
+    "not installed",
+    "is neither in",
+    "--allow-generated-code",
+    "cannot be confined here",
+)  # says who cannot measure here
 TaskName = Annotated[str, pydantic.AfterValidator(_task)]
 QUESTIONS = {"smoke": 8, "standard": 12, "full": 200}
 
@@ -30,20 +37,29 @@ QUESTIONS = {"smoke": 8, "standard": 12, "full": 200}
 @probe("share of suites")
 def suites_that_measure(workshop: Workshop, tasks: list[TaskName]) -> Measurement:
     """Share of the suites that give the original's accuracy with a finite standard error, from two questions each; what
-    the others lack stands in the protocol."""
-    lacking = {}
+    the others lack stands in the protocol.  Those that cannot be tried here may be either: the interval holds both."""
+    lacking, untried = {}, {}
     for task in tasks:
         try:
-            found = evaluate_tasks(workshop.model, [task], limit=2, shots=0, progress=False)[task].accuracy
+            found = _on_suite(workshop, workshop.model, task, 2, None, shots=0).accuracy
+        except Unmeasured as error:
+            untried[task] = str(error)
+            continue
         except BadInput as error:
             lacking[task] = str(error)
             continue
         if found.n != 2 or found.stderr is None or not math.isfinite(found.stderr):
             lacking[task] = f"n = {found.n}, standard error {found.stderr}"
-    if len(lacking) == len(tasks) and any("lm-eval" in why for why in lacking.values()):
-        raise Unmeasured("lm-eval: pip install 'agentforge[tasks]'")
-    value = 1 - len(lacking) / len(tasks)
-    return workshop.exact(value, "share of suites", len(tasks), "suites that measure", tasks=tasks, lacking=lacking)
+    if len(untried) == len(tasks):
+        raise Unmeasured("; ".join(dict.fromkeys(untried.values())))
+    value = 1 - (len(lacking) + len(untried)) / len(tasks)
+    about = {"tasks": tasks, "lacking": lacking, "untried": untried}
+    share = workshop.exact(value, "share of suites", len(tasks), "suites that measure", **about)
+    if not untried:
+        return share
+    return dataclasses.replace(
+        share, interval=(value, value + len(untried) / len(tasks)), error="suites that were not tried"
+    )
 
 
 @probe("share")
@@ -67,12 +83,17 @@ def task_accuracy_kept(workshop: Workshop, task: TaskName, limit: int | None = N
 
 
 def _on_suite(
-    workshop: Workshop, model: LanguageModel, task: TaskName, limit: int | None, original: LanguageModel | None
+    workshop: Workshop,
+    model: LanguageModel,
+    task: TaskName,
+    limit: int | None,
+    original: LanguageModel | None,
+    shots: int | None = None,
 ) -> TaskResult:
     try:
-        return evaluate_tasks(model, [task], original=original, limit=limit, progress=False)[task]
+        return evaluate_tasks(model, [task], original=original, limit=limit, shots=shots, progress=False)[task]
     except BadInput as error:
-        if "not installed" in str(error) or "is neither in" in str(error):
+        if any(words in str(error) for words in ABSENT):
             raise Unmeasured(str(error)) from None
         raise
 

@@ -23,7 +23,7 @@ from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
 from ..evaluation.texts import CHECKOUT
-from ..models import SAMPLED, LanguageModel, Weight, cache_dir, device_named, open_model
+from ..models import SAMPLED, SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..statistics import Calibration
@@ -54,8 +54,8 @@ EFFORTS = {
     for effort in (
         Effort("smoke", 1022, 42, 2, 2048),
         Effort("quick", 1022, 42, 2, 2048),
-        Effort("standard", 6132, 14, 2, 4096),
-        Effort("full", 8176, 5, 5),
+        Effort("standard", 4088, 14, 2, 4096),
+        Effort("full", SAMPLED_TOKENS, 5, 5),
     )
 }
 

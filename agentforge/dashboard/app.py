@@ -20,6 +20,7 @@ from agentforge.audit.report import reports_folder
 from agentforge.chain import Chain, Condition
 from agentforge.dashboard import frontier, runs, server
 from agentforge.errors import AgentForgeError
+from agentforge.evaluation import Measurement
 
 EVERY = 2.0  # seconds between two looks at a run that is active
 VIEWS = ("Run", "Compare", "Frontier", "Reports")
@@ -331,8 +332,8 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> Non
             "decision": row.decision,
             "bytes": size,
             "kept": kept.value,
-            "low": kept.value - (kept.stderr or 0.0),
-            "high": kept.value + (kept.stderr or 0.0),
+            "low": (bounds := Measurement(**kept.model_dump()).bounds)[0],
+            "high": bounds[1],
         }
         for run, row, size, kept in tries
     ]
@@ -371,7 +372,7 @@ def rate_and_quality(workspace: Path) -> None:
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
     x = alt.X("bits:Q", title="bits a weight of the encoded tensors (log scale)", scale=LOG)
     y = alt.Y("value:Q", title=title, scale=scale)
-    tooltip = ["what:N", "source:N", "bits:Q", "value:Q", "stderr:Q", "way:N"]
+    tooltip = ["what:N", "source:N", "bits:Q", "value:Q", "low:Q", "high:Q", "way:N"]
     legend = alt.Legend(orient="bottom", title=None, columns=1)
     colour = alt.Color("source:N", legend=legend, scale=SERIES)
     shape = alt.Shape("source:N", legend=legend)
@@ -395,7 +396,7 @@ def rate_and_quality(workspace: Path) -> None:
             {
                 "what": plain(point.what),
                 "bits": f"{point.bits:.3f}",
-                frontier.UNITS[quality]: f"{point.value:.4g} ± {point.stderr:.2g}",
+                frontier.UNITS[quality]: frontier.shown(point),
                 "from": point.source,
                 "measured on": plain(point.way),
             }

@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 from .. import stages
 from ..audit.report import reports_folder
 from ..errors import AgentForgeError, BadInput
+from ..evaluation import Measurement
 from . import runs
 
 Quality = Literal["kl", "total_retention"]
@@ -26,15 +27,16 @@ OWN_GRID = 1e-3  # relative error below which a stage has found the grid that th
 
 
 class Point(NamedTuple):
-    """A compressed model.  bits: of the encoded tensors, a weight.  way: how it was measured, in words.  original: the
-    fingerprint of what it was made from."""
+    """A compressed model.  bits: of the encoded tensors, a weight.  low, high: the value's 95% interval.  way: how it was
+    measured, in words.  original: the fingerprint of what it was made from."""
 
     original: str
     what: str
     source: str
     bits: float
     value: float
-    stderr: float
+    low: float
+    high: float
     way: str
 
 
@@ -122,17 +124,18 @@ def _finding(best: list[Point], quality: Quality) -> str:
     if quality == "kl":
         for bits in (4, 3, 2):
             if under := [point for point in best if point.bits <= bits]:
-                says += f" At {bits} bits a weight or fewer the lowest KL is {_value(under[-1])} ({_where(under[-1])})."
+                says += f" At {bits} bits a weight or fewer the lowest KL is {shown(under[-1])} ({_where(under[-1])})."
         return says
-    holds = [point for point in best if point.value - 2 * point.stderr >= KEPT]
+    holds = [point for point in best if point.low >= KEPT]
     if not holds:
-        return f"{says} None keeps {KEPT:.0%} of the accuracy by two standard errors."
-    fewest = f"{_where(holds[0])}, {_value(holds[0])}"
-    return f"{says} The fewest bits that keep {KEPT:.0%} of the accuracy by two standard errors: {fewest}."
+        return f"{says} None keeps {KEPT:.0%} of the accuracy by its whole 95% interval."
+    fewest = f"{_where(holds[0])}, {shown(holds[0])}"
+    return f"{says} The fewest bits that keep {KEPT:.0%} of the accuracy by the whole 95% interval: {fewest}."
 
 
-def _value(point: Point) -> str:
-    return f"{point.value:.3g} ± {point.stderr:.2g}"
+def shown(point: Point) -> str:
+    """The value of a point, and its interval."""
+    return f"{point.value:.3g} ({point.low:.3g} to {point.high:.3g})"
 
 
 def _where(point: Point) -> str:
@@ -140,8 +143,8 @@ def _where(point: Point) -> str:
 
 
 def _point(measured: dict[str, Any], bits: float, what: str, source: str) -> Point:
-    original, stderr = measured["inputs"].get("original", ""), measured["stderr"] or 0.0
-    return Point(original, what, source, bits, measured["value"], stderr, way(measured["protocol"]))
+    found = Measurement(**measured)
+    return Point(found.inputs.get("original", ""), what, source, bits, found.value, *found.bounds, way(found.protocol))
 
 
 def way(protocol: dict[str, Any]) -> str:

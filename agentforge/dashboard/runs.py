@@ -83,6 +83,8 @@ class Measured(_Data):
     n: int
     protocol: dict[str, Any]
     inputs: dict[str, Any] = {}
+    interval: tuple[float, float] | None = None
+    error: str = ""
 
 
 class Attempt(_Data):

@@ -57,12 +57,14 @@ class Measurement:
         return self.value - spread, self.value + spread
 
     def within(self, low: float, high: float) -> Within:
-        """Whether the whole 95% interval lies inside [low, high], outside of it, or neither; NaN lies outside.
+        """Whether the whole 95% interval lies inside [low, high], outside of it, or neither; NaN, of the value or its
+        error, lies outside.
 
         The one rule by which gates and verdicts hold a measurement against a threshold.
         """
         least, most = self.bounds
-        if not math.isfinite(self.value) or most < low or least > high:
+        known = math.isfinite(self.value) and not any(map(math.isnan, (self.stderr or 0.0, least, most)))
+        if not known or most < low or least > high:
             return "outside"
         return "inside" if low <= least and most <= high else "undecided"
 
@@ -99,8 +101,8 @@ class Measurement:
         return self.value - other.value
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, ready for json.dump."""
-        return dataclasses.asdict(self)
+        """All fields, as json.load gives them back."""
+        return {**dataclasses.asdict(self), "interval": self.interval and list(self.interval)}
 
 
 @functools.cache

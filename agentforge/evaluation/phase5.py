@@ -299,6 +299,7 @@ def _curve(
         {**protocol, "on_scale": on_scale, "width": curve.width},
         seed,
         inputs,
+        error="logistic fit" if on_scale else "unknown",
     )
     at = torch.tensor(levels)
     shares = {

@@ -1,8 +1,8 @@
 """Gates: what a compressed model has to pass before anybody is handed it.
 
-A gate is a measured value held against a limit that was fixed before.  The limits are those of the documentation of
-phase 4: gradients flow, accuracy falls by at most 10%, training is triggered from 5% of perplexity on, and the two
-outputs agree at 99.5% of the tokens.
+A gate is a measurement, its whole 95% interval, held against a limit that was fixed before.  The limits are those of the
+documentation of phase 4: gradients flow, accuracy falls by at most 10%, training is triggered from 5% of perplexity on, and
+the two outputs agree at 99.5% of the tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from ..chain import Condition, Decision
+from ..evaluation import Measurement
+
 MAX_ACCURACY_DROP = 0.10
 MAX_PERPLEXITY_RISE = 0.10
 TRIGGER = 0.05
@@ -19,24 +22,33 @@ MIN_AGREEMENT = 0.995
 
 
 class Gate(NamedTuple):
-    """name: what was measured.  passed: value <= limit, or value >= limit, as `sense` says."""
+    """name: what was measured.  sense: on which side of the limit it has to be."""
 
     name: str
-    value: float
+    measured: Measurement
     sense: Literal["<=", ">="]
     limit: float
 
     @property
+    def decision(self) -> Decision:
+        """Whether the 95% interval keeps to the limit, misses it, or neither; NaN misses it."""
+        return Condition(self.name, self.sense, self.limit).decide(self.measured)
+
+    @property
     def passed(self) -> bool:
-        """Whether the value keeps to the limit; NaN never does."""
-        return self.value <= self.limit if self.sense == "<=" else self.value >= self.limit
+        """Whether all of the interval keeps to the limit."""
+        return self.decision == "passed"
 
     def to_json(self) -> dict[str, Any]:
-        """All fields and whether it was passed."""
-        return {**self._asdict(), "passed": self.passed}
+        """All fields, of the measurement value and interval, and whether it was passed."""
+        value = {"value": self.measured.value, "interval": self.measured.bounds}
+        return {"name": self.name, **value, "sense": self.sense, "limit": self.limit, "passed": self.passed}
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.value:.4g} {self.sense} {self.limit:.4g}: {'passed' if self.passed else 'FAILED'}"
+        low, high = self.measured.bounds
+        of = "" if low == high else f" ({low:.4g} to {high:.4g})"
+        said = {"passed": "passed", "failed": "FAILED", "undecided": "FAILED: undecided at this n"}[self.decision]
+        return f"{self.name}: {self.measured.value:.4g}{of} {self.sense} {self.limit:.4g}: {said}"
 
 
 class GradientFlow(NamedTuple):

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from .. import evaluation, tracking
 from ..artifact import Artifact, dequantize, load
 from ..errors import BadInput
-from ..evaluation import Measurement, Text
+from ..evaluation import Measurement, Text, intervals
 from ..handoff import check_model, write_handoff
-from ..models import LanguageModel, device_named, fastest_device, open_model
+from ..models import SAMPLED_TOKENS, LanguageModel, device_named, fastest_device, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..stages import parse
@@ -85,7 +87,7 @@ def phase(
     stage: Ternary | str = "ternary",
     text: str | Text | None = None,
     training_text: str | Text = "selftext",
-    tokens: int = 2047,
+    tokens: int = SAMPLED_TOKENS,
     always_train: bool = False,
     device: str | None = None,
     overwrite: bool = False,
@@ -115,8 +117,8 @@ def phase(
     found = None if model.is_classifier else evaluation.find_text(text)
     out.mkdir(parents=True, exist_ok=True)
     plain = compress(model, stage, out / "untrained", device=device, overwrite=overwrite, progress=progress)
-    protocol: dict[str, Any] = {"tokens": tokens, "context": model.usual_context, "progress": progress}
-    before, converted, accuracy = _quality(model.on(device), load(plain.path).on(device), found, protocol)
+    protocol: dict[str, Any] = {"tokens": tokens, "context": model.sampled_context, "progress": progress}
+    before, converted, accuracy, factor = _quality(model.on(device), load(plain.path).on(device), found, protocol)
     flow = _gradient_flow(model, stage, settings)
     rise = converted.value / before.value - 1
     trained = always_train or not rise <= gates.TRIGGER
@@ -133,21 +135,20 @@ def phase(
             progress=progress,
         )
         artifact, history = done.artifact, done.history
-        _, after, accuracy = _quality(model, load(artifact.path).on(device), found, protocol)
+        _, after, accuracy, factor = _quality(model, load(artifact.path).on(device), found, protocol)
     else:
         artifact = compress(model, stage, out / "quantized", device=device, overwrite=overwrite, progress=progress)
     shutil.rmtree(out / "dequantized", ignore_errors=True)
     dense = open_model(dequantize(artifact, out / "dequantized")).on(device)
     agreement = _agreement(dense, load(artifact.path).on(device), found, protocol)
-    rise = after.value / before.value - 1
     target = size_of(model.parameters)
     ratio = artifact.ratio_to(32)
     checks = [
-        Gate("tensors without a gradient", float(len(flow.missing + flow.zero + flow.infinite)), "<=", 0.0),
-        Gate("rise of " + _loss_name(model), rise, "<=", gates.MAX_PERPLEXITY_RISE),
-        Gate("drop of accuracy", 1 - accuracy, "<=", gates.MAX_ACCURACY_DROP),
-        Gate("agreement of the two outputs", agreement.value, ">=", gates.MIN_AGREEMENT),
-        Gate(f"ratio to 32 bits ({target.name} model)", ratio, ">=", target.ratio),
+        Gate("tensors without a gradient", _exact(len(flow.missing + flow.zero + flow.infinite), "tensors"), "<=", 0.0),
+        Gate("rise of " + _loss_name(model), factor.through(lambda x: x - 1, "share"), "<=", gates.MAX_PERPLEXITY_RISE),
+        Gate("drop of accuracy", accuracy.through(lambda x: 1 - x, "share"), "<=", gates.MAX_ACCURACY_DROP),
+        Gate("agreement of the two outputs", agreement, ">=", gates.MIN_AGREEMENT),
+        Gate(f"ratio to 32 bits ({target.name} model)", _exact(ratio, "x"), ">=", target.ratio),
     ]
     metrics = {
         **_size_metrics(model, artifact, ratio),
@@ -155,7 +156,7 @@ def phase(
         "compression/pre_eval_loss": math.log(before.value),
         "compression/post_perplexity": converted.value,
         "compression/perplexity_degradation": converted.value / before.value - 1,
-        "compression/accuracy_preserved": accuracy,
+        "compression/accuracy_preserved": accuracy.value,
         "compression/dequantization_accuracy": agreement.value,
         "compression/gradient_flow_test_passed": float(flow.passed),
         "compression/post_finetune_perplexity": after.value,
@@ -184,21 +185,26 @@ def _trainable(stage: Ternary) -> Ternary:
 
 def _quality(
     model: LanguageModel, compressed: LanguageModel, text: Text | None, protocol: dict[str, Any]
-) -> tuple[Measurement, Measurement, float]:
-    """Perplexity before and after (for a classifier the inverse accuracies), and accuracy after over accuracy before."""
+) -> tuple[Measurement, Measurement, Measurement, Measurement]:
+    """Perplexity before and after (for a classifier the inverse accuracies), accuracy after over accuracy before, and how
+    many times the perplexity it is; the last two have the error of pairs."""
     if text is None:
-        before, after = evaluation.accuracy(model), evaluation.accuracy(compressed)
-        return _inverse(before), _inverse(after), evaluation.accuracy_retention(compressed, model).value
+        before, after = (evaluation.accuracy(one).through(_inverse, "1 / accuracy") for one in (model, compressed))
+        kept = evaluation.accuracy_retention(compressed, model)
+        return before, after, kept, kept.through(_inverse, "x")
     found = evaluation.divergence(compressed, model, text, **protocol)
-    kept = found.retention.value
-    return found.original_perplexity, found.perplexity, 1.0 if math.isnan(kept) else kept  # never right: nothing to lose
+    kept = found.retention
+    if math.isnan(kept.value):  # never right before: nothing to lose
+        kept = _exact(1.0, "share")
+    return found.original_perplexity, found.perplexity, kept, found.perplexity_retention.through(_inverse, "x")
 
 
-def _inverse(accuracy: Measurement) -> Measurement:
-    """1 / accuracy: what stands for perplexity where there are labels, and as it the less the better."""
-    value = 1 / max(accuracy.value, 1e-9)
-    spread = value * value * (accuracy.stderr or 0.0)
-    return Measurement(value, "1 / accuracy", spread, accuracy.n, accuracy.protocol, inputs=accuracy.inputs)
+def _inverse(x: float) -> float:
+    return 1 / max(x, 1e-9)
+
+
+def _exact(value: float, unit: str) -> Measurement:
+    return Measurement(float(value), unit, None, 1, {"metric": "counted"})
 
 
 def _loss_name(model: LanguageModel) -> str:
@@ -210,14 +216,15 @@ def _as_quality(model: LanguageModel, after: Measurement, artifact: Artifact) ->
 
 
 def _agreement(a: LanguageModel, b: LanguageModel, text: Text | None, protocol: dict[str, Any]) -> Measurement:
-    """Share of tokens (pictures) at which the two outputs say the same."""
+    """Share of tokens (of all pictures, which takes no labels) at which the two outputs say the same."""
     if text is not None:
         return evaluation.divergence(a, b, text, **protocol).top1
     from .. import digits
 
-    pictures = digits.data()[2].to(next(a.model.parameters()).device)
-    same = (a.model(pictures).argmax(-1) == b.model(pictures).argmax(-1)).double()
-    return Measurement(float(same.mean()), "share of pictures", None, len(same), {"metric": "agreement of two outputs"})
+    train, _, test, _ = digits.data()
+    pictures = torch.cat([train, test]).to(next(a.model.parameters()).device)
+    same = (a.model(pictures).argmax(-1) == b.model(pictures).argmax(-1)).double().cpu()
+    return Measurement(unit="share of pictures", protocol={"metric": "agreement of two outputs"}, **intervals.share(same))
 
 
 def _gradient_flow(model: LanguageModel, stage: Ternary, settings: Settings) -> gates.GradientFlow:

@@ -67,7 +67,7 @@ def test_accuracy_and_what_is_kept_are_of_the_same_questions(workshop: Workshop)
     assert kept.value == pytest.approx(26 / 30)
     # By hand: four of 40 pairs differ; the ratio's residuals are 1 - r where both are right, -r where only the first is.
     r = 26 / 30
-    assert kept.stderr == pytest.approx(math.sqrt((26 * (1 - r) ** 2 + 4 * r**2) / 40) / (0.75 * math.sqrt(40)))
+    assert kept.stderr == pytest.approx(math.sqrt((26 * (1 - r) ** 2 + 4 * r**2) / 39) / (0.75 * math.sqrt(40)))
 
 
 def test_the_lowest_of_what_keeps_enough_is_taken(workshop: Workshop) -> None:

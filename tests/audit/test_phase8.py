@@ -20,6 +20,7 @@ from agentforge.chain import Result
 from agentforge.digits import data as digits_data
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement
+from agentforge.evaluation.likelihood import plan
 from agentforge.models import LanguageModel
 from agentforge.statistics import Calibration, _windows
 from agentforge.training import recover
@@ -261,20 +262,20 @@ def test_ratios_of_the_model_in_smoke_effort_of_digits(workshop: probes.Workshop
 
 def test_retention_against_argmax_by_hand(workshop: probes.Workshop) -> None:
     model, compressed = workshop.model, af.load(workshop.artifact(ROUNDING).path)
-    ids = model.tokenizer(workshop.text.text, add_special_tokens=False)["input_ids"]
     hits, losses = [0.0, 0.0], [0.0, 0.0]
     scored = 0
-    for first in range(0, 384, 128):
-        batch = torch.tensor([ids[first : first + 128]])
-        count = min(127, workshop.tokens - scored)
-        scored += count
+    for window in plan(model, workshop.text, workshop.context, None, workshop.tokens, "none")[0]:
+        batch = torch.tensor([window.ids])
+        scored += len(window.ids) - 1
         for i, one in enumerate((model, compressed)):
             with torch.no_grad():
-                logits = one.model(input_ids=batch).logits[0, :count].double()
-            targets = batch[0, 1 : count + 1]
+                logits = one.model(input_ids=batch).logits[0, :-1].double()
+            targets = batch[0, 1:]
             hits[i] += float((logits.argmax(1) == targets).sum())
             losses[i] += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
-    assert value(workshop, "retention", stage=ROUNDING, of="accuracy") == pytest.approx(hits[1] / hits[0])
+    assert scored == workshop.tokens
+    if hits[0]:
+        assert value(workshop, "retention", stage=ROUNDING, of="accuracy") == pytest.approx(hits[1] / hits[0])
     expected = math.exp((losses[0] - losses[1]) / scored)
     assert value(workshop, "retention", stage=ROUNDING, of="perplexity") == pytest.approx(expected, rel=1e-4)
     with pytest.raises(BadInput, match="'accuracy' or 'perplexity'"):

@@ -531,3 +531,27 @@ def test_a_probe_that_fails_ends_in_exit_code_1(tmp_path: Path, capsys: pytest.C
     (row,) = json.loads(capsys.readouterr().out)["claims"]
     assert (row["verdict"], row["measured"]) == ("error", None)
     assert not app([*command, "small"], standalone_mode=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "verdict"),
+    [
+        (MemoryError(), "error"),
+        (OSError(errno.EMFILE, "too many open files"), "error"),
+        (BadInput("a parameter that is not right"), "error"),
+        (AssertionError(), "error"),
+        (ModuleNotFoundError("no agentforge.nowhere", name="agentforge.nowhere"), "error"),
+        (ModuleNotFoundError("no elsewhere", name="elsewhere"), "not tested"),
+        (audit.Unmeasured("a folder"), "not tested"),
+    ],
+)
+def test_what_a_probe_raises_is_never_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, verdict: str
+) -> None:
+    def raises(_: workshop.Workshop) -> Measurement:
+        raise error
+
+    monkeypatch.setitem(probes.PROBES, "breaks", raises)
+    (row,) = measure(read_claims(claims_file(tmp_path, [CLAIMS[3]])), shop(tmp_path), quiet)["claims"]
+    assert row["verdict"] == verdict and row["measured"] is None
+    assert (row["needs"] if verdict == "not tested" else row["failure"]).strip(": ")

@@ -22,6 +22,7 @@ from agentforge import cli
 from agentforge.audit.report import reports_folder
 from agentforge.chain import run_chain
 from agentforge.dashboard import runs, server
+from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel
 
 pytest.importorskip("streamlit")
@@ -187,7 +188,8 @@ def test_the_frontier_says_what_its_points_do(made: Path, draw: Draw) -> None:
     page.radio(key="quality").set_value("kl").run()
     rows = json.loads((reports_folder() / "fit" / "fit.json").read_text())
     kl = next(row["kl"] for row in rows if row["recipe"]["bits"] == 2.6)
-    lowest = f"{kl['value']:.3g} ± {kl['stderr']:.2g} (fit to 2.6 bits"
+    low, high = Measurement(**kl).bounds
+    lowest = f"{kl['value']:.3g} ({low:.3g} to {high:.3g}) (fit to 2.6 bits"
     assert f"At 3 bits a weight or fewer the lowest KL is {lowest}" in text(page)
 
 

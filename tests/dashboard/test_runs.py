@@ -20,6 +20,7 @@ from agentforge.audit.dashboard_probes import CHAIN
 from agentforge.chain import run_chain
 from agentforge.dashboard import frontier, runs
 from agentforge.errors import BadInput
+from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel
 
 OWN = "digits.yaml (workspace)"
@@ -267,14 +268,14 @@ def test_a_log_commands_no_terminal(workspace: Path) -> None:
 
 def test_the_frontier_is_what_nothing_else_beats() -> None:
     def point(bits: float, value: float, source: str = "budgets", way: str = "a") -> frontier.Point:
-        return frontier.Point("o", f"{bits}", source, bits, value, 0.01, way)
+        return frontier.Point("o", f"{bits}", source, bits, value, value - 0.01, value + 0.01, way)
 
     found = [point(4, 0.1), point(3, 0.5), point(3.5, 0.6), point(2, 2.0), point(2, 3.0), point(1, 0.01, frontier.OWN, "b")]
     front = frontier.front(found, "o", "kl")
     assert [p.bits for p in front.best] == [2, 3, 4]
     assert front.beside == [found[-1]] and front.way == "a"
     assert front.says.startswith("3 points are on the frontier: 3 of budgets.")
-    assert "At 3 bits a weight or fewer the lowest KL is 0.5 ± 0.01 (3 at 3.00 bits, 5.3x against 16)." in front.says
+    assert "At 3 bits a weight or fewer the lowest KL is 0.5 (0.49 to 0.51) (3 at 3.00 bits, 5.3x against 16)." in front.says
     kept = frontier.front([point(4, 0.99), point(3, 0.87), point(2, 0.85)], "o", "total_retention")
     assert [p.bits for p in kept.best] == [2, 3, 4]
     assert "two standard errors: 3 at 3.00 bits, 5.3x against 16, 0.87 ± 0.01." in kept.says
@@ -286,5 +287,6 @@ def test_the_reports_give_points_of_both_kinds(workspace: Path) -> None:
     assert {"smollm2-135m", "digits-mlp"} <= set(names.values())
     rows = json.loads((frontier.reports_folder() / "fit" / "fit.json").read_text())
     found = [p for p in frontier.points(workspace, "kl") if p.source == "budgets (fit)"]
-    assert [(p.bits, p.value, p.stderr) for p in found] == [(r["bits"], r["kl"]["value"], r["kl"]["stderr"]) for r in rows]
+    assert [(p.bits, p.value) for p in found] == [(r["bits"], r["kl"]["value"]) for r in rows]
+    assert [(p.low, p.high) for p in found] == [Measurement(**r["kl"]).bounds for r in rows]
     assert {p.source for p in frontier.points(workspace, "total_retention")} == {"ratios"}

@@ -651,8 +651,11 @@ def test_the_audit_says_which_suites_measure(
     monkeypatch.setenv("AGENTFORGE_DATA", str(folder))
     found = probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["hellaswag", "arc_easy", "humaneval"]})
     assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
-    assert list(found.protocol["lacking"]) == ["humaneval"]
-    assert "--allow-generated-code" in found.protocol["lacking"]["humaneval"]
+    assert found.protocol["lacking"] == {} and "--allow-generated-code" in found.protocol["untried"]["humaneval"]
+    assert found.bounds == (pytest.approx(2 / 3), pytest.approx(1.0))  # nobody knows of the one that was not tried
+    monkeypatch.setenv("AGENTFORGE_DATA", str(tmp_path))
+    with pytest.raises(audit.Unmeasured, match="is neither in AGENTFORGE_DATA"):
+        probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["winogrande", "humaneval"]})
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(audit.Unmeasured, match="lm-eval"):
         probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["hellaswag"]})

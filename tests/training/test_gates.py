@@ -19,7 +19,7 @@ import agentforge as af
 from agentforge import handoff, tracking
 from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
-from agentforge.evaluation import Text
+from agentforge.evaluation import Measurement, Text
 from agentforge.models import LanguageModel
 from agentforge.training import gates
 from agentforge.training.bitlinear import convert
@@ -60,12 +60,26 @@ def test_dead_tensors_are_named() -> None:
 
 
 def test_a_gate_fails_on_either_side_and_on_nan() -> None:
-    assert gates.Gate("drop", 0.1, "<=", 0.1).passed
-    assert not gates.Gate("drop", 0.1001, "<=", 0.1).passed
-    assert gates.Gate("agreement", 0.995, ">=", 0.995).passed
-    assert not gates.Gate("agreement", 0.99, ">=", 0.995).passed
-    assert not gates.Gate("drop", float("nan"), "<=", 0.1).passed
-    assert str(gates.Gate("drop", 0.2, "<=", 0.1)) == "drop: 0.2 <= 0.1: FAILED"
+    def exact(value: float) -> Measurement:
+        return Measurement(value, "share", None, 1, {})
+
+    assert gates.Gate("drop", exact(0.1), "<=", 0.1).passed
+    assert not gates.Gate("drop", exact(0.1001), "<=", 0.1).passed
+    assert gates.Gate("agreement", exact(0.995), ">=", 0.995).passed
+    assert not gates.Gate("agreement", exact(0.99), ">=", 0.995).passed
+    assert not gates.Gate("drop", exact(float("nan")), "<=", 0.1).passed
+    assert str(gates.Gate("drop", exact(0.2), "<=", 0.1)) == "drop: 0.2 <= 0.1: FAILED"
+
+
+def test_a_gate_is_passed_by_the_whole_interval() -> None:
+    def agreement(high: float) -> gates.Gate:
+        found = Measurement(0.999, "share", 0.001, 450, {}, interval=(high - 0.006, high))
+        return gates.Gate("agreement", found, ">=", 0.995)
+
+    assert agreement(1.003).passed and agreement(1.003).decision == "passed"
+    assert agreement(0.999).decision == "undecided" and not agreement(0.999).passed
+    assert "(0.993 to 0.999) >= 0.995: FAILED: undecided at this n" in str(agreement(0.999))
+    assert agreement(0.994).decision == "failed"
 
 
 def test_the_size_table() -> None:
