@@ -64,6 +64,8 @@ LEFT_OUT = "the budgets standard and full measure it"
 PLAIN = ("rounding", "ternary")  # stages that encode a language model in seconds
 SLOW = (
     "activation_cost",
+    "calibration_gain",
+    "dual_agreement",
     "edge_accuracy",
     "edge_of_what_passes",
     "fewer_samples",
