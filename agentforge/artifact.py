@@ -25,7 +25,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -711,17 +711,26 @@ def read_shared(piece: Path, stage: stages.Stage) -> Packed:
 
 
 def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
-    """|original - decoded| / |original| in the Frobenius norm; 0 where both are zero.
+    """|original - decoded| / |original| in the Frobenius norm; 0 if both are zero.
+
+    This is what "relative error" means wherever it is written; its square is called "relative squared error".
+    """
+    return joint_error([(original, decoded)])
+
+
+def joint_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The relative error of several tensors together, each with what it was decoded to.
 
     By blocks of a fixed size: in float64 a whole tensor would take more room than encoding it does.
     """
     power = lost = 0.0
-    for part, other in zip(original.reshape(-1).split(ERROR_BLOCK), decoded.reshape(-1).split(ERROR_BLOCK), strict=True):
-        a = part.to(torch.float32).numpy().astype("float64")
-        b = other.to(torch.float32).numpy().astype("float64")
-        power += float((a * a).sum())
-        b -= a
-        lost += float((b * b).sum())
+    for original, decoded in pairs:
+        for part, other in zip(original.reshape(-1).split(ERROR_BLOCK), decoded.reshape(-1).split(ERROR_BLOCK), strict=True):
+            a = part.to(torch.float32).numpy().astype("float64")
+            b = other.to(torch.float32).numpy().astype("float64")
+            power += float((a * a).sum())
+            b -= a
+            lost += float((b * b).sum())
     return math.sqrt(lost) / math.sqrt(power) if power else float(lost > 0)
 
 

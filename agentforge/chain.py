@@ -29,7 +29,7 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from . import __version__, evaluation, stages, tracking
-from .artifact import Artifact, Ratio, load
+from .artifact import Artifact, Ratio, joint_error, load
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
@@ -426,7 +426,7 @@ class _Run:
             "step_ratio": (last / artifact.weight_bytes, "x"),
             "touched_ratio": (touched.ratio, "x"),
             "touched_step_ratio": (touched_last / touched.bytes, "x"),
-            "error": (_error(self.original, candidate), "share"),
+            "error": (model_error(self.original, candidate), "share"),
         }
         inputs = {"model": candidate.fingerprint, "original": self.original.fingerprint}
         found = {
@@ -455,14 +455,10 @@ class _Run:
         }
 
 
-def _error(original: LanguageModel, candidate: LanguageModel) -> float:
-    """|W - decoded| / |W| over all weights that a stage may touch, together."""
-    lost = power = 0.0
-    for weight in original.weights():
-        w, other = (m.tensor(weight.name).double() for m in (original, candidate))
-        lost += float((w - other).square().sum())
-        power += float(w.square().sum())
-    return math.sqrt(lost / power)
+def model_error(original: LanguageModel, candidate: LanguageModel) -> float:
+    """The relative error of all weights that a stage may touch, together."""
+    names = [weight.name for weight in original.weights()]
+    return joint_error((original.tensor(name), candidate.tensor(name)) for name in names)
 
 
 def _touched(artifact: Artifact, bits: int) -> Ratio:

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 import agentforge
 from agentforge import digits, evaluation, stages
 from agentforge.artifact import Artifact, load
-from agentforge.chain import Condition
+from agentforge.chain import Condition, model_error
 from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel, open_model
 from agentforge.pipeline import compress
@@ -80,7 +80,7 @@ def measure(model: LanguageModel, stage: stages.Stage) -> Row:
             "agentforge": agentforge.__version__,
             "bits": 8 * touched.bytes / count,
             "coded_bits": 8 * _coded_bytes(artifact) / count,
-            "error": _error(model, loaded),
+            "error": model_error(model, loaded),
             "retention": evaluation.accuracy_retention(loaded, model).to_json(),
             "accuracy": evaluation.accuracy(loaded).to_json(),
             "chosen_by": _on_training_pictures(loaded),
@@ -104,12 +104,6 @@ def _coded(plane: Any) -> int:
     if not torch.equal(back.values, plane.values):
         raise AssertionError(f"plane {plane.name} does not come back from its code")
     return len(data)
-
-
-def _error(model: LanguageModel, loaded: LanguageModel) -> float:
-    pairs = [(model.tensor(w.name).double(), loaded.tensor(w.name).double()) for w in model.weights()]
-    lost, power = sum(float((a - b).square().sum()) for a, b in pairs), sum(float(a.square().sum()) for a, _ in pairs)
-    return math.sqrt(lost / power)
 
 
 def _on_training_pictures(model: LanguageModel) -> float:
@@ -280,7 +274,8 @@ def report(models: dict[str, list[Row]], left_out: int) -> str:
             lines += [
                 f"## {model}, ratios against {bits} bits a weight",
                 "",
-                "| ratio at least | best setting | its ratio | bits | accuracy kept | 84% | squared error | Shannon |",
+                "| ratio at least | best setting | its ratio | bits | accuracy kept | 84% | relative squared error "
+                "| Shannon |",
                 "|---:|---|---:|---:|---:|---|---:|---:|",
             ]
             for ratio in RATIOS:
@@ -296,8 +291,8 @@ def report(models: dict[str, list[Row]], left_out: int) -> str:
                 )
             lines.append("")
     lines += [
-        "*Squared error* is |W - decoded|² / |W|², *Shannon* 2^(-2R) at the setting's own bits R (at the ratio's, where "
-        "nothing was measured). A stage that looks at a layer's inputs gives squared error away where the inputs are weak, "
+        "*Relative squared error* is |W - decoded|² / |W|², *Shannon* 2^(-2R) at the setting's own bits R (at the ratio's "
+        "if nothing was measured). A stage that looks at the inputs of a layer gives error away where they are weak, "
         "which is why accuracy can hold far above the bound.",
         "",
     ]

@@ -57,6 +57,9 @@ def documented_chain(workshop: Workshop, chain: Which, quantity: str) -> Measure
     result, out = _chain(workshop, chain)
     accepted = [row for row in result.attempts if row["decision"] == "accepted"]
     about = {"chain": out.name.removeprefix("chain-"), "steps": [row["setting"]["stage"] for row in accepted]}
+    if accepted:  # beside one figure the others that say what it is worth
+        last = accepted[-1]["measured"]
+        about |= {name: round(last[name]["value"], 4) for name in ("touched_ratio", "total_retention")}
     if quantity == "steps":
         return workshop.exact(len(accepted), "steps", 3, "steps accepted", **about)
     if not accepted:
@@ -240,17 +243,6 @@ def bytes_counted(workshop: Workshop) -> Measurement:
 # ---- Grokfast
 
 
-@probe("x")
-def grokfast_gain(workshop: Workshop, gradient: Literal["constant", "alternating"], steps: int = 400) -> Measurement:
-    """What the filter multiplies a gradient by in the end, one that stays or one that changes its sign with every step."""
-    signs = {"constant": 1.0, "alternating": -1.0}
-    g, ema = torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
-    for _ in range(steps):
-        g = g * signs[gradient]
-        out = mugrokfast.amplify_slow(g, ema, 0.98, 2.0)
-    return workshop.exact(float(out / g), "x", steps, "gain of Grokfast's filter", gradient=gradient, alpha=0.98, lamb=2.0)
-
-
 CODEBOOKS = "vptq:v=8,k=16"
 
 
@@ -276,16 +268,6 @@ def _trained(workshop: Workshop, steps: int, filtered: bool, seed: int) -> torch
     finally:
         torch.set_num_threads(threads)
     return _kl(load(done.artifact.path))
-
-
-@probe("share of KL")
-def codebooks_recovered(workshop: Workshop, steps: int) -> Measurement:
-    """Share of the KL divergence from the original that training VPTQ's codebooks, filter on, takes back."""
-    before = _kl(load(compress("digits-mlp", CODEBOOKS, workshop.folder / "codebooks", progress=False).path))
-    after = _trained(workshop, steps, True, 0)
-    protocol = {"metric": "1 - KL after / KL before", "model": "digits-mlp", "stage": CODEBOOKS, "steps": steps, "lr": 1e-3}
-    found = intervals.ratio(before - after, before, len(after), "pairs of pictures")
-    return Measurement(unit="share of KL", protocol=protocol, seed=0, inputs=_digits(), **found)
 
 
 @probe("x")

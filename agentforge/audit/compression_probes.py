@@ -209,18 +209,6 @@ def seed_search_excess(workshop: Workshop, K: int, C: int, P: int) -> Measuremen
     return workshop.exact(worst, "relative excess", len(blocks), "largest error over brute force", K=K, C=C, P=P)
 
 
-@probe("of the squared weights")
-def gaussian_error(workshop: Workshop, stage: StageText) -> Measurement:
-    """Squared error over squared weights on independent unit Gaussians."""
-    parsed, rows = stages.parse(stage), 1024 * workshop.effort.seeds
-    weight = gaussian(rows, 24)
-    lost = (weight.double() - parsed.decode(parsed.encode(weight)).double()).square().sum(1)
-    power = weight.double().square().sum(1)
-    protocol = {"metric": "squared error over squared weights", "stage": stage, "weights": f"Gaussian {rows} x 24"}
-    found = intervals.ratio(lost, power, rows, f"{rows} rows")
-    return Measurement(unit="of the squared weights", protocol=protocol, seed=0, **found)
-
-
 # ---- VPTQ
 
 
@@ -309,7 +297,7 @@ def error_ratio(workshop: Workshop, stage: StageText, reference: StageText) -> M
     parts, pair = _parts(workshop), (stages.parse(stage), stages.parse(reference))
     errors = [tuple(_squared_error(one, weight) for one in pair) for weight in parts]
     count = sum(part.numel() for part in parts)
-    return _over(workshop, errors, count, "squared error", stage=stage, reference=reference, rows=ROWS)
+    return _over(workshop, errors, count, "ratio of squared errors", stage=stage, reference=reference, rows=ROWS)
 
 
 @probe("x")
@@ -321,7 +309,7 @@ def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageTex
         count += part.numel()
         lost.append(tuple(_squared_error(one, part, seen[weight.name]) for one in pair))
     protocol = {"stage": stage, "reference": reference, "tokens": tokens, "rows": ROWS}
-    return _over(workshop, lost, count, "output error", **protocol)
+    return _over(workshop, lost, count, "ratio of squared output errors", **protocol)
 
 
 def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:

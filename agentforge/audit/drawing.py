@@ -19,17 +19,19 @@ MARKS = {
     "confirmed": "🟢",
     "partly": "🟡",
     "refuted": "🔴",
-    "does not carry over": "⚪",
+    "does not carry over": "🔀",
     "not reproducible here": "⚪",
-    "not tested": "⚪",
+    "not tested": "❔",
     "error": "⛔",
 }
+# The same marks on a page, where they take the verdict's colour: told apart by their shape alone.
+SHAPES = dict(zip(MARKS, "✔◐✘⇄○?!", strict=True))
 
 
 def introduction(record: dict[str, Any]) -> str:
     """Title, verdict and what is measured, in Markdown: what a reader sees first."""
     measured = sum(row["measured"] is not None for row in record["claims"])
-    counts = ", ".join(f"{MARKS[v]} {n} {v}" for v, n in record["summary"].items() if n)
+    counts = ", ".join(f"{MARKS[v]}&nbsp;{n} {v}" for v, n in record["summary"].items() if n)
     model = record["subject"] or record["model"]
     precision = model["source"].get("precision", "as stored")
     against = f" It is held against **{record['model']['name']}**." if record["subject"] else ""
@@ -40,7 +42,9 @@ def introduction(record: dict[str, Any]) -> str:
 {record["about"]}
 
 The rows are from: {record["source"]}. Every verdict is computed from a measurement, against thresholds that stood in the
-claims file before anything was run. A grey row says what it would take, or that its claim is about another model.
+claims file before anything was run. A grey row says what it would take, or that its claim is about another model. What
+answered a row stands beside its verdict: rows marked `agentforge` are answered with this project's own code, and say nothing
+about the repository that was audited.
 
 The model is **{model["name"]}**, {model["parameters"] / 1e6:.1f} M parameters, base precision: {precision}.{against}
 Whatever was compressed was written to disk and loaded back before it was measured. Budget: {record["budget"]}."""
@@ -100,6 +104,42 @@ def _taken_at(record: dict[str, Any]) -> str:
         + "."
         if counts
         else ""
+    )
+
+
+def is_own(row: dict[str, Any]) -> bool:
+    """Whether a row is its claimant's own: not ours, and not about another model or size than the one that is measured."""
+    return not row["about_other"] and not (row["claimed"] and row["claimed"]["by"] == "ours")
+
+
+def claimant(row: dict[str, Any]) -> str:
+    """Whose claim a row is: of the number, else of the first text that it quotes."""
+    by = (
+        row["claimed"]["by"]
+        if row["claimed"]
+        else next(who for who in ("audit", "paper", "documentation", "code") if row[who])
+    )
+    return f"{by}, about another model or size" if row["about_other"] else str(by)
+
+
+def totals(record: dict[str, Any]) -> str:
+    """Verdicts by whose claim it is, and by what answered it, as two Markdown tables."""
+    rows = record["claims"]
+    shown = [verdict for verdict, count in record["summary"].items() if count]
+    tables = []
+    for title, groups in (
+        ("whose claim", [claimant(row) for row in rows]),
+        ("answered by", [row["measures"] or "nothing" for row in rows]),
+    ):
+        counts = Counter(zip(groups, (row["verdict"] for row in rows), strict=True))
+        names = sorted(set(groups), key=lambda name: (name == "nothing", name.startswith("ours"), name))
+        columns = {title: names, "rows": [str(groups.count(name)) for name in names]}
+        columns |= {f"{MARKS[v]} {v}": [str(counts[name, v]) for name in names] for v in shown}
+        tables.append(_markdown_table(columns))
+    return (
+        "A number about another model or size, or of our own, is not counted as its paper's. *documented algorithm*: what "
+        "the paper, the documentation or the code describes was implemented here, and that was measured. *agentforge*: this "
+        "project's own code and features. *arithmetic*: computed from numbers alone.\n\n" + "\n\n".join(tables)
     )
 
 
@@ -193,13 +233,14 @@ def sections(record: dict[str, Any]) -> list[str]:
 
 
 def verdict_text(row: dict[str, Any]) -> str:
-    """Mark, colour and verdict of a row, and whether it is undecided."""
+    """Mark, colour and verdict of a row, whether it is undecided, and what answered it."""
+    answered = f" `{row['measures']}`" if row["measures"] else ""
     if row["verdict"] == "error":
-        return f"{MARKS['error']} ERROR: not measured"
+        return f"{MARKS['error']} ERROR: not measured{answered}"
     undecided = ""
     if row["undecided"]:
         undecided = ": undecided at this n" + (f"; about {row['decides_at']:,} would decide" if row["decides_at"] else "")
-    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{undecided}"
+    return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{undecided}{answered}"
 
 
 def measured_text(row: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .. import evaluation, stages
-from ..artifact import load
+from ..artifact import load, relative_error
 from ..chain import Condition
 from ..errors import BadInput
 from ..evaluation import Measurement, intervals
@@ -33,8 +33,9 @@ from ..stages.seedlm import TAPS, lfsr
 from ..stages.trajectory import paper_bits_per_weight
 from ..stages.vptq import paper_bits
 from ..statistics import Calibration, InputStatistics, collect, first_tokens
+from ..training import mugrokfast
 from ..training.bitlinear import quantize_activations
-from ..training.mugrokfast import MuGrokfast, amplify_slow, muon_scale, newton_schulz
+from ..training.mugrokfast import MuGrokfast, muon_scale, newton_schulz
 from ..training.phase import size_of
 from .documented import Coder, Shape, coder_of
 from .probes import StageText, probe
@@ -150,12 +151,20 @@ def _shapes(workshop: Workshop, source: Source, rows: int, columns: int) -> list
 
 
 def _over(
-    workshop: Workshop, pairs: Sequence[tuple[float, float]], unit: str, n: int, source: Source, metric: str, **protocol: Any
+    workshop: Workshop,
+    pairs: Sequence[tuple[float, float]],
+    unit: str,
+    n: int,
+    source: Source,
+    metric: str,
+    *,
+    each: Any = "matrices",
+    **protocol: Any,
 ) -> Measurement:
     a, b = torch.tensor(pairs, dtype=torch.float64).T
-    about = {"metric": metric, "on": source, "matrices": len(pairs), "weights": n, **protocol}
+    about = {"metric": metric, "on": source, each: len(pairs), "weights": n, **protocol}
     seed = 0 if source == "gaussian" else None
-    found = intervals.ratio(a, b, n, f"{len(pairs)} matrices")
+    found = intervals.ratio(a, b, n, f"{len(pairs)} {each}")
     return Measurement(unit=unit, protocol=about, seed=seed, inputs={"model": workshop.model.fingerprint}, **found)
 
 
@@ -164,19 +173,26 @@ def _squares(weight: torch.Tensor) -> float:
 
 
 def _error(coder: Coder, weight: torch.Tensor, seed: int) -> float:
-    """Squared error relative to the squared weights."""
-    return _squares(coder.approximate(weight, seed) - weight) / _squares(weight)
+    """Relative squared error; zeros have 1."""
+    return relative_error(weight, coder.approximate(weight, seed)) ** 2
 
 
 @probe("share of squared weights")
-def relative_error(
+def relative_squared_error(
     workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256, std: float = 1.0
 ) -> Measurement:
-    """Squared error relative to the squared weights, mean over matrices; zeros have 1."""
-    made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns, std))
-    pairs = [(_error(made, weight, seed), 1.0) for weight, seed in weights]
-    n = sum(weight.numel() for weight, _ in weights)
-    return _over(workshop, pairs, "share of squared weights", n, source, "relative squared error", coder=coder, std=std)
+    """|W - decoded|^2 / |W|^2, mean over matrices, or over all rows of Gaussian ones together; zeros have 1."""
+    made, n = coder_of(coder), 0
+    pairs: list[tuple[float, float]] = []
+    for weight, seed in _weights(workshop, source, rows, columns, std):
+        n += weight.numel()
+        if source == "gaussian":  # rows are independent, and many enough to know the error by
+            lost = (made.approximate(weight, seed) - weight).double().square().sum(1)
+            pairs += zip(lost.tolist(), weight.double().square().sum(1).tolist(), strict=True)
+        else:
+            pairs.append((_error(made, weight, seed), 1.0))
+    about = {"coder": coder, "std": std, "each": "rows" if source == "gaussian" else "matrices"}
+    return _over(workshop, pairs, "share of squared weights", n, source, "relative squared error", **about)
 
 
 @probe("R2")
@@ -187,7 +203,7 @@ def explained(workshop: Workshop, coder: CoderText, source: Source, rows: int = 
     return _over(workshop, pairs, "R2", sum(w.numel() for w, _ in weights), source, "explained variance", coder=coder)
 
 
-@probe("x of the error")
+@probe("x of the squared error")
 def errors_compared(
     workshop: Workshop, coder: CoderText, reference: CoderText, source: Source, rows: int = 0, columns: int = 256
 ) -> Measurement:
@@ -196,7 +212,9 @@ def errors_compared(
     weights = list(_weights(workshop, source, rows, columns))
     pairs = [(_error(ours, weight, seed), _error(theirs, weight, seed)) for weight, seed in weights]
     n = sum(weight.numel() for weight, _ in weights)
-    return _over(workshop, pairs, "x of the error", n, source, "ratio of squared errors", coder=coder, reference=reference)
+    return _over(
+        workshop, pairs, "x of the squared error", n, source, "ratio of squared errors", coder=coder, reference=reference
+    )
 
 
 @probe("share")
@@ -409,7 +427,7 @@ def trajectory_ratio(workshop: Workshop, stage: StageText, bits: int) -> Measure
     return workshop.exact(bits * n / counted, "x", n, "ratio by largest index", stage=stage, against=bits)
 
 
-@probe("x of the error")
+@probe("x of the squared error")
 def output_errors_compared(workshop: Workshop, stage: StageText, reference: StageText, rows: int) -> Measurement:
     """tr(dW H dW^T) relative to tr(W H W^T) of one stage over that of another, on some rows of the sampled matrices."""
     ours, theirs = stages.parse(stage), stages.parse(reference)
@@ -422,7 +440,7 @@ def output_errors_compared(workshop: Workshop, stage: StageText, reference: Stag
         pairs.append((lost[0] / whole, lost[1] / whole))
         n += dense.numel()
     about = {"stage": stage, "reference": reference, "tokens": STATISTICS_TOKENS, "text": "selftext/calibration"}
-    return _over(workshop, pairs, "x of the error", n, "sample", "ratio of output errors", **about)
+    return _over(workshop, pairs, "x of the squared error", n, "sample", "ratio of squared output errors", **about)
 
 
 def _output_error(gap: torch.Tensor, stats: InputStatistics) -> float:
@@ -486,8 +504,9 @@ def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None
 
 
 @probe()
-def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB"]) -> Measurement:
-    """Squared error of 8-bit activations, its mean or the signal's distance from it, over all layers' inputs."""
+def activation_error(workshop: Workshop, unit: Literal["mean squared error of zeros", "dB"]) -> Measurement:
+    """The signal's distance from the squared error of 8-bit activations, over all layers' inputs; or the mean squared error
+    of activations that are all zero, which a bound on the error has to refuse."""
     sums = torch.zeros(3, dtype=torch.float64)
 
     def hook(x: torch.Tensor) -> None:
@@ -495,7 +514,7 @@ def activation_error(workshop: Workshop, unit: Literal["mean squared error", "dB
 
     tokens = _listen(workshop, "", hook)
     lost, power, count = sums.tolist()
-    value = lost / count if unit == "mean squared error" else 10 * math.log10(power / lost)
+    value = power / count if unit != "dB" else 10 * math.log10(power / lost)
     found = workshop.exact(value, unit, int(count), "activations of 8 bits", text=workshop.text.name, tokens=tokens)
     return dataclasses.replace(found, error="unknown")  # of the one window
 
@@ -592,7 +611,7 @@ def filter_gain(
     for step in range(steps):
         gradient = -first if signal == "alternating" and step % 2 else first
         if filter == "low":
-            out = amplify_slow(gradient, mean, 0.98, 2.0)
+            out = mugrokfast.amplify_slow(gradient, mean, 0.98, 2.0)
         else:
             mean.lerp_(gradient, 0.02)
             out = gradient + 2.0 * (gradient - mean)

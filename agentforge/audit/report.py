@@ -33,7 +33,7 @@ from ..evaluation.texts import CHECKOUT, SPLITS
 from ..models import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
-from .drawing import MARKS, measured_text
+from .drawing import MARKS, SHAPES, measured_text
 from .figures import FIGURES
 from .probes import COMPARES
 from .record import check_record, duration, expected_seconds, measure, record_sha256
@@ -396,13 +396,13 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
     from bs4 import BeautifulSoup
 
     soup = BeautifulSoup(body, "html.parser")
-    colours = {mark: COLOURS[verdict] for verdict, mark in MARKS.items()}
-    for text in soup.find_all(string=re.compile("|".join(colours))):  # in text alone: in an attribute a tag would end it
-        dots = [
-            f'<span class="{colours[part]}" aria-hidden="true">●</span>' if part in colours else html.escape(part)
-            for part in re.split(f"({'|'.join(colours)})", text)
-        ]
-        text.replace_with(BeautifulSoup("".join(dots), "html.parser"))
+    shapes = {
+        mark: f'<span class="mark {COLOURS[verdict]}" aria-hidden="true">{SHAPES[verdict]}</span>'
+        for verdict, mark in MARKS.items()
+    }
+    for text in soup.find_all(string=re.compile("|".join(shapes))):  # in text alone: in an attribute a tag would end it
+        parts = [shapes.get(part) or html.escape(part) for part in re.split(f"({'|'.join(shapes)})", text)]
+        text.replace_with(BeautifulSoup("".join(parts), "html.parser"))
     for table in soup.find_all("table"):
         labels = [cell.get_text() for cell in table.find_all("th")]
         table["class"] = "claims" if "Verdict" in labels else "figures"
@@ -419,7 +419,7 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
 
 def _bar(record: dict[str, Any]) -> str:
     parts = [
-        f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{count}</span>'
+        f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{SHAPES[verdict]} {count}</span>'
         for verdict, count in record["summary"].items()
         if count
     ]

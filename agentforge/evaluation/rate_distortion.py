@@ -1,4 +1,4 @@
-"""Squared error against bits a weight, for any stage, beside what theory allows.
+"""Relative squared error against bits per weight, for any stage, beside what theory allows.
 
 Three curves for independent Gaussian weights of unit variance frame every measurement:
 
@@ -48,8 +48,8 @@ class Quantiser(NamedTuple):
 class Row:
     """What one stage costs and loses on one weight.
 
-    bits: of all planes as they are stored, a weight.  coded_bits: the same after `entropy.encode`.  error: squared error
-    relative to the sum of squared weights, with its standard error over the weight's rows.
+    bits: of all planes as they are stored, a weight.  coded_bits: the same after `entropy.encode`.  error: relative
+    squared error, |W - decoded|^2 / |W|^2, with its standard error over the weight's rows.
     """
 
     stage: str
@@ -145,7 +145,7 @@ def measure(
     stats: Mapping[str, InputStatistics] | None = None,
     seed: int = 0,
 ) -> list[Row]:
-    """Bits, coded bits and squared error of every stage on every weight, float[out, in], decoded from its planes.
+    """Bits, coded bits and relative squared error of every stage on every weight, float[out, in], decoded from its planes.
 
     stats: what calibration text told, of the weights that have it.  Planes that a stage shares between weights are
     shared by all of `weights`, and their bits are charged in proportion to a weight's size.
@@ -187,12 +187,14 @@ def _row(stage: Stage, name: str, weight: torch.Tensor, back: torch.Tensor, bits
         name,
         taken("bits/weight", "bits of all planes", exact(bits)),
         taken("bits/weight", "bits of all planes, entropy coded", exact(coded)),
-        taken("share of squared weights", "squared error relative to the weight, by rows", error),
+        taken("share of squared weights", "relative squared error", error),
     )
 
 
 def plot(rows: Sequence[Row]) -> Figure:
-    """Squared error against bits a weight: full markers as stored, hollow ones coded, a colour a stage, a marker a weight.
+    """Relative squared error against bits per weight: full markers as stored, hollow ones coded.
+
+    One colour per stage, one marker per weight.
 
     Needs matplotlib (pip install "agentforge[lab]"); raises BadInput where it is missing or there is no row.
     """
@@ -219,7 +221,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     levels = [k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if math.log2(k) <= most]
     best = [lloyd_max(count).error for count in levels]
     curves += axes.plot(np.log2(levels), best, "k--", label="Lloyd and Max (unit Gaussian)")
-    axes.set(xlabel="bits a weight", ylabel="squared error, relative to the squared weights", yscale="log", xlim=(0, None))
+    axes.set(xlabel="bits a weight", ylabel="relative squared error", yscale="log", xlim=(0, None))
     handles = [Line2D([], [], color=f"C{i}", marker="o", ls="", label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color="grey", marker="osD^vP*X<>"[i % 10], ls="", label=w) for i, w in enumerate(weights)]
     handles.append(Line2D([], [], color="grey", marker="o", mfc="white", ls="", label="entropy coded"))

@@ -432,7 +432,7 @@ def _search(  # pragma: no cover  (compiled)
 ) -> None:
     """For every block the seed of least error sum_c h_c (w - U t)_c^2, lowest seed first; codes: exponent and q."""
     count = len(blocks)
-    guess = 1e30  # of the relative error; the average of what was found so far, doubled
+    guess = 1e30  # of the relative squared error; the average of what was found so far, doubled
     total, found = 0.0, 0
     errors = np.empty(TILE)
     again = np.empty(TILE, np.int64)
@@ -477,7 +477,7 @@ def _search_tile(  # pragma: no cover  (compiled)
     codes: np.ndarray,
     errors: np.ndarray,
 ) -> None:
-    """`_search` for the blocks `which`, as far as their relative error is at most `limit`; errors: what was reached."""
+    """`_search` for the blocks `which`, if their relative squared error is at most `limit`; errors: what was reached."""
     n, C = len(which), blocks.shape[1]
     P = codes.shape[1] - 1
     r = groups.shape[2] // CHUNK
@@ -596,7 +596,7 @@ def _worse(  # pragma: no cover  (compiled)
     rule: tuple[int, int, int, int],
     error: float,
 ) -> bool:
-    """Whether the fit of this seed, quantised, is certain to have a larger relative error than `error`.
+    """Whether the fit of this seed, quantised, is certain to have a larger relative squared error than `error`.
 
     In float32, in a fraction of the time of `_fit`; not certain where a number is about to be rounded the other way.
     near: see `_Tables`.  t: room for the coefficients.

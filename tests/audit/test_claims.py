@@ -170,7 +170,10 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
         ({"probe": {"name": "zero_share", "parameters": {"stage": 4}}}, "stage=4: Input should be a valid string"),
         ({"probe": {"name": "edge_of_what_passes", "parameters": {"stages": ["ternary", "magic"], "least": 1}}}, "'magic'"),
         ({"probe": {"name": "coded_bits", "parameters": {"coder": "v1_seedlm:blok=3"}}}, "coder='v1_seedlm:blok=3'"),
-        ({"probe": {"name": "grokfast_gain", "parameters": {"gradient": "steep"}}}, "'constant' or 'alternating'"),
+        (
+            {"probe": {"name": "filter_gain", "parameters": {"filter": "low", "signal": "steep"}}},
+            "'constant' or 'alternating'",
+        ),
     ],
 )
 def test_a_bad_row_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
@@ -276,3 +279,68 @@ def test_the_phase_4_audit_is_there_row_by_row() -> None:
         assert sum(claim.section == section for claim in claims) >= count, section
     assert {claim.section for claim in claims} == set(rows)
     assert all(claim.probe is None or claim.probe in PROBES for claim in claims)
+
+
+REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_every_measured_row_of_ours_says_what_answers_it(report: str) -> None:
+    for claim in read_claims(report).claims:
+        assert bool(claim.measures) == bool(claim.probe), claim.id
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_one_number_is_not_judged_both_ways(report: str) -> None:
+    """Rows that rest on one measurement have the same thresholds, unless other numbers are claimed; and one badge."""
+    thresholds: dict[str, Any] = {}
+    badges: dict[str, str] = {}
+    for claim in (claim for claim in read_claims(report).claims if claim.probe):
+        call = f"{claim.probe} {claim.parameters}"
+        number = str(claim.claimed["value"]) if claim.claimed else ""
+        first = thresholds.setdefault(f"{call} {number}", (claim.confirmed, claim.partly))
+        assert first == (claim.confirmed, claim.partly), claim.id
+        assert badges.setdefault(call, claim.measures) == claim.measures, claim.id
+
+
+# What a probe gives if there is nothing: all weights zero, a cast to 16 bits, a model that has learned nothing.  A row that
+# is confirmed by it cannot fail.
+NOTHING = {
+    "zero_share": 0.0,
+    "relative_squared_error": 1.0,
+    "recovery": 0.0,
+    "explained": 0.0,
+    "explained_variance": 0.0,
+    "retention": 0.0,
+    "top1_agreement": 0.0,
+    "errors_compared": math.inf,
+    "error_ratio": 1.0,
+    "output_error_ratio": 1.0,
+    "output_errors_compared": 1.0,
+    "codebook_gain_of_filter": 1.0,
+    "recovery_gain_of_filter": 1.0,
+    "calibration_gain": 1.0,
+    "filter_gain": 0.0,
+}
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_nothing_is_confirmed_by_doing_nothing(report: str) -> None:
+    for claim in read_claims(report).claims:
+        null = NOTHING.get(claim.probe or "")
+        if claim.probe in ("ratio", "stage_ratio") and claim.parameters.get("bits", 32) == 32:
+            null = 2.0  # x of 32 bits: a cast
+        if null is not None and claim.confirmed:
+            assert not claim.confirmed[0] <= null <= claim.confirmed[1], claim.id
+
+
+@pytest.mark.parametrize("report", REPORTS)
+def test_what_others_did_not_claim_is_not_theirs(report: str) -> None:
+    """A row whose own words say that the paper claims no such thing is ours; a paper's number is about what is measured."""
+    for claim in read_claims(report).claims:
+        by = claim.claimed["by"] if claim.claimed else ""
+        words = f"{claim.paper} {claim.remark}".lower()
+        if any(text in words for text in ("no claim of the paper", "not compared", "no such figure")):
+            assert by == "ours", claim.id
+        if by == "paper" and "model that is here" in claim.title and claim.probe:
+            assert claim.about_other, claim.id

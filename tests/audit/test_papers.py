@@ -209,7 +209,7 @@ def test_ternary_figures_on_gaussian_weights_against_integrals(workshop: Worksho
     density = 2 * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     for stage, tau in ((ABSMEAN, 0.5), (THRESHOLD, 0.1)):
         expected = np.trapezoid(density * (x - mean * (x >= tau * mean)) ** 2, x)
-        assert value(workshop, "relative_error", coder=stage, source="gaussian") == pytest.approx(expected, rel=0.01)
+        assert value(workshop, "relative_squared_error", coder=stage, source="gaussian") == pytest.approx(expected, rel=0.01)
 
 
 def test_ternary_figures_on_the_sample_against_plain_torch(workshop: Workshop) -> None:
@@ -236,7 +236,7 @@ def test_what_compares_with_itself_is_one(workshop: Workshop) -> None:
     same = probes.run(workshop, "errors_compared", {"coder": ABSMEAN, "reference": ABSMEAN, "source": "sample", "rows": 8})
     assert (same.value, same.stderr) == (1.0, 0.0)
     with pytest.raises(BadInput, match=r"sample.? or .?gaussian"):
-        value(workshop, "relative_error", coder=ABSMEAN, source="sampled")
+        value(workshop, "relative_squared_error", coder=ABSMEAN, source="sampled")
 
 
 def test_bits_are_those_of_the_planes(workshop: Workshop) -> None:
@@ -408,7 +408,8 @@ def test_activations_against_hooks_of_our_own(workshop: Workshop) -> None:
         handle.remove()
     lost = sum(float((rounded(x) - x).square().sum()) for x in inputs.values())
     power, count = sum(float(x.square().sum()) for x in inputs.values()), sum(x.numel() for x in inputs.values())
-    assert value(workshop, "activation_error", unit="mean squared error") == pytest.approx(lost / count, rel=1e-3)
+    of_zeros = value(workshop, "activation_error", unit="mean squared error of zeros")
+    assert of_zeros == pytest.approx(power / count, rel=1e-3)
     assert value(workshop, "activation_error", unit="dB") == pytest.approx(10 * math.log10(power / lost), abs=0.01)
     down = [x for name, x in inputs.items() if name.endswith("down_proj")]
     zero = sum(int((rounded(x) == 0).sum()) for x in down) / sum(x.numel() for x in down)

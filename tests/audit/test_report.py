@@ -12,6 +12,7 @@ import threading
 import time
 from html import unescape
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ import agentforge as af
 from agentforge import audit
 from agentforge.audit import probes, project_probes
 from agentforge.audit.claims import COLOURS
-from agentforge.audit.drawing import measured_text, verdict_table
+from agentforge.audit.drawing import MARKS, SHAPES, is_own, measured_text, totals, verdict_table
 from agentforge.audit.report import _Progress, render, reports_folder
 from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import AgentForgeError, BadInput
@@ -125,6 +126,7 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
         "undecided": False,
         "decides_at": None,
         "about_other": "",
+        "measures": "",
         "measured": None,
         "failure": "",
         "needs": "more",
@@ -135,6 +137,23 @@ def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
     assert "Paper" not in table
     assert "\\|w\\| small" in table
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
+
+
+def test_totals_count_a_paper_by_its_own_numbers_alone() -> None:
+    def row(by: str, verdict: str, about_other: str = "", measures: str = "documented algorithm") -> dict[str, Any]:
+        return {"claimed": {"by": by}, "verdict": verdict, "about_other": about_other, "measures": measures}
+
+    rows = [row("paper", "confirmed"), row("paper", "does not carry over", "a model of 70 B"), row("ours", "refuted")]
+    rows += [row("audit", "confirmed", measures="agentforge")]
+    shown = totals({"claims": rows, "summary": {"confirmed": 2, "refuted": 1, "does not carry over": 1, "error": 0}})
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in shown.splitlines() if line.startswith("|")]
+    counts = {line[0]: line[1:] for line in cells}
+    assert counts["paper"] == ["1", "1", "0", "0"]
+    assert counts["paper, about another model or size"] == ["1", "0", "0", "1"]
+    assert counts["ours"] == ["1", "0", "1", "0"]
+    assert counts["agentforge"] == ["1", "1", "0", "0"]
+    assert [is_own(one) for one in rows] == [True, False, False, True]
+    assert len(set(SHAPES.values())) == len(set(MARKS.values())) == len(COLOURS)  # told apart without their colour
 
 
 def test_measured_text_names_value_error_n_and_threshold() -> None:
