@@ -91,7 +91,7 @@ def _hits(model: LanguageModel) -> torch.Tensor:
     return hits
 
 
-@probe("share of settings")
+@probe("share of gates")
 def gates_that_are_right(workshop: Workshop) -> Measurement:
     """Share of gates that accept exactly when the retention, counted here, keeps to them by two errors: one at 95% for each
     setting, and for the coarse ones one that is kept by less than that, and one by more."""
