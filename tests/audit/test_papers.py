@@ -15,15 +15,17 @@ import torch
 from sklearn.cluster import KMeans
 
 from agentforge import audit, evaluation, stages
-from agentforge.audit import paper_probes, probes
+from agentforge.audit import paper_probes, probes, training_probes
 from agentforge.audit.claims import ClaimsFile
 from agentforge.audit.documented import DOCUMENTED, coder_of
 from agentforge.audit.probes import PROBES
 from agentforge.audit.workshop import Effort, Workshop
 from agentforge.errors import BadInput
+from agentforge.evaluation import texts
 from agentforge.evaluation.rate_distortion import gaussian
 from agentforge.stages import seedlm
 from agentforge.statistics import Calibration, collect
+from agentforge.training.recover import Look, Recovered
 
 QUICK = Effort("quick", 255, 1, 2)
 ABSMEAN, THRESHOLD = "ternary:rule=absmean", "ternary:rule=threshold,tau=0.1"
@@ -485,3 +487,19 @@ def test_decoding_with_other_lengths(workshop: Workshop) -> None:
     lossless: Callable[..., float] = lambda **p: value(workshop, "mismatched_decode", segments=16, degree=7, **p)  # noqa: E731
     assert abs(lossless(count=10_000)) < 1e-9
     assert lossless(count=10_100) > 0.3
+
+
+def test_what_is_worse_than_unigrams_has_recovered_nothing(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, held = (texts.find_text("selftext", split).text for split in ("calibration", "heldout"))
+    tokenizer = workshop.model.tokenizer
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (seen, held)]
+    with torch.no_grad():
+        logits = workshop.model.model(input_ids=torch.tensor(ids[1][: 8 * 64]).reshape(8, 64)).logits
+    p = logits.double().log_softmax(-1).flatten(0, 1).numpy()
+    counts = np.bincount(ids[0][: 512 * 64], minlength=p.shape[1]) + 1
+    unigrams = float((np.exp(p) * (p - np.log(counts / counts.sum()))).sum(1).mean())
+    assert training_probes._kl_of_unigrams(workshop) == pytest.approx(unigrams, rel=1e-4)
+    for after, share in ((0.5 * unigrams, 0.5), (1.1 * unigrams, -0.1)):  # from three times as bad as unigrams
+        runs = Recovered(None, [], Look(3 * unigrams, 0.01, 0.0, 512), Look(after, 0.01, 0.0, 512))  # type: ignore[arg-type]
+        monkeypatch.setattr(training_probes, "_recovered", lambda *_, found=runs: found)
+        assert value(workshop, "recovery", steps=1) == pytest.approx(share, abs=1e-3)
