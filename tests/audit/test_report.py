@@ -238,7 +238,9 @@ def test_progress_is_coloured_on_a_terminal_only_and_never_silent(monkeypatch: p
     monkeypatch.setattr("agentforge.audit.report.QUIET", 0.5)
     for terminal in (False, True):
         progress = _Progress()
-        progress.console = Console(file=io.StringIO(), force_terminal=terminal, color_system="standard", width=200)
+        progress.console = Console(
+            file=io.StringIO(), force_terminal=terminal, color_system="standard" if terminal else "auto", width=200
+        )
         ended = threading.Event()
         waiting = threading.Thread(target=progress.wait, args=(ended,))
         for text in ("Executing Cell 2---", "[1/2] refuted: First [bold]: 2 x (about 30 s left)\nnoise\n[now] Second\n"):
