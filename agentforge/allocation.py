@@ -37,6 +37,7 @@ from . import evaluation, stages
 from .artifact import Artifact, load
 from .errors import BadInput
 from .evaluation import Divergence, Text
+from .folders import check_out, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named, open_model
 from .pipeline import compress
 from .statistics import Calibration, InputStatistics, collect
@@ -283,11 +284,9 @@ def fit(
     model.check()
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
-    out = Path(out).expanduser()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if budget.bits is None and not overwrite:
-            raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
-        Artifact(out)  # raises for anything that is none of ours, before the work
+    out = check_out(out, model.path, replace=overwrite)
+    if budget.bits is None and not overwrite and out.exists() and any(out.iterdir()):
+        raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
     found_text = evaluation.find_text(text)
     if recovery is not None and (budget.bits is None or embeddings is not None):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
@@ -355,7 +354,7 @@ def _recovered(
     done = recover(
         model, out, None, recovery, start=start, most_bytes=planes, device=device, overwrite=overwrite, progress=progress
     )
-    shutil.rmtree(start.path)
+    remove(start.path)
     return done.artifact, predicted
 
 
@@ -451,11 +450,6 @@ def _beside(out: Path) -> Iterator[Path]:
 
 def _take(made: Path, out: Path, overwrite: bool) -> None:
     """Rename an artifact to `out`."""
-    if out.exists() and any(out.iterdir()):
-        if not overwrite:
-            raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
-        Artifact(out)  # raises for anything that is none of ours
-        shutil.rmtree(out)
-    elif out.exists():
-        out.rmdir()
-    made.rename(out)
+    if out.exists() and any(out.iterdir()) and not overwrite:
+        raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
+    replace(made, out)

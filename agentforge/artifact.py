@@ -8,7 +8,7 @@
 
 A writer works in `NAME.partial` beside the folder.  Every finished tensor is there as a file of its own, complete or
 not at all; the last step joins them into shards and renames the folder.  Killed at any byte, the same command goes on
-from the finished tensors, whose hashes lie beside them, and ends with the same bytes.
+from the finished tensors, which hold their own hashes, and ends with the same bytes.
 
 Files are held against their hashes when they are read, once in a process; `verify` reads them in any case.
 
@@ -51,11 +51,12 @@ from .tensorfiles import (
     json_bytes,
     plain_file,
     read_json,
+    read_sealed,
     read_tensor,
     sha256_file,
-    write_atomic,
     write_json,
     write_safetensors,
+    write_sealed,
     write_tensors,
 )
 
@@ -352,8 +353,7 @@ class _ArtifactModel(LanguageModel):
         """Size of the artifact's weight files."""
         return self.artifact.weight_bytes
 
-    @property
-    def fingerprint(self) -> str:
+    def fingerprint_now(self) -> str:
         """The hash of the manifest, which holds the hashes of all files."""
         return self.artifact.sha256
 
@@ -496,7 +496,7 @@ class Writer:
         write_json(recipe_file, self.recipe)
         self.tensors.mkdir(exist_ok=True)
         for piece in self.tensors.glob("*.safetensors"):
-            if not is_sealed(piece):
+            if read_sealed(piece) is None:
                 piece.unlink()
 
     def __enter__(self) -> Writer:
@@ -539,13 +539,11 @@ class Writer:
             "sha256": encoded.sha256,
             **({"fallback": True, "reason": encoded.reason} if encoded.reason else {}),
         }
-        write_safetensors(
-            self._piece(index),
-            [(f"{weight.name}.{plane.name}", plane.dtype, plane.shape) for plane in encoded.planes],
-            (plane.data.data for plane in encoded.planes),
-            {"row": json.dumps(row)},
-        )
-        seal(self._piece(index))
+        planes = {}
+        for plane in encoded.planes:
+            data = torch.from_numpy(np.require(plane.data, requirements="W"))  # another process sends read-only
+            planes[f"{weight.name}.{plane.name}"] = data.view(plane.dtype).reshape(plane.shape)
+        write_sealed(self._piece(index), planes, {"row": json.dumps(row)})
 
     def has_shared(self) -> bool:
         """Whether the planes that the weights share are finished."""
@@ -557,8 +555,7 @@ class Writer:
         stored = {f"{SHARED}.{plane.name}": plane.stored() for plane in shared}
         bytes_ = sum(t.nbytes for t in stored.values())
         row = {"stage": stage.to_json(), "bits": shared.bits, "bytes": bytes_, "sha256": shared.sha256}
-        write_tensors(self.shared_piece, stored, {"row": json.dumps(row)})
-        seal(self.shared_piece)
+        write_sealed(self.shared_piece, stored, {"row": json.dumps(row)})
 
     def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str, fallback: bool = False) -> None:
         """Write a tensor that no stage touches: a matrix in float32 as float16 where that keeps it (relative error below
@@ -581,15 +578,14 @@ class Writer:
             "sha256": hashlib.sha256(tensor_bytes(kept)).hexdigest(),
             **({"fallback": True} if fallback else {}),
         }
-        write_tensors(self._piece(index), {name: kept.contiguous()}, {"row": json.dumps(row)})
-        seal(self._piece(index))
+        write_sealed(self._piece(index), {name: kept}, {"row": json.dumps(row)})
 
     def finish(self, model: LanguageModel, count: int) -> Artifact:
         """Join the `count` finished tensors into shards, write the manifest, and rename the folder.
 
         Raises BadInput where the model's files are not those that the run began with; what was made of them is discarded.
         """
-        if model.fingerprint != self.recipe["model"]:
+        if model.fingerprint_now() != self.recipe["model"]:
             shutil.rmtree(self.tensors)
             raise BadInput(f"{model.path}: was changed while it was read, so that nothing was written; run again")
         folder = self.partial / "folder"
@@ -732,19 +728,6 @@ def joint_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
             b -= a
             lost += float((b * b).sum())
     return math.sqrt(lost) / math.sqrt(power) if power else float(lost > 0)
-
-
-def seal(piece: Path) -> None:
-    """Write the hash of a file beside it, for `is_sealed`."""
-    write_atomic(piece.with_suffix(".sha256"), [sha256_file(piece).encode()])
-
-
-def is_sealed(piece: Path) -> bool:
-    """Whether a file is there, and is as it was when it was sealed."""
-    try:
-        return piece.with_suffix(".sha256").read_bytes() == sha256_file(piece).encode()
-    except OSError:
-        return False
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

@@ -29,10 +29,11 @@ import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from . import __version__, evaluation, stages, tracking
-from .artifact import Artifact, Ratio, joint_error, load
+from .artifact import RECIPE, Artifact, Ratio, joint_error, load
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
+from .folders import check_out, foreign, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, device_named, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
@@ -189,7 +190,7 @@ def run_chain(
     chain = chain if isinstance(chain, Chain) else read_chain(chain)
     model.check()
     _check_quantities(model, chain)
-    out = Path(out).expanduser()
+    out = check_out(out, model.path)
     text = None if model.is_classifier else evaluation.find_text(chain.text)
     recipe = {
         "agentforge": __version__,
@@ -198,6 +199,7 @@ def run_chain(
         "text": text and text.sha256,
     }
     tensors = {name: math.prod(entry.shape) for name, entry in sorted(model.entries.items())}
+    check_out(out / "artifact")
     with _Journal(out, recipe, {"name": model.name, "tensors": tensors}, overwrite) as journal:
         run = _Run(model, chain, text, out, journal, workers, device, progress)
         finished = run.steps()
@@ -260,8 +262,13 @@ class _Journal:
             before = found.get("recipe")
             differs = [key for key in self.recipe if not isinstance(before, dict) or before.get(key) != self.recipe[key]]
             raise BadInput(f"{out}: holds a run with another {', '.join(differs)}; choose another --out or pass --overwrite")
+        if strange := foreign(out):
+            raise BadInput(f"{out}: {strange}; nothing of it is discarded, choose another --out or move that away")
         for child in out.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+            if child.is_dir():
+                remove(child)
+            elif child != self.path:
+                child.unlink()
         return []
 
     def __enter__(self) -> _Journal:
@@ -326,14 +333,16 @@ class _Run:
         """Copy the last accepted artifact to out/artifact, and check every byte of it."""
         final = self.out / "artifact"
         if self.accepted is None:  # what an earlier run handed over may have been lost since, and failed when made again
-            shutil.rmtree(final, ignore_errors=True)
+            remove(final)
             return None
         if not final.exists() or _manifest_hash(final) != _manifest_hash(self.accepted):
             partial = self.out / "artifact.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(self.accepted, partial)
-            shutil.rmtree(final, ignore_errors=True)
-            os.replace(partial, final)
+            remove(partial)
+            partial.mkdir()
+            write_json(partial / RECIPE, {"copy of": self.accepted.name})
+            shutil.copytree(self.accepted, partial / "folder")
+            replace(partial / "folder", final)
+            remove(partial)
         artifact = Artifact(final)
         artifact.verify()
         return artifact
@@ -346,7 +355,7 @@ class _Run:
             row = self._attempt(index, attempt, step, folder)
             if row["decision"] != "accepted":  # before the journal says so: a row that is there is done
                 for path in (folder, folder.with_name(folder.name + ".partial")):
-                    shutil.rmtree(path, ignore_errors=True)
+                    remove(path)
             self.journal.add(row)
         if row["decision"] != "accepted":
             return False
@@ -369,7 +378,7 @@ class _Run:
         start = time.perf_counter()
         before = self._last()
         if _manifest_hash(folder) is None:  # what is left of a damaged one
-            shutil.rmtree(folder, ignore_errors=True)
+            remove(folder)
         options: dict[str, Any] = {"overwrite": True, "progress": self.progress}
         self.journal.doing("encoding", row)
         try:
@@ -476,8 +485,10 @@ def _decode_seconds(artifact: Artifact) -> float:
 
 
 def _manifest_hash(folder: Path) -> str | None:
-    """The hash of an artifact's manifest, which holds those of its files; None where there is no artifact."""
+    """The hash of an artifact's manifest, which holds those of its files; None where there is no sound artifact."""
     try:
-        return Artifact(folder).sha256
+        artifact = Artifact(folder)
+        artifact.check()
+        return artifact.sha256
     except AgentForgeError:
         return None

@@ -861,13 +861,13 @@ def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool)
 
 
 def _claims(rows: list[dict[str, Any]]) -> None:
-    from .audit.drawing import measured_text
+    from .audit.drawing import measured_text, verdict_text
 
     _table(
         "claim",
         "verdict",
         "measured",
-        rows=[[row["id"], row["verdict"], measured_text(row).replace("**", "")] for row in rows],
+        rows=[[row["id"], verdict_text(row), measured_text(row).replace("**", "")] for row in rows],
     )
 
 

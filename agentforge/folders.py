@@ -20,12 +20,12 @@ from .tensorfiles import read_json
 MARKS = {
     "agentforge.json": r"history\.json",
     "agentforge-source.json": r"",
-    "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.(safetensors|sha256)",
+    "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.safetensors",
     "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.old)?",
 }
 # What an artifact can be of, where its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
-PIECES = r"(\d{5,}|shared)\.(safetensors|sha256)"
+PIECES = r"(\d{5,}|shared)\.safetensors"
 REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
 
 
@@ -71,6 +71,8 @@ def _mark(folder: Path) -> tuple[str | None, str]:
             data = read_json(file)
             if data.get("report") == file.stem and isinstance(data.get("claims"), list):
                 return file.name, "|".join([*(re.escape(file.stem + end) for end in REPORT), r"figure-\d+\.png"])
+    if (folder.parent / "journal.json").is_file() and re.fullmatch(MARKS["journal.json"], folder.name):
+        return "", USUAL  # a step of a chain that has lost its manifest
     return None, ""
 
 

@@ -59,15 +59,44 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
 
 
 def _convert(source: Path, folder: Path) -> dict[str, Any]:
-    from gguf import GGUFReader
+    from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):  # type: ignore[misc]
-        """The library's reader slices its memory map beyond the end without a word, and then loops 2**60 times."""
+        """The library's reader slices its memory map beyond the end without a word, and then loops 2**60 times; and it makes
+        two arrays for each string of a vocabulary, gigabytes for millions."""
 
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if int(offset) + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise BadInput(f"{source}: ends before what it announces; fetch it again")
             return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type != GGUFValueType.ARRAY:
+                return super()._get_field_parts(orig_offs, raw_type)
+            kind, count = int(self._get(orig_offs, np.uint32)[0]), int(self._get(orig_offs + 4, np.uint64)[0])
+            scalar = self.gguf_scalar_to_np.get(GGUFValueType(kind))
+            values: Any
+            if scalar is not None:
+                values = self._get(orig_offs + 12, scalar, count)
+                size = values.nbytes
+            elif kind == GGUFValueType.STRING and self.byte_order == "I":
+                values, size = strings(self.data.data, orig_offs + 12, count)
+            else:
+                raise BadInput(f"{source}: an array of type {kind} in the metadata; expected numbers or text")
+            return 12 + size, [values], [0], [GGUFValueType.ARRAY, GGUFValueType(kind)]
+
+    def strings(data: memoryview, start: int, count: int) -> tuple[list[str], int]:
+        """`count` strings, each behind its length, from `start` on, and the bytes that they take."""
+        found, at = [], start
+        if count > (len(data) - start) // 8:
+            raise BadInput(f"{source}: ends before what it announces; fetch it again")
+        for _ in range(count):
+            end = at + 8 + int.from_bytes(data[at : at + 8], "little")
+            if end > len(data):
+                raise BadInput(f"{source}: ends before what it announces; fetch it again")
+            found.append(str(data[at + 8 : end], "utf-8"))
+            at = end
+        return found, at - start
 
     reader = Reader(source)
 
@@ -77,6 +106,9 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
             if default is None:
                 raise BadInput(f"{source}: the metadata lack {key}")
             return default
+        if found.types[0] == GGUFValueType.ARRAY:
+            values = found.parts[-1]
+            return values if isinstance(values, list) else values.tolist()
         return found.contents()
 
     architecture = field("general.architecture")
@@ -214,9 +246,13 @@ def _tokenizer(source: Path, field: Any) -> Any:
         else byte_level
     )
     tokenizer.decoder = decoders.ByteLevel()
-    for token, kind in zip(tokens, kinds, strict=True):
-        if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN):
-            tokenizer.add_tokens([AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)])
+    tokenizer.add_tokens(  # all at once: each call makes its search for all of them anew
+        [
+            AddedToken(token, special=kind == CONTROL_TOKEN, normalized=False)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (CONTROL_TOKEN, USER_DEFINED_TOKEN)
+        ]
+    )
     if field("tokenizer.ggml.add_bos_token", 0) and "bos_token" in special:
         bos = special["bos_token"]
         tokenizer.post_processor = processors.TemplateProcessing(

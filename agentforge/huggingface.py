@@ -239,11 +239,16 @@ def _save_pretrained(
         repo_id = options.pop("repo_id", Path(save_directory).name)
     out = Path(save_directory).expanduser()
     out.mkdir(parents=True, exist_ok=True)
+    earlier = [file for file in out.iterdir() if file.suffix == ".safetensors" or file.name == WEIGHTS_INDEX]
+    if earlier:
+        ours = Artifact(out).manifest["files"] if (out / MANIFEST).is_file() else {}
+        if strange := [file.name for file in earlier if file.name not in ours]:
+            raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, which are no artifact's; choose another folder")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         _write(self, Path(scratch))
         names = {file.name for file in Path(scratch).iterdir()}
-        for file in out.iterdir():  # weights of an earlier save would be read in the place of these
-            if file.name not in names and (file.suffix == ".safetensors" or file.name == WEIGHTS_INDEX):
+        for file in earlier:  # weights of an earlier save would be read in the place of these
+            if file.name not in names:
                 file.unlink()
         for name in sorted(names, key=lambda name: name == MANIFEST):  # the manifest last
             os.replace(Path(scratch) / name, out / name)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from . import stages
 from .artifact import Artifact, Ratio
+from .escaping import markdown
 from .models import SMOLLM2
 from .tensorfiles import plain_file
 
@@ -40,10 +41,10 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
     )
     touched = [row for row in artifact.rows if row["stage"]]
     lines = [
-        f"# {original['name']}, compressed by agentforge",
+        f"# {markdown(original['name'])}, compressed by agentforge",
         "",
-        f"- Base model: {base} (sha256 over its files: `{original['fingerprint']}`)",
-        f"- Licence of the base model: {licence(artifact)}",
+        f"- Base model: {markdown(base)} (sha256 over its files: `{markdown(original['fingerprint'])}`)",
+        f"- Licence of the base model: {markdown(licence(artifact))}",
         f"- Encoded: {len(touched)} of {len(artifact.rows)} tensors; the others are kept",
         f"- Manifest: sha256 `{artifact.sha256}`",
         "",
@@ -64,7 +65,7 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         lines += ["| measured | value | protocol |", "|---|---|---|"]
         for what, found in measurements.items():
             protocol = ", ".join(f"{key} {value}" for key, value in found.protocol.items())
-            lines.append(f"| {what} | {found} | {protocol} |")
+            lines.append(f"| {markdown(what)} | {markdown(found)} | {markdown(protocol)} |")
     else:
         lines.append("Not measured.")
     lines += [
@@ -84,13 +85,14 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
 
 
 def _size(ratio: Ratio) -> str:
-    return f"| {ratio.what} | {ratio.bytes:,} | {ratio.denominator} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
+    what, against = markdown(ratio.what), markdown(ratio.denominator)
+    return f"| {what} | {ratio.bytes:,} | {against} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
 
 
 def licence(artifact: Artifact) -> str:
     """The base model's licence as the hub names it: as its source says, else by the licence file; "unknown" otherwise."""
     source = artifact.manifest["original"]["source"]
-    if isinstance(said := source.get("licence"), str):
+    if isinstance(said := source.get("licence"), str) and re.fullmatch(r"[\w.+ -]{1,64}", said):
         return said
     for name in artifact.manifest["files"]:
         if name.upper().startswith(("LICENSE", "LICENCE")):

@@ -159,12 +159,19 @@ class LanguageModel:
         checked = [plain_file(self.path, file.name) for file in sorted(found)]
         return [file for file in checked if file.is_file() and file.name not in (SOURCE_FILE, WEIGHTS_INDEX)]
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
-        """A hash over the bytes of weight files, configuration, tokenizer and licence, as they are now."""
+        """A hash over the bytes of weight files, configuration, tokenizer and licence."""
+        return self.fingerprint_now()
+
+    def fingerprint_now(self) -> str:
+        """`fingerprint`, of the files as they are now: another one where they were changed since it was first asked for."""
         digest = hashlib.sha256()
         for file in [*self.side_files, *self.weight_files]:
-            digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+            try:
+                digest.update(f"{file.name} {sha256_file(file)}\n".encode())
+            except OSError as error:
+                raise BadInput(f"{file}: cannot be read ({error.strerror}); fetch or write the folder again") from None
         return digest.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:

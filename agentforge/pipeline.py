@@ -19,6 +19,7 @@ from . import __version__, stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
 from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
+from .folders import check_out
 from .models import LanguageModel, Weight, device_named, open_model
 from .planes import Packed
 from .stages.refined import with_refinements
@@ -70,7 +71,7 @@ def compress(
         raise BadInput(f"workers={workers}; expected 1 or more")
     if executor is None:
         device_named(device)
-    out = Path(out).expanduser()
+    out = check_out(out, model.path)
     recipe: dict[str, Any] = {
         "format": FORMAT,
         "agentforge": __version__,
@@ -163,7 +164,7 @@ def refine(
         "artifact": artifact.sha256,
         "stage": {"stage": "refinement", "by": how},
     }
-    with Writer(Path(out).expanduser(), recipe, overwrite) as writer:
+    with Writer(check_out(out, original.path, artifact.path), recipe, overwrite) as writer:
         if writer.finished:
             return Artifact(out)
         if stage.shared_layout() and not writer.has_shared():

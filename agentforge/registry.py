@@ -31,7 +31,7 @@ import logging
 import math
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,8 +41,9 @@ import torch
 from . import handoff, schemas
 from .artifact import MANIFEST, Artifact, dequantize
 from .errors import BadInput
+from .folders import remove
 from .models import SOURCE_FILE, cache_dir, open_model
-from .tensorfiles import plain_file, read_json, sha256_file
+from .tensorfiles import check_files, plain_file, read_json
 
 EXPERIMENT = "agentforge"  # that runs belong to, on a server
 LARGEST_RECORD = 64 << 20
@@ -189,7 +190,7 @@ def _talking(uri: str) -> Iterator[None]:
 
     try:
         yield
-    except (mlflow.MlflowException, SQLAlchemyError) as error:
+    except (mlflow.MlflowException, SQLAlchemyError, ImportError) as error:  # a database has no driver here
         message = (
             f"registry {uri:.200}: {' '.join(str(error).split())[:300]}; check the registry and run the same command again"
         )
@@ -207,12 +208,9 @@ def _opened(uri: str) -> Iterator[Any]:
         fcntl.flock(held, fcntl.LOCK_EX)
         if file is not None and not file.exists():
             # Made beside and renamed: a kill among MLflow's migrations would leave a database that none can open.
-            partial = file.with_name(file.name + ".partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
-            _client(f"sqlite:///{partial / file.name}").search_registered_models(max_results=1)
-            os.replace(partial / file.name, file)
-            shutil.rmtree(partial)
+            with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as partial:
+                _client(f"sqlite:///{Path(partial) / file.name}").search_registered_models(max_results=1)
+                os.replace(Path(partial) / file.name, file)
         yield _client(uri)
 
 
@@ -264,7 +262,7 @@ def _dequantised(artifact: Artifact, sha256: str, uri: str) -> Path:
     file = _sqlite_file(uri)
     folder = (file.parent if file else cache_dir() / "registry") / "dequantised" / sha256
     if not _is_sound(folder, sha256):
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)
         folder.parent.mkdir(exist_ok=True)
         dtype = torch.bfloat16 if artifact.manifest["original"]["dtypes"] == "bfloat16" else torch.float32
         dequantize(artifact, folder, dtype)
@@ -276,10 +274,10 @@ def _is_sound(folder: Path, sha256: str) -> bool:
     if not (folder / SOURCE_FILE).is_file():
         return False
     made: Any = read_json(folder / SOURCE_FILE)
-    return made.get("artifact_manifest_sha256") == sha256 and all(
-        (folder / name).is_file() and sha256_file(plain_file(folder, name)) == about["sha256"]
-        for name, about in made["files"].items()
-    )
+    with contextlib.suppress(BadInput, KeyError):
+        check_files(folder, made["files"])
+        return bool(made["artifact_manifest_sha256"] == sha256)
+    return False
 
 
 def _about(artifact: Artifact, sha256: str, folder: Path, fingerprint: str) -> dict[str, str]:

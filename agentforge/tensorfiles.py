@@ -206,6 +206,32 @@ def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[s
     )
 
 
+def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> None:
+    """`write_tensors` with a hash of all of it among the metadata, for `read_sealed`."""
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_tensors(path, whole, {**metadata, "sha256": _digest(whole, metadata)})
+
+
+def read_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+    """Tensors and metadata of a file as `write_sealed` wrote it; None for one that is missing, or that was damaged since."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+        tensors = {name: read_tensor(name, entry) for name, entry in index_file(path).items()}
+    except (BadInput, SafetensorError, OSError):
+        return None
+    said = metadata.pop("sha256", "")
+    return (tensors, metadata) if said == _digest(tensors, metadata) else None
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> str:
+    digest = hashlib.sha256(json.dumps(sorted(metadata.items())).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name!a} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor_bytes(tensor))
+    return digest.hexdigest()
+
+
 def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
     """Write `parts` to a temporary file beside `path`, which no other writer has, bring it to disk, and rename it."""
     temporary = path.with_name(f"{path.name[:60]}.{secrets.token_hex(8)}.tmp")

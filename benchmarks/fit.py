@@ -1,16 +1,15 @@
-"""What a budget of bits buys: `agentforge fit` against every single stage, and against the tools that people use.
+"""What a budget of bits buys: `agentforge fit` against every single stage, the tools that people use, and no model at all.
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
     python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8] [--work FOLDER]
 
-Fits the model to each budget of bits a weight of its linear layers, and measures what is loaded back from disk.  Statistics
-come from selftext alone; nothing is trained but with --recover, which trains the codes for so many steps on selftext, within
-the same bits.  Killed, the same command goes on from the budgets that are done, and from the last look of a training.
-Writes OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
+Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk.
+Statistics come from selftext alone; nothing is trained but with --recover, which trains the codes for so many steps on
+selftext, within the same bits.  Killed, the same command goes on from the budgets that are done, and from the last look of a
+training.  Writes OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
-The single stages are the rows of reports/stages/stages.json, the same text, tokens and windows.  TOOLS were measured once on
-the same model, text and tokens, weights dequantised into float32; GPTQ, auto-round and imatrix had seen some of WikiText-2's
-validation split, which favours them.
+Rows of others are those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has
+one protocol: a row of other tokens or windows than the budgets' is left out, and counted.
 """
 
 from __future__ import annotations
@@ -27,14 +26,18 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from matplotlib.figure import Figure
 
 import agentforge
 from agentforge import stages
 from agentforge.allocation import Budget, fit
+from agentforge.artifact import Artifact, load
+from agentforge.audit.workshop import EFFORTS
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import open_model
+from agentforge.runtime import held_bytes
 from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic
 from agentforge.training.codelinear import MARGIN, SPAN
@@ -43,37 +46,32 @@ from agentforge.training.recover import Settings, schedule
 BITS = (8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114)
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
 LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
-TOKENS = 4094
+TOKENS = EFFORTS["full"].tokens  # as in the audit's own reports
+ACCIDENT = 1e-4  # relative error below which few bits have found the weights' own grid
+SAME = 0.005  # bits per weight that count as equal
+SHOWN = 4  # rows that a sentence names
+PROTOCOL = ("text", "split", "text_sha256", "context", "stride", "bos", "scored_tokens", "windows", "tokenizer")
+Row = dict[str, Any]
 
 
-class Tool(NamedTuple):
-    """Bits a weight of the linear layers, and KL in nats a token on the same 4,094 tokens."""
+class Other(NamedTuple):
+    """A row that budgets are held against.  kind: single stage, a tool, no model, fit.  bits, held: per weight of the linear
+    layers, on disk and in memory (None: not measured).  row: its measurements.  reason: why it is no ordinary row."""
 
+    kind: str
     name: str
     bits: float
-    kl: float
+    held: float | None
+    row: Row
+    reason: str = ""
 
+    @property
+    def kl(self) -> float:
+        """KL(original || this), nats per token."""
+        return float(self.row["kl"]["value"])
 
-TOOLS = (
-    Tool("HQQ 4, g64", 4.50, 0.197),
-    Tool("HQQ 3, g64", 3.70, 2.08),
-    Tool("HQQ 2, g64", 2.50, 10.2),
-    Tool("optimum-quanto int4", 4.31, 0.437),
-    Tool("optimum-quanto int2", 2.31, 11.9),
-    Tool("bitsandbytes NF4, double quantised", 4.14, 0.253),
-    Tool("auto-round 4, no tuning", 4.31, 0.320),
-    Tool("auto-round 3, no tuning", 3.30, 1.34),
-    Tool("auto-round 2, no tuning", 2.28, 10.9),
-    Tool("GPTQ 3", 3.30, 0.842),
-    Tool("GPTQ 2", 2.28, 6.58),
-    Tool("llama.cpp Q3_K_M", 4.63, 0.140),
-    Tool("llama.cpp Q2_K", 4.23, 0.405),
-    Tool("llama.cpp IQ2_XS", 3.96, 0.388),
-    Tool("llama.cpp Q3_K, merged rows", 3.44, 0.698),
-    Tool("llama.cpp IQ3_XXS, imatrix, merged rows", 3.06, 0.613),
-    Tool("llama.cpp Q2_K, imatrix, merged rows", 2.63, 1.20),
-)
-Row = dict[str, Any]
+    def __str__(self) -> str:
+        return f"{self.name} ({self.bits:.2f} bits, KL {self.kl:.3g}{', ' + self.reason if self.reason else ''})"
 
 
 def recipe(model: Any, bits: float, text: str | None, tokens: int, recovery: Settings | None) -> Row:
@@ -86,6 +84,7 @@ def recipe(model: Any, bits: float, text: str | None, tokens: int, recovery: Set
         "ladder": [stage.step for stage in LADDER],
         "text": [found.name, found.split, found.sha256],
         "tokens": tokens,
+        "context": model.sampled_context,
         **({"recovery": asdict(recovery)} if recovery else {}),
     }
 
@@ -121,6 +120,7 @@ def measure(
             "bits": found.bits,
             "predicted": found.predicted,
             "relative_error": math.sqrt(lost / count),
+            "held_bits": 8 * _held(found.artifact) / count,
             "weight_bytes": found.artifact.weight_bytes,
             "ratios": [ratio.to_json() for ratio in found.artifact.ratios],
             "bits_by_layer": {kind: sum(found) / len(found) for kind, found in sorted(chosen.items())},
@@ -134,67 +134,111 @@ def measure(
             shutil.rmtree(place, ignore_errors=True)
 
 
-def singles(file: Path) -> list[tuple[str, float, float, float]]:
-    """Stage, bits, KL and its standard error of each single stage; the accident of the base's own grid is left out."""
-    rows = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    found = []
-    for row in rows:
-        if row["relative_error"] < 1e-3:
+def _held(artifact: Artifact) -> int:
+    """Bytes that the encoded layers hold while they compute from their planes."""
+    module = load(artifact.path, runtime="packed").model
+    with torch.inference_mode():
+        module(input_ids=torch.tensor([[0]]), use_cache=False)  # what is made when it is first needed
+    layers = dict(module.named_modules())
+    return sum(held_bytes(layers[row["name"].removesuffix(".weight")]) for row in artifact.rows if row["stage"])
+
+
+def protocol(row: Row) -> tuple[Any, ...]:
+    """What two rows of one table have in common."""
+    return tuple(row["kl"]["protocol"].get(key) for key in PROTOCOL)
+
+
+def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[list[Other], list[str]]:
+    """Every single stage and every peer that was measured by the protocol `like`; and what is to be said of the rest."""
+    found, said, old = [], [], 0
+    for row in _rows(stages_file):
+        if protocol(row) != like:
+            old += 1
             continue
-        settings = row["recipe"]["stage"]
-        default = stages.get(settings["stage"]).to_json()
-        changed = ",".join(f"{k}={v}" for k, v in settings.items() if k != "stage" and v != default[k])
-        name = f"{settings['stage']}:{changed}" if changed else settings["stage"]
-        found.append((name, row["bits"], row["kl"]["value"], row["kl"]["stderr"] or 0.0))
-    return found
+        reason = "the grid on which the base lies, found by accident" if row["relative_error"] < ACCIDENT else ""
+        found.append(
+            Other("single stage", f"`{stages.from_json(row['recipe']['stage']).brief()}`", row["bits"], None, row, reason)
+        )
+    if old:
+        said.append(f"{old} rows of reports/stages were taken on other tokens or windows, and are left out.")
+    failed = []
+    for row in _rows(peers_file):
+        name, tool = row["recipe"]["name"], row["recipe"]["tool"]
+        if "failed" in row:
+            failed.append(f"{name} ({row['failed']})")
+        elif protocol(row) == like:
+            reason = "the base itself" if row.get("relative_error") == 0 else ""
+            if not reason and row.get("relative_error", 1.0) < ACCIDENT:
+                reason = "the grid on which the base lies"
+            found.append(Other(tool, name.removeprefix("no model "), row["bits"], row["held_bits"], row, reason))
+    if failed:
+        said.append("Tried, and not measured: " + "; ".join(failed) + ".")
+    return found, said
 
 
-def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> str:
+def _rows(file: Path) -> list[Row]:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
     """The tables and what they say."""
     trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: -row["bits"])
     rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
     first = rows[0]
-    protocol, base = first["kl"]["protocol"], first["original_perplexity"]
+    how, base = first["kl"]["protocol"], first["original_perplexity"]
     lines = [
         "# What a budget of bits buys",
         "",
-        f"smollm2-135m, dequantised Q4_1 (perplexity {_cell(base)}).  Bits are those of the planes on disk, a weight of "
-        "the linear layers; embedding and norms are kept.  KL is KL(original || compressed) on "
-        f"{first['kl']['n']:,} tokens of {protocol['text']}/{protocol['split']}, windows of {protocol['context']}; ± is one "
-        "standard error.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  Touched: "
-        "the planes against 32 bits a weight.",
+        f"smollm2-135m, dequantised Q4_1 (perplexity {_cell(base)}).  Bits are per weight of the linear layers: *on disk* "
+        "those of the planes, *held* those in memory of layers that compute from them; embedding and norms stay.  KL is "
+        f"KL(original || compressed) on {first['kl']['n']:,} tokens of {how['text']}/{how['split']}, in windows of "
+        f"{how['context']} ({how['windows']}); [ ] holds the value of the whole text 95 times in 100.  Statistics: 8,192 "
+        "tokens of selftext, backward passes on 2,048 of them; no training.  *Whole model*: all weight files, against 16 "
+        "bits for every parameter, and against the file that the model came in; below 1 that file is the smaller one.",
         "",
-        "| asked for | bits | touched | whole model against 16 bits | KL (nats a token) | predicted | perplexity | top-1 "
-        "| accuracy kept |",
-        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        "| asked for | on disk | held | linear layers against 16 bits | whole model against 16 bits "
+        "| whole model against its file | KL (nats per token) | predicted | perplexity | top-1 | accuracy kept |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        whole = next(r["ratio"] for r in row["ratios"] if r["what"] == "whole model")
+        whole = [r for r in row["ratios"] if r["what"] == "whole model"]
+        to_16 = next(r["ratio"] for r in whole if r["denominator"].endswith("at 16 bits"))
+        to_file = next(r["ratio"] for r in whole if not r["denominator"].endswith("bits"))
         lines.append(
-            f"| {row['recipe']['bits']:g} | {row['bits']:.3f} | {32 / row['bits']:.1f}x | {whole:.2f}x | {_cell(row['kl'])} "
-            f"| {row['predicted']:.3g} | {_cell(row['perplexity'])} | {_cell(row['top1'])} | {_cell(row['retention'])} |"
+            f"| {row['recipe']['bits']:g} | {row['bits']:.3f} | {row['held_bits']:.2f} | {16 / row['bits']:.1f}x "
+            f"| {to_16:.2f}x | {to_file:.2f}x | {_cell(row['kl'])} | {row['predicted']:.3g} | {_cell(row['perplexity'])} "
+            f"| {_cell(row['top1'])} | {_cell(row['retention'])} |"
         )
-    lines += _recovered(rows, trained)
-    lines += ["", "## Against everything else", ""]
-    everything = [(f"`{name}`", bits, kl) for name, bits, kl, _ in others] + [(t.name, t.bits, t.kl) for t in TOOLS]
-    for row in rows:
-        kl, error = row["kl"]["value"], row["kl"]["stderr"] or 0.0
-        better = [o for o in everything if o[1] <= row["bits"] + 0.005 and o[2] < kl]
-        worse = sorted((o for o in everything if o[1] > row["bits"] and o[2] > kl + 2 * error), key=lambda o: -o[1])
-        near = min((o for o in everything if o[1] >= row["bits"] - 0.005), key=lambda o: o[1], default=None)
-        text = f"* {row['bits']:.2f} bits, KL {kl:.3g}: "
-        text += "nothing of as many bits or fewer is better" if not better else f"worse than {_named(better[0])}"
-        text += f"; {len(worse)} rows of more bits are worse" + (f", up to {_named(worse[0])}" if worse else "")
-        if near is not None:
-            text += f"; the next row of more bits, {_named(near)}, has {near[2] / kl:.2g} times the KL"
-        lines.append(text + ".")
+    lines += _recovered(rows, trained, found)
+    own = [Other("fit", f"fit to {row['recipe']['bits']:g} bits", row["bits"], row["held_bits"], row) for row in rows]
+    everything = sorted([*found, *own], key=lambda o: (-o.bits, o.kl))
+    lines += ["", "## Against everything else", "", *(f"* {line}" for line in verdicts(own, everything)), ""]
+    lines += [f"* {text}" for text in said]
+    lines += ["", "![KL against bits](fit.png)", "", "## Everything there is", ""]
+    lines += ["| what | by | on disk | held | KL (nats per token) | perplexity | top-1 | accuracy kept | remark |"]
+    lines += ["|---|---|---:|---:|---:|---:|---:|---:|---|"]
+    for o in everything:
+        remark = "; ".join(text for text in (o.reason, o.row.get("note", "")) if text)
+        held = "-" if o.held is None else f"{o.held:.2f}"
+        cells = " | ".join(_cell(o.row[key]) if key in o.row else "-" for key in ("kl", "perplexity", "top1", "retention"))
+        lines.append(f"| {o.name} | {o.kind} | {o.bits:.3f} | {held} | {cells} | {remark} |")
     lines += [
         "",
-        "![KL against bits](fit.png)",
+        "How the rows of tools were made (`python benchmarks/peers.py`):",
+        "",
+        "| what | version | command | seed | calibrated on |",
+    ]
+    lines += ["|---|---|---|---:|---|"]
+    for o in sorted((o for o in found if "command" in o.row), key=lambda o: o.name):
+        made = o.row["recipe"]
+        shown = made["calibration"]
+        text = f"{shown['tokens']:,} tokens of {shown['text']}, windows of {shown['context']}" if shown else "-"
+        lines.append(f"| {o.name} | {made['version'] or '-'} | {o.row['command']} | {made['seed']} | {text} |")
+    lines += [
         "",
         "## Where the bits went",
         "",
-        "Mean bits a weight of each kind of layer: what the prediction of damage says they are worth.",
+        "Mean bits per weight of each kind of layer: what the prediction of damage says they are worth.",
         "",
         "| asked for | " + " | ".join(first["bits_by_layer"]) + " |",
         "|---:|" + "---:|" * len(first["bits_by_layer"]),
@@ -207,16 +251,67 @@ def report(rows: list[Row], others: list[tuple[str, float, float, float]]) -> st
     return "\n".join(lines)
 
 
-def _recovered(rows: list[Row], trained: list[Row]) -> list[str]:
+def verdicts(own: list[Other], everything: list[Other]) -> list[str]:
+    """For each budget what is better with as many bits or fewer, of all rows there are; first what holds for all of them."""
+    lines, alone = [], 0
+    for mine in own:
+        rest = [o for o in everything if o is not mine]
+        better = [o for o in rest if o.bits <= mine.bits + SAME and o.kl < mine.kl]
+        beaten = [o for o in rest if o.kind != "fit" and o.bits > mine.bits + SAME and _apart(mine, o)]
+        alone += not better
+        text = (
+            f"better with as many bits or fewer: {_named(better, mine)}"
+            if better
+            else "nothing of as many bits or fewer is better"
+        )
+        text += f"; {len(beaten)} rows of more bits are worse"
+        lines.append(f"{mine.bits:.2f} bits, KL {mine.kl:.3g}: {text}{f', up to {beaten[0]}' if beaten else ''}.")
+    lines.insert(
+        0, f"**For {alone} of {len(own)} budgets nothing of as many bits or fewer is better; the others say what is.**"
+    )
+    nothing = min((o for o in everything if o.bits == 0), key=lambda o: o.kl, default=None)
+    if nothing is None:
+        return lines
+    some = [o for o in everything if o.bits > 0]
+    worse = [o for o in some if o.kl > nothing.kl]
+    least = min((o.bits for o in some if o.kl <= nothing.kl), default=math.inf)
+    below = [o for o in worse if o.bits < least]
+    text = f"**A model of no bits, {nothing.name}, has KL {nothing.kl:.3g}"
+    text += "".join(f" ({o.name}: {o.kl:.3g})" for o in everything if o.bits == 0 and o is not nothing)
+    text += f" and keeps {_cell(nothing.row['retention'])} of the accuracy.  "
+    text += (
+        f"All {len(below)} rows of fewer than {least:.2f} bits lose to it"
+        if below
+        else "No number of bits loses to it throughout"
+    )
+    more = [o for o in worse if o not in below]
+    text += f", and {len(more)} rows of more bits, up to {more[0]}.**" if more else ".**"
+    return [*lines, text]
+
+
+def _apart(better: Other, worse: Other) -> bool:
+    """Whether the two 95% intervals of KL do not touch."""
+    return float(_bounds(better.row["kl"])[1]) < float(_bounds(worse.row["kl"])[0])
+
+
+def _named(better: list[Other], mine: Other) -> str:
+    """The best of them by name, and which cannot be told from `mine`."""
+    best = sorted(better, key=lambda o: o.kl)
+    words = [f"{o}{'' if _apart(o, mine) else ', within the errors'}" for o in best[:SHOWN]]
+    return "; ".join(words) + (f"; and {len(best) - SHOWN} more" if len(best) > SHOWN else "")
+
+
+def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> list[str]:
     """What training the codes brought back, and which tools need more bits for it."""
     if not trained:
-        return []
+        text = "None was measured on these windows, so none stands here: `python benchmarks/fit.py --recover 24` takes them."
+        return ["", "## With recovery", "", text]
     lines = [
         "",
         "## With recovery",
         "",
-        "Trained on selftext, by distillation from the original, are the norms, a gain a row (a half float, within the same "
-        "bits) and, straight through their rounding, the codes.  " + "  ".join(dict.fromkeys(map(_travel, trained))),
+        "Trained on selftext, by distillation from the original, are the norms, a gain per row (a half float, within the "
+        "same bits) and, straight through their rounding, the codes.  " + "  ".join(dict.fromkeys(map(_travel, trained))),
         "",
         "| asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -230,14 +325,15 @@ def _recovered(rows: list[Row], trained: list[Row]) -> list[str]:
             f"| {_cell(row['top1'])} | {_cell(row['retention'])} |"
         )
     lines.append("")
+    tools = [o for o in found if o.kind not in ("single stage", "no model")]
     for row in trained:
-        kl = row["kl"]["value"]
-        beaten = sorted((t for t in TOOLS if t.bits > row["bits"] and t.kl > kl), key=lambda t: -t.bits)
-        ahead = sorted((t for t in TOOLS if t.kl <= kl), key=lambda t: t.bits)
+        mine = Other("fit", "trained", row["bits"], None, row)
+        beaten = sorted((o for o in tools if o.bits > mine.bits and o.kl > mine.kl), key=lambda o: -o.bits)
+        ahead = min((o for o in tools if o.kl <= mine.kl), key=lambda o: o.bits, default=None)
         lines.append(
-            f"* {row['bits']:.2f} bits, trained, KL {kl:.3g}: below "
-            + ("; ".join(_named(t) for t in beaten) or "no tool of more bits")
-            + f". The tool of fewest bits that is better: {_named(ahead[0]) if ahead else 'none'}."
+            f"* {mine.bits:.2f} bits, trained, KL {mine.kl:.3g}: below "
+            f"{'; '.join(map(str, beaten)) or 'no tool of more bits'}. "
+            f"The tool of fewest bits that is better: {ahead or 'none'}."
         )
     return lines
 
@@ -252,40 +348,74 @@ def _travel(row: Row) -> str:
     return text + (": what is shown is the work of gains and norms." if path < MARGIN else ".")
 
 
+def _bounds(measured: Row) -> tuple[float, float]:
+    if measured.get("interval"):
+        low, high = measured["interval"]
+        return low, high
+    spread = 2 * (measured["stderr"] or 0.0)
+    return measured["value"] - spread, measured["value"] + spread
+
+
 def _cell(measured: Row) -> str:
-    return f"{measured['value']:.4g} ± {measured['stderr'] or 0.0:.2g}"
+    low, high = _bounds(measured)
+    return f"{measured['value']:.3g} [{low:.3g}, {high:.3g}]"
 
 
-def _named(other: tuple[str, float, float] | Tool) -> str:
-    return f"{other[0]} ({other[1]:.2f} bits, {other[2]:.3g})"
-
-
-def picture(rows: list[Row], others: list[tuple[str, float, float, float]]) -> bytes:
-    """KL against bits a weight, on two logarithmic axes."""
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+def picture(rows: list[Row], found: list[Other]) -> bytes:
+    """KL against bits per weight, on two logarithmic axes; what is off them stands at their edge."""
+    figure = Figure(figsize=(8, 9), layout="constrained", facecolor="white")
     axes = figure.add_subplot()
-    families = sorted({name.partition(":")[0] for name, *_ in others})
-    for family, marker in zip(families, "ovs^Dph", strict=False):
-        points = [(bits, kl) for name, bits, kl, _ in others if name.partition(":")[0] == family]
-        axes.plot(*zip(*points, strict=True), marker, ms=5, alpha=0.7, label=f"single stage: {family}")
-    axes.plot([t.bits for t in TOOLS], [t.kl for t in TOOLS], "kx", ms=6, label="other tools")
+    least, most = 1e-4, 60.0
+    kinds = sorted(
+        {(o.kind, o.name.strip("`").partition(":")[0] if o.kind == "single stage" else "") for o in found if o.bits}
+    )
+    for number, (kind, family) in enumerate(kinds):
+        mine = [o for o in found if o.kind == kind and (not family or o.name.strip("`").partition(":")[0] == family)]
+        x, y = [o.bits for o in mine], [max(o.kl, least) for o in mine]
+        stage = kind == "single stage"
+        label, marker = (f"single stage: {family}", "ovs^DphP<"[number % 9]) if stage else (kind, "X1*d8H"[number % 6])
+        axes.plot(x, y, marker, ms=6 if stage else 9, alpha=0.55 if stage else 1, color=f"C{number % 10}", label=label)
+    for o in found:
+        if o.bits and o.kl < least:
+            axes.annotate(
+                f"{o.name.strip('`')}: KL {o.kl:.1g}",
+                (o.bits, least),
+                (o.bits, 2 * least),
+                rotation=90,
+                ha="center",
+                va="bottom",
+                fontsize=8,
+                arrowprops={"arrowstyle": "->"},
+            )
+        elif not o.bits:
+            axes.axhline(o.kl, color="black", lw=1.2, ls="--" if o.name == "uniform" else "-.")
+            axes.annotate(
+                f"no model: {o.name} (0 bits)", (8, o.kl), (0, 2), textcoords="offset points", ha="right", fontsize=10
+            )
+    plain = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: row["bits"])
     trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: row["bits"])
-    rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: row["bits"])
-    if trained:
-        points = [(row["bits"], row["kl"]["value"]) for row in trained]
-        axes.plot(*zip(*points, strict=True), "mD-", ms=8, label="fit, then trained")
-    bits, kl = [row["bits"] for row in rows], [row["kl"]["value"] for row in rows]
-    spread = [2 * (row["kl"]["stderr"] or 0.0) for row in rows]
-    axes.errorbar(bits, kl, spread, fmt="r*-", ms=10, capsize=3, label="fit (± 2 standard errors)")
-    axes.plot(bits, [row["predicted"] for row in rows], "r:", label="fit, predicted to second order")
-    axes.set(xscale="log", yscale="log", xlabel="bits a weight of the linear layers, on disk", ylabel="KL (nats a token)")
-    axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 3, 4, 6, 8], ["1/8", "1/4", "1/2", "1", "2", "3", "4", "6", "8"])
+    for some, style, label in (
+        (plain, "r*-", "agentforge fit (bars: 95%)"),
+        (trained, "mD-", "agentforge fit, then trained"),
+    ):
+        if some:
+            kl = [row["kl"]["value"] for row in some]
+            low, high = zip(*(_bounds(row["kl"]) for row in some), strict=True)
+            bars = [[v - a for v, a in zip(kl, low, strict=True)], [b - v for v, b in zip(kl, high, strict=True)]]
+            axes.errorbar([row["bits"] for row in some], kl, bars, fmt=style, ms=11, capsize=3, label=label)
+    predicted = [row["predicted"] for row in plain]
+    axes.plot([row["bits"] for row in plain], predicted, "r:", label="agentforge fit, as it predicts itself")
+    axes.set(xscale="log", yscale="log", ylim=(least / 1.3, most))
+    axes.set_xlabel("bits per weight of the linear layers, on disk", fontsize=12)
+    axes.set_ylabel("KL from the original (nats per token)", fontsize=12)
+    axes.set_xticks([0.125, 0.25, 0.5, 1, 2, 3, 4, 6, 8], ["1/8", "1/4", "1/2", "1", "2", "3", "4", "6", "8"], fontsize=12)
+    axes.tick_params(axis="y", labelsize=12)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
-    axes.set_title("Bits spent where they prevent damage, against the same bits everywhere")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+    axes.set_title("Bits spent where they prevent damage,\nagainst the same bits everywhere", fontsize=14)
     data = BytesIO()
-    figure.savefig(data, dpi=110, metadata={"Software": None})
+    figure.savefig(data, dpi=120, metadata={"Software": None})
     return data.getvalue()
 
 
@@ -296,6 +426,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--bits", type=float, nargs="*", default=BITS)
     parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
+    parser.add_argument("--peers", type=Path, default=Path("reports/fit/peers.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/fit"))
     parser.add_argument("--recover", type=int, default=0, help="steps to train for; 0 trains nothing")
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens a step of training")
@@ -304,7 +435,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "fit.json"
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    rows = [row for row in _rows(file) if row["recipe"].get("context")]  # rows without were taken on the first tokens alone
     if not options.report:
         model, statistics = open_model(options.model), None
         recovery = replace(Settings.of_codes(options.recover), batch=options.batch) if options.recover else None
@@ -320,9 +451,10 @@ def main(arguments: list[str] | None = None) -> int:
             same = {"bits": bits, "recovery": wanted.get("recovery")}
             rows = [r for r in rows if {key: r["recipe"].get(key) for key in same} != same] + [row]
             write_atomic(file, [json.dumps(rows, indent=1).encode() + b"\n"])
-    others = singles(options.stages)
-    write_atomic(options.out / "fit.md", [report(rows, others).encode()])
-    write_atomic(options.out / "fit.png", [picture(rows, others)])
+    rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
+    found, said = others(options.stages, options.peers, protocol(rows[0]))
+    write_atomic(options.out / "fit.md", [report(rows, found, said).encode()])
+    write_atomic(options.out / "fit.png", [picture(rows, found)])
     return 0
 
 

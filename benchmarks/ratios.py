@@ -1,15 +1,18 @@
 """How small the encoded tensors can get while 84% of the accuracy holds, and what is best at each ratio from 2 to 280.
 
-    python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--fit FILE] [--out reports/ratios]
+    python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--fit FILE] [--peers FILE] [--out reports/ratios]
 
 For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command goes on.
-For the language model nothing is measured here: its candidates are the rows of --stages that hold accuracies, the attempts
-of --chains, and the budgets of --fit.  Writes OUT/ratios.json, .md and .png; `--report` measures nothing.
+For the language model nothing is measured here: its candidates are the budgets of --fit, and those rows of --stages and
+attempts of --chains that were measured on the same tokens in the same windows.  Writes OUT/ratios.json, .md and .png;
+`--report` measures nothing.
 
-* bits: of the encoded tensors on disk, a weight, all planes included; coded: the same through `stages.entropy`, each
+* bits: of the encoded tensors on disk, per weight, all planes included; coded: the same through `stages.entropy`, each
   plane decoded again and compared.  A ratio is 32 (or 16) over these.
-* retention: accuracy over the original's, the standard error of pairs where the measurement has one, else as if the two
-  accuracies were independent, which is larger.
+* whole model: bytes of all weight files, against 16 bits for every parameter and against the file that the model came in.
+* retention: accuracy over the original's, with the 95% interval of pairs.
+* chance: what answers keep that do not look at the question: of digits-mlp the most frequent digit of the training pictures,
+  of the language model the most frequent token of selftext (--peers).
 * A setting is best at a ratio if none of that ratio or more keeps more.  digits-mlp's are chosen by their accuracy on the
   1,347 training pictures, and reported on the 450 others; a language model's are chosen and reported on the same tokens, so
   that the best of many is a little flattered.
@@ -79,6 +82,7 @@ def measure(model: LanguageModel, stage: stages.Stage) -> Row:
             "model": model.fingerprint,
             "agentforge": agentforge.__version__,
             "bits": 8 * touched.bytes / count,
+            "model_bytes": artifact.weight_bytes,
             "coded_bits": 8 * _coded_bytes(artifact) / count,
             "error": model_error(model, loaded),
             "retention": evaluation.accuracy_retention(loaded, model).to_json(),
@@ -119,38 +123,40 @@ def points_of_grid(rows: list[Row]) -> list[Row]:
         point = {
             "setting": _short(row["stage"]),
             "bits": row["bits"],
+            "model_bytes": row["model_bytes"],
             "error": row["error"],
             "retention": row["retention"],
             "chosen_by": row["chosen_by"],
         }
-        points.append(point)
-        if row["coded_bits"] < row["bits"]:
-            points.append({**point, "setting": f"{point['setting']}, coded", "bits": row["coded_bits"]})
+        points += [point, *_coded_point(point, row["coded_bits"])]
     return points
 
 
 def points_of_stages(rows: list[Row]) -> list[Row]:
-    """Of the rows of `benchmarks/stages.py` those that hold accuracies."""
+    """The rows of `benchmarks/stages.py` that hold accuracies, as stored and, where that takes less, coded."""
     points = []
     for row in rows:
-        retention = row.get("retention")
-        if retention is None and "accuracy" in row and "original_accuracy" in row:
-            retention = _independent(row["accuracy"], row["original_accuracy"])
-        if retention is None:
+        if "retention" not in row:
             continue
+        retention = row["retention"]
         stage = row["recipe"]["stage"]
         text = stage if isinstance(stage, str) else str(stages.from_json(stage))
         point = {
             "setting": _short(text),
             "bits": row["bits"],
+            "model_bytes": row["model_bytes"],
             "error": row["relative_error"],
             "retention": retention,
             "chosen_by": retention["value"],
         }
-        points.append(point)
-        if row.get("coded_bits", math.inf) < row["bits"]:
-            points.append({**point, "setting": f"{point['setting']}, coded", "bits": row["coded_bits"]})
+        points += [point, *_coded_point(point, row["coded_bits"])]
     return points
+
+
+def _coded_point(point: Row, bits: float) -> list[Row]:
+    """The same planes once coded, where that takes less.  Nobody wrote the model's files with them."""
+    coded = {**point, "setting": f"{point['setting']}, coded", "bits": bits, "model_bytes": None}
+    return [coded] if bits < point["bits"] else []
 
 
 def points_of_fit(rows: list[Row]) -> list[Row]:
@@ -159,6 +165,7 @@ def points_of_fit(rows: list[Row]) -> list[Row]:
         {
             "setting": f"fit to {row['recipe']['bits']:g} bits" + (", trained" if "recovery" in row["recipe"] else ""),
             "bits": row["bits"],
+            "model_bytes": row["weight_bytes"],
             "error": row["relative_error"],
             "retention": row["retention"],
             "chosen_by": row["retention"]["value"],
@@ -167,11 +174,32 @@ def points_of_fit(rows: list[Row]) -> list[Row]:
     ]
 
 
-def _independent(after: Row, before: Row) -> Row:
-    """after / before with the standard error of independent measurements."""
-    value = after["value"] / before["value"]
-    spread = value * math.hypot(after["stderr"] / max(after["value"], 1e-9), before["stderr"] / before["value"])
-    return {"value": value, "stderr": spread, "n": after["n"], "unit": "share", "paired": False}
+def of_one_protocol(points: list[Row]) -> tuple[list[Row], int]:
+    """The points that were measured as the first one was, and how many were not."""
+
+    def how(point: Row) -> tuple[Any, ...]:
+        said = point["retention"].get("protocol", {})
+        return tuple(said.get(key) for key in ("text_sha256", "context", "stride", "scored_tokens", "windows"))
+
+    same = [point for point in points if how(point) == how(points[0])]
+    return same, len(points) - len(same)
+
+
+def about_digits(model: LanguageModel) -> Row:
+    """Parameters, bytes of the file, and what chance keeps of the accuracy."""
+    _, labels, _, held_out = digits.data()
+    keeps = float((held_out == labels.bincount().argmax()).double().mean()) / evaluation.accuracy(model).value
+    chance = {"what": "one digit for all pictures", "keeps": keeps}
+    return {"parameters": model.parameters, "file": model.opened_bytes, "chance": chance}
+
+
+def about_language(budgets: list[Row], peers: list[Row]) -> Row:
+    """The same from the records of `benchmarks/fit.py` and `benchmarks/peers.py`; None where they are not there."""
+    whole = [r for r in (budgets[0]["ratios"] if budgets else ()) if r["what"] == "whole model"]
+    size = {r["denominator"].endswith("at 16 bits"): r["denominator_bytes"] for r in whole if "32" not in r["denominator"]}
+    unigrams = [row["retention"] for row in peers if row["recipe"]["settings"].get("of", "uniform") != "uniform"]
+    chance = {"what": "the most frequent token of selftext, always", "keeps": unigrams[0]["value"]} if unigrams else None
+    return {"parameters": size.get(True, 0) // 2 or None, "file": size.get(False), "chance": chance}
 
 
 def points_of_chains(runs: list[Row], model: str) -> list[Row]:
@@ -187,6 +215,7 @@ def points_of_chains(runs: list[Row], model: str) -> list[Row]:
                 {
                     "setting": f"{setting}, step {row['step']} of {Path(run['recipe']['file']).stem}",
                     "bits": ratio["protocol"]["bits"] / ratio["value"],
+                    "model_bytes": m["bytes"]["value"],
                     "error": m["error"]["value"],
                     "retention": m["total_retention"],
                     "chosen_by": m["total_retention"]["value"],
@@ -204,11 +233,20 @@ def _short(text: str) -> str:
 
 
 def decide(point: Row) -> str:
-    """Whether 84% holds there, by the whole 95% interval."""
-    m = point["retention"]
-    taken = Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}, interval=m.get("interval"))
-    found = Condition("total_retention", ">=", PROMISE).decide(taken)
+    """Whether 84% holds there, by the whole 95% interval: the rule of gates and verdicts."""
+    found = Condition("total_retention", ">=", PROMISE).decide(_measurement(point))
     return {"passed": "holds", "failed": "does not hold", "undecided": "open"}[found]
+
+
+def _measurement(point: Row) -> Measurement:
+    m = point["retention"]
+    return Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}, interval=m.get("interval"))
+
+
+def _kept(point: Row) -> str:
+    """Accuracy kept, with its 95% interval."""
+    low, high = _measurement(point).bounds
+    return f"{point['retention']['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def best(points: list[Row], ratio: float, bits: int) -> Row | None:
@@ -222,8 +260,11 @@ def largest(points: list[Row]) -> Row | None:
     return min((p for p in points if decide(p) == "holds"), key=lambda p: p["bits"], default=None)
 
 
-def summary(models: dict[str, list[Row]]) -> list[str]:
-    """In sentences, what the tables say about "280x with 84%"."""
+def summary(models: dict[str, list[Row]], about: dict[str, Row]) -> list[str]:
+    """In sentences, what the tables say about "280x with 84%".
+
+    about: of each model its parameters, the bytes of the file that it came in, and what chance keeps of its accuracy.
+    """
     lines, holds = [], {}
     for model, points in models.items():
         top, at = largest(points), best(points, 280, 32)
@@ -231,63 +272,78 @@ def summary(models: dict[str, list[Row]]) -> list[str]:
         if top is None:
             lines.append(f"{model}: 84% of the accuracy holds at no measured setting.")
         else:
-            m = top["retention"]
             lines.append(
-                f"{model}: the largest ratio at which 84% of the accuracy holds by two standard errors is "
-                f"{32 / top['bits']:.1f}x against 32 bits a weight ({16 / top['bits']:.1f}x against 16): "
-                f"`{top['setting']}`, {m['value']:.3f} ± {m['stderr']:.3f} on n = {m['n']:,}."
+                f"{model}: the largest ratio of the encoded layers at which 84% of the accuracy holds with its whole 95% "
+                f"interval is {16 / top['bits']:.1f}x against 16 bits per weight ({32 / top['bits']:.1f}x against 32): "
+                f"`{top['setting']}`, {_kept(top)} on n = {top['retention']['n']:,}.{_whole(top, about[model])}"
             )
         if at is None:
             lines.append(f"{model}: nothing was measured at 280x or more.")
         else:
-            m = at["retention"]
+            chance = about[model]["chance"]
             lines.append(
-                f"{model}: the best at 280x or more keeps {m['value']:.3f} ± {m['stderr']:.3f} (`{at['setting']}`, "
-                f"{32 / at['bits']:.0f}x); 84% {'is ' if decide(at) == 'open' else ''}{decide(at)}."
+                f"{model}: the best at 280x or more against 32 bits keeps {_kept(at)} (`{at['setting']}`, "
+                f"{32 / at['bits']:.0f}x); 84% {'is ' if decide(at) == 'open' else ''}{decide(at)}"
+                + ("." if chance is None else f"; {chance['what']} keeps {chance['keeps']:.3f}.")
+                + _whole(at, about[model])
             )
     yes = [model for model in models if holds[model]]
     lines.append(f'"280x with 84%" holds for {" and ".join(yes) if yes else "neither model"}, by any setting measured here.')
     return lines
 
 
-def report(models: dict[str, list[Row]], left_out: int) -> str:
+def _whole(point: Row, about: Row) -> str:
+    """The same point's ratios of the whole model, in a sentence; nothing where its files were not written."""
+    ratios = _ratios(point, about)
+    return f" The whole model: {ratios[0]} against 16 bits, {ratios[1]} against its file." if ratios else ""
+
+
+def _ratios(point: Row, about: Row) -> list[str]:
+    """The whole model's ratios, against 16 bits and against its file."""
+    size = point["model_bytes"]
+    return [f"{part / size:.2f}x" for part in (2 * about["parameters"], about["file"])] if size and about["file"] else []
+
+
+def report(models: dict[str, list[Row]], about: dict[str, Row], left_out: int) -> str:
     """The tables as Markdown."""
     lines = [
         "# How small, and what is left",
         "",
-        *(f"* **{line}**" for line in summary(models)),
+        *(f"* **{line}**" for line in summary(models, about)),
         "",
         "Ratios are of the encoded tensors alone, all their planes included. digits-mlp's accuracy is on 450 held-out "
         "pictures, settings chosen on the 1,347 it was trained on (its 16,384 hidden weights are encoded; the output layer "
         "stays). The language model's is the share of right next tokens, chosen and reported on the same tokens; base: "
-        "dequantised Q4_1. ± is one standard error; 84% holds where the value keeps to it by two. The largest ratio is that "
+        "dequantised Q4_1. [ ] is a 95% interval; 84% holds if all of it does. The largest ratio is that "
         f"of the smallest point that holds, of {' and '.join(str(len(p)) for p in models.values())} points, on the very "
         "pictures (tokens) it is reported on: a little flattered.",
         "",
-        f"{left_out} rows of the stages' table hold no accuracy, and are left out." if left_out else "",
+        f"{left_out} points of stages and chains were taken on other tokens or windows, and are left out."
+        if left_out
+        else "",
         "",
-        "![bits a weight, error and retention](ratios.png)",
+        "![bits per weight, error and retention](ratios.png)",
         "",
     ]
     for model, points in models.items():
         for bits in (32, 16):
             lines += [
-                f"## {model}, ratios against {bits} bits a weight",
+                f"## {model}, ratios against {bits} bits per weight",
                 "",
-                "| ratio at least | best setting | its ratio | bits | accuracy kept | 84% | relative squared error "
-                "| Shannon |",
-                "|---:|---|---:|---:|---:|---|---:|---:|",
+                "| ratio at least | best setting | its ratio | bits | whole model, to 16 bits | whole model, to its file "
+                "| accuracy kept | 84% | relative squared error | Shannon |",
+                "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",
             ]
             for ratio in RATIOS:
                 p = best(points, ratio, bits)
                 if p is None:
-                    lines.append(f"| {ratio} | none measured | - | - | - | - | - | {2 ** (-2 * bits / ratio):.3g} |")
+                    lines.append(f"| {ratio} | none measured | - | - | - | - | - | - | - | {2 ** (-2 * bits / ratio):.3g} |")
                     continue
-                m = p["retention"]
+                cells = _ratios(p, about[model]) or ["-", "-"]
                 lines.append(
-                    f"| {ratio} | `{p['setting']}` | {bits / p['bits']:.1f}x | {p['bits']:.3f} | "
-                    f"{m['value']:.3f} ± {m['stderr']:.3f} (n = {m['n']:,}) | {decide(p)} | {p['error'] ** 2:.3g} | "
-                    f"{2 ** (-2 * p['bits']):.3g} |"
+                    f"| {ratio} | `{p['setting']}` | {bits / p['bits']:.1f}x | {p['bits']:.3f} | {' | '.join(cells)} "
+                    f"| {_kept(p)} (n = {p['retention']['n']:,}) | {decide(p)} | {p['error'] ** 2:.3g} "
+                    f"| {2 ** (-2 * p['bits']):.3g} |"
                 )
             lines.append("")
     lines += [
@@ -299,9 +355,9 @@ def report(models: dict[str, list[Row]], left_out: int) -> str:
     return "\n".join(lines)
 
 
-def picture(models: dict[str, list[Row]]) -> bytes:
-    """Squared error and retention against bits, a column a model: PNG."""
-    figure = Figure(figsize=(6 * len(models), 8), layout="constrained")
+def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:
+    """Squared error and retention against bits, one column per model: PNG."""
+    figure = Figure(figsize=(6 * len(models), 9), layout="constrained", facecolor="white")
     grid = figure.subplots(2, len(models), squeeze=False, sharex=True)
     names = sorted({_stage(p) for points in models.values() for p in points})
     colours = {name: f"C{i}" for i, name in enumerate(names)}
@@ -313,8 +369,10 @@ def picture(models: dict[str, list[Row]]) -> bytes:
                 continue
             bits = [p["bits"] for p in own]
             above.plot(bits, [p["error"] ** 2 for p in own], "o", ms=4, color=colours[name], label=name)
-            spread = [2 * p["retention"]["stderr"] for p in own]
             kept = [p["retention"]["value"] for p in own]
+            bounds = [_measurement(p).bounds for p in own]
+            spread = [[v - low for v, (low, _) in zip(kept, bounds, strict=True)]]
+            spread += [[high - v for v, (_, high) in zip(kept, bounds, strict=True)]]
             below.errorbar(bits, kept, yerr=spread, fmt="o", ms=4, lw=1, color=colours[name], label=name)
         rates = [2 ** (x / 20) for x in range(-80, 72)]
         above.plot(rates, [2 ** (-2 * r) for r in rates], "k-", lw=1, label="Shannon's bound, $2^{-2R}$")
@@ -323,15 +381,17 @@ def picture(models: dict[str, list[Row]]) -> bytes:
         above.set_title(model)
         above.set_ylabel("relative squared error")
         below.axhline(PROMISE, color="k", lw=1, ls="--", label="84%")
-        below.set_ylabel("accuracy over the original's (2 standard errors)")
+        below.set_ylabel("accuracy over the original's (95% intervals)")
+        if chance := about[model]["chance"]:
+            below.axhline(chance["keeps"], color="k", lw=1, ls="-.", label=f"{chance['what']}: chance")
         for axes in (above, below):
             axes.set_xscale("log", base=2)
             axes.axvline(32 / 280, color="tab:red", lw=1, ls=":", label="280x")
             axes.grid(alpha=0.3)
-            axes.legend(fontsize=7)
+            axes.legend(fontsize=9)
         ticks = [32 / r for r in reversed(RATIOS)]
         below.set_xticks(ticks, [f"{t:.3g}\n{32 / t:.0f}x" for t in ticks])
-        below.set_xlabel("bits a weight of the encoded tensors; ratio against 32 bits")
+        below.set_xlabel("bits per weight of the encoded tensors; ratio against 32 bits")
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=110)
     return stream.getvalue()
@@ -346,6 +406,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
     parser.add_argument("--chains", type=Path, default=Path("reports/chains/chains.json"))
     parser.add_argument("--fit", type=Path, default=Path("reports/fit/fit.json"))
+    parser.add_argument("--peers", type=Path, default=Path("reports/fit/peers.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/ratios"))
     parser.add_argument("--report", action="store_true", help="write table and picture again, measure nothing")
     options = parser.parse_args(arguments)
@@ -354,7 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = _read(file).get("grid", []) if file.is_file() else []
     model = open_model(CLASSIFIER)
     made_from = {"model": model.fingerprint, "agentforge": agentforge.__version__}
-    rows = [row for row in rows if {key: row[key] for key in made_from} == made_from]
+    rows = [row for row in rows if {key: row[key] for key in made_from} == made_from and "model_bytes" in row]
     wanted = [stages.parse(text) for text in GRID]
     for stage in () if options.report else wanted:
         if any(row["stage"] == str(stage) for row in rows):
@@ -366,15 +427,16 @@ def main(arguments: list[str] | None = None) -> int:
     rows = sorted((row for row in rows if row["stage"] in order), key=lambda row: order.index(row["stage"]))
     runs = _read(options.chains) if options.chains.is_file() else []
     table = _read(options.stages) if options.stages.is_file() else []
-    known = points_of_stages(table)
+    budgets = _read(options.fit) if options.fit.is_file() else []
+    peers = _read(options.peers) if options.peers.is_file() else []
+    points = points_of_fit(budgets) + points_of_stages(table) + points_of_chains(runs, LANGUAGE)
+    language, left_out = of_one_protocol(points)
     models = {
         CLASSIFIER: points_of_grid(rows),  # not the chains' attempts: they were not looked at on training pictures
-        LANGUAGE: known
-        + points_of_chains(runs, LANGUAGE)
-        + points_of_fit(_read(options.fit) if options.fit.is_file() else []),
+        LANGUAGE: language,
     }
     models = {name: points for name, points in models.items() if points}
-    left_out = len(table) - sum(not p["setting"].endswith(", coded") for p in known)
+    about = {CLASSIFIER: about_digits(model), LANGUAGE: about_language(budgets, peers)}
     found = {
         name: {
             "largest": largest(points),
@@ -382,10 +444,10 @@ def main(arguments: list[str] | None = None) -> int:
         }
         for name, points in models.items()
     }
-    record = {"says": summary(models), "models": found, "points": models, "grid": rows}
+    record = {"says": summary(models, about), "about": about, "models": found, "points": models, "grid": rows}
     write_atomic(file, [json.dumps(record, indent=1).encode() + b"\n"])
-    write_atomic(options.out / "ratios.md", [report(models, left_out).encode()])
-    write_atomic(options.out / "ratios.png", [picture(models)])
+    write_atomic(options.out / "ratios.md", [report(models, about, left_out).encode()])
+    write_atomic(options.out / "ratios.png", [picture(models, about)])
     return 0
 
 

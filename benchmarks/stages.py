@@ -1,14 +1,15 @@
 """What every stage costs and keeps on a real model, beside rounding to nearest at matched bytes.
 
-    python benchmarks/stages.py [--tokens 6132] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
+    python benchmarks/stages.py [--tokens 8176] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
 
 Writes OUT/stages.json and OUT/stages.md.  Each row is measured in a process of its own, so that peaks of memory do not
 mix, and is written as soon as it is there; a second call takes only the rows that are missing, or whose recipe (stage,
-its source code, model, text, tokens) has changed.  `--report` writes the table again and measures nothing.
+its source code, model, text, tokens) has changed.  `--report` writes the table again and measures nothing.  Rows of other
+tokens or windows stay until they are taken again, in a table of their own.
 
 What a row says, and how it was taken:
 
-* bits: bytes on disk of all encoded planes (codebooks, scales, exponents included) a touched weight; coded: the same
+* bits: bytes on disk of all encoded planes (codebooks, scales, exponents included) per touched weight; coded: the same
   through `stages.entropy`, whose planes are decoded again and compared.
 * error: |W - decoded| / |W| over all touched weights together.
 * perplexity, KL from the original and top-1 agreement, each with its standard error, of the artifact loaded from disk.
@@ -39,9 +40,10 @@ import torch
 import agentforge
 from agentforge import evaluation, stages, statistics
 from agentforge.artifact import Artifact, load
+from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import BadInput
 from agentforge.evaluation.measurement import peak_memory
-from agentforge.models import LanguageModel, open_model
+from agentforge.models import SAMPLED, LanguageModel, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
 from agentforge.stages import entropy
@@ -70,7 +72,7 @@ COLUMNS = (
     "coded",
     "error",
     "perplexity",
-    "KL (nats a token)",
+    "KL (nats per token)",
     "top-1",
     "encode (s)",
     "decode (s)",
@@ -202,19 +204,23 @@ def _kl(row: Row) -> float:
 
 def _below(a: Row, b: Row) -> bool:
     """Whether a's KL is below b's by more than two standard errors of the difference, taken as independent."""
-    return _kl(a) + 2 * math.hypot(a["kl"]["stderr"], b["kl"]["stderr"]) < _kl(b)
+    return _kl(a) + 2 * math.hypot(a["kl"]["stderr"] or 0.0, b["kl"]["stderr"] or 0.0) < _kl(b)
 
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:
-    """The table as Markdown, with what is needed to read it."""
+    """The table as Markdown, with what is needed to read it; rows of other tokens or windows in one of their own."""
     lines = [f"# Stages on {options.model}", ""]
+    asked = (options.tokens, options.context)
+    older = [row for row in rows if (row["recipe"]["tokens"], row["recipe"]["context"]) != asked]
+    rows = [row for row in rows if row not in older]
     if rows:
         base, first = rows[0]["original_perplexity"], rows[0]
         n, environment = base["n"], base["environment"]
         name, split, _ = first["recipe"]["text"]
         lines += [
             f"Perplexity of the original: {base['value']:.2f} ± {base['stderr']:.2f}.  Text: {name}, {split}; {n:,} tokens "
-            f"scored, windows of {options.context}; KL is KL(original || compressed).  {first['weights']:,} weights of "
+            f"scored, windows of {options.context} ({base['protocol'].get('windows', 'the first ones')}); KL is "
+            f"KL(original || compressed).  {first['weights']:,} weights of "
             f"linear layers are encoded, the rest stays as it is.  {environment['cpu']}, {environment['threads']} threads, "
             f"torch {environment['packages']['torch']}, agentforge {first['recipe']['agentforge']}.",
             "",
@@ -233,13 +239,22 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
         taken = {json.dumps(row["recipe"]["stage"], sort_keys=True) for row in rows}
         missing = [text for text in ROWS if json.dumps(stages.parse(text).to_json(), sort_keys=True) not in taken]
         if missing:
-            lines += [f"Not taken: {', '.join(missing)}.", ""]
+            lines += [f"Not taken on these windows: {', '.join(missing)}.", ""]
         losers = [row for row in rows if "loses" in verdict(row, rows)]
         if losers:
             lines += ["Lose to rounding at matched bytes: " + ", ".join(_name(row) for row in losers) + ".", ""]
-    lines += ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
-    lines += ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+    lines += _table(rows)
+    if older:
+        protocols = sorted({(row["recipe"]["tokens"], row["recipe"]["context"]) for row in older})
+        first = ", ".join(f"the first {tokens:,} tokens in windows of {context}" for tokens, context in protocols)
+        text = f"Taken on {first}, with errors as if tokens were independent: not to be compared with the rows above."
+        lines += ["", "## An earlier protocol", "", text, "", *_table(older)]
     return "\n".join(lines) + "\n"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    head = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
+    return head + ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
 
 
 def _name(row: Row) -> str:
@@ -249,7 +264,7 @@ def _name(row: Row) -> str:
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
     def with_error(name: str) -> str:
-        return f"{row[name]['value']:.4g} ± {row[name]['stderr']:.1g}"
+        return f"{row[name]['value']:.4g} ± {row[name]['stderr'] or 0.0:.1g}"
 
     return [
         _name(row),
@@ -286,8 +301,8 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A table of every stage, beside rounding at matched bytes.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--tokens", type=int, default=6132, help="tokens to score")
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=EFFORTS["full"].tokens, help="tokens to score")
+    parser.add_argument("--context", type=int, default=SAMPLED)
     parser.add_argument("--out", type=Path, default=Path("reports/stages"))
     parser.add_argument("--only", action="append", help="stages that begin like this; may be given more than once")
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")

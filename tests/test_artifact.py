@@ -680,7 +680,7 @@ def test_a_full_disk_is_said_in_a_sentence_and_the_run_goes_on_later(tiny_llama:
             )
         elif phase == "pieces":
             patch.setattr(
-                artifact_module, "write_tensors", full(artifact_module.write_tensors, lambda *_: next(calls, None) is None)
+                artifact_module, "write_sealed", full(artifact_module.write_sealed, lambda *_: next(calls, None) is None)
             )
         elif phase == "shards":
             patch.setattr(artifact_module, "write_safetensors", full(artifact_module.write_safetensors, lambda *_: True))

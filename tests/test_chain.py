@@ -23,7 +23,7 @@ from agentforge import chain as module
 from agentforge import cli, stages
 from agentforge.artifact import Artifact
 from agentforge.chain import Chain, Condition, read_chain, run_chain
-from agentforge.errors import AgentForgeError, BadArtifact, BadInput
+from agentforge.errors import AgentForgeError, BadInput
 from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel
 
@@ -291,8 +291,8 @@ def test_an_accepted_artifact_that_was_damaged_is_made_again(digits: LanguageMod
     assert hashes(tmp_path / "out/artifact") == before
     weights = tmp_path / "out/artifact/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"x")
-    with pytest.raises(BadArtifact, match=r"model\.safetensors"):  # never handed over unseen
-        run_chain(digits, spec, tmp_path / "out", progress=False)
+    assert run_chain(digits, spec, tmp_path / "out", progress=False).finished  # never handed over unseen
+    assert hashes(tmp_path / "out/artifact") == before
 
 
 def test_a_full_disk_is_no_failed_gate(digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,10 +318,10 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match="is in the way and no chain"):
+        with pytest.raises(BadInput, match=r"is in the way and no (chain|folder)"):
             run_chain(digits, chain(step(FINE)), tmp_path / "mine", overwrite=overwrite, progress=False)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
-    with pytest.raises(BadInput, match="is in the way and no chain"):
+    with pytest.raises(BadInput, match=r"is in the way and no (chain|folder)"):
         run_chain(digits, chain(step(FINE)), tmp_path / "mine/letter.txt", overwrite=True, progress=False)
 
 

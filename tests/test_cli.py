@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -484,3 +485,12 @@ def test_every_public_name_is_there() -> None:
         assert name in dir(agentforge)
     with pytest.raises(AttributeError, match="no attribute 'magic'"):
         _ = agentforge.magic
+
+
+def test_a_registry_without_a_driver_is_refused(run: Run) -> None:
+    pytest.importorskip("mlflow")
+    if importlib.util.find_spec("MySQLdb") is not None:
+        pytest.skip("the driver is installed")
+    result = run("models", "--registered", "--registry", "mysql://someone:secret@127.0.0.1/x")
+    assert_refused(result, 2, "registry mysql://127.0.0.1/x", "MySQLdb")
+    assert "secret" not in result.err

@@ -305,7 +305,8 @@ def test_the_benchmark_runs_a_documented_chain_once(
 
 def point(setting: str, bits: float, value: float, stderr: float = 0.01, chosen_by: float | None = None) -> dict[str, Any]:
     retention = {"value": value, "stderr": stderr, "n": 450, "unit": "share"}
-    return {"setting": setting, "bits": bits, "error": 0.1, "retention": retention, "chosen_by": chosen_by or value}
+    sizes = {"bits": bits, "model_bytes": int(100 * bits)}
+    return {"setting": setting, "error": 0.1, "retention": retention, "chosen_by": chosen_by or value, **sizes}
 
 
 def test_the_best_at_a_ratio_and_the_largest_that_holds(load_benchmark: Callable[[str], ModuleType]) -> None:
@@ -320,10 +321,16 @@ def test_the_best_at_a_ratio_and_the_largest_that_holds(load_benchmark: Callable
         "open",
         "does not hold",
     ]
-    says = ratios.summary({"one": points})
-    assert "32.0x against 32 bits a weight (16.0x against 16): `c`" in says[0]
+    one = {"parameters": 1000, "file": 85, "chance": {"what": "guessing", "keeps": 0.1}}
+    says = ratios.summary({"one": points}, {"one": one})
+    assert "16.0x against 16 bits per weight (32.0x against 32): `c`, 0.900 [0.880, 0.920]" in says[0]
+    assert says[0].endswith("The whole model: 20.00x against 16 bits, 0.85x against its file.")
+    assert "(`e`, 320x); 84% does not hold; guessing keeps 0.100." in says[1]
+    # The interval decides, where there is one: it need not be twice the standard error.
+    wide = {**points[2], "retention": {**points[2]["retention"], "interval": [0.8, 1.0]}}
+    assert ratios.decide(points[2]) == "holds" and ratios.decide(wide) == "open"
     assert says[-1] == '"280x with 84%" holds for neither model, by any setting measured here.'
-    says = ratios.summary({"one": points, "other": [point("z", 0.1, 0.95)]})
+    says = ratios.summary({"one": points, "other": [point("z", 0.1, 0.95)]}, {"one": one, "other": one})
     assert '"280x with 84%" holds for other, by' in says[-1]
 
 
@@ -332,12 +339,13 @@ def test_ratios_take_their_candidates_from_the_other_reports(
 ) -> None:
     ratios = load_benchmark("ratios")
     monkeypatch.setattr(ratios, "GRID", ["rounding:bits=3,group=32,clip=mse", "curves:degree=7,segment=1171"])
-    share = {"stderr": 0.01, "n": 4094, "unit": "share"}
+    share = {"stderr": 0.01, "n": 4094, "unit": "share", "protocol": {"context": 512, "windows": "8 of 600"}}
     stage = stages.parse("vptq:bits=3").to_json()
-    row = {"recipe": {"stage": stage}, "bits": 3.5, "coded_bits": 3.4, "relative_error": 0.2}
-    held = {**row, "accuracy": {"value": 0.4, **share}, "original_accuracy": {"value": 0.5, **share}}
-    (tmp_path / "stages.json").write_text(json.dumps([row, held]))
-    measured = {"touched_ratio": {"value": 288.0, "protocol": {"bits": 32}}, "error": {"value": 1.0}}
+    row = {"recipe": {"stage": stage}, "bits": 3.5, "coded_bits": 3.4, "relative_error": 0.2, "model_bytes": 200}
+    held = {**row, "retention": {"value": 0.8, **share}}
+    first_tokens = {**row, "retention": {"value": 0.9, **share, "protocol": {"context": 2048}}}
+    (tmp_path / "stages.json").write_text(json.dumps([row, held, first_tokens]))
+    measured = {"touched_ratio": {"value": 288.0, "protocol": {"bits": 32}}, "error": {"value": 1.0}, "bytes": {"value": 50}}
     attempt = {
         "step": 3,
         "setting": {"stage": "curves|other"},
@@ -346,20 +354,26 @@ def test_ratios_take_their_candidates_from_the_other_reports(
     run = {"recipe": {"model": "smollm2-135m", "file": "chains/documented.yaml"}, "attempts": [attempt, {"step": 4}]}
     (tmp_path / "chains.json").write_text(json.dumps([run]))
     budget = {"recipe": {"bits": 3.06}, "bits": 3.05, "relative_error": 0.2, "retention": {"value": 0.9, **share}}
+    sizes = {"all 250 parameters at 16 bits": 500, "all 250 parameters at 32 bits": 1000, "GGUF file it was made from": 170}
+    whole = [{"what": "whole model", "denominator": what, "denominator_bytes": size} for what, size in sizes.items()]
+    budget |= {"ratios": whole, "weight_bytes": 200}
     (tmp_path / "fit.json").write_text(json.dumps([budget]))
-    files = [part for name in ("stages", "chains", "fit") for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
+    names = ("stages", "chains", "fit", "peers")
+    files = [part for name in names for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
     files += ["--out", str(tmp_path)]
     assert ratios.main(files) == 0
     record = json.loads((tmp_path / "ratios.json").read_text())
     language = record["points"]["smollm2-135m"]
-    settings = ["vptq:bits=3", "vptq:bits=3, coded", "curves|other, step 3 of documented", "fit to 3.06 bits"]
+    settings = ["fit to 3.06 bits", "vptq:bits=3", "vptq:bits=3, coded", "curves|other, step 3 of documented"]
     assert [p["setting"] for p in language] == settings
-    assert language[0]["retention"]["value"] == pytest.approx(0.8)
-    assert language[2]["bits"] == pytest.approx(32 / 288)
+    assert language[1]["retention"]["value"] == pytest.approx(0.8)
+    assert language[3]["bits"] == pytest.approx(32 / 288)
+    assert record["about"]["smollm2-135m"] == {"parameters": 250, "file": 170, "chance": None}
     grid = {p["setting"]: p for p in record["points"]["digits-mlp"]}
     assert grid["rounding:bits=3,group=32,clip=mse"]["retention"]["value"] > 0.95
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
     text = (tmp_path / "ratios.md").read_text(encoding="utf-8")
-    assert "1 rows of the stages' table hold no accuracy" in text and "84% does not hold" in text
+    assert "2 points of stages and chains were taken on other tokens or windows" in text and "84% does not hold" in text
+    assert "| 2.50x | 0.85x |" in text  # the budget's 200 bytes, against 250 parameters and a file of 170 bytes
     monkeypatch.setattr(ratios, "measure", lambda *_: pytest.fail("measured again"))
     assert ratios.main(files) == 0

@@ -254,7 +254,7 @@ def test_an_executor_that_takes_no_more_ends_in_a_sentence(tiny_llama: Path, tmp
 def test_a_full_disk_under_an_executor(tiny_llama: Path, tmp_path: Path) -> None:
     stage, out, calls = STAGES[0], tmp_path / "a", iter(range(5))
     compress(tiny_llama, stage, tmp_path / "whole")
-    real = artifact_module.write_safetensors
+    real = artifact_module.write_sealed
 
     def full(path: Path, *rest: Any) -> None:
         if next(calls, None) is None:
@@ -263,7 +263,7 @@ def test_a_full_disk_under_an_executor(tiny_llama: Path, tmp_path: Path) -> None
 
     with ThreadPoolExecutor(2) as threads:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(artifact_module, "write_safetensors", full)
+            patch.setattr(artifact_module, "write_sealed", full)
             with pytest.raises(AgentForgeError) as error:
                 compress(tiny_llama, stage, out, executor=threads)
         assert_sentence(error, "No space left on device", "the same command goes on")

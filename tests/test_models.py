@@ -792,7 +792,7 @@ def test_a_folder_is_not_believed_about_the_file_it_came_from(tiny_llama: Path, 
     for source in ({"bytes": size if size != 10**12 else -1}, None, "x"):
         manifest = json.loads((tmp_path / "a" / "agentforge.json").read_text())
         manifest["original"]["source"] = source
-        (tmp_path / "a" / "agentforge.json").write_text(json.dumps(manifest))
+        agentforge.artifact.write_manifest(tmp_path / "a", manifest)
         assert agentforge.artifact.Artifact(tmp_path / "a").ratios[2].denominator_bytes == opened.bytes_on_disk
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -333,3 +334,20 @@ def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         write_atomic(tmp_path / "file", parts())
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("file", b"old")]
+
+
+@pytest.mark.slow
+def test_many_tensors_are_read_in_linear_time(tmp_path: Path) -> None:
+    """Each read of the whole header would make four times as many take sixteen times as long."""
+
+    def seconds(count: int) -> float:
+        file = tmp_path / f"{count}.safetensors"
+        write_safetensors(file, [(f"layers.{i}.w", torch.uint8, (1,)) for i in range(count)], [bytes(count)])
+        start = time.process_time()
+        entries = index_file(file)
+        for name, entry in entries.items():
+            read_tensor(name, entry)
+        return time.process_time() - start
+
+    seconds(1000)
+    assert seconds(80_000) < 9 * seconds(20_000)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from agentforge.audit.drawing import MARKS, stage_table
+from agentforge.evaluation import Measurement
+from agentforge.models import converted_bytes
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
@@ -21,24 +24,76 @@ SHOWN = (
 )
 
 
+def protocol(measured: dict[str, Any]) -> str:
+    """Which tokens a likelihood was measured on, in words."""
+    how = measured["protocol"]
+    windows = how.get("windows", "the first ones")
+    return f"{how['scored_tokens']:,} tokens of {how['text']} ({how['split']}), in windows of {how['context']} ({windows})"
+
+
+def stages_of(record: dict[str, Any]) -> list[str]:
+    """What stages make of the model, with sizes against 16 bits and against the file that it comes in."""
+    rows, size = record["stages"], converted_bytes(record["model"]["source"])
+    lines = [
+        f"What ternary weights and plain rounding make of {record['model']['name']}, without any training.  The base is",
+        f"{record['model']['source'].get('precision', 'as stored')}.",
+    ]
+    if size:
+        whole = {row["stage"]: next(r["bytes"] for r in row["ratios"] if r["what"] == "whole model") for row in rows}
+        larger = [f"`{stage}` ({found / 1e6:.0f} MB)" for stage, found in whole.items() if found > size]
+        smaller = [f"`{stage}` ({found / 1e6:.0f} MB)" for stage, found in whole.items() if found <= size]
+        lines.append(f"It comes in a file of {size / 1e6:.0f} MB: larger than that are {', '.join(larger) or 'none'},")
+        lines.append(f"smaller {', '.join(smaller) or 'none'}.")
+    return [*lines, "", stage_table(record)]
+
+
+def budgets_of(rows: list[dict[str, Any]], report: str) -> list[str]:
+    """What a budget of bits buys, and what its report says in bold."""
+    lines = [
+        "What a budget of bits buys ([against everything else](reports/fit/fit.md)): `agentforge fit`, KL from the",
+        "original, [ ] a 95% interval.",
+        "",
+        "| bits per weight, linear layers | linear layers, to 16 bits | whole model, to 16 bits | whole model, to its file "
+        "| KL (nats per token) | perplexity | accuracy kept |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: (-row["recipe"]["bits"], "recovery" in row["recipe"])):
+        whole = [r for r in row["ratios"] if r["what"] == "whole model"]
+        to_16 = next(r["ratio"] for r in whole if r["denominator"].endswith("at 16 bits"))
+        to_file = next(r["ratio"] for r in whole if not r["denominator"].endswith("bits"))
+        cells = []
+        for name in ("kl", "perplexity", "retention"):
+            low, high = Measurement(**row[name]).bounds
+            cells.append(f"{row[name]['value']:.3g} [{low:.3g}, {high:.3g}]")
+        trained = f", trained on {row['history'][-1]['tokens']:,} tokens" if "recovery" in row["recipe"] else ""
+        sizes = f"{16 / row['bits']:.1f}x | {to_16:.2f}x | {to_file:.2f}x"
+        lines.append(f"| {row['bits']:.3f}{trained} | {sizes} | {' | '.join(cells)} |")
+    return [*lines, "", *(line.replace("**", "") for line in report.splitlines() if line.startswith("* **"))]
+
+
 def figures() -> str:
     """The README's block of figures, from the records of the phase 4 report, of the ratios, and of the budgets."""
-    record = json.loads((ROOT / "reports/phase4_bitnet/phase4_bitnet.json").read_text(encoding="utf-8"))
+    record = _read("phase4_bitnet/phase4_bitnet.json")
     rows = {row["id"]: row for row in record["claims"]}
-    text = record["text"]
-    lines = [
-        f"What ternary weights and plain rounding make of {record['model']['name']}, without any training: bytes on disk",
-        f"against 16 bits a parameter; {text['scored_tokens']:,} tokens of {text['name']} ({text['split']}), windows of",
-        f"{text['context']}.",
-        f"The base is {record['model']['source'].get('precision', 'as stored')}.",
-        "",
-        stage_table(record),
-        "",
-        "Some rows of the first audit report:",
-        "",
-        "| What was claimed | The audit said | Measured | Verdict |",
-        "|---|---|---|---|",
-    ]
+    budgets, ratios = _read("fit/fit.json"), _read("ratios/ratios.json")
+    kept = [point["retention"] for point in ratios["points"].get("smollm2-135m", ())]
+    parts = {
+        "stages": [row["kl"] for row in record["stages"]],
+        "ratios": [measured for measured in kept if "protocol" in measured],
+        "budgets": [row["kl"] for row in budgets],
+    }
+    said = {what: " and ".join(dict.fromkeys(map(protocol, measured))) for what, measured in parts.items() if measured}
+    if len(set(said.values())) == 1:
+        base = budgets[0]["original_perplexity"]
+        lines = [
+            f"One protocol for all likelihoods: {said['budgets']}.",
+            f"The original has perplexity {base['value']:.4g} there; errors are those of windows.",
+        ]
+    else:
+        lines = [f"Likelihoods of {what}: {how}." for what, how in said.items()]
+    lines += ["", *stages_of(record), ""]
+    lines += ["Some rows of the first audit report:", ""]
+    lines += ["| What was claimed | The audit said | Measured | Verdict |", "|---|---|---|---|"]
     for claim in SHOWN:
         row = rows[claim]
         measured = row["measured"]
@@ -46,23 +101,14 @@ def figures() -> str:
         lines.append(f"| {row['title']} | {row['audit']} | {value} | {MARKS[row['verdict']]} {row['verdict']} |")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in record["summary"].items() if n)
     lines += ["", f"Of {len(record['claims'])} rows: {counts}. What is grey says in the report what it would take."]
-    ratios = json.loads((ROOT / "reports/ratios/ratios.json").read_text(encoding="utf-8"))
     lines += ["", "How small the encoded tensors can get ([all settings](reports/ratios/ratios.md)):", ""]
     lines += [f"* {sentence}" for sentence in ratios["says"]]
-    budgets = json.loads((ROOT / "reports/fit/fit.json").read_text(encoding="utf-8"))
-    lines += [
-        "",
-        "What a budget of bits buys ([against everything else](reports/fit/fit.md)): `agentforge fit`, KL from the original",
-        f"on {budgets[0]['kl']['n']:,} tokens.",
-        "",
-        "| bits a weight, linear layers | ratio to 16 bits | KL (nats a token) | perplexity | accuracy kept |",
-        "|---:|---:|---:|---:|---:|",
-    ]
-    for row in sorted(budgets, key=lambda row: (-row["recipe"]["bits"], "recovery" in row["recipe"])):
-        kl, perplexity, kept = (f"{row[k]['value']:.3g} ± {row[k]['stderr']:.1g}" for k in ("kl", "perplexity", "retention"))
-        trained = f", trained on {row['history'][-1]['tokens']:,} tokens" if "recovery" in row["recipe"] else ""
-        lines.append(f"| {row['bits']:.3f}{trained} | {16 / row['bits']:.1f}x | {kl} | {perplexity} | {kept} |")
-    return "\n".join(lines)
+    report = (ROOT / "reports/fit/fit.md").read_text(encoding="utf-8")
+    return "\n".join([*lines, "", *budgets_of(budgets, report)])
+
+
+def _read(name: str) -> Any:
+    return json.loads((ROOT / "reports" / name).read_text(encoding="utf-8"))
 
 
 def written() -> str:

@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 import math
+import os
 import subprocess
 import time
 from collections import Counter
@@ -208,11 +209,17 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
 
 
 def _model(model: Any) -> dict[str, Any]:
+    """A model by name, size and hashes; of where it lies on this machine, the last part alone."""
+
+    def short(name: str) -> str:
+        return Path(name).name if os.path.isabs(name) else name
+
+    source = {key: short(value) if isinstance(value, str) else value for key, value in model.source.items()}
     return {
-        "name": model.name,
+        "name": short(model.name),
         "parameters": model.parameters,
         "fingerprint": model.fingerprint,
-        "source": model.source,
+        "source": source,
     }
 
 

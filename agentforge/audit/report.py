@@ -30,6 +30,7 @@ from rich.text import Text
 from ..errors import AgentForgeError, BadInput
 from ..escaping import markdown_of
 from ..evaluation.texts import CHECKOUT, SPLITS
+from ..folders import check_out, replace
 from ..models import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
@@ -73,13 +74,15 @@ def run(
     has changed for is taken from the cache of measurements.  keep: what the report in `out` has measured stays, where its
     claim is the same; the report says how many rows these are, and each names the source that measured it.
 
-    Raises BadInput for an unknown report and unusable settings, AgentForgeError where a cell of the notebook fails.
+    Raises BadInput for an unknown report, unusable settings and a folder in the way that is no report, AgentForgeError where
+    a cell of the notebook fails.
     """
     report = _place(report)
     claims = read_claims(report)
     check_settings(tokens, budget, device)
     model, against, text = _places(claims, {"model": model, "against": against, "text": text})
     folder = (Path(out).expanduser().absolute() if out is not None else reports_folder(budget)) / claims.report
+    check_out(folder, replace=True)
     before = folder / f"{claims.report}.json"
     if keep and not before.is_file():
         raise BadInput(f"{before}: there is no report to keep anything of; run without --keep")
@@ -106,9 +109,7 @@ def run(
             _execute(claims.report, made, parameters, progress)
         check_record(read_json(made / f"{claims.report}.json"), claims)
         render(made, claims.report)
-        if folder.exists():
-            os.replace(folder, Path(scratch) / "old")
-        os.replace(made, folder)
+        replace(made, folder)
     return folder
 
 

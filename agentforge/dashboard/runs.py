@@ -44,6 +44,7 @@ from ..artifact import Artifact
 from ..chain import Chain, Decision, read_chain
 from ..errors import BadInput
 from ..evaluation.texts import CHECKOUT, SPLITS
+from ..folders import remove
 from ..models import NAMED
 from ..tensorfiles import plain_file, read_json, write_atomic, write_json
 
@@ -341,7 +342,7 @@ def abort(workspace: Path, name: str, grace: float = GRACE) -> None:
         if _alive(folder):
             raise BadInput(f"run {name!r}: its process does not end; see what it is waiting for, then abort it again")
         for partial in (folder / "out").glob("*.partial"):
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
 
 
 def _ask(folder: Path, what: Literal["pause", "abort"]) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import math
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from .. import evaluation, tracking
 from ..artifact import Artifact, dequantize, load
 from ..errors import BadInput
 from ..evaluation import Measurement, Text, intervals
+from ..folders import check_out, remove
 from ..handoff import check_model, write_handoff
 from ..models import SAMPLED_TOKENS, LanguageModel, device_named, fastest_device, open_model
 from ..pipeline import compress
@@ -112,7 +112,9 @@ def phase(
     stage = parsed
     settings = settings or Settings()
     settings.check()
-    out = Path(out).expanduser()
+    out = check_out(out, model.path)
+    for name in ("untrained", "quantized", "dequantized"):
+        check_out(out / name, replace=True)
     check_model(model)
     found = None if model.is_classifier else evaluation.find_text(text)
     out.mkdir(parents=True, exist_ok=True)
@@ -138,7 +140,7 @@ def phase(
         _, after, accuracy, factor = _quality(model, load(artifact.path).on(device), found, protocol)
     else:
         artifact = compress(model, stage, out / "quantized", device=device, overwrite=overwrite, progress=progress)
-    shutil.rmtree(out / "dequantized", ignore_errors=True)
+    remove(out / "dequantized")
     dense = open_model(dequantize(artifact, out / "dequantized")).on(device)
     agreement = _agreement(dense, load(artifact.path).on(device), found, protocol)
     target = size_of(model.parameters)
@@ -172,7 +174,7 @@ def phase(
     again = evaluation.perplexity(dense, found, **protocol) if found else evaluation.accuracy(dense)
     write_handoff(out, 4, {"quantized": _as_quality(model, after, artifact), "dequantized": again}, **facts)
     write_json(out / "phase.json", {"metrics": metrics, **facts, "trained": trained, "history": history})
-    shutil.rmtree(out / "untrained", ignore_errors=True)
+    remove(out / "untrained")
     return Phase(out, metrics, checks, trained)
 
 

@@ -7,7 +7,6 @@ float is rounded to a half float, straight through), so that what is trained is 
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from torch import nn
 from .. import stages
 from ..artifact import Artifact
 from ..errors import BadInput
+from ..folders import remove
 from ..models import LanguageModel
 from ..pipeline import compress
 from ..planes import Packed, Plane
@@ -108,4 +108,4 @@ def to_planes(
         parent, _, leaf = owner.rpartition(".")
         setattr(layers[parent], leaf, PlaneLinear(layers[owner], stage, packed))
     if start is None:
-        shutil.rmtree(folder, ignore_errors=True)
+        remove(folder)

@@ -15,7 +15,6 @@ import copy
 import hashlib
 import json
 import math
-import shutil
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -32,12 +31,13 @@ from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
 from ..evaluation.texts import Text, find_text
+from ..folders import check_out, foreign, remove
 from ..models import LanguageModel, device_named, fastest_device, open_model
 from ..pipeline import store
 from ..planes import Packed
 from ..stages.ternary import Ternary
 from ..statistics import Calibration, first_tokens
-from ..tensorfiles import index_file, read_json, read_tensor, write_json, write_tensors
+from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
 from .bitlinear import bit_linears, convert, set_blend
 from .codelinear import code_linears, to_codes, within
 from .mugrokfast import MuGrokfast, parameter_groups
@@ -157,7 +157,6 @@ def recover(
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     settings = settings or Settings()
     settings.check()
-    out = Path(out).expanduser()
     calibration = Calibration(text, settings.steps * settings.batch * settings.context, settings.context)
     weights = {weight.name: weight for weight in model.weights()}
     chosen = sorted(weights) if names is None else sorted(set(names))
@@ -183,7 +182,10 @@ def recover(
             **({"most_bytes": most_bytes} if most_bytes is not None else {}),
         },
     }
+    out = check_out(out, model.path, *([begin.path] if begin else []), replace=overwrite)
     work = out.with_name(out.name + ".training")
+    if work.exists() and (strange := foreign(work)):
+        raise BadInput(f"{work}: {strange}; it is in the way, move it or choose another --out")
     with Writer(out, recipe, overwrite) as writer:  # held while training: what cannot be written is refused before it
         history_file = out / "history.json"
         if writer.finished and history_file.is_file():
@@ -196,7 +198,7 @@ def recover(
         if not writer.finished:
             store(model, run.stages, packed, writer, kept=kept, progress=progress)
         write_json(history_file, {"history": history})
-        shutil.rmtree(work, ignore_errors=True)
+        remove(work)
     return _recovered(Artifact(out), history)
 
 
@@ -278,11 +280,10 @@ class _Run:
                     f"{self.work}: an unfinished training with other settings; run that command again to finish it, or "
                     "pass --overwrite to discard it"
                 )
-            shutil.rmtree(self.work)
+            remove(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         write_json(recipe_file, self.recipe)
-        if self._checkpoint.is_file():
-            self._load()
+        self._load()
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """What is trained: parameters of the compressed layers, and the vectors (norms) of the blocks they are in."""
@@ -330,8 +331,8 @@ class _Run:
                     self._note(losses, began)
                     losses = []
                     bar.set_postfix(kl=f"{self.history[-1]['kl']:.4f}")
-        if self._best.is_file():
-            self._restore(self._best)
+        if best := read_sealed(self._best):
+            self._restore(best[0])
         set_blend(self.student, 1.0)
         return self.history
 
@@ -412,7 +413,7 @@ class _Run:
         )
         if self.step:
             if best:
-                write_tensors(self._best, {name: p.detach().cpu() for name, p in self.trained.items()})
+                write_sealed(self._best, {name: p.detach().cpu() for name, p in self.trained.items()}, {})
             self._save()
 
     def _patience_is_over(self) -> bool:
@@ -440,29 +441,30 @@ class _Run:
                 else:
                     plain.setdefault(str(index), {})[key] = value
         metadata = {"step": str(self.step), "history": json.dumps(self.history), "plain": json.dumps(plain)}
-        write_tensors(self._checkpoint, {k: v.contiguous() for k, v in tensors.items()}, metadata)
+        write_sealed(self._checkpoint, tensors, metadata)
 
     def _load(self) -> None:
-        from safetensors import safe_open
-
-        with safe_open(self._checkpoint, framework="pt") as file:
-            metadata = file.metadata()
+        """Go on from the checkpoint, where there is one and it is as it was written; else begin."""
+        found = read_sealed(self._checkpoint)
+        if found is None or (self._best.exists() and read_sealed(self._best) is None):
+            self._best.unlink(missing_ok=True)
+            return
+        tensors, metadata = found
         self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
-        self._restore(self._checkpoint, "model.")
+        self._restore(tensors, "model.")
         state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in json.loads(metadata["plain"]).items()}
-        for key, entry in index_file(self._checkpoint).items():
+        for key, tensor in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "optimizer":
                 index, _, name = rest.partition(".")
-                state.setdefault(int(index), {})[name] = read_tensor(key, entry)
+                state.setdefault(int(index), {})[name] = tensor
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": state})
 
     @torch.no_grad()
-    def _restore(self, file: Path, prefix: str = "") -> None:
-        entries = index_file(file)
+    def _restore(self, tensors: dict[str, torch.Tensor], prefix: str = "") -> None:
         for name, parameter in self.trained.items():
-            parameter.copy_(read_tensor(prefix + name, entries[prefix + name]))
+            parameter.copy_(tensors[prefix + name])
 
     def result(self) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""

