@@ -33,10 +33,9 @@ import agentforge
 from agentforge import stages
 from agentforge.allocation import Budget, fit
 from agentforge.artifact import Artifact, load
-from agentforge.audit.workshop import EFFORTS
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
-from agentforge.models import open_model
+from agentforge.models import SAMPLED_TOKENS, open_model
 from agentforge.runtime import held_bytes
 from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic
@@ -46,7 +45,7 @@ from agentforge.training.recover import Settings, schedule
 BITS = (8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114)
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
 LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
-TOKENS = EFFORTS["full"].tokens  # as in the audit's own reports
+TOKENS = SAMPLED_TOKENS  # as in the audit's own reports
 ACCIDENT = 1e-4  # relative error below which few bits have found the weights' own grid
 SAME = 0.005  # bits per weight that count as equal
 SHOWN = 4  # rows that a sentence names

@@ -36,15 +36,14 @@ import torch
 from torch import nn
 
 from agentforge import evaluation
-from agentforge.audit.workshop import EFFORTS
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
-from agentforge.models import SAMPLED, SMOLLM2, LanguageModel, open_model
+from agentforge.models import SAMPLED, SAMPLED_TOKENS, SMOLLM2, LanguageModel, open_model
 from agentforge.statistics import Calibration, first_tokens
 from agentforge.tensorfiles import write_atomic, write_tensors
 
 MODEL = str(SMOLLM2["name"])
-TOKENS = EFFORTS["full"].tokens  # as in reports/fit, and in the audit's own reports
+TOKENS = SAMPLED_TOKENS  # as in reports/fit, and in the audit's own reports
 SEED = 0
 GROUP = 64  # of tools that let the user choose: 576 columns are a multiple of it, and not of 128 or 256
 TUNING = 50  # steps per block; auto-round's own default is 200
@@ -174,8 +173,7 @@ def autoround(model: LanguageModel, bits: int, steps: int, windows: list[list[in
     from safetensors.torch import load_file
 
     rounder = AutoRound(
-        model.model,
-        model.tokenizer,
+        str(model.path),
         bits=bits,
         group_size=GROUP,
         sym=False,
@@ -190,7 +188,7 @@ def autoround(model: LanguageModel, bits: int, steps: int, windows: list[list[in
     )
     module, _ = rounder.quantize()
     weights = {name: layer.weight.detach().float().clone() for name, layer in linears(module)}
-    rounder.save_quantized(str(folder / "saved"), format="auto_round")
+    rounder.save_quantized(str(folder / "saved"), format="auto_gptq")
     found = [load_file(file) for file in (folder / "saved").rglob("*.safetensors")]
     saved = size(t for tensors in found for k, t in tensors.items() if "_proj." in k)
     return Made(saved, saved, weights, f"asymmetric, groups of {GROUP}")
@@ -338,11 +336,13 @@ class LlamaCpp:
         bytes_ = sum(size for _, size in layers.values())
         types = Counter(kind for kind, _ in layers.values())
         note = ", ".join(f"{count} layers {kind}" for kind, count in types.most_common())
-        if fallen := sum(kind in ("Q4_0", "Q5_0", "Q8_0", "IQ4_NL") for kind in types.elements()) if "K" in kind else 0:
+        fallen = sum(count for kind, count in types.items() if kind in BLOCKS_OF_32)
+        if kind not in (*BLOCKS_OF_32, "Q2_0", "the model's own file"):
             note += f": 576 columns are no multiple of 256, {fallen} layers fall back"
         return command, {"saved": bytes_, "held": bytes_, "note": note, "seconds": seconds}
 
 
+BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 TENSORS = """
 import json, sys
 from gguf import GGUFReader
@@ -437,7 +437,9 @@ def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> 
         python = environment(peer.tool, llama.work)
         command = f"make({peer.name!r}) in benchmarks/peers.py"
         here = str(Path(__file__).resolve().parent.parent)
-        run(python, Path(__file__).resolve(), "--make", peer.name, "--work", folder, PYTHONPATH=here, HF_HUB_OFFLINE="1")
+        # GPTQModel asks for two workers, and fails where it sees cores for one.
+        settings = {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        run(python, Path(__file__).resolve(), "--make", peer.name, "--work", folder, **settings)
         about = json.loads((folder / "made.json").read_text(encoding="utf-8"))
     count = sum(math.prod(weight.shape) for weight in model.weights())
     made = open_model(folder / "model")

@@ -1,6 +1,6 @@
 """What every stage costs and keeps on a real model, beside rounding to nearest at matched bytes.
 
-    python benchmarks/stages.py [--tokens 8176] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
+    python benchmarks/stages.py [--tokens 6132] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
 
 Writes OUT/stages.json and OUT/stages.md.  Each row is measured in a process of its own, so that peaks of memory do not
 mix, and is written as soon as it is there; a second call takes only the rows that are missing, or whose recipe (stage,
@@ -40,10 +40,9 @@ import torch
 import agentforge
 from agentforge import evaluation, stages, statistics
 from agentforge.artifact import Artifact, load
-from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import BadInput
 from agentforge.evaluation.measurement import peak_memory
-from agentforge.models import SAMPLED, LanguageModel, open_model
+from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
 from agentforge.stages import entropy
@@ -301,7 +300,7 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A table of every stage, beside rounding at matched bytes.")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--tokens", type=int, default=EFFORTS["full"].tokens, help="tokens to score")
+    parser.add_argument("--tokens", type=int, default=SAMPLED_TOKENS, help="tokens to score")
     parser.add_argument("--context", type=int, default=SAMPLED)
     parser.add_argument("--out", type=Path, default=Path("reports/stages"))
     parser.add_argument("--only", action="append", help="stages that begin like this; may be given more than once")
