@@ -1,10 +1,11 @@
-# make audit: set up, fetch the default model, measure, write reports/ (BUDGET=full: all of it, however long it takes).
+# make audit: set up, fetch the default model, measure in a few minutes, write build/reports/. BUDGET=standard: all rows, larger
+#   samples. BUDGET=full: what is committed, reports/ and README's figures, however long it takes.
 # make test: set up, run every test.
 # make docs: set up, build the documentation site into build/site, check its links.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-BUDGET ?= standard
+BUDGET ?= quick
 export TOKENIZERS_PARALLELISM := false
 # Threads that wait give the core to those that work: else several processes at once hold each other up.
 export OMP_WAIT_POLICY := PASSIVE
@@ -12,9 +13,8 @@ export OMP_WAIT_POLICY := PASSIVE
 .PHONY: audit test test-code test-notebooks notebooks docs lint readme clean
 
 audit: $(VENV)/.lab
-	$(BIN)/agentforge audit --budget $(BUDGET)
-	$(BIN)/python tools/readme.py
-	@echo "reports: reports/*/*.html (also .md, .ipynb, .sarif and .json)"
+	@$(BIN)/agentforge audit --budget $(BUDGET)
+	$(if $(filter full,$(BUDGET)),$(BIN)/python tools/readme.py)
 
 # Tests and notebooks side by side, a thread each: on two cores that is faster than one after the other with two.
 # The default model is fetched before, once, and says so here: a notebook's checked outputs have no room for that.
@@ -49,14 +49,10 @@ readme: $(VENV)/.lab
 clean:
 	rm -rf $(VENV) build/site .coverage .mypy_cache .pytest_cache .ruff_cache
 
-# Everything is pinned by requirements.lock; a set-up is repeated only when it, or pyproject.toml, changes.
-$(VENV)/.lab $(VENV)/.dev: requirements.lock pyproject.toml
+# Everything is pinned, with hashes, by the lock files; a set-up is repeated only when these, or pyproject.toml, change.
+LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock
+$(VENV)/.lab $(VENV)/.dev: $(LOCKS) pyproject.toml tools/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "agentforge needs Python 3.11 or newer, $(PYTHON) is older; run make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock \
-		--editable '.[lab$(COMMA)tasks$(COMMA)registry$(COMMA)dashboard$(if $(filter %.dev,$@),$(COMMA)dask$(COMMA)docs$(COMMA)dev)]'
-	touch $@
-	$(if $(filter %.dev,$@),touch $(VENV)/.lab)
-
-COMMA := ,
+	@$(PYTHON) tools/install.py $(if $(filter %.dev,$@),dev)
+	@touch $@ $(if $(filter %.dev,$@),$(VENV)/.lab)

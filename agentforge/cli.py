@@ -771,10 +771,13 @@ def audit(
     against: Annotated[str | None, typer.Option(help="The original of that model, for claims that compare.")] = None,
     text: TextName = None,
     tokens: Annotated[int | None, typer.Option(help="To score for likelihoods (default: as the budget says).")] = None,
-    budget: Annotated[str, typer.Option(help="smoke, standard or full: how large samples are.")] = "standard",
+    budget: Annotated[
+        str | None,
+        typer.Option(help="smoke, quick, standard or full: how large samples are (default: quick; --only: standard)."),
+    ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Folder for reports (default: reports/ of the checkout).")
+        Path | None, typer.Option("--out", help="Folder for reports (default: build/reports, of the full budget reports).")
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A claim's id: measure this one and write no report.")] = None,
     fresh: Annotated[bool, typer.Option(help="Measure all again; off: only what anything has changed for.")] = False,
@@ -795,6 +798,7 @@ def audit(
     if check:
         _check_reports(names, out_dir, as_json)
         return
+    budget = budget or ("standard" if only else "quick")
     out_dir = _checked_out(out_dir)
     settings = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
     settings |= {"device": device, "fresh": fresh}
@@ -806,22 +810,26 @@ def audit(
         if any(row["verdict"] == "error" for row in rows):
             raise typer.Exit(1)
         return
+    if not as_json:
+        out.print(room.foreseen(names, budget), markup=False)
     made = [room.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
     found = [{"path": str(folder), **_summary(folder)} for folder in made]
-    _show(
-        {"reports": found},
-        as_json,
-        lambda: out.print(
-            "\n".join(
-                f"{folder / folder.name}.html\n  "
-                + ", ".join(f"{count} {verdict}" for verdict, count in one["summary"].items() if count)
-                + f"; {one['seconds']:.0f} s"
-                for folder, one in zip(made, found, strict=True)
-            )
-        ),
-    )
+    _show({"reports": found}, as_json, lambda: _made(found))
     if any(one["summary"]["error"] for one in found):
         raise typer.Exit(1)
+
+
+def _made(found: list[dict[str, Any]]) -> None:
+    """How many rows of each report got which verdict, and the pages to open."""
+    paths = [Path(one["path"]).resolve() for one in found]
+    rows = [
+        [verdict, *(str(one["summary"][verdict]) for one in found)]
+        for verdict in found[0]["summary"]
+        if any(one["summary"][verdict] for one in found)
+    ]
+    rows.append(["minutes", *(f"{one['seconds'] / 60:.1f}" for one in found)])
+    _table("", *(path.name.replace("_", " ") for path in paths), rows=rows, right=tuple(range(1, len(paths) + 1)))
+    out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)
 
 
 def _summary(folder: Path) -> dict[str, Any]:

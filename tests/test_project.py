@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import http.server
+import importlib.metadata
+import importlib.util
 import json
 import re
 import subprocess
 import sys
-import tomllib
+import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import parse_wheel_filename
+
+from agentforge.audit.workshop import EFFORTS
 
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import environment  # noqa: E402
+import install  # noqa: E402
+
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
 # What the notebooks may cite: arXiv's number and the title that it has there.
@@ -30,37 +43,137 @@ PAPERS = {
 }
 
 
-def locked() -> dict[str, str]:
-    lines = (ROOT / "requirements.lock").read_text().splitlines()
-    pins = dict(line.split("==") for line in lines if line and not line.startswith("#"))
-    return {re.sub(r"[-_.]+", "-", name).lower(): version for name, version in pins.items()}
+ENVIRONMENTS = [(python, *where) for python in environment.PYTHONS for where in environment.PLATFORMS]
 
 
-def direct() -> list[str]:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
-    chosen = [line for lines in extras.values() for line in lines]
-    names = [re.match(r"[\w.-]+", line) for line in [*project["dependencies"], *chosen]]
-    return sorted({re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name})
+def needed(requirement: str, extras: frozenset[str], python: str, system: str, machine: str) -> bool:
+    """Whether a requirement of a package is one for these extras, on this Python and platform."""
+    marker = Requirement(requirement).marker
+    found = environment.markers(python, system, machine)
+    return marker is None or any(marker.evaluate(found | {"extra": extra}) for extra in ["", *extras])
 
 
 def test_every_direct_dependency_is_pinned_and_torch_exactly() -> None:
-    assert set(direct()) <= set(locked())
-    assert locked()["torch"] == "2.13.0"
-    assert not [name for name in locked() if name.startswith(("nvidia", "cuda"))]
+    pins = environment.pins()
+    assert {environment.normal(Requirement(line).name) for line in environment.dependencies()} <= set(pins)
+    assert [pin.version for pin in pins["torch"]] == ["2.13.0"]
+    both = {pin.name for lock in ("requirements.lock", "requirements-dev.lock") for pin in install.read(lock)}
+    assert not [name for name in both if name.startswith(("nvidia", "cuda"))]
+
+
+@pytest.mark.parametrize("where", ENVIRONMENTS, ids="-".join)
+def test_the_lock_has_one_version_and_a_file_of_each_package_for(where: tuple[str, str, str]) -> None:
+    tags = environment.tags(*where)
+    for lock in environment.LOCKS:
+        pins = [pin for pin in install.read(lock) if environment.applies(pin.marker, *where)]
+        assert len(pins) == len({environment.normal(pin.name) for pin in pins}), lock
+        for pin in pins:
+            assert SpecifierSet(pin.python).contains(where[0]), f"{pin.name} {pin.version} asks for Python {pin.python}"
+            wheels = [parse_wheel_filename(file)[3] for file in pin.files if file.endswith(".whl")]
+            assert not wheels or any(found & tags for found in wheels), f"{pin.name} {pin.version} has no wheel"
+            if pin.name == "torch":
+                assert any("+cpu" in file and parse_wheel_filename(file)[3] & tags for file in pin.files) == (
+                    where[1] == "linux"
+                )
+
+
+@pytest.mark.parametrize("where", ENVIRONMENTS, ids="-".join)
+def test_the_lock_is_a_resolution_for(where: tuple[str, str, str]) -> None:
+    """What each package asks for (as its installed form says) is pinned, in a version that will do."""
+    pins = {
+        name: one for name, found in environment.pins().items() for one in found if environment.applies(one.marker, *where)
+    }
+    ahead, seen = [(line, frozenset[str](), "agentforge") for line in environment.dependencies()], set()
+    while ahead:
+        line, extras, whose = ahead.pop()
+        if not needed(line, extras, *where):
+            continue
+        wanted = Requirement(line)
+        name = environment.normal(wanted.name)
+        assert name in pins, f"{whose} needs {line}, which no lock has"
+        assert wanted.specifier.contains(pins[name].version, prereleases=True), (
+            f"{whose} needs {line}, not {pins[name].version}"
+        )
+        asked = frozenset(wanted.extras)
+        if (name, asked) not in seen and install.installed(name).partition("+")[0] == pins[name].version:
+            seen.add((name, asked))
+            ahead += [(other, asked, name) for other in importlib.metadata.requires(name) or ()]
+    assert len(seen) > 200
+
+
+def test_a_pip_that_the_lock_does_not_name_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (pip,) = (pin for pin in install.read("requirements.lock") if pin.name == "pip")
+    (file,) = pip.files
+    (tmp_path / "pip").mkdir()
+    (tmp_path / "pip" / "index.html").write_text(f'<a href="../{file}#sha256=0">{file}</a>')
+    (tmp_path / file).write_bytes(b"another file")
+    handler = partial(http.server.SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(install, "VENV", tmp_path / "venv")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # as Debian's Python without python3-venv
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/")
+        with pytest.raises(SystemExit, match=r"not the file that requirements\.lock names"):
+            install.bootstrap()
+        server.shutdown()
+    assert (tmp_path / "venv" / "bin" / "python").exists()
+    assert not list((tmp_path / "venv").rglob("pip*"))
+
+
+def test_the_set_up_is_never_silent_and_fails_with_pips_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slow := tmp_path / "python").write_text(
+        "#!/bin/sh\necho Collecting x==1\nsleep 2.5\necho ERROR: no space left\nexit 1\n"
+    )
+    slow.chmod(0o755)
+    monkeypatch.setattr(install, "QUIET", 1)
+    monkeypatch.setattr(sys, "executable", str(slow))
+    with pytest.raises(SystemExit, match=r"(?s)ERROR: no space left.*installing x failed"):
+        install.run("installing x", [], 2)
+    first, *later = capsys.readouterr().out.splitlines()
+    slow.write_text("#!/bin/sh\necho 'ERROR: No matching distribution found for x'\nexit 1\n")
+    assert not install.run("installing x", [], optional=True)
+    with pytest.raises(SystemExit, match="installing x failed"):
+        install.run("installing x", [])
+    assert first == "installing x"
+    assert later[0].endswith("s: 1 of 2, asking the package index")
+
+
+def test_readme_says_what_is_downloaded_and_measured() -> None:
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    where = ("3.11.0", "linux", "x86_64")
+    tags = environment.tags(*where)
+
+    def files(pin: install.Pin) -> list[int]:
+        return [kb for f, (kb, _) in pin.files.items() if not f.endswith(".whl") or parse_wheel_filename(f)[3] & tags]
+
+    pins = {lock: [p for p in install.read(lock) if environment.applies(p.marker, *where)] for lock in environment.LOCKS}
+    audit, dev, cuda = (sum(min(files(pin)) for pin in found) / 1e6 for found in pins.values())
+    (torch,) = (files(pin) for pin in pins["requirements.lock"] if pin.name == "torch")
+    cuda += (max(torch) - min(torch)) / 1e6
+    assert f"`make audit` downloads {audit:.1f} GB, `make test` {audit + dev:.1f} GB" in readme
+    assert f"PyPI's torch brings {cuda:.1f} GB of CUDA" in readme
+    quick, standard, full = (EFFORTS[name] for name in ("quick", "standard", "full"))
+    assert f"likelihoods on {quick.tokens:,} tokens, one in {quick.every} of" in readme
+    assert f"`make audit BUDGET=standard` takes {standard.tokens:,} tokens, one matrix in {standard.every}," in readme
+    assert (
+        f"BUDGET=full` ({full.tokens:,} tokens, one matrix in {full.every}, five seeds, {full.calibration:,} tokens"
+        in readme
+    )
+    assert f"calibrated on {quick.calibration:,} tokens" in readme
+    assert (quick.seeds, full.seeds) == (2, 5)
 
 
 def test_environment_yml_is_the_same_environment() -> None:
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())
     assert conda["name"] == "agentforge"
     (pip,) = [entry["pip"] for entry in conda["dependencies"] if isinstance(entry, dict)]
-    assert pip[0] == "--constraint requirements.lock"
-    pins = dict(line.partition(";")[0].split("==") for line in pip if not line.startswith("--"))
-    pins = {re.sub(r"[-_.]+", "-", name.split("[")[0]).lower(): version for name, version in pins.items()}
-    assert sorted(pins) == direct()
-    assert all(locked()[name] == version for name, version in pins.items())
-    python = next(entry for entry in conda["dependencies"] if str(entry).startswith("python="))
-    assert python.removeprefix("python=") in ("3.11", "3.12", "3.13")
+    found = {environment.normal(Requirement(line).name): Requirement(line) for line in pip if not line.startswith("--")}
+    pins = environment.pins()
+    assert {environment.normal(Requirement(line).name) for line in environment.dependencies()} <= set(found)
+    assert all(str(requirement.specifier)[2:] in {pin.version for pin in pins[name]} for name, requirement in found.items())
+    assert "--editable ." in pip
 
 
 @pytest.mark.parametrize("script", ["environment.py", "readme.py"])

@@ -22,7 +22,7 @@ from ..models import open_model
 from ..pipeline import compress
 from ..tensorfiles import write_json
 from .probes import bits_per_weight, probe
-from .workshop import PACKAGE, Unmeasured, Workshop
+from .workshop import LEFT_OUT, PACKAGE, Unmeasured, Workshop
 
 POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 
@@ -32,6 +32,7 @@ def score(workshop: Workshop, sections: list[str] | None = None, stages: list[st
     """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
 
     Rows without a verdict do not count; how many there are stands in the protocol.  Scores are no rows of other scores.
+    A score is not computed from what a small budget leaves over.
     """
     rows = [
         row
@@ -40,6 +41,8 @@ def score(workshop: Workshop, sections: list[str] | None = None, stages: list[st
         and (sections is None or row["section"] in sections)
         and (stages is None or row["stage"] in stages)
     ]
+    if left_out := sum(row["needs"].endswith(LEFT_OUT) for row in rows):
+        raise Unmeasured(f"the {left_out} of its rows that a small budget leaves out; {LEFT_OUT}")
     points = [POINTS[row["verdict"]] for row in rows if row["verdict"] in POINTS]
     if not points:
         raise Unmeasured("at least one row with a verdict among those that the score counts")

@@ -21,7 +21,7 @@ from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
 from .probes import bits_per_weight, run
-from .workshop import Unmeasured, Workshop, source_sha256
+from .workshop import LEFT_OUT, SLOW, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 SCHEMA = Path(__file__).parent / "record.schema.json"
@@ -42,13 +42,18 @@ class Taken(NamedTuple):
 
 
 def measure(
-    claims: ClaimsFile, workshop: Workshop, say: Any = print, before: dict[str, Any] | None = None
+    claims: ClaimsFile,
+    workshop: Workshop,
+    say: Any = print,
+    before: dict[str, Any] | None = None,
+    last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every claim that has a probe, judge all of them, and return the record.
 
     A probe with the same parameters runs once, however many claims rest on it.  Scores come last: they are computed from
-    the other rows.  say: called with a line of progress for each claim measured, with an estimate of what is left.
-    before: a record (checked) whose measurements are kept where a claim asks for the same.
+    the other rows.  say: called with a line of progress for each claim measured, and with "[now] ..." before.
+    before: a record (checked) whose measurements are kept where a claim asks for the same.  last: a record of the same
+    claims; how long its rows took says how much is left.
 
     Raises BadInput where `before` was made from another model, text or budget.
     """
@@ -58,22 +63,32 @@ def measure(
     comparing = [claim for claim in claims.claims if claim.probe in COMPARING]
     compared = list(dict.fromkeys([*claims.baselines, *(claim.parameters["stage"] for claim in comparing)]))
     asked = {claim.parameters["stage"] for claim in comparing if _key(claim) not in taken}
+    compared = [stage for stage in compared if workshop.has_time_for(stage)]
     new = [stage for stage in compared if stage in asked or stage not in stages_before]
     if new:
-        say(f"[0/{len(new)}] scoring the original and {len(new)} compressed models on the text", flush=True)
+        say(f"[0/{len(claims.claims)}] scoring the original and {len(new)} compressed models on the text", flush=True)
         workshop.compare(new)
     rows = {claim.id: _row(claim, Taken()) for claim in claims.claims if not claim.probe}
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
+    ahead = expected_seconds(claims, workshop.effort.name, last) if last else {}
+    for key in taken:
+        ahead.pop(key, None)
+    whole, began = sum(ahead.values()), time.perf_counter()
     for done, claim in enumerate(probed, 1):
+        say(f"[now] {claim.title}", flush=True)
         workshop.rows = list(rows.values())
         if (key := _key(claim)) not in taken:
             taken[key] = take(workshop, claim)
-        rows[claim.id] = _row(claim, taken[key])
-        elapsed = time.perf_counter() - start
-        left = elapsed / done * (len(probed) - done)
+        ahead.pop(key, None)
+        row = rows[claim.id] = _row(claim, taken[key])
         found = taken[key].measured or taken[key].failure or taken[key].missing
-        say(f"[{done}/{len(probed)}] {claim.id}: {found}   {elapsed:.0f} s, about {left:.0f} s left", flush=True)
+        elapsed, past = time.perf_counter() - began, whole - sum(ahead.values())
+        # An estimate means nothing before a tenth of the work, by the time that it took before, is done.
+        known = elapsed > 10 and past > whole / 10
+        left = f" ({duration(elapsed / past * (whole - past))} left)" if known and past < whole else ""
+        say(f"[{done}/{len(probed)}] {row['verdict']}: {claim.title}: {found}{left}", flush=True)
+    say("[now] drawing the report", flush=True)
     ordered = [rows[claim.id] for claim in claims.claims]
     stage_rows = [
         workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) if stage in new else stages_before[stage]
@@ -120,6 +135,18 @@ def _key(claim: Claim) -> str:
     return f"{claim.probe} {json.dumps(claim.parameters, sort_keys=True)}"
 
 
+def expected_seconds(claims: ClaimsFile, budget: str, last: dict[str, Any]) -> dict[str, float]:
+    """How long each probe of the claims takes at a budget, as far as a record (of this budget or of a larger one) says."""
+    rows = {f"{row['probe']} {json.dumps(row['parameters'], sort_keys=True)}": row["seconds"] for row in last["claims"]}
+    wanted = [claim for claim in claims.claims if claim.probe and not (budget == "quick" and claim.probe in SLOW)]
+    return {key: max(rows.get(key, 0.0), 0.01) for key in map(_key, wanted)}
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
+
+
 def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dict[str, Taken]:
     """What the record of before has measured and the claims still ask for, with the source and the machine that took it."""
     text = before["text"]
@@ -152,6 +179,8 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
     """
     assert claim.probe is not None
     name, parameters = claim.probe, claim.parameters
+    if name in SLOW and workshop.effort.name == "quick":
+        return Taken(missing=f"more time than the quick budget has; {LEFT_OUT}")
 
     def make() -> dict[str, Any]:
         workshop.used = {}

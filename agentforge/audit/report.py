@@ -16,12 +16,16 @@ import json
 import logging
 import os
 import re
-import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
+from rich.text import Text
 
 from ..errors import AgentForgeError, BadInput
 from ..escaping import markdown_of
@@ -33,13 +37,15 @@ from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
 from .drawing import MARKS, SHAPES, measured_text
 from .figures import FIGURES
 from .probes import COMPARES
-from .record import check_record, measure, record_sha256
+from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
 from .workshop import Workshop, check_settings, workshop_for
 
 TEMPLATES = Path(__file__).parent / "templates"
 REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
 STYLE = Path(__file__).parent / "report.css"
+STYLES = {"GREEN": "green", "YELLOW": "yellow", "RED": "red", "GREY": "bright_black", "ERROR": "bold magenta"}  # terminal
+QUIET = 10  # seconds after which a line says what goes on
 # A page runs nothing and fetches nothing: its style and its figures are in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -51,7 +57,7 @@ def run(
     against: str | None = None,
     text: str | None = None,
     tokens: int | None = None,
-    budget: str = "standard",
+    budget: str = "quick",
     device: str = "cpu",
     out: str | Path | None = None,
     fresh: bool = False,
@@ -62,8 +68,8 @@ def run(
 
     report: the name of a report, or the path of a claims file of your own.  model: what is measured (default: the claims
     file's model).  against: the original that `model` was made from, for claims that compare.  text, tokens: what
-    likelihoods are measured on (default: the first text that is there, as much as the budget says).  budget: smoke,
-    standard or full.  device: cpu or cuda.  out: the folder for reports (default: reports/ of the checkout, else here).
+    likelihoods are measured on (default: the first text that is there, as much as the budget says).  budget: smoke, quick,
+    standard or full.  device: cpu or cuda.  out: the folder for reports (default: that of `reports_folder`).
     fresh: measure everything again, and keep nothing.  Compressed models are made anew, in a temporary folder; what nothing
     has changed for is taken from the cache of measurements.  keep: what the report in `out` has measured stays, where its
     claim is the same; the report says how many rows these are, and each names the source that measured it.
@@ -75,7 +81,7 @@ def run(
     claims = read_claims(report)
     check_settings(tokens, budget, device)
     model, against, text = _places(claims, {"model": model, "against": against, "text": text})
-    folder = (Path(out).expanduser().absolute() if out is not None else reports_folder()) / claims.report
+    folder = (Path(out).expanduser().absolute() if out is not None else reports_folder(budget)) / claims.report
     check_out(folder, replace=True)
     before = folder / f"{claims.report}.json"
     if keep and not before.is_file():
@@ -122,7 +128,7 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
         folder = Path(artifacts or stack.enter_context(tempfile.TemporaryDirectory()))
         workshop = _workshop(claims, folder, settings)
         before: Any = read_json(Path(settings["keep"])) if settings.get("keep") else None
-        record = measure(claims, workshop, before=before)
+        record = measure(claims, workshop, before=before, last=last_record(claims.report, settings["budget"]))
         for figure in FIGURES.get(claims.report, ()):
             name = figure.__name__
             if before and name in before["figures"]:
@@ -228,9 +234,36 @@ def _absolute(name: str) -> str:
     return path if os.path.exists(path) else name
 
 
-def reports_folder() -> Path:
-    """Where reports go by default: reports/ of the checkout, else of the folder one is in."""
-    return CHECKOUT / "reports" if (CHECKOUT / "reports").is_dir() else Path("reports")
+def reports_folder(budget: str = "full") -> Path:
+    """Where reports go by default: those of the full budget to the checkout's reports/, which git tracks, others to its
+    build/reports/; all of them to reports/ of the folder one is in, if there is no checkout."""
+    if not (CHECKOUT / "reports").is_dir():
+        return Path("reports")
+    return CHECKOUT / "reports" if budget == "full" else CHECKOUT / "build" / "reports"
+
+
+def last_record(report: str, budget: str) -> dict[str, Any] | None:
+    """The last record of a report, of this budget if there is one, else of the full one; to foresee the next by."""
+    for folder in (reports_folder(budget), reports_folder()):
+        with contextlib.suppress(AgentForgeError, OSError):
+            record: dict[str, Any] = read_json(folder / report / f"{report}.json")
+            return record
+    return None
+
+
+def foreseen(reports: Sequence[str | Path], budget: str) -> str:
+    """One sentence: how many claims of these reports are ahead, and how long and how large the work was last time."""
+    claims = [read_claims(report) for report in reports]
+    last = [record for one in claims if (record := last_record(one.report, budget))]
+    words = (
+        f"{sum(len(one.claims) for one in claims)} claims in {len(claims)} report{'s' * (len(claims) > 1)}, budget {budget}"
+    )
+    if len(last) < len(claims):
+        return words
+    seconds = sum(sum(expected_seconds(*pair).values()) for pair in zip(claims, [budget] * len(last), last, strict=True))
+    most = "" if all(record["budget"] == budget for record in last) else "at most "
+    size = max(sum(stage["ratios"][0]["bytes"] for stage in record["stages"]) for record in last) / 1e6
+    return f"{words}: {most}{duration(seconds)}, as rows took last time, and {size:,.0f} MB of compressed models meanwhile"
 
 
 def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool) -> None:
@@ -269,21 +302,47 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
         os.environ.update(before)
 
 
+class _Progress(logging.Handler):
+    """Shows the lines of progress that the measuring cell prints, as papermill logs them, and nothing else of its log."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self.doing, self.since, self.said = "starting", time.monotonic(), time.monotonic()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        for line in record.getMessage().splitlines():
+            match = re.match(rf"(\[\d+/\d+\] )({'|'.join(COLOURS)})?", line)
+            if match or line.startswith(("[now] ", "fetching ")):  # the default model is fetched before anything is measured
+                self.doing, self.since = re.sub(r"^\[.*?\] ", "", line), time.monotonic()
+            if match:
+                style = STYLES.get(COLOURS.get(match[2] or "", ""), "")
+                self.show(Text(match[1]) + Text(match[2] or "", style) + Text(line[match.end() :]))
+
+    def show(self, line: Text) -> None:
+        self.said = time.monotonic()
+        self.console.print(line)
+
+    def wait(self, ended: threading.Event) -> None:
+        """Say what goes on whenever nothing was said for QUIET seconds."""
+        while not ended.wait(1):
+            if time.monotonic() - self.said >= QUIET:
+                self.show(Text(f"  {time.monotonic() - self.since:.0f} s: {self.doing}", "dim"))
+
+
 @contextlib.contextmanager
 def _lines_of_progress(wanted: bool) -> Iterator[None]:
-    """Show the lines of progress that the measuring cell prints, as papermill logs them, and nothing else of its log."""
-    logger = logging.getLogger("papermill")
+    """Show lines of progress, in colour on a terminal, and one at least every QUIET seconds."""
+    logger, handler, ended = logging.getLogger("papermill"), _Progress(), threading.Event()
     level = logger.level
-    handler = logging.StreamHandler(sys.stderr)
-    handler.terminator = ""
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    handler.addFilter(lambda line: re.match(r"\[\d+/", line.getMessage()) is not None)
     if wanted:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+        threading.Thread(target=handler.wait, args=(ended,), daemon=True).start()
     try:
         yield
     finally:
+        ended.set()
         logger.removeHandler(handler)
         logger.setLevel(level)
 

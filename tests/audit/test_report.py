@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import math
 import re
+import subprocess
+import threading
+import time
 from html import unescape
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 import agentforge as af
 from agentforge import audit
 from agentforge.audit import probes, project_probes
 from agentforge.audit.claims import COLOURS
 from agentforge.audit.drawing import MARKS, SHAPES, is_own, measured_text, totals, verdict_table
-from agentforge.audit.report import render
+from agentforge.audit.report import _Progress, render, reports_folder
+from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import AgentForgeError, BadInput
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +44,7 @@ def report(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=str(tiny_llama),
         text="selftext",
         tokens=127,
+        budget="standard",
         out=folder,
         progress=False,
     )
@@ -213,11 +223,46 @@ def test_measuring_runs_each_probe_once_and_says_how_far_it_is(
     record = audit.measure(claims, workshop, say=lambda line, **_: lines.append(line))
     probed = [claim for claim in claims.claims if claim.probe]
     assert len(asked) == len(set(asked)) == len({f"{c.probe} {c.parameters}" for c in probed})
-    assert len(lines) == 1 + len(probed)
-    assert lines[-1].startswith(f"[{len(probed)}/{len(probed)}]")
+    assert [line for line in lines if line.startswith("[now] ")][:-1] == [
+        f"[now] {claim.title}" for claim in sorted(probed, key=lambda claim: claim.probe == "score")
+    ]
+    assert len(lines) == 2 + 2 * len(probed)
+    assert re.match(rf"\[{len(probed)}/{len(probed)}\] ({'|'.join(COLOURS)}): ", lines[-2])
+    assert not [line for line in lines if " left)" in line]  # nothing is known of how long anything takes
     assert [row["id"] for row in record["claims"]] == [claim.id for claim in claims.claims]
     assert json.loads(json.dumps(record, allow_nan=False)) == record
     assert record["git"].keys() == {"commit", "dirty"}
+
+
+def test_progress_is_coloured_on_a_terminal_only_and_never_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("agentforge.audit.report.QUIET", 0.5)
+    for terminal in (False, True):
+        progress = _Progress()
+        progress.console = Console(
+            file=io.StringIO(), force_terminal=terminal, color_system="standard" if terminal else "auto", width=200
+        )
+        ended = threading.Event()
+        waiting = threading.Thread(target=progress.wait, args=(ended,))
+        for text in ("Executing Cell 2---", "[1/2] refuted: First [bold]: 2 x (about 30 s left)\nnoise\n[now] Second\n"):
+            progress.emit(logging.LogRecord("papermill", logging.INFO, "", 0, text, None, None))
+        waiting.start()
+        time.sleep(2.5)
+        ended.set()
+        waiting.join()
+        first, *later = progress.console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        assert ("\x1b[31mrefuted\x1b[0m" in first) == terminal
+        assert re.sub(r"\x1b\[\d*m", "", first) == "[1/2] refuted: First [bold]: 2 x (about 30 s left)"
+        assert later
+        assert all(re.search(r"\d+ s: Second", line) for line in later)
+
+
+def test_only_the_full_budget_writes_where_git_looks() -> None:
+    tracked = reports_folder("full")
+    assert tracked == ROOT / "reports"
+    for budget in EFFORTS.keys() - {"full"}:
+        folder = reports_folder(budget)
+        assert tracked not in (folder, *folder.parents)
+        assert subprocess.run(["git", "check-ignore", "-q", str(folder)], cwd=ROOT, check=False).returncode == 0
 
 
 def test_likelihood_probes_rest_on_one_pass(workshop: probes.Workshop) -> None:
