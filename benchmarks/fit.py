@@ -159,7 +159,7 @@ def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[
             Other("single stage", f"`{stages.from_json(row['recipe']['stage']).brief()}`", row["bits"], None, row, reason)
         )
     if old:
-        said.append(f"{old} rows of reports/stages were taken on other tokens or windows, and are left out.")
+        said.append(f"Of reports/stages {_count(old)} of other tokens or windows, left out.")
     failed = []
     for row in _rows(peers_file):
         name, tool = row["recipe"]["name"], row["recipe"]["tool"]
@@ -263,7 +263,7 @@ def verdicts(own: list[Other], everything: list[Other]) -> list[str]:
             if better
             else "nothing of as many bits or fewer is better"
         )
-        text += f"; {len(beaten)} rows of more bits are worse"
+        text += f"; worse with more bits: {_count(len(beaten))}"
         lines.append(f"{mine.bits:.2f} bits, KL {mine.kl:.3g}: {text}{f', up to {beaten[0]}' if beaten else ''}.")
     lines.insert(
         0, f"**For {alone} of {len(own)} budgets nothing of as many bits or fewer is better; the others say what is.**"
@@ -278,14 +278,16 @@ def verdicts(own: list[Other], everything: list[Other]) -> list[str]:
     text = f"**A model of no bits, {nothing.name}, has KL {nothing.kl:.3g}"
     text += "".join(f" ({o.name}: {o.kl:.3g})" for o in everything if o.bits == 0 and o is not nothing)
     text += f" and keeps {_cell(nothing.row['retention'])} of the accuracy.  "
-    text += (
-        f"All {len(below)} rows of fewer than {least:.2f} bits lose to it"
-        if below
-        else "No number of bits loses to it throughout"
-    )
-    more = [o for o in worse if o not in below]
-    text += f", and {len(more)} rows of more bits, up to {more[0]}.**" if more else ".**"
+    if below:
+        text += f"Everything of fewer than {least:.2f} bits loses to it: {_count(len(below))}."
+    if more := [o for o in worse if o not in below]:
+        text += f"  So does {_count(len(more))} of as many bits or more, up to {more[0]}."
+    text += "**"
     return [*lines, text]
+
+
+def _count(number: int) -> str:
+    return f"{number} row{'s' if number != 1 else ''}"
 
 
 def _apart(better: Other, worse: Other) -> bool:
@@ -372,25 +374,14 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
         mine = [o for o in found if o.kind == kind and (not family or o.name.strip("`").partition(":")[0] == family)]
         x, y = [o.bits for o in mine], [max(o.kl, least) for o in mine]
         stage = kind == "single stage"
-        label, marker = (f"single stage: {family}", "ovs^DphP<"[number % 9]) if stage else (kind, "X1*d8H"[number % 6])
+        label, marker = (f"single stage: {family}", "ovs^DphP<"[number % 9]) if stage else (kind, "XPdDH8"[number % 6])
         axes.plot(x, y, marker, ms=6 if stage else 9, alpha=0.55 if stage else 1, color=f"C{number % 10}", label=label)
+    off = [f"{o.name.strip('`')}, {o.bits:.2f} bits: KL {o.kl:.1g}" for o in found if o.bits and o.kl < least]
+    if off:
+        axes.text(0.02, 0.02, "\n".join(["below the scale:", *off]), transform=axes.transAxes, fontsize=10)
     for o in found:
-        if o.bits and o.kl < least:
-            axes.annotate(
-                f"{o.name.strip('`')}: KL {o.kl:.1g}",
-                (o.bits, least),
-                (o.bits, 2 * least),
-                rotation=90,
-                ha="center",
-                va="bottom",
-                fontsize=8,
-                arrowprops={"arrowstyle": "->"},
-            )
-        elif not o.bits:
-            axes.axhline(o.kl, color="black", lw=1.2, ls="--" if o.name == "uniform" else "-.")
-            axes.annotate(
-                f"no model: {o.name} (0 bits)", (8, o.kl), (0, 2), textcoords="offset points", ha="right", fontsize=10
-            )
+        if not o.bits:
+            axes.axhline(o.kl, color="black", lw=1.5, ls="--" if o.name == "uniform" else "-.", label=f"0 bits: {o.name}")
     plain = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: row["bits"])
     trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: row["bits"])
     for some, style, label in (

@@ -373,7 +373,7 @@ def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:
             bounds = [_measurement(p).bounds for p in own]
             spread = [[v - low for v, (low, _) in zip(kept, bounds, strict=True)]]
             spread += [[high - v for v, (_, high) in zip(kept, bounds, strict=True)]]
-            below.errorbar(bits, kept, yerr=spread, fmt="o", ms=4, lw=1, color=colours[name], label=name)
+            below.errorbar(bits, kept, yerr=spread, fmt="o", ms=4, lw=1, color=colours[name])
         rates = [2 ** (x / 20) for x in range(-80, 72)]
         above.plot(rates, [2 ** (-2 * r) for r in rates], "k-", lw=1, label="Shannon's bound, $2^{-2R}$")
         above.set_yscale("log")
