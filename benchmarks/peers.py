@@ -36,6 +36,7 @@ import torch
 from torch import nn
 
 from agentforge import evaluation
+from agentforge.errors import AgentForgeError
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, SMOLLM2, LanguageModel, open_model
@@ -500,7 +501,7 @@ def main(arguments: list[str] | None = None) -> int:
                 made, about = prepare(peer, model, llama, Path(scratch))
                 measured = evaluation.divergence(made, original, context=SAMPLED, tokens=TOKENS)
                 row |= about | {name: value.to_json() for name, value in measured._asdict().items()}
-            except (RuntimeError, OSError) as error:
+            except (RuntimeError, OSError, AgentForgeError) as error:
                 row["failed"] = str(error)
         rows = [old for old in rows if old["recipe"] != row["recipe"]] + [row]
         rows.sort(key=lambda row: list(wanted).index(row["recipe"]["name"]))
