@@ -247,7 +247,7 @@ GATES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "none": (lambda facts: facts.update(gates=[]), "facts, gates: [] should be non-empty"),
     "not there": (lambda facts: facts.clear(), "'gates' is a required property"),
     "missed": (lambda facts: facts["gates"][0]["measured"].update(value=0.5), "retention >= 0.9: failed"),
-    "undecided": (lambda facts: facts["gates"][0]["measured"].update(stderr=0.5), "retention >= 0.9: undecided"),
+    "undecided": (lambda facts: facts["gates"][0]["measured"].update(interval=[0.5, 1.5]), "retention >= 0.9: undecided"),
     "unknown": (lambda facts: facts["gates"][0].update(condition="love >= 1"), "gate 'love >= 1'; expected a condition"),
     "of another model": (
         lambda facts: facts["gates"][-1]["measured"].update(inputs={"model": "0" * 64}),

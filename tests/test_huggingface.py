@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 import subprocess
@@ -226,7 +227,12 @@ def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     model = opened(made.path, device_map="cpu")
     assert torch.equal(logits(model), logits(af.load(made.path).model))
     (tmp_path / "b").mkdir()
-    shutil.copyfile(made.path / "config.json", tmp_path / "b" / "model.safetensors")  # of an earlier save
+    others = tmp_path / "b" / "model.safetensors"
+    shutil.copyfile(made.path / "config.json", others)
+    with pytest.raises(BadInput, match=r"holds the weights 'model.safetensors', which are no artifact's"):
+        model.save_pretrained(tmp_path / "b")
+    assert others.read_bytes() == (made.path / "config.json").read_bytes()
+    others.unlink()
     model.save_pretrained(tmp_path / "b")
     assert_same_folder(made.path, tmp_path / "b")
 
@@ -372,7 +378,7 @@ def test_push_to_hub(rounded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pushed.pop("repo") == "someone/small"
     card = pushed.pop("README.md").decode()
     assert pushed == {file.name: file.read_bytes() for file in rounded.iterdir()}
-    assert "| perplexity | 12.5 ± 0.25 perplexity (n = 100) | text wikitext2 |" in card
+    assert "| perplexity | 12.5 ± 0.25 perplexity (n = 100) | text wikitext2 |" in html.unescape(card)
     assert 'from_pretrained("someone/small")' in card
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import agentforge
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact, load, write_manifest
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.models import LanguageModel
 from agentforge.pipeline import compress
@@ -223,10 +223,9 @@ def _other_bytes(manifest: dict[str, Any]) -> None:
 )
 def test_hostile_shared_planes_are_refused(model: LanguageModel, tmp_path: Path, spoil: Any, message: str) -> None:
     artifact = shared_artifact(model, tmp_path / "a")
-    path = artifact.path / "agentforge.json"
-    manifest = json.loads(path.read_text())
+    manifest = json.loads((artifact.path / "agentforge.json").read_text())
     spoil(manifest)
-    path.write_text(json.dumps(manifest))
+    write_manifest(artifact.path, manifest)  # with its hash: whoever damages it on purpose can do that, too
     with pytest.raises(BadArtifact, match=message):
         Artifact(artifact.path).verify()
 

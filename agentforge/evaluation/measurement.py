@@ -58,13 +58,14 @@ class Measurement:
 
     def within(self, low: float, high: float) -> Within:
         """Whether the whole 95% interval lies inside [low, high], outside of it, or neither; NaN, of the value or its
-        error, lies outside.
+        error, lies outside, and so does a value that its own interval does not hold.
 
         The one rule by which gates and verdicts hold a measurement against a threshold.
         """
         least, most = self.bounds
         known = math.isfinite(self.value) and not any(map(math.isnan, (self.stderr or 0.0, least, most)))
-        if not known or most < low or least > high:
+        slack = 1e-9 * abs(self.value)  # an interval may have gone through a logarithm
+        if not known or not least - slack <= self.value <= most + slack or most < low or least > high:
             return "outside"
         return "inside" if low <= least and most <= high else "undecided"
 

@@ -192,7 +192,7 @@ def test_gates_and_sizes(workshop: Workshop) -> None:
     gates = ["ratio >= 225", "ratio <= 308"]
     for ratio, share in ((250.0, 1.0), (1000.0, 0.5), (225.0, 1.0)):
         assert value(workshop, "gates_that_pass", gates=gates, measured={"ratio": ratio}) == share
-    targets = [value(workshop, "size_target", parameters=n) for n in (25e6, 135e6, 1e9, 7e9)]
+    targets = [value(workshop, "size_target", parameters=n) for n in (25_000_000, 135_000_000, 10**9, 7 * 10**9)]
     assert targets == [6.0, 8.0, 10.0, 12.0]
 
 

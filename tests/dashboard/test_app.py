@@ -182,7 +182,7 @@ def test_the_frontier_says_what_its_points_do(made: Path, draw: Draw) -> None:
     names = page.selectbox(key="original").options
     assert {"digits-mlp", "smollm2-135m"} <= set(names)
     assert page.radio(key="quality").options == ["share of the accuracy kept"]  # a classifier's
-    assert "The fewest bits that keep 84% of the accuracy by two standard errors: vptq:v=6,k=8" in text(page)
+    assert "The fewest bits that keep 84% of the accuracy by the whole 95% interval: vptq:v=6,k=8" in text(page)
     assert "one: rounding:bits=8,group=32" in [re.sub(r"\\(.)", r"\1", what) for what in page.table[0].value["what"]]
     page.selectbox(key="original").select_index(names.index("smollm2-135m")).run()
     page.radio(key="quality").set_value("kl").run()

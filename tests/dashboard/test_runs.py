@@ -124,6 +124,7 @@ def test_abort_kills_what_does_not_end_by_itself_and_leaves_nothing_half_written
     record = json.loads((workspace / "one" / "run.json").read_text()) | {"pid": deaf.pid, "asked": None}
     (workspace / "one" / "run.json").write_text(json.dumps(record))
     (workspace / "one" / "out" / "step-1.partial" / "tensors").mkdir(parents=True)
+    (workspace / "one" / "out" / "step-1.partial" / "recipe.json").write_text("{}")
     assert status(workspace) == "running"
     runs.abort(workspace, "one", grace=0.3)
     assert deaf.wait(5) == -signal.SIGKILL
@@ -211,7 +212,7 @@ def test_models_and_chains_are_those_of_the_lists(workspace: Path, tmp_path: Pat
     for model, chain, says in [
         ("../model", OWN, "model '../model'"),
         (str(tmp_path / "model"), OWN, "no folder in the workspace"),
-        ("linked", OWN, "symbolic link"),
+        ("linked", OWN, "leads out of the folder"),
         ("own", OWN, "symbolic link model.safetensors"),
         ("digits-mlp", "../outside.yaml", "chain '../outside.yaml'"),
         ("digits-mlp", "linked.yaml (workspace)", "no ordinary file"),
@@ -278,7 +279,7 @@ def test_the_frontier_is_what_nothing_else_beats() -> None:
     assert "At 3 bits a weight or fewer the lowest KL is 0.5 (0.49 to 0.51) (3 at 3.00 bits, 5.3x against 16)." in front.says
     kept = frontier.front([point(4, 0.99), point(3, 0.87), point(2, 0.85)], "o", "total_retention")
     assert [p.bits for p in kept.best] == [2, 3, 4]
-    assert "two standard errors: 3 at 3.00 bits, 5.3x against 16, 0.87 ± 0.01." in kept.says
+    assert "whole 95% interval: 2 at 2.00 bits, 8.0x against 16, 0.85 (0.84 to 0.86)." in kept.says
     assert frontier.front([], "o", "kl").says == "Nothing is measured yet."
 
 
