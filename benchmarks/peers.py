@@ -491,6 +491,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = {peer.name: recipe(peer, model) for peer in PEERS}
     rows = [row for row in rows if row["recipe"] in wanted.values()]
     done = [row["recipe"] for row in rows if "failed" not in row]
+    known = [row["recipe"] for row in rows]
+    rows += [{"recipe": how, "failed": "not taken yet"} for how in wanted.values() if how not in known]
     todo = [peer for peer in PEERS if peer.name.startswith(options.only) and wanted[peer.name] not in done]
     original = remembering(model, options.work)
     for peer in todo:

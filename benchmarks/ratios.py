@@ -198,7 +198,9 @@ def about_language(budgets: list[Row], peers: list[Row]) -> Row:
     whole = [r for r in (budgets[0]["ratios"] if budgets else ()) if r["what"] == "whole model"]
     size = {r["denominator"].endswith("at 16 bits"): r["denominator_bytes"] for r in whole if "32" not in r["denominator"]}
     unigrams = [row["retention"] for row in peers if row["recipe"]["settings"].get("of", "uniform") != "uniform"]
-    chance = {"what": "the most frequent token of selftext, always", "keeps": unigrams[0]["value"]} if unigrams else None
+    chance = (
+        {"what": "always saying the most frequent token of selftext", "keeps": unigrams[0]["value"]} if unigrams else None
+    )
     return {"parameters": size.get(True, 0) // 2 or None, "file": size.get(False), "chance": chance}
 
 
