@@ -209,8 +209,7 @@ def _below(a: Row, b: Row) -> bool:
 def table(rows: list[Row], options: argparse.Namespace) -> str:
     """The table as Markdown, with what is needed to read it; rows of other tokens or windows in one of their own."""
     lines = [f"# Stages on {options.model}", ""]
-    asked = (options.tokens, options.context)
-    older = [row for row in rows if (row["recipe"]["tokens"], row["recipe"]["context"]) != asked]
+    older = _older(rows, options)
     rows = [row for row in rows if row not in older]
     if rows:
         base, first = rows[0]["original_perplexity"], rows[0]
@@ -282,10 +281,19 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 
 
 def write(folder: Path, rows: list[Row], options: argparse.Namespace) -> None:
-    """Both files, each replaced in one step."""
+    """All files, each replaced in one step; rows of other tokens or windows in one of their own, which nobody else reads."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("stages.json", json.dumps(rows, indent=1) + "\n"), ("stages.md", table(rows, options))):
-        write_atomic(folder / name, [text.encode()])
+    older = _older(rows, options)
+    kept = {"stages.json": [row for row in rows if row not in older], "earlier.json": older}
+    for name, some in kept.items():
+        if some or (folder / name).is_file():
+            write_atomic(folder / name, [json.dumps(some, indent=1).encode() + b"\n"])
+    write_atomic(folder / "stages.md", [table(rows, options).encode()])
+
+
+def _older(rows: list[Row], options: argparse.Namespace) -> list[Row]:
+    asked = (options.tokens, options.context)
+    return [row for row in rows if (row["recipe"]["tokens"], row["recipe"]["context"]) != asked]
 
 
 def _in_a_process(stage: stages.Stage, arguments: list[str]) -> Row:
@@ -317,8 +325,8 @@ def main(arguments: list[str] | None = None) -> int:
         row = measure(stages.from_json(json.loads(options.row)), options)
         (Path(options.work) / "row.json").write_text(json.dumps(row), encoding="utf-8")
         return 0
-    file = options.out / "stages.json"
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    files = [options.out / name for name in ("stages.json", "earlier.json")]
+    rows: list[Row] = [row for file in files if file.is_file() for row in json.loads(file.read_text(encoding="utf-8"))]
     failed = 0
     order = {}
     for place, text in enumerate(ROWS):
