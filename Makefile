@@ -1,5 +1,5 @@
 # make audit: set up, fetch the default model, measure in a few minutes, write build/reports/. BUDGET=standard: all rows, larger
-#   samples. BUDGET=full: what is committed, reports/ and README's figures, however long it takes.
+#   samples. BUDGET=full: into reports/ and README, however long it takes.
 # make test: set up, run every test.
 # make docs: set up, build the documentation site into build/site, check its links.
 PYTHON ?= python3
