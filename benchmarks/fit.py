@@ -171,7 +171,7 @@ def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[
                 reason = "the grid on which the base lies"
             found.append(Other(tool, name.removeprefix("no model "), row["bits"], row["held_bits"], row, reason))
     if failed:
-        said.append("Tried, and not measured: " + "; ".join(failed) + ".")
+        said.append("Not measured: " + "; ".join(failed) + ".")
     return found, said
 
 

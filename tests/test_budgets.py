@@ -102,7 +102,7 @@ def test_rows_of_another_protocol_and_failures_are_said_and_not_mixed_in(fit: Mo
     assert found == []
     assert said == [
         "Of reports/stages 1 row of other tokens or windows, left out.",
-        "Tried, and not measured: GPTQ 3 (no wheel).",
+        "Not measured: GPTQ 3 (no wheel).",
     ]
     assert "None was measured on these windows" in fit.report(rows, found, said)
 
