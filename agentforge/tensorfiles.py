@@ -65,7 +65,7 @@ def index_file(path: Path) -> dict[str, Entry]:
         with safe_open(path, framework="pt"), open(path, "rb") as file:  # the library has checked all sizes and offsets
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))
-        for name, about in header.items():
+        for name, about in sorted(header.items()):  # by name, as the library lists them
             if name == "__metadata__":
                 continue
             if (code := about["dtype"]) not in DTYPES:
