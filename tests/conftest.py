@@ -10,6 +10,7 @@ import resource
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -171,3 +172,16 @@ def wikitext2() -> Text:
         if any((folder / inner / "wiki.test.raw").is_file() for inner in (".", "wikitext-2-raw")):
             return find_text("wikitext2", "test")
     pytest.skip("WikiText-2 is neither in AGENTFORGE_DATA nor in ../shared/data")
+
+
+@pytest.fixture(scope="session")
+def beginning(smollm2: LanguageModel, wikitext2: Text) -> Callable[[int], Text]:
+    """WikiText-2's first so many tokens, as a text of its own: a sample of the whole text would lie elsewhere."""
+
+    from agentforge.evaluation import Text
+
+    def cut(tokens: int) -> Text:
+        ids = smollm2.tokenizer(wikitext2.text, add_special_tokens=False, verbose=False)["input_ids"][:tokens]
+        return Text("wikitext2, its beginning", "test", smollm2.tokenizer.decode(ids))
+
+    return cut

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -390,10 +391,8 @@ def test_the_bar_is_silent_when_asked(tiny: LanguageModel, monkeypatch: pytest.M
 
 
 @pytest.mark.slow
-def test_the_known_perplexity_of_smollm2(smollm2: LanguageModel, wikitext2: Text) -> None:
-    ids = smollm2.tokenizer(wikitext2.text, add_special_tokens=False, verbose=False)["input_ids"][: 10 * 2048]
-    beginning = Text("wikitext2, its beginning", "test", smollm2.tokenizer.decode(ids))  # a sample would lie elsewhere
-    found = agentforge.perplexity(smollm2, beginning, context=2048)
+def test_the_known_perplexity_of_smollm2(smollm2: LanguageModel, beginning: Callable[[int], Text]) -> None:
+    found = agentforge.perplexity(smollm2, beginning(10 * 2048), context=2048)
     assert found.value == pytest.approx(19.92, abs=0.02)
     assert found.n == 20470
 
