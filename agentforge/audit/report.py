@@ -311,6 +311,7 @@ class _Progress(logging.Handler):
         self.doing, self.since, self.said = "starting", time.monotonic(), time.monotonic()
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Show the lines of a message that are lines of progress."""
         for line in record.getMessage().splitlines():
             match = re.match(rf"(\[\d+/\d+\] )({'|'.join(COLOURS)})?", line)
             if match or line.startswith(("[now] ", "fetching ")):  # the default model is fetched before anything is measured
@@ -320,6 +321,7 @@ class _Progress(logging.Handler):
                 self.show(Text(match[1]) + Text(match[2] or "", style) + Text(line[match.end() :]))
 
     def show(self, line: Text) -> None:
+        """Print a line, and remember when."""
         self.said = time.monotonic()
         self.console.print(line)
 
