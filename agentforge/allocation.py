@@ -71,7 +71,7 @@ class Budget:
     max_kl: float | None = None
 
     def check(self) -> None:
-        """Raise BadInput unless exactly one limit is set, and is positive, and not more than 32 bits a weight."""
+        """Raise BadInput unless exactly one limit is set, and is positive, and not more than 32 bits per weight."""
         limits = [limit for limit in (self.bytes, self.bits, self.max_kl) if limit is not None]
         if len(limits) != 1 or not 0 < limits[0] < math.inf or (self.bits or 0) > 32:
             raise BadInput(

@@ -3,7 +3,7 @@
     config.json                     the model's own, with a quantization_config that names us
     model-00001-of-0000N.safetensors    planes and kept tensors (or one model.safetensors)
     model.safetensors.index.json    which tensor is in which shard (only where there are several)
-    agentforge.json                 the manifest: recipe, a row a tensor, sizes, sha256 of every file, itself included
+    agentforge.json                 the manifest: recipe, one row per tensor, sizes, sha256 of every file, itself included
     tokenizer files, licence        copied
 
 A writer works in `NAME.partial` beside the folder.  Every finished tensor is there as a file of its own, complete or
@@ -125,7 +125,7 @@ class Artifact:
 
     @property
     def ratios(self) -> list[Ratio]:
-        """Whole model and touched tensors, each against 16 and 32 bits a parameter; the whole model also against the bytes
+        """Whole model and touched tensors, each against 16 and 32 bits per parameter; the whole model also against the bytes
         of what the user had: the GGUF file it was converted from, else its weight files.  Below 1 the artifact is larger."""
         parameters = sum(math.prod(row["shape"]) for row in self.rows)
         touched = [row for row in self.rows if row["stage"] is not None]

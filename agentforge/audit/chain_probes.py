@@ -217,7 +217,7 @@ def chain_metrics(workshop: Workshop) -> Measurement:
 
 @probe("bytes")
 def bytes_counted(workshop: Workshop) -> Measurement:
-    """Largest deviation between the bytes of ratios and bits a weight and those that the weight files' own headers and sizes
+    """Largest deviation of the bytes of ratios and bits per weight from those that the weight files' own headers and sizes
     show."""
     worst, model = 0.0, open_model("digits-mlp")
     texts = ("seedlm:K=8,C=8,P=3", "vptq:v=4,k=16,shared=true", "rounding:bits=3,group=32 | entropy", "ternary")

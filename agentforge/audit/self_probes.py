@@ -223,7 +223,7 @@ def parameters_counted(workshop: Workshop) -> Measurement:
 
 
 def _off(model: LanguageModel, two_each: list[float]) -> float:
-    """How far counts, of two bytes a parameter, are from the distinct tensors of the module."""
+    """How far counts, of two bytes per parameter, are from the distinct tensors of the module."""
     held: int = sum({p.data_ptr(): p.numel() for p in model.model.parameters()}.values())
     return max(abs(count / (2 * held) - 1) for count in two_each)
 
