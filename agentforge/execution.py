@@ -24,6 +24,8 @@ from .models import Weight, as_matrix, device_named
 from .statistics import InputStatistics
 
 FALLBACK = stages.get("rounding", bits=8)
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+OWN_BLOCK = 4 << 20  # bytes from which a block is returned as soon as it is freed
 PATIENCE = 5  # seconds until a scheduler that does not answer is given up
 
 
@@ -124,13 +126,16 @@ def encode_tensor(task: Task) -> Encoded | Unencoded:
 
 
 def give_back_freed_memory() -> None:
-    """Have the C library return what is free to the system.
+    """Have the C library return what is free to the system: what is there now, and large blocks at once from here on.
 
-    glibc serves blocks of up to 32 MB from heaps of each thread, and planes of that size leave holes in them: without this,
-    memory grows for as long as there are tensors.
+    glibc raises the size from which it asks the system for a block of its own up to 32 MB, and serves smaller ones from heaps
+    of each thread.  Freed ones become holes there, and holes side by side even take in the largest tensors, which then stay
+    resident: without this, memory grows for as long as there are tensors.
     """
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # other C libraries have none
-        trim(0)
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim") and hasattr(library, "mallopt"):  # other C libraries have neither
+        library.mallopt(M_MMAP_THRESHOLD, OWN_BLOCK)
+        library.malloc_trim(0)
 
 
 def is_finite(values: torch.Tensor) -> bool:
