@@ -128,9 +128,9 @@ def encode_tensor(task: Task) -> Encoded | Unencoded:
 def give_back_freed_memory() -> None:
     """Have the C library return what is free to the system: what is there now, and large blocks at once from here on.
 
-    glibc raises the size from which it asks the system for a block of its own up to 32 MB, and serves smaller ones from heaps
-    of each thread.  Freed ones become holes there, and holes side by side even take in the largest tensors, which then stay
-    resident: without this, memory grows for as long as there are tensors.
+    glibc raises the size from which it asks the system for a block of its own up to 32 MB, and serves smaller ones from
+    heaps of each thread.  Freed ones become holes there, and holes side by side even take in the largest tensors, which then
+    stay resident: without this, memory grows for as long as there are tensors.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim") and hasattr(library, "mallopt"):  # other C libraries have neither
