@@ -339,7 +339,7 @@ def test_ratios_take_their_candidates_from_the_other_reports(
 ) -> None:
     ratios = load_benchmark("ratios")
     monkeypatch.setattr(ratios, "GRID", ["rounding:bits=3,group=32,clip=mse", "curves:degree=7,segment=1171"])
-    share = {"stderr": 0.01, "n": 4094, "unit": "share", "protocol": {"context": 512, "windows": "8 of 600"}}
+    share = {"stderr": 0.01, "n": 4088, "unit": "share", "protocol": {"context": 512, "windows": "8 of 600"}}
     stage = stages.parse("vptq:bits=3").to_json()
     row = {"recipe": {"stage": stage}, "bits": 3.5, "coded_bits": 3.4, "relative_error": 0.2, "model_bytes": 200}
     held = {**row, "retention": {"value": 0.8, **share}}

@@ -159,7 +159,7 @@ def test_progress_and_what_is_measured_so_far(made: Path, draw: Draw, tmp_path: 
     found = json.loads(path.read_text())
     coarse = found["attempts"].pop()
     kept = ("step", "name", "attempt", "setting", "measured")
-    now = {key: coarse[key] for key in kept} | {"gates": {"retention >= 0.9": "undecided"}, "tokens": 4094}
+    now = {key: coarse[key] for key in kept} | {"gates": {"retention >= 0.9": "undecided"}, "tokens": 4088}
     path.write_text(json.dumps({**found, "now": {**now, "doing": "measuring", "since": 1.0}}))
     page = draw(workspace)
     assert "was measuring when its process ended** on 4,094 tokens" in text(page)
