@@ -271,6 +271,7 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
     try:
         import papermill
         from papermill.exceptions import PapermillExecutionError
+        from traitlets.config import Config
     except ImportError:
         raise BadInput("reports need papermill and nbconvert: pip install 'agentforge[lab]'") from None
 
@@ -292,6 +293,7 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
             log_output=progress,
             progress_bar=False,
             kernel_name="python3",
+            config=Config(KernelManager={"transport_encryption": "auto"}),  # else the kernel warns of plain TCP
         )
     except PapermillExecutionError as error:
         if error.ename == "BadInput":
