@@ -7,7 +7,9 @@ import json
 import logging
 import math
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
 from html import unescape
@@ -301,3 +303,24 @@ def test_audit_is_a_verb_and_a_room() -> None:
     assert callable(af.audit)
     with pytest.raises(BadInput):
         af.audit("no_such_report")
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_kernel_too(tmp_path: Path) -> None:
+    """Nor does the kernel warn of an unencrypted connection."""
+    claim = {"id": "a", "stage": "pipeline", "section": "-", "title": "-", "documentation": "-", "protocol": "-"}
+    claim |= {"probe": {"name": "steps_build_on_each_other"}, "confirmed": [0, None]}
+    texts = dict.fromkeys(("report", "title", "about", "source"), "mine")
+    (tmp_path / "mine.yaml").write_text(json.dumps({**texts, "model": "digits-mlp", "claims": [claim]}))
+    command = [sys.executable, "-m", "agentforge", "audit", "--claims", "mine.yaml", "--out", "out", "--fresh"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    find = ["pgrep", "-f", "-P", str(process.pid), "ipykernel"]
+    while not (found := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    time.sleep(3)  # for the kernel to begin
+    process.send_signal(signal.SIGTERM)
+    assert "TCP" not in process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    time.sleep(2)
+    assert not subprocess.run(["ps", "-p", ",".join(found), "-o", "args="], capture_output=True, check=False).stdout
