@@ -320,7 +320,7 @@ def test_sigterm_ends_the_kernel_too(tmp_path: Path) -> None:
         time.sleep(0.1)
     time.sleep(3)  # for the kernel to begin
     process.send_signal(signal.SIGTERM)
-    assert "TCP" not in process.communicate(timeout=60)[1]
-    assert process.returncode == 128 + signal.SIGTERM
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM
     time.sleep(2)
     assert not subprocess.run(["ps", "-p", ",".join(found), "-o", "args="], capture_output=True, check=False).stdout
+    assert "TCP" not in process.communicate()[1]
