@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
@@ -39,6 +40,7 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         base_model=base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
     )
+    quoted = json.dumps(name, ensure_ascii=False)  # one line, so that it cannot end the code
     touched = [row for row in artifact.rows if row["stage"]]
     lines = [
         f"# {markdown(original['name'])}, compressed by agentforge",
@@ -76,8 +78,8 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         "import agentforge  # tells transformers of the format",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
+        f"model = AutoModelForCausalLM.from_pretrained({quoted})",
+        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
         "```",
         "",
     ]

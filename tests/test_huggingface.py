@@ -14,7 +14,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import transformers
+import yaml
+from bs4 import BeautifulSoup
 from huggingface_hub import CommitInfo, HfApi, ModelCard, RepoUrl
+from markdown_it import MarkdownIt
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 import agentforge as af
@@ -391,6 +394,29 @@ def test_the_card(rounded: Path) -> None:
     assert made.manifest["original"]["fingerprint"] in card.text
     assert "- `rounding:bits=4,group=32,symmetric=False,clip=none`: 14 tensors" in card.text
     assert "Not measured." in card.text
+
+
+HOSTILE = (
+    "`` <script>x</script> | </td> [a](javascript:x) `](javascript:x) <img src=x onerror=x>\n---\nlicense: mit\n---\n```\n"
+)
+
+
+def test_the_card_of_a_hostile_model(rounded: Path) -> None:
+    """Its texts are shown; they are no markup, and end neither the front matter nor the code."""
+    made = Artifact(rounded)
+    made.manifest["original"].update(name=HOSTILE, fingerprint=HOSTILE, source={"name": HOSTILE, "licence": HOSTILE})
+    measured = Measurement(1.0, HOSTILE, 0.1, 9, {HOSTILE: HOSTILE})
+    card = model_card(made, {HOSTILE: measured}, HOSTILE)
+    front, text = card.removeprefix("---\n").split("\n---\n", 1)
+    expected = {"library_name": "transformers", "license": "unknown", "pipeline_tag": "text-generation"}
+    assert yaml.safe_load(front) == {**expected, "tags": ["agentforge", "rounding"]}
+    renderer = MarkdownIt().enable("table")
+    renderer.validateLink = lambda _: True  # type: ignore[method-assign]
+    soup = BeautifulSoup(renderer.render(text), "html.parser")
+    assert not soup.find_all(["script", "img", "a"]) and len(soup.find_all("pre")) == 1
+    assert {key for element in soup.find_all() for key in element.attrs} <= {"class", "style"}
+    assert soup.text.count("<script>x</script>") == 8
+    assert {len(row.find_all("td")) for row in soup.find_all("tr")} == {0, 3, 5}
 
 
 @pytest.mark.parametrize(
