@@ -335,14 +335,14 @@ class _Run:
         if self.accepted is None:  # what an earlier run handed over may have been lost since, and failed when made again
             remove(final)
             return None
+        partial = self.out / "artifact.partial"
         if not final.exists() or _manifest_hash(final) != _manifest_hash(self.accepted):
-            partial = self.out / "artifact.partial"
             remove(partial)
             partial.mkdir()
             write_json(partial / RECIPE, {"copy of": self.accepted.name})
             shutil.copytree(self.accepted, partial / "folder")
             replace(partial / "folder", final)
-            remove(partial)
+        remove(partial)  # also what a kill just after the line above left
         artifact = Artifact(final)
         artifact.verify()
         return artifact

@@ -411,6 +411,24 @@ def test_texts_are_in_the_recipe(tiny_llama: Path, tmp_path: Path) -> None:
         run_chain(tiny_llama, spec, tmp_path / "out", progress=False)
 
 
+def test_a_kill_between_handing_over_and_cleaning_up_leaves_nothing(
+    digits: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, out = chain(step("rounding:bits=8", gates=())), tmp_path / "out"
+
+    def killed(made: Path, final: Path) -> None:
+        os.replace(made, final)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as context:
+        context.setattr("agentforge.chain.replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_chain(digits, spec, out, progress=False)
+    assert (out / "artifact.partial").exists()
+    run_chain(digits, spec, out, progress=False)
+    assert not (out / "artifact.partial").exists()
+
+
 @pytest.mark.slow
 def test_sigkill_at_random_moments_changes_no_byte(tmp_path: Path) -> None:
     """AGENTFORGE_KILLS (default 5) kills between the moment the journal is there and the end of the run."""
