@@ -11,20 +11,47 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from ..errors import BadInput
 from ..planes import Packed
 
-if TYPE_CHECKING:
-    from ..statistics import InputStatistics
-
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 _REGISTRY: dict[str, type[Stage]] = {}
 _HINTS: dict[Any, dict[str, Any]] = {}
 _S = TypeVar("_S", bound="type[Stage]")
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens that were averaged over.
+
+    sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window,
+    of tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of
+    KL(model || changed model) in these outputs.  None where it was not asked for.
+    """
+
+    hessian: torch.Tensor
+    n: int
+    sensitivity: torch.Tensor | None = None
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """E[x_j^2] of each input: float32[in]."""
+        return self.hessian.diagonal()
+
+    def check(self, shape: tuple[int, int], name: str) -> None:
+        """Raise BadInput where this is not what a weight of this shape, [out, in], needs."""
+        rows, columns = shape
+        if tuple(self.hessian.shape) != (columns, columns):
+            raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
+        if self.sensitivity is not None and tuple(self.sensitivity.shape) != (rows,):
+            raise BadInput(f"{name}: has {rows} outputs, its sensitivity is {list(self.sensitivity.shape)}")
+        found = [self.hessian] if self.sensitivity is None else [self.hessian, self.sensitivity]
+        if not all(torch.isfinite(moments).all() for moments in found):
+            raise BadInput(f"{name}: its statistics hold values that are not finite; is the model sound on this text?")
 
 
 class Layer(NamedTuple):

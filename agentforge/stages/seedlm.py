@@ -31,7 +31,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,10 +39,7 @@ from numba import njit
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, exponent_plane, times_power_of_two
-from .base import Stage, kernels_for, register
-
-if TYPE_CHECKING:
-    from ..statistics import InputStatistics
+from .base import InputStatistics, Stage, kernels_for, register
 
 # Table 6: the bits, counted from the oldest (least significant) one, whose sum is the next bit.
 TAPS: dict[int, tuple[int, ...]] = {
