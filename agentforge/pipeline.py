@@ -22,7 +22,7 @@ from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
 from .folders import check_out
 from .models import LanguageModel, Weight, device_named, open_model
 from .planes import Packed
-from .stages.refined import with_refinements
+from .stages.text import with_refinements
 from .statistics import Calibration, InputStatistics, collect
 
 _T = TypeVar("_T")
