@@ -29,7 +29,7 @@ from ..errors import BadInput
 from ..evaluation import Measurement, intervals
 from ..evaluation.rate_distortion import gaussian
 from ..models import open_model, quiet_transformers
-from ..stages.seedlm import TAPS, lfsr
+from ..stages.seedlm_search import TAPS, lfsr
 from ..stages.trajectory import paper_bits_per_weight
 from ..stages.vptq import paper_bits
 from ..statistics import Calibration, InputStatistics, collect, first_tokens

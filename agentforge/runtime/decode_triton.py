@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 
 from ..planes import times_power_of_two
-from ..stages.seedlm import SeedLM, taps_mask
+from ..stages.seedlm import SeedLM
+from ..stages.seedlm_search import taps_mask
 from ..stages.vptq import LEVELS, Vptq
 
 if TYPE_CHECKING:

@@ -62,17 +62,6 @@ class Layer(NamedTuple):
     stats: InputStatistics | None
 
 
-def kernels_for(device: torch.device) -> Any:
-    """The module of Triton kernels for a CUDA device, None for the CPU.  Raises BadInput where Triton is missing."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import triton_kernels
-    except ImportError:
-        raise BadInput(f"device {device}: Triton is not installed; install it, or encode on the CPU") from None
-    return triton_kernels
-
-
 @dataclass(frozen=True)
 class Stage:
     """One way to encode a weight.  Subclasses add settings as fields and a class variable `name`."""

@@ -29,7 +29,7 @@ from agentforge.dashboard import runs
 from agentforge.evaluation import Divergence, Measurement, Text, choices, find_text, intervals, likelihood, texts
 from agentforge.models import LanguageModel
 from agentforge.planes import FLOATS, Packed, Plane
-from agentforge.stages import curves, entropy, rounding, seedlm, ternary, trajectory, vptq
+from agentforge.stages import curves, entropy, rounding, seedlm, seedlm_search, ternary, trajectory, vptq
 from agentforge.statistics import Calibration
 from agentforge.training import bitlinear, mugrokfast, recover
 
@@ -386,7 +386,7 @@ FAULTS: dict[str, Fault] = {
         ("self.speed",),
     ),
     "LFSR: a wrong tap": Fault(
-        lambda to: to.setitem(seedlm.TAPS, 8, (0, 2, 3, 5)),
+        lambda to: to.setitem(seedlm_search.TAPS, 8, (0, 2, 3, 5)),
         ("alignment.seedlm", "features.seedlm_generation", "working.seedlm"),
     ),
     "LFSR: shifted the other way": Fault(
@@ -476,7 +476,7 @@ FAULTS: dict[str, Fault] = {
 
 def caches_cleared() -> None:
     """What was computed with a fault, or without it, is not taken for the other."""
-    for function in (seedlm._tables, curves._matrices, trajectory._lattice):
+    for function in (seedlm_search.tables_of, curves._matrices, trajectory._lattice):
         function.cache_clear()
 
 
