@@ -35,11 +35,12 @@ import numpy as np
 import torch
 
 from . import stages
+from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
+from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
 from .folders import check_out, foreign, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
-from .planes import FLOATS, Packed, Plane, bits_per_value, is_coded, stored_bytes, tensor_bytes
-from .stages.entropy import VALUES_A_BYTE
+from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
     DTYPES,
     WEIGHTS_INDEX,

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 
 from .. import evaluation, stages
 from ..artifact import load
+from ..bits import stored_bytes
 from ..digits import data as digits_data
 from ..evaluation import Measurement, intervals
 from ..models import open_model
-from ..planes import Packed, Plane, stored_bytes
-from ..stages import Stage, curves, entropy, seedlm_search
+from ..planes import Packed, Plane
+from ..stages import Stage, curves, seedlm_search
 from ..statistics import Calibration, InputStatistics, collect
 from ..tensorfiles import write_tensors
 from .probes import StageText, kept_in_16_bits, probe, ratio
@@ -446,7 +447,7 @@ def entropy_gain(workshop: Workshop, stage: StageText) -> Measurement:
     for weight in _parts(workshop):
         packed = parsed.encode(weight)
         before += sum(plane.stored().nbytes for plane in packed)
-        after += entropy.coded_bytes(packed)
+        after += packed.coded_bytes
     return workshop.exact(before / after, "x", after, "bytes uncoded over coded", stage=stage, rows=ROWS)
 
 
@@ -456,7 +457,8 @@ def entropy_lossless(workshop: Workshop, stage: StageText) -> Measurement:
     parsed, right = stages.parse(stage), []
     for weight in _parts(workshop):
         for plane in parsed.encode(weight):
-            back = entropy.decode(entropy.encode(plane), plane.name, plane.coding, tuple(plane.values.shape))
+            shape, coded = tuple(plane.values.shape), plane.coded()
+            back = Plane.from_stored(plane.name, coded.coding, shape, coded.stored())
             right.append(back.values.shape == plane.values.shape and bool((back.values == plane.values).all()))
     return share(workshop, right, "planes", "planes from their codes", stage=stage, rows=ROWS)
 

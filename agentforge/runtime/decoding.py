@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..planes import FLOATS, Packed, Plane, is_coded, unpack_trits, unpack_uint
+from ..bits import FLOATS, unpack_trits, unpack_uint
+from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
 from ..stages.refined import Refined
 from . import fused

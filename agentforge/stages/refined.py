@@ -22,8 +22,9 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..bits import FLOATS
 from ..errors import BadArtifact, BadInput
-from ..planes import FLOATS, Packed, Plane, is_coded
+from ..planes import Packed, Plane, is_coded
 from .base import Layer, Stage
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]

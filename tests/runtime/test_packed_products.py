@@ -13,8 +13,8 @@ import torch
 
 import agentforge as af
 from agentforge import stages
+from agentforge.bits import pack_uint
 from agentforge.errors import BadArtifact
-from agentforge.planes import pack_uint
 from agentforge.runtime import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, fused, held_bytes, packed_cpu
 from agentforge.runtime.decoding import PART
 from agentforge.stages.base import Layer
