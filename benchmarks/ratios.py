@@ -35,10 +35,11 @@ from matplotlib.figure import Figure
 
 import agentforge
 from agentforge import digits, evaluation, stages
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.chain import Condition, model_error
 from agentforge.evaluation import Measurement
-from agentforge.models import LanguageModel, open_model
+from agentforge.models import LanguageModel
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
 from agentforge.tensorfiles import write_atomic

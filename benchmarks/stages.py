@@ -39,10 +39,11 @@ import torch
 
 import agentforge
 from agentforge import evaluation, stages, statistics
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
 from agentforge.evaluation.measurement import peak_memory
-from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel, open_model
+from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
 from agentforge.tensorfiles import write_atomic

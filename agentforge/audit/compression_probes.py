@@ -17,11 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from .. import evaluation, stages
-from ..artifact import load
 from ..bits import stored_bytes
 from ..digits import data as digits_data
 from ..evaluation import Measurement, intervals
-from ..models import open_model
+from ..opening import load, open_model
 from ..planes import Packed, Plane
 from ..stages import Stage, curves, seedlm_search
 from ..statistics import Calibration, InputStatistics, collect
