@@ -455,7 +455,7 @@ def test_signals_end_a_command_with_a_true_sentence(
     def work(*_: object, **__: object) -> None:
         signal.raise_signal(number)
 
-    for module in ("models", "training.phase"):
+    for module in ("opening", "training.phase"):
         monkeypatch.setattr(f"agentforge.{module}.open_model", work)
     result = run(*command)
     assert_refused(result, 128 + number, "interrupted; the same command " + ("goes on" if goes_on else "starts again"))
