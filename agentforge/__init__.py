@@ -7,13 +7,12 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from . import registration
-
-__version__ = "0.1.0"
+from .version import __version__ as __version__
 
 # torch and transformers load when a name is first used, so that `import agentforge` takes milliseconds.
 _HOMES = {
-    "open_model": "models",
-    "load": "artifact",
+    "open_model": "opening",
+    "load": "opening",
     "fit": "allocation",
     "perplexity": "evaluation",
     "divergence": "evaluation",
@@ -28,6 +27,7 @@ _MODULES = (
     "evaluation",
     "handoff",
     "models",
+    "opening",
     "pipeline",
     "planes",
     "registry",
@@ -54,10 +54,11 @@ if TYPE_CHECKING:
 
     from . import audit, stages
     from .allocation import fit
-    from .artifact import Artifact, load
+    from .artifact import Artifact
     from .chain import Chain
     from .evaluation import accuracy, divergence, evaluate_tasks, perplexity
-    from .models import LanguageModel, open_model
+    from .models import LanguageModel
+    from .opening import load, open_model
     from .stages import Stage
 
 

@@ -34,11 +34,12 @@ import torch
 from tqdm.auto import tqdm
 
 from . import evaluation, stages
-from .artifact import Artifact, load
+from .artifact import Artifact
 from .errors import BadInput
 from .evaluation import Divergence, Text
 from .folders import check_out, remove, replace
-from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named, open_model
+from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named
+from .opening import load, open_model
 from .pipeline import compress
 from .statistics import Calibration, InputStatistics, collect
 

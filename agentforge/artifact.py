@@ -25,9 +25,9 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,11 +35,12 @@ import numpy as np
 import torch
 
 from . import stages
+from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
+from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
 from .folders import check_out, foreign, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
-from .planes import FLOATS, Packed, Plane, bits_per_value, is_coded, stored_bytes, tensor_bytes
-from .stages.entropy import VALUES_A_BYTE
+from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
     DTYPES,
     WEIGHTS_INDEX,
@@ -316,83 +317,6 @@ class Artifact:
     def _entries(self) -> dict[str, Entry]:
         self.check(absent=True)
         return index_folder(self.path)
-
-
-RUNTIMES = ("dense", "packed")
-
-
-class _ArtifactModel(LanguageModel):
-    """The model that an artifact decodes to, or stays packed in."""
-
-    def __init__(self, artifact: Artifact, runtime: str = "dense") -> None:
-        rows = {row["name"]: row for row in artifact.rows}
-        entries = {
-            name: Entry(
-                artifact.path / "model.safetensors",
-                tuple(row["shape"]),
-                torch.float32 if row["stage"] else getattr(torch, row["dtype"]),
-            )
-            for name, row in rows.items()
-        }
-        super().__init__(
-            str(artifact.path), artifact.path, entries, {"artifact": str(artifact.path), **artifact.manifest["original"]}
-        )
-        self.artifact, self._rows, self.runtime = artifact, rows, runtime
-
-    @cached_property
-    def model(self) -> Any:
-        """The torch module: of dense float32 weights, or of layers that stay packed."""
-        if self.runtime == "dense":
-            return super().model
-        from .runtime import packed
-
-        return packed.build(self, self.artifact)
-
-    @property
-    def bytes_on_disk(self) -> int:
-        """Size of the artifact's weight files."""
-        return self.artifact.weight_bytes
-
-    def fingerprint_now(self) -> str:
-        """The hash of the manifest, which holds the hashes of all files."""
-        return self.artifact.sha256
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by name: decoded where it was encoded."""
-        return self.artifact.decode(self._rows[name])
-
-    def reader(self, name: str) -> Callable[[], torch.Tensor]:
-        """`tensor(name)` as a function that can be sent to another process, which then opens the artifact by itself."""
-        return partial(_decoded, self.path.absolute(), self.fingerprint, name)
-
-
-def _decoded(path: Path, sha256: str, name: str) -> torch.Tensor:
-    """A tensor of the artifact at `path`, whose manifest has this hash."""
-    artifact, rows = _opened(path, sha256)
-    return artifact.decode(rows[name])
-
-
-@lru_cache(maxsize=1)
-def _opened(path: Path, sha256: str) -> tuple[Artifact, dict[str, dict[str, Any]]]:
-    artifact = Artifact(path)
-    if artifact.sha256 != sha256:
-        raise BadArtifact(f"{path}: is no longer the artifact that was opened; run again")
-    return artifact, {row["name"]: row for row in artifact.rows}
-
-
-def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
-    """The model in an artifact, every encoded weight decoded to float32 (runtime="dense"), or layers that hold the planes
-    and compute from them (runtime="packed": `runtime.TernaryLinear`, with activations of 8 bits, for stage ternary; for any
-    other stage `runtime.PackedLinear`).
-
-    Every file is held against its hash, once in a process.  Raises BadInput for another runtime, BadArtifact for a folder
-    that is none of ours or damaged.
-    """
-    if runtime not in RUNTIMES:
-        raise BadInput(f"runtime {runtime!r} does not exist; there are {', '.join(RUNTIMES)}")
-    artifact = Artifact(path)
-    artifact.check()
-    return _ArtifactModel(artifact, runtime)
 
 
 def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:

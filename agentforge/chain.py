@@ -28,16 +28,18 @@ from typing import Any, Literal, NamedTuple
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from . import __version__, evaluation, stages, tracking
-from .artifact import RECIPE, Artifact, Ratio, joint_error, load
+from . import evaluation, stages, tracking
+from .artifact import RECIPE, Artifact, Ratio, joint_error
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
 from .folders import check_out, foreign, remove, replace
-from .models import SAMPLED_TOKENS, LanguageModel, device_named, open_model
+from .models import SAMPLED_TOKENS, LanguageModel, device_named
+from .opening import load, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
 from .tensorfiles import read_json, write_json
+from .version import __version__
 from .yamlfiles import read_yaml
 
 LOG = logging.getLogger(__name__)

@@ -141,7 +141,7 @@ def models(
     as_json: AsJson = False,
 ) -> None:
     """List the models that agentforge knows by name, one model's tensors, or what is registered."""
-    from .models import NAMED, open_model
+    from .opening import NAMED, open_model
 
     if registered or registry:
         from .registry import registered as versions
@@ -215,7 +215,7 @@ def compress(
     """Encode a model's weights and write the artifact; run again after a kill, it goes on where it was."""
     from . import execution
     from .evaluation.measurement import peak_memory
-    from .models import open_model
+    from .opening import open_model
     from .pipeline import compress as run
     from .stages import parse
     from .statistics import Calibration
@@ -286,7 +286,8 @@ def fit(
     """Find a setting for every weight that keeps to a budget with the least damage, and measure what came of it."""
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
-    from .models import device_named, open_model
+    from .models import device_named
+    from .opening import open_model
     from .training.recover import Settings
 
     device_named(device)
@@ -496,8 +497,8 @@ def evaluate(
 ) -> None:
     """Measure a model as it is loaded back from disk: perplexity, tasks, Phase 5 checks, or accuracy for digits-mlp."""
     from . import evaluation
-    from .artifact import load
-    from .models import device_named, open_model
+    from .models import device_named
+    from .opening import load, open_model
 
     if tasks is None and (limit is not None or data is not None or allow_generated_code):
         raise BadInput("--limit, --data and --allow-generated-code are for tasks; name some with --tasks")

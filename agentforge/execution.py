@@ -17,11 +17,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from . import __version__, stages
+from . import stages
 from .artifact import Encoded, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
 from .models import Weight, as_matrix, device_named
 from .statistics import InputStatistics
+from .version import __version__
 
 FALLBACK = stages.get("rounding", bits=8)
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h

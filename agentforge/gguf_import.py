@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .bits import tensor_bytes
 from .errors import BadInput
 from .models import quiet_transformers
-from .planes import tensor_bytes
 from .tensorfiles import write_json, write_safetensors
 
 LAYER_NAMES = {

@@ -21,7 +21,8 @@ from . import evaluation, schemas
 from .artifact import MANIFEST, Artifact, Ratio
 from .errors import BadInput
 from .evaluation import Measurement, Text
-from .models import LanguageModel, open_model
+from .models import LanguageModel
+from .opening import open_model
 from .tensorfiles import describe_files, plain_file, read_json, sha256_file, write_json
 
 HANDOFF = "handoff.json"

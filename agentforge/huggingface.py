@@ -27,8 +27,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import stages
 from .artifact import FORMAT, MANIFEST, SHARED, Artifact, oriented, relative_error, write_manifest
+from .bits import tensor_bytes
 from .errors import BadArtifact, BadInput
-from .planes import Packed, Plane, tensor_bytes
+from .planes import Packed, Plane
 from .runtime.decoding import PackedWeight, SharedPlanes
 from .runtime.holding import Holding, place
 from .tensorfiles import WEIGHTS_INDEX, Entry, describe_files, plain_file, read_json, write_json, write_safetensors

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from . import stages
 from .artifact import Artifact, Ratio
 from .escaping import markdown
-from .models import SMOLLM2
+from .opening import SMOLLM2
 from .tensorfiles import plain_file
 
 if TYPE_CHECKING:

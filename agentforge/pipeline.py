@@ -15,15 +15,17 @@ from typing import Any, TypeVar
 import torch
 from tqdm.auto import tqdm
 
-from . import __version__, stages
+from . import stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
 from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
 from .folders import check_out
-from .models import LanguageModel, Weight, device_named, open_model
+from .models import LanguageModel, Weight, device_named
+from .opening import open_model
 from .planes import Packed
-from .stages.refined import with_refinements
+from .stages.text import with_refinements
 from .statistics import Calibration, InputStatistics, collect
+from .version import __version__
 
 _T = TypeVar("_T")
 _R = TypeVar("_R")

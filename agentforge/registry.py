@@ -42,7 +42,8 @@ from . import handoff, schemas
 from .artifact import MANIFEST, Artifact, dequantize
 from .errors import BadInput
 from .folders import remove
-from .models import SOURCE_FILE, cache_dir, open_model
+from .models import SOURCE_FILE, cache_dir
+from .opening import open_model
 from .tensorfiles import check_files, plain_file, read_json
 
 EXPERIMENT = "agentforge"  # that runs belong to, on a server

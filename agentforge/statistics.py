@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Condition, local
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -22,43 +22,12 @@ from . import digits
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
 from .models import LanguageModel, device_named
-
-if TYPE_CHECKING:
-    from .stages import Stage
+from .stages.base import InputStatistics as InputStatistics
+from .stages.base import Stage
 
 TOKENS = 8192
 CONTEXT = 1024
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
-
-
-@dataclass(frozen=True, eq=False)
-class InputStatistics:
-    """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens that were averaged over.
-
-    sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window,
-    of tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of
-    KL(model || changed model) in these outputs.  None where it was not asked for.
-    """
-
-    hessian: torch.Tensor
-    n: int
-    sensitivity: torch.Tensor | None = None
-
-    @property
-    def diagonal(self) -> torch.Tensor:
-        """E[x_j^2] of each input: float32[in]."""
-        return self.hessian.diagonal()
-
-    def check(self, shape: tuple[int, int], name: str) -> None:
-        """Raise BadInput where this is not what a weight of this shape, [out, in], needs."""
-        rows, columns = shape
-        if tuple(self.hessian.shape) != (columns, columns):
-            raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
-        if self.sensitivity is not None and tuple(self.sensitivity.shape) != (rows,):
-            raise BadInput(f"{name}: has {rows} outputs, its sensitivity is {list(self.sensitivity.shape)}")
-        found = [self.hessian] if self.sensitivity is None else [self.hessian, self.sensitivity]
-        if not all(torch.isfinite(moments).all() for moments in found):
-            raise BadInput(f"{name}: its statistics hold values that are not finite; is the model sound on this text?")
 
 
 @dataclass(frozen=True)

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .bits import tensor_bytes
 from .errors import BadInput
-from .planes import tensor_bytes
 
 DTYPES = {
     "F64": torch.float64,

@@ -26,7 +26,8 @@ from agentforge import stages
 from agentforge.errors import BadInput
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import environment
-from agentforge.models import LanguageModel, open_model
+from agentforge.models import LanguageModel
+from agentforge.opening import open_model
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.tensorfiles import write_atomic
 

@@ -36,7 +36,7 @@ from agentforge import evaluation
 from agentforge.chain import Condition, read_chain
 from agentforge.evaluation import Measurement
 from agentforge.evaluation.measurement import environment
-from agentforge.models import open_model
+from agentforge.opening import open_model
 from agentforge.tensorfiles import write_atomic
 
 ROOT = Path(__file__).parents[1]

@@ -32,10 +32,11 @@ from matplotlib.figure import Figure
 import agentforge
 from agentforge import stages
 from agentforge.allocation import Budget, fit
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
-from agentforge.models import SAMPLED_TOKENS, open_model
+from agentforge.models import SAMPLED_TOKENS
+from agentforge.opening import load, open_model
 from agentforge.runtime import held_bytes
 from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic

@@ -29,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agentforge import evaluation, stages
-from agentforge.artifact import load
 from agentforge.errors import AgentForgeError
-from agentforge.models import LanguageModel, open_model
+from agentforge.models import LanguageModel
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.runtime import TernaryLinear
 from agentforge.statistics import Calibration, InputStatistics, collect

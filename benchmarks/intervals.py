@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from agentforge import stages
-from agentforge.artifact import load
 from agentforge.evaluation import find_text
 from agentforge.evaluation.likelihood import compared, divergence_of, plan
-from agentforge.models import SAMPLED, SAMPLED_TOKENS, open_model
+from agentforge.models import SAMPLED, SAMPLED_TOKENS
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.tensorfiles import write_atomic
 

@@ -35,8 +35,9 @@ from torch import nn
 
 import agentforge
 from agentforge import open_model, stages
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.evaluation.measurement import environment
+from agentforge.opening import load
 from agentforge.pipeline import compress
 from agentforge.runtime import PackedWeight, held_bytes
 

@@ -39,7 +39,8 @@ from agentforge import evaluation
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
-from agentforge.models import SAMPLED, SAMPLED_TOKENS, SMOLLM2, LanguageModel, open_model
+from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
+from agentforge.opening import SMOLLM2, open_model
 from agentforge.statistics import Calibration, first_tokens
 from agentforge.tensorfiles import write_atomic, write_tensors
 

@@ -7,7 +7,7 @@ For the language model nothing is measured here: its candidates are the budgets 
 attempts of --chains that were measured on the same tokens in the same windows.  Writes OUT/ratios.json, .md and .png;
 `--report` measures nothing.
 
-* bits: of the encoded tensors on disk, per weight, all planes included; coded: the same through `stages.entropy`, each
+* bits: of the encoded tensors on disk, per weight, all planes included; coded: the same through `agentforge.entropy`, each
   plane decoded again and compared.  A ratio is 32 (or 16) over these.
 * whole model: bytes of all weight files, against 16 bits for every parameter and against the file that the model came in.
 * retention: accuracy over the original's, with the 95% interval of pairs.
@@ -35,13 +35,13 @@ from matplotlib.figure import Figure
 
 import agentforge
 from agentforge import digits, evaluation, stages
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.chain import Condition, model_error
 from agentforge.evaluation import Measurement
-from agentforge.models import LanguageModel, open_model
+from agentforge.models import LanguageModel
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
-from agentforge.planes import Packed
-from agentforge.stages import entropy
+from agentforge.planes import Packed, Plane
 from agentforge.tensorfiles import write_atomic
 
 CLASSIFIER, LANGUAGE = "digits-mlp", "smollm2-135m"
@@ -103,11 +103,11 @@ def _coded_bytes(artifact: Artifact) -> int:
 
 
 def _coded(plane: Any) -> int:
-    data = entropy.encode(plane)
-    back = entropy.decode(data, plane.name, plane.coding, tuple(plane.values.shape))
+    coded = plane.coded()
+    back = Plane.from_stored(plane.name, coded.coding, tuple(plane.values.shape), coded.stored())
     if not torch.equal(back.values, plane.values):
         raise AssertionError(f"plane {plane.name} does not come back from its code")
-    return len(data)
+    return coded.stored().numel()
 
 
 def _on_training_pictures(model: LanguageModel) -> float:

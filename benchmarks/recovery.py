@@ -25,9 +25,8 @@ from typing import Any
 from matplotlib.figure import Figure
 
 import agentforge
-from agentforge.artifact import load
 from agentforge.evaluation.measurement import environment
-from agentforge.models import open_model
+from agentforge.opening import load, open_model
 from agentforge.tensorfiles import write_atomic
 from agentforge.training.recover import Settings, recover
 

@@ -10,7 +10,7 @@ tokens or windows stay until they are taken again, in a table of their own.
 What a row says, and how it was taken:
 
 * bits: bytes on disk of all encoded planes (codebooks, scales, exponents included) per touched weight; coded: the same
-  through `stages.entropy`, whose planes are decoded again and compared.
+  through `agentforge.entropy`, whose planes are decoded again and compared.
 * error: |W - decoded| / |W| over all touched weights together.
 * perplexity, KL from the original and top-1 agreement, each with its standard error, of the artifact loaded from disk.
 * encode: the whole of `compress`, calibration included; decode: reading and decoding all touched weights, one thread.
@@ -39,13 +39,13 @@ import torch
 
 import agentforge
 from agentforge import evaluation, stages, statistics
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
 from agentforge.evaluation.measurement import peak_memory
-from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel, open_model
+from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.planes import Packed, Plane
-from agentforge.stages import entropy
 from agentforge.tensorfiles import write_atomic
 
 ROWS = [
@@ -156,11 +156,11 @@ def _planes(model: LanguageModel, artifact: Artifact) -> Row:
 
 def _coded(plane: Plane) -> int:
     """Bytes of a plane once coded; it must come back."""
-    data = entropy.encode(plane)
-    back = entropy.decode(data, plane.name, plane.coding, tuple(plane.values.shape))
+    coded = plane.coded()
+    back = Plane.from_stored(plane.name, coded.coding, tuple(plane.values.shape), coded.stored())
     if not torch.equal(back.values, plane.values):
         raise AssertionError(f"plane {plane.name} does not come back from its code")
-    return len(data)
+    return coded.stored().numel()
 
 
 def verdict(row: Row, rows: list[Row]) -> str:

@@ -76,7 +76,7 @@ def make(folder: Path, gigabytes: float, hidden: int = HIDDEN, ffn: int = FFN) -
     """A checkpoint of random half floats of about this size (a layer at least); one tensor at a time is in memory."""
     import torch
 
-    from agentforge.planes import tensor_bytes
+    from agentforge.bits import tensor_bytes
     from agentforge.tensorfiles import WEIGHTS_INDEX, write_json, write_safetensors
 
     def bytes_of(names: dict[str, tuple[int, ...]]) -> int:

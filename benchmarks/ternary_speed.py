@@ -39,9 +39,9 @@ from rich.table import Table
 from torch import nn
 
 import agentforge
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.evaluation.measurement import environment
-from agentforge.models import open_model
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.runtime import TernaryLinear, ternary_cpu
 

@@ -22,9 +22,9 @@ import agentforge
 from agentforge import artifact as artifact_module
 from agentforge import folders, stages, tensorfiles
 from agentforge.artifact import Artifact, Ratio, Writer, relative_error
+from agentforge.bits import tensor_bytes
 from agentforge.errors import AgentForgeError, BadArtifact, BadInput
 from agentforge.models import LanguageModel
-from agentforge.planes import tensor_bytes
 from agentforge.tensorfiles import sha256_file
 
 STAGES = [

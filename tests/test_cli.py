@@ -353,7 +353,7 @@ def test_what_goes_wrong_midway(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("agentforge.models.open_model", fail)
+    monkeypatch.setattr("agentforge.opening.open_model", fail)
     assert run("models", "digits-mlp") == Result(code, "", message)
 
 
@@ -362,7 +362,7 @@ def test_a_bug_is_one_sentence_that_says_where(run: Run, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise base("a bug")
 
-    monkeypatch.setattr("agentforge.models.open_model", fail)
+    monkeypatch.setattr("agentforge.opening.open_model", fail)
     result = run("models", "digits-mlp")
     assert_refused(
         result, 70, f"{base.__name__}: a bug (test_cli.py, line ", "this is a bug of agentforge", "PYTHONDEVMODE=1"
@@ -373,7 +373,7 @@ def test_a_developer_sees_the_traceback(run: Run, monkeypatch: pytest.MonkeyPatc
     def fail(*_: object) -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr("agentforge.models.open_model", fail)
+    monkeypatch.setattr("agentforge.opening.open_model", fail)
     monkeypatch.setattr("agentforge.cli.sys", SimpleNamespace(**{**vars(sys), "flags": SimpleNamespace(dev_mode=True)}))
     with pytest.raises(ZeroDivisionError):
         run("models", "digits-mlp")
@@ -404,7 +404,7 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
     def worked(*_: object, **__: object) -> None:
         raise AssertionError("a model was opened before --out was looked at")
 
-    monkeypatch.setattr("agentforge.models.open_model", worked)
+    monkeypatch.setattr("agentforge.opening.open_model", worked)
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
     args = [command[0], "digits-mlp", *(["x.yaml"] if command[0] == "pipeline" else []), *command[1:]]
@@ -455,7 +455,7 @@ def test_signals_end_a_command_with_a_true_sentence(
     def work(*_: object, **__: object) -> None:
         signal.raise_signal(number)
 
-    for module in ("models", "training.phase"):
+    for module in ("opening", "training.phase"):
         monkeypatch.setattr(f"agentforge.{module}.open_model", work)
     result = run(*command)
     assert_refused(result, 128 + number, "interrupted; the same command " + ("goes on" if goes_on else "starts again"))

@@ -17,10 +17,10 @@ import torch
 import agentforge as af
 from agentforge import chain as module
 from agentforge import cli, stages, tracking
+from agentforge.bits import stored_bytes
 from agentforge.chain import Chain, read_chain, run_chain
 from agentforge.errors import AgentForgeError, BadInput
 from agentforge.models import LanguageModel
-from agentforge.planes import stored_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable

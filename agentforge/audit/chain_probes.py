@@ -21,13 +21,14 @@ import torch
 
 from .. import chain as chains
 from .. import stages, tracking
-from ..artifact import MANIFEST, Artifact, load
+from ..artifact import MANIFEST, Artifact
 from ..chain import Chain, Result, run_chain
 from ..digits import data as digits_data
 from ..errors import AgentForgeError, BadInput
 from ..evaluation import Measurement, intervals
 from ..evaluation.texts import CHECKOUT
-from ..models import LanguageModel, open_model
+from ..models import LanguageModel
+from ..opening import load, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..stages import Stage

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file
 
 from .. import evaluation, stages
-from ..artifact import load
+from ..bits import stored_bytes
 from ..digits import data as digits_data
 from ..evaluation import Measurement, intervals
-from ..models import open_model
-from ..planes import Packed, Plane, stored_bytes
-from ..stages import Stage, curves, entropy, seedlm
+from ..opening import load, open_model
+from ..planes import Packed, Plane
+from ..stages import Stage, curves, seedlm_search
 from ..statistics import Calibration, InputStatistics, collect
 from ..tensorfiles import write_tensors
 from .probes import StageText, kept_in_16_bits, probe, ratio
@@ -130,13 +130,13 @@ def lfsr_conformance(workshop: Workshop) -> Measurement:
 
     The period alone would not do: other taps have full periods, too.
     """
-    figure = seedlm.lfsr(3, 4, 7).tolist() == [2, 5, 6, 7, 3, 1, 4]
-    matrix = (seedlm.basis(3, 4, 2, 4) * 3 + 4).tolist() == [[2, 5], [6, 7], [3, 1], [4, 2]]
+    figure = seedlm_search.lfsr(3, 4, 7).tolist() == [2, 5, 6, 7, 3, 1, 4]
+    matrix = (seedlm_search.basis(3, 4, 2, 4) * 3 + 4).tolist() == [[2, 5], [6, 7], [3, 1], [4, 2]]
     sequence = [32768, 16384, 8192, 4096, 34816, 17408, 8704, 4352, 34944, 17472, 8736, 4368]
-    right = [figure, matrix, seedlm.lfsr(16, 1, 12).tolist() == sequence]
+    right = [figure, matrix, seedlm_search.lfsr(16, 1, 12).tolist() == sequence]
     for K in range(2, 25 if workshop.effort.name == "full" else 21):
         # The register's step is one to one, so it runs through a cycle: of full length if it is back at 1 only at its end.
-        states = seedlm.lfsr(K, 1, (1 << K) - 1)
+        states = seedlm_search.lfsr(K, 1, (1 << K) - 1)
         right.append(bool(states.min() > 0) and np.flatnonzero(states == 1).tolist() == [(1 << K) - 2])
         right.append(states[: 4 * K].tolist() == _register(K, 1, len(states[: 4 * K])))
     return share(workshop, right, "worked values", "Figure 3, its matrix, K = 16 from 1, taps and periods of Table 6")
@@ -150,7 +150,7 @@ def bases_from_seeds(workshop: Workshop) -> Measurement:
         for seed in np.linspace(1, (1 << K) - 1, 20 * workshop.effort.seeds).astype(int).tolist():
             half = 2 ** (K - 1)
             U = (np.array(_register(K, seed, C * P), np.float64).reshape(C, P) - half) / (half - 1)
-            same += int((seedlm.basis(K, C, P, seed) == U).sum())
+            same += int((seedlm_search.basis(K, C, P, seed) == U).sum())
             total += C * P
     return workshop.exact(same / total, "share of entries", total, "U(s) by two registers")
 
@@ -446,7 +446,7 @@ def entropy_gain(workshop: Workshop, stage: StageText) -> Measurement:
     for weight in _parts(workshop):
         packed = parsed.encode(weight)
         before += sum(plane.stored().nbytes for plane in packed)
-        after += entropy.coded_bytes(packed)
+        after += packed.coded_bytes
     return workshop.exact(before / after, "x", after, "bytes uncoded over coded", stage=stage, rows=ROWS)
 
 
@@ -456,7 +456,8 @@ def entropy_lossless(workshop: Workshop, stage: StageText) -> Measurement:
     parsed, right = stages.parse(stage), []
     for weight in _parts(workshop):
         for plane in parsed.encode(weight):
-            back = entropy.decode(entropy.encode(plane), plane.name, plane.coding, tuple(plane.values.shape))
+            shape, coded = tuple(plane.values.shape), plane.coded()
+            back = Plane.from_stored(plane.name, coded.coding, shape, coded.stored())
             right.append(back.values.shape == plane.values.shape and bool((back.values == plane.values).all()))
     return share(workshop, right, "planes", "planes from their codes", stage=stage, rows=ROWS)
 

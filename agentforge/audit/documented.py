@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..planes import bits_per_value
+from ..bits import bits_per_value
 from ..stages import parse
 from ..stages.kmeans import kmeans
 

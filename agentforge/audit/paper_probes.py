@@ -23,13 +23,14 @@ import torch
 from torch import nn
 
 from .. import evaluation, stages
-from ..artifact import load, relative_error
+from ..artifact import relative_error
 from ..chain import Condition
 from ..errors import BadInput
 from ..evaluation import Measurement, intervals
 from ..evaluation.rate_distortion import gaussian
-from ..models import open_model, quiet_transformers
-from ..stages.seedlm import TAPS, lfsr
+from ..models import quiet_transformers
+from ..opening import load, open_model
+from ..stages.seedlm_search import TAPS, lfsr
 from ..stages.trajectory import paper_bits_per_weight
 from ..stages.vptq import paper_bits
 from ..statistics import Calibration, InputStatistics, collect, first_tokens

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..artifact import load
 from ..evaluation import Measurement, edge_of_chaos, eudaimonia, intervals
 from ..evaluation.choices import likelihoods
 from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
 from ..evaluation.questions import CHANCE, questions
 from ..models import LanguageModel
+from ..opening import load
 from .probes import StageText, probe
 from .workshop import Unmeasured, Workshop
 

@@ -18,7 +18,7 @@ import torch
 from .. import evaluation, stages
 from ..errors import BadInput
 from ..evaluation import Measurement, Text
-from ..models import open_model
+from ..opening import open_model
 from ..pipeline import compress
 from ..stages.ternary import zero_fraction
 from .workshop import Workshop

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 
 from .. import evaluation, registry
-from ..artifact import Artifact, load
+from ..artifact import Artifact
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.texts import CHECKOUT
-from ..models import open_model
+from ..opening import load, open_model
 from ..pipeline import compress
 from ..tensorfiles import write_json
 from .probes import bits_per_weight, probe

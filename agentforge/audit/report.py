@@ -31,7 +31,7 @@ from ..errors import AgentForgeError, BadInput
 from ..escaping import markdown_of
 from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import check_out, replace
-from ..models import NAMED
+from ..opening import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
 from .drawing import MARKS, SHAPES, measured_text

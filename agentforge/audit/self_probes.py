@@ -27,7 +27,8 @@ from .. import evaluation, statistics
 from ..digits import data as digits_data
 from ..errors import AgentForgeError
 from ..evaluation import Measurement, likelihood
-from ..models import LanguageModel, open_model, quiet_transformers
+from ..models import LanguageModel, quiet_transformers
+from ..opening import open_model
 from ..pipeline import compress
 from ..training.phase import Phase
 from . import chain_probes, claims, compression_probes, paper_probes, phase5_probes, record, training_probes

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import pydantic
 
-from ..artifact import load
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.tasks import SUITES, TaskResult, evaluate_tasks
 from ..models import LanguageModel
+from ..opening import load
 from .probes import StageText, probe
 from .subject_probes import subject_of
 from .workshop import Unmeasured, Workshop

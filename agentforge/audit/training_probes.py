@@ -22,10 +22,10 @@ import torch
 from torch import nn
 
 from .. import evaluation, handoff, tracking
-from ..artifact import dequantize, load
+from ..artifact import dequantize
 from ..errors import BadInput
 from ..evaluation import Measurement, intervals, texts
-from ..models import open_model
+from ..opening import load, open_model
 from ..stages import parse
 from ..statistics import Calibration, collect
 from ..training import gates

@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import evaluation, stages
-from ..artifact import Artifact, load
+from ..artifact import Artifact
 from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
 from ..evaluation.texts import CHECKOUT
-from ..models import SAMPLED, SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named, open_model
+from ..models import SAMPLED, SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named
+from ..opening import load, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..statistics import Calibration

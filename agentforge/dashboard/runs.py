@@ -45,7 +45,7 @@ from ..chain import Chain, Decision, read_chain
 from ..errors import BadInput
 from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import remove
-from ..models import NAMED
+from ..opening import NAMED
 from ..tensorfiles import plain_file, read_json, write_atomic, write_json
 
 Status = Literal["running", "pausing", "paused", "aborting", "aborted", "finished", "stopped", "failed"]

@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from ..bits import tensor_bytes
 from ..errors import BadInput
-from ..planes import tensor_bytes
-from ..stages import Stage, entropy, parse
+from ..stages import Stage, parse
 from ..stages.base import Layer
 from ..statistics import InputStatistics
 from . import intervals
@@ -48,7 +48,7 @@ class Quantiser(NamedTuple):
 class Row:
     """What one stage costs and loses on one weight.
 
-    bits: of all planes as they are stored, a weight.  coded_bits: the same after `entropy.encode`.  error: relative
+    bits: of all planes as they are stored, a weight.  coded_bits: the same after entropy coding.  error: relative
     squared error, |W - decoded|^2 / |W|^2, with its standard error over the weight's rows.
     """
 
@@ -159,9 +159,9 @@ def measure(
         for layer in layers:
             weight = layer.load()
             packed = stage.encode(weight, layer.stats, seed, name=layer.name, shared=shared)
-            bits, coded = packed.bits / weight.numel(), 8 * entropy.coded_bytes(packed) / weight.numel()
+            bits, coded = packed.bits / weight.numel(), 8 * packed.coded_bytes / weight.numel()
             if shared is not None:
-                bits, coded = bits + shared.bits / whole, coded + 8 * entropy.coded_bytes(shared) / whole
+                bits, coded = bits + shared.bits / whole, coded + 8 * shared.coded_bytes / whole
             rows.append(_row(stage, layer.name, weight, stage.decode(packed), bits, coded, seed))
     return rows
 

@@ -7,7 +7,7 @@ know, a machine without the instructions.  Then the caller decodes.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,9 +18,7 @@ from ..stages.rounding import Rounding
 from ..stages.trajectory import Trajectory
 from ..stages.vptq import LEVELS, Vptq
 from . import packed_cpu
-
-if TYPE_CHECKING:
-    from .decoding import Ready
+from .ready import Ready
 
 FEW = 16  # vectors up to which the kernels are used: for more, decoding once is faster
 EXPONENTS = 60  # the largest power of two beside the weights for which float32 sums keep their range

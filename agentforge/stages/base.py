@@ -11,20 +11,47 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import torch
 
 from ..errors import BadInput
 from ..planes import Packed
 
-if TYPE_CHECKING:
-    from ..statistics import InputStatistics
-
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_REGISTRY: dict[str, type[Stage]] = {}
+REGISTRY: dict[str, type[Stage]] = {}
 _HINTS: dict[Any, dict[str, Any]] = {}
 _S = TypeVar("_S", bound="type[Stage]")
+
+
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """Second moments of a layer's inputs.  hessian: E[x x^T], float32[in, in].  n: tokens that were averaged over.
+
+    sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window,
+    of tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of
+    KL(model || changed model) in these outputs.  None where it was not asked for.
+    """
+
+    hessian: torch.Tensor
+    n: int
+    sensitivity: torch.Tensor | None = None
+
+    @property
+    def diagonal(self) -> torch.Tensor:
+        """E[x_j^2] of each input: float32[in]."""
+        return self.hessian.diagonal()
+
+    def check(self, shape: tuple[int, int], name: str) -> None:
+        """Raise BadInput where this is not what a weight of this shape, [out, in], needs."""
+        rows, columns = shape
+        if tuple(self.hessian.shape) != (columns, columns):
+            raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
+        if self.sensitivity is not None and tuple(self.sensitivity.shape) != (rows,):
+            raise BadInput(f"{name}: has {rows} outputs, its sensitivity is {list(self.sensitivity.shape)}")
+        found = [self.hessian] if self.sensitivity is None else [self.hessian, self.sensitivity]
+        if not all(torch.isfinite(moments).all() for moments in found):
+            raise BadInput(f"{name}: its statistics hold values that are not finite; is the model sound on this text?")
 
 
 class Layer(NamedTuple):
@@ -33,17 +60,6 @@ class Layer(NamedTuple):
     name: str
     load: Callable[[], torch.Tensor]
     stats: InputStatistics | None
-
-
-def kernels_for(device: torch.device) -> Any:
-    """The module of Triton kernels for a CUDA device, None for the CPU.  Raises BadInput where Triton is missing."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import triton_kernels
-    except ImportError:
-        raise BadInput(f"device {device}: Triton is not installed; install it, or encode on the CPU") from None
-    return triton_kernels
 
 
 @dataclass(frozen=True)
@@ -151,7 +167,7 @@ class Stage:
 
     def check(self) -> None:
         """Raise BadInput where a setting has the wrong type or is out of range."""
-        hints = _hints(type(self))
+        hints = setting_types(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]
             if typing.get_origin(hint) is typing.Literal:
@@ -193,68 +209,11 @@ class Stage:
 
 def register(cls: _S) -> _S:
     """Class decorator: makes a stage known under its `name`."""
-    _REGISTRY[cls.name] = cls
+    REGISTRY[cls.name] = cls
     return cls
 
 
-def names() -> list[str]:
-    """Names of all registered stages, sorted."""
-    return sorted(_REGISTRY)
-
-
-def get(name: str, /, **settings: Any) -> Stage:
-    """The stage of this name with these settings; what is not given keeps its default.
-
-    Raises BadInput, listing what is valid, for an unknown name or setting, and for a value out of range.
-    """
-    if name not in _REGISTRY:
-        raise BadInput(f"stage {name!r} does not exist; there are {', '.join(names())}")
-    cls = _REGISTRY[name]
-    valid = [f.name for f in dataclasses.fields(cls)]
-    for key in settings:
-        if key not in valid:
-            raise BadInput(f"stage {name} has no setting {key!r}; it has {', '.join(valid)}")
-    stage = cls(**settings)
-    stage.check()
-    return stage
-
-
-def from_json(data: Any) -> Stage:
-    """The inverse of `Stage.to_json`.  Raises BadInput for anything else."""
-    if not isinstance(data, dict) or not isinstance(data.get("stage"), str):
-        raise BadInput(f"expected a stage as {{'stage': name, settings}}, found {data!r:.100}")
-    if data["stage"] == "refined":
-        from .refined import refined_from_json
-
-        return refined_from_json(data)
-    return get(data["stage"], **{k: v for k, v in data.items() if k != "stage"})
-
-
-def parse(text: str) -> Stage:
-    """A stage from the command line's form, `name` or `name:setting=value,setting=value`, and ` | ` before each refinement.
-
-    Raises BadInput where a part is not of that form or `get` refuses it.
-    """
-    text, refinement, rest = text.partition("|")
-    if refinement:
-        from .refined import with_refinements
-
-        return with_refinements(parse(text), rest)
-    text = text.strip()
-    name, _, rest = text.partition(":")
-    settings: dict[str, Any] = {}
-    hints = _hints(_REGISTRY[name]) if name in _REGISTRY else {}
-    for part in filter(None, rest.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise BadInput(f"stage {text!r}: expected setting=value, found {part!r}")
-        if key in settings:
-            raise BadInput(f"stage {text!r}: {key} is set twice")
-        settings[key] = _literal(value, hints.get(key))
-    return get(name, **settings)
-
-
-def _hints(cls: Any) -> dict[str, Any]:
+def setting_types(cls: Any) -> dict[str, Any]:
     if cls not in _HINTS:  # evaluating annotations takes longer than decoding a small weight
         _HINTS[cls] = typing.get_type_hints(cls)
     return _HINTS[cls]
@@ -265,16 +224,3 @@ def _finite(value: Any) -> bool:
         return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
     except OverflowError:  # an integer beyond all floats
         return False
-
-
-def _literal(text: str, hint: Any) -> Any:
-    """`text` as the type that the setting asks for, or as it is, so that `Stage.check` says what is wrong."""
-    if hint is bool and text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        if hint is kind or (typing.get_origin(hint) is typing.Literal and kind in map(type, typing.get_args(hint))):
-            try:
-                return kind(text)
-            except ValueError:
-                return text
-    return text

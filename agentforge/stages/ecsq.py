@@ -24,7 +24,7 @@ import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,11 +32,8 @@ from numba import njit
 
 from ..errors import BadInput
 from ..planes import FLOAT32_MAX, Packed, Plane
-from .base import Stage, register
+from .base import InputStatistics, Stage, register
 from .propagation import add_product, unit_factor
-
-if TYPE_CHECKING:
-    from ..statistics import InputStatistics
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign

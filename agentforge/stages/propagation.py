@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .kmeans import nearest_kernel
+from .codebook import nearest_kernel
 
 TILE = 576  # weights of a column that are worked on together: twelve such rows fit into the first cache
 FACTOR = 64  # rows of a factor that are found together

@@ -22,9 +22,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..bits import FLOATS
 from ..errors import BadArtifact, BadInput
-from ..planes import FLOATS, Packed, Plane, is_coded
-from .base import Layer, Stage, from_json, parse
+from ..planes import Packed, Plane, is_coded
+from .base import Layer, Stage
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
 
@@ -167,47 +168,6 @@ class Refined(Stage):
         plain = self.unrefine(packed, self.first.layout(packed.shape))
         shared = packed.shared and self.unrefine(packed.shared, self.first.shared_layout())
         return self.first.decode(Packed(plain.shape, plain.planes, shared))
-
-
-def with_refinements(first: Stage, text: str) -> Refined:
-    """`first` with the refinements that `text` names, such as "codebook=curves:degree=3 | entropy", after those it has.
-
-    Raises BadInput where a part is neither entropy, at the end, nor plane=stage.
-    """
-    *parts, last = [part.strip() for part in text.split("|")]
-    entropy = last == "entropy"
-    planes = []
-    for part in parts if entropy else [*parts, last]:
-        plane, equals, by = part.partition("=")
-        if not equals or not plane.isidentifier():
-            raise BadInput(f"refinement {part!r}; expected plane=stage, or entropy as the last one")
-        planes.append((plane, parse(by.strip())))
-    if isinstance(first, Refined):
-        if first.entropy:
-            raise BadInput(f"refinement {text!r}: the planes of {first} are entropy-coded; that has to be the last one")
-        stage = Refined(first.first, (*first.planes, *planes), entropy)
-    else:
-        stage = Refined(first, tuple(planes), entropy)
-    stage.check()
-    return stage
-
-
-def refined_from_json(data: Mapping[str, Any]) -> Refined:
-    """The inverse of `Refined.to_json`.  Raises BadInput for anything else."""
-    first, planes, entropy = data.get("first"), data.get("planes"), data.get("entropy")
-    pairs = isinstance(planes, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in planes)
-    if (
-        not isinstance(planes, list)
-        or not pairs
-        or type(entropy) is not bool
-        or data.keys() != {"stage", "first", "planes", "entropy"}
-    ):
-        raise BadInput(f"expected a refined stage, found {dict(data)!r:.100}")
-    if any(isinstance(one, dict) and one.get("stage") == Refined.name for one in (first, *(by for _, by in planes or []))):
-        raise BadInput("a refined stage is refined again; expected stages on their own")
-    stage = Refined(from_json(first), tuple((plane, from_json(by)) for plane, by in planes or []), bool(entropy))
-    stage.check()
-    return stage
 
 
 def _as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Triton kernels for the two exhaustive searches, nearest centroid and seed, with the results of the CPU's kernels.
 
-Imported only where Triton is installed, by `base.kernels_for`, for weights on a GPU (or on the CPU under
+Imported only where Triton is installed, by `gpu.kernels_for`, for weights on a GPU (or on the CPU under
 TRITON_INTERPRET=1, as in the tests).
 
 Both searches go in two steps.  Tensor cores score everything, fast and with errors of which a bound is known; whatever is
@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from numba import njit
 
-from .kmeans import LANES, Codebook
-from .seedlm import LARGEST_Q, LEAST_Q, _fit, _to_unit, lfsr
+from .codebook import LANES, Codebook
+from .seedlm_search import LARGEST_Q, LEAST_Q, fit_seed, lfsr, to_unit
 
 ROWS = 128  # vectors a program of the first step
 EXACT_ROWS = 32  # vectors a program of the second
@@ -132,8 +132,8 @@ def search(
 ) -> tuple[Array, Array]:
     """The seed of least error for every block, uint32[n], and its exponent and coefficients, int8[n, P + 1].
 
-    blocks: float32[n, C].  h: float64[C], the weight of each column's error.  K, P, rule: as for `seedlm._search`, whose
-    result this is.
+    blocks: float32[n, C].  h: float64[C], the weight of each column's error.  K, P, rule: as for
+    `seedlm_search.search_seeds`, whose result this is.
 
     The energy of a seed is the share of |w|**2 that lies in the span of U(s); one less the energy is the error of the best
     unquantised fit.  The seeds of most energy, one of each of `GUESSES` parts of all seeds, set an error that others must
@@ -150,8 +150,8 @@ def search(
 
 
 class _Job(NamedTuple):
-    """What is the same for all blocks.  values, states: as in `seedlm._Tables`; values also on the device.  right, table:
-    see `_seed_operands`."""
+    """What is the same for all blocks.  values, states: as in `seedlm_search.Tables`; values also on the device.  right,
+    table: see `_seed_operands`."""
 
     h: Array
     rule: tuple[int, int, int, int]
@@ -166,7 +166,7 @@ class _Job(NamedTuple):
         """The tables of a search on `device`: arguments as for `search`, h the importance of a block's weights."""
         count = (1 << K) - 1
         states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
-        values = _to_unit(states[np.arange(count + C * P) % count].astype(np.float64), K)
+        values = to_unit(states[np.arange(count + C * P) % count].astype(np.float64), K)
         on_device = torch.from_numpy(values).to(device)
         bases = _bases(on_device, count, C, P, torch.from_numpy(np.sqrt(h)).to(device))
         return cls(h, rule, values, states, on_device, *_seed_operands(bases))
@@ -220,8 +220,9 @@ def _candidates(
 def _plain_errors(
     job: _Job, blocks: torch.Tensor, owners: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Relative errors of these seeds, float64[m], fitted and rounded as in `seedlm._fit` without refinement, and whether
-    the CPU is certain to find the same: not where a number is about to be rounded the other way, or U is nearly singular."""
+    """Relative errors of these seeds, float64[m], fitted and rounded as in `seedlm_search.fit_seed` without refinement, and
+    whether the CPU is certain to find the same: not if a number is about to be rounded the other way, or U is nearly
+    singular."""
     C, P = blocks.shape[1], job.table.shape[1]
     least, largest, shift, _ = job.rule
     w = [column[owners].double() for column in blocks.T.contiguous()]
@@ -354,7 +355,7 @@ def _choose_kernel(  # pragma: no cover  (compiled)
         least = np.inf
         for k in range(firsts[b], firsts[b + 1]):
             position = positions[k]
-            error = _fit(blocks[b], h, values, position + 1, P, rule, fit) / square
+            error = fit_seed(blocks[b], h, values, position + 1, P, rule, fit) / square
             if error < least or (error == least and states[position] < seeds[b]):
                 least, seeds[b] = error, states[position]
                 for i in range(P + 1):

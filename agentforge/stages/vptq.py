@@ -40,19 +40,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
-from .base import Layer, Stage, register
-from .kmeans import CPU, Codebook, kmeans
+from .base import InputStatistics, Layer, Stage, register
+from .codebook import Codebook
+from .kmeans import CPU, kmeans
 from .propagation import add_product, gather, scatter, sweep_block, unit_factor
-
-if TYPE_CHECKING:
-    from ..statistics import InputStatistics
 
 PRESETS = {2: (6, 4096, 0), 3: (4, 4096, 0), 4: (6, 4096, 4096)}  # bits: v, k, residual (Tables 8 and 10)
 BLOCK = 128  # columns between which errors are passed on one by one

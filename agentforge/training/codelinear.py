@@ -19,8 +19,8 @@ from ..artifact import Artifact
 from ..errors import BadInput
 from ..models import LanguageModel
 from ..planes import FLOAT32_MAX, Packed
-from ..stages.base import from_json
 from ..stages.ecsq import ECSQ, LARGEST, factors, unzigzag, zigzag
+from ..stages.text import from_json
 
 SPAN = 5.0  # steps in a unit of the latent parameter: one learning rate serves codes, gains and norms
 # Of a step, between a latent value and the border of its code at the start.  The fitted codes make up for each other's

@@ -17,12 +17,13 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import evaluation, tracking
-from ..artifact import Artifact, dequantize, load
+from ..artifact import Artifact, dequantize
 from ..errors import BadInput
 from ..evaluation import Measurement, Text, intervals
 from ..folders import check_out, remove
 from ..handoff import check_model, write_handoff
-from ..models import SAMPLED_TOKENS, LanguageModel, device_named, fastest_device, open_model
+from ..models import SAMPLED_TOKENS, LanguageModel, device_named, fastest_device
+from ..opening import load, open_model
 from ..pipeline import compress
 from ..planes import Packed
 from ..stages import parse

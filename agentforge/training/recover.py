@@ -26,18 +26,20 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .. import __version__, digits, stages
+from .. import digits, stages
 from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
 from ..evaluation.texts import Text, find_text
 from ..folders import check_out, foreign, remove
-from ..models import LanguageModel, device_named, fastest_device, open_model
+from ..models import LanguageModel, device_named, fastest_device
+from ..opening import open_model
 from ..pipeline import store
 from ..planes import Packed
 from ..stages.ternary import Ternary
 from ..statistics import Calibration, first_tokens
 from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
+from ..version import __version__
 from .bitlinear import bit_linears, convert, set_blend
 from .codelinear import code_linears, to_codes, within
 from .mugrokfast import MuGrokfast, parameter_groups

@@ -20,16 +20,17 @@ import pytest
 import torch
 from numba import njit
 
-from agentforge import audit, chain, evaluation, registry, stages, tensorfiles
+from agentforge import audit, chain, entropy, evaluation, registry, stages, tensorfiles
 from agentforge.artifact import Artifact, Ratio
 from agentforge.audit import chain_probes, claims, paper_probes, phase5_probes, probes, record, training_probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
+from agentforge.bits import FLOATS
 from agentforge.dashboard import runs
 from agentforge.evaluation import Divergence, Measurement, Text, choices, find_text, intervals, likelihood, texts
 from agentforge.models import LanguageModel
-from agentforge.planes import FLOATS, Packed, Plane
-from agentforge.stages import curves, entropy, rounding, seedlm, ternary, trajectory, vptq
+from agentforge.planes import Packed, Plane
+from agentforge.stages import curves, rounding, seedlm, seedlm_search, ternary, trajectory, vptq
 from agentforge.statistics import Calibration
 from agentforge.training import bitlinear, mugrokfast, recover
 
@@ -131,10 +132,10 @@ def next_point(look_up: Any, indices: np.ndarray, centroid: Any, reaches: Any, l
     look_up((indices + 1) % (int(lattice.box[0]) + 1), centroid, reaches, lattice, points)
 
 
-def last_symbol_dropped(encode: Any, plane: Plane) -> bytes:
-    values = plane.values.clone()
+def last_symbol_dropped(encode: Any, values: torch.Tensor, coding: str) -> bytes:
+    values = values.clone()
     values.reshape(-1)[-1] = 0
-    return bytes(encode(Plane(plane.name, values, plane.coding)))
+    return bytes(encode(values, coding))
 
 
 def scales_not_counted(to: pytest.MonkeyPatch) -> None:
@@ -386,7 +387,7 @@ FAULTS: dict[str, Fault] = {
         ("self.speed",),
     ),
     "LFSR: a wrong tap": Fault(
-        lambda to: to.setitem(seedlm.TAPS, 8, (0, 2, 3, 5)),
+        lambda to: to.setitem(seedlm_search.TAPS, 8, (0, 2, 3, 5)),
         ("alignment.seedlm", "features.seedlm_generation", "working.seedlm"),
     ),
     "LFSR: shifted the other way": Fault(
@@ -476,7 +477,7 @@ FAULTS: dict[str, Fault] = {
 
 def caches_cleared() -> None:
     """What was computed with a fault, or without it, is not taken for the other."""
-    for function in (seedlm._tables, curves._matrices, trajectory._lattice):
+    for function in (seedlm_search.tables_of, curves._matrices, trajectory._lattice):
         function.cache_clear()
 
 

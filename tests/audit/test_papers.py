@@ -23,7 +23,7 @@ from agentforge.audit.workshop import Effort, Workshop
 from agentforge.errors import BadInput
 from agentforge.evaluation import texts
 from agentforge.evaluation.rate_distortion import gaussian
-from agentforge.stages import seedlm
+from agentforge.stages import seedlm_search
 from agentforge.statistics import Calibration, collect
 from agentforge.training.recover import Look, Recovered
 
@@ -339,10 +339,10 @@ def test_decode_time_grows_with_the_weights(workshop: Workshop) -> None:
 def test_shift_registers(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
     assert value(workshop, "lfsr_states", K=3, seed=4, states=[2, 5, 6, 7, 3, 1, 4, 2]) == 1.0
     assert value(workshop, "lfsr_states", K=3, seed=4, states=[2, 5, 6, 7, 3, 1, 4, 3]) == 7 / 8
-    some = {K: taps for K, taps in seedlm.TAPS.items() if K <= 16}
+    some = {K: taps for K, taps in seedlm_search.TAPS.items() if K <= 16}
     monkeypatch.setattr(paper_probes, "TAPS", some)
     assert value(workshop, "full_periods") == 1.0
-    monkeypatch.setitem(seedlm.TAPS, 4, (0, 2))  # x^4 + x^2 + 1 is a square: its cycles have 6 states at most
+    monkeypatch.setitem(seedlm_search.TAPS, 4, (0, 2))  # x^4 + x^2 + 1 is a square: its cycles have 6 states at most
     assert value(workshop, "full_periods") == (len(some) - 1) / len(some)
 
 

@@ -10,14 +10,13 @@ from typing import Any, cast
 import pytest
 
 from agentforge import audit, evaluation
-from agentforge.artifact import load
 from agentforge.audit import probes, training_probes
 from agentforge.audit import workshop as room
 from agentforge.audit.self_probes import PIECE, calibration_windows
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation import Text, find_text
 from agentforge.evaluation.texts import selftexts
-from agentforge.models import open_model
+from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.statistics import Calibration
 from agentforge.training.phase import Phase

@@ -13,7 +13,6 @@ from scipy import integrate, optimize, stats
 from agentforge import stages
 from agentforge.errors import BadInput
 from agentforge.evaluation import rate_distortion as rd
-from agentforge.stages import entropy
 
 # Max (1960), tables I and II: levels, error of the best quantiser, error and spacing of the best uniform one.
 MAX = [
@@ -112,7 +111,7 @@ def test_rows_say_what_was_measured() -> None:
         assert row.bits.value == packed.bits_per_weight and row.bits.stderr is None
         assert (
             row.coded_bits.value
-            == 8 * entropy.coded_bytes(packed) / weight.numel()
+            == 8 * packed.coded_bytes / weight.numel()
             <= row.bits.value + 8 * len(packed.planes) / weight.numel()
         )
         assert row.error.n == len(weight) and row.bits.n == weight.numel()

@@ -1,4 +1,4 @@
-"""Products from packed bits: the kernels against float64, parts of a weight against the whole, and Triton's decoding."""
+"""Products from packed bits: the kernels against float64, and parts of a weight against the whole."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import torch
 
 import agentforge as af
 from agentforge import stages
+from agentforge.bits import pack_uint
 from agentforge.errors import BadArtifact
-from agentforge.planes import pack_uint
 from agentforge.runtime import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, fused, held_bytes, packed_cpu
-from agentforge.runtime.decoding import PART
+from agentforge.runtime.ready import PART
 from agentforge.stages.base import Layer
 
 TOLERANCE = 1e-6  # of |x| |W|^T: what packed_cpu promises
@@ -114,7 +114,7 @@ def test_what_no_kernel_computes_is_decoded() -> None:
 
 @pytest.mark.parametrize("text", FUSED + OTHERS)
 def test_parts_are_those_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentforge.runtime.decoding.PART", 1)
+    monkeypatch.setattr("agentforge.runtime.ready.PART", 1)
     for rows, columns in [(250, 36), (41, 35)]:
         weight, dense = weight_of(text, rows, columns)
         parts = weight.ready.parts()
@@ -152,39 +152,14 @@ def test_what_is_held() -> None:
     assert held_bytes(coded) == stored + 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1  # the codes once more, without the entropy code
 
 
-class TestTriton:
-    """On a GPU where there is one, else in Triton's interpreter (conftest.py asks for it)."""
-
-    @pytest.mark.parametrize(
-        "text",
-        [
-            "vptq:v=4,k=30",
-            "vptq:v=6,k=32,residual=16",
-            "vptq:v=3,k=16,shared=true",
-            "vptq:v=4,k=16 | entropy",
-            "seedlm:K=6,C=8,P=3",
-            "seedlm:K=9,C=5,P=2 | entropy",
-        ],
-    )
-    def test_decoding_is_that_of_the_cpu(self, text: str) -> None:
-        pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86-64")
-        from agentforge.runtime import decode_triton
-
-        for rows, columns in [(70, 33), (5, 140)]:
-            weight, dense = weight_of(text, rows, columns)
-            if torch.cuda.is_available():
-                on_gpu: Any = torch.nn.ModuleList([weight, *filter(None, weight._shared)]).to("cuda")
-                assert torch.equal(on_gpu[0].dense().cpu(), dense)
-            else:
-                found = decode_triton.dense(weight.ready)
-                assert found is not None and torch.equal(found, dense)
-
-    def test_other_settings_have_no_kernel(self) -> None:
-        pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86-64")
-        from agentforge.runtime import decode_triton
-
-        for text in ("rounding", "vptq:v=4,k=16,parts=2", "vptq:v=4,k=16,groups=2"):
-            assert decode_triton.dense(weight_of(text, 8, 64)[0].ready) is None
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "text", ["rounding", "vptq:v=6,k=32,residual=16", "vptq:v=3,k=16,shared=true", "seedlm:K=6,C=8,P=3"]
+)
+def test_decoding_on_a_gpu_is_that_of_the_cpu(text: str) -> None:
+    weight, dense = weight_of(text, 70, 33)
+    on_gpu: Any = torch.nn.ModuleList([weight, *filter(None, weight._shared)]).to("cuda")
+    assert torch.equal(on_gpu[0].dense().cpu(), dense)
 
 
 def test_a_model_generates_as_the_dense_one_does(tiny_llama: Path, tmp_path: Path) -> None:

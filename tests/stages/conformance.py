@@ -21,10 +21,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from agentforge import stages
+from agentforge import entropy, stages
+from agentforge.bits import FLOATS
 from agentforge.errors import BadArtifact, BadInput
-from agentforge.planes import FLOATS, Packed, Plane, is_coded
-from agentforge.stages import Stage, entropy
+from agentforge.planes import Packed, Plane, is_coded
+from agentforge.stages import Stage
 from agentforge.stages.refined import Refined
 from agentforge.statistics import InputStatistics
 from agentforge.tensorfiles import write_tensors
@@ -153,7 +154,7 @@ def check_exact_bits(stage: Stage) -> None:
 def coded_bits(plane: Plane) -> int:
     """What the coder gives for the values by themselves, which is all that goes to disk, and never more than a byte longer
     than they are uncoded."""
-    alone = entropy.encode(Plane(plane.name, plane.values, plane.coding[1:]))
+    alone = entropy.encode(plane.values, plane.coding[1:])
     assert plane.stored().dtype == torch.uint8
     assert plane.stored().numpy().tobytes() == alone, plane.name
     assert 8 * len(alone) < plane_bits(plane.coding, tuple(plane.values.shape)) + 8 + 8, plane.name

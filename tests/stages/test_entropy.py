@@ -10,10 +10,10 @@ import pytest
 import torch
 from scipy import stats
 
-from agentforge import stages
+from agentforge import entropy, stages
+from agentforge.bits import FLOATS, tensor_bytes
 from agentforge.errors import BadArtifact, BadInput
-from agentforge.planes import FLOATS, Packed, Plane, tensor_bytes
-from agentforge.stages import entropy
+from agentforge.planes import Packed, Plane
 
 CODINGS = ["trit", *(f"uint{width}" for width in (1, 2, 3, 5, 8, 9, 11, 12, 13, 16, 17, 24, 31, 32)), *FLOATS]
 SHAPES: list[tuple[int, ...]] = [(1,), (1, 1), (0, 4), (7,), (13, 37), (16, 64), (40, 9, 11), (64, 300)]
@@ -41,15 +41,25 @@ def make(coding: str, shape: tuple[int, ...], values: Values = peaked, seed: int
     return Plane("p", torch.from_numpy(values(limit, rng, shape)), coding)
 
 
+def encode(plane: Plane) -> bytes:
+    return entropy.encode(plane.values, plane.coding)
+
+
+def decode(data: bytes, name: str, coding: str, shape: tuple[int, ...]) -> Plane:
+    stored = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    coded = Plane.from_stored(name, f"~{coding}", shape, stored)
+    return Plane(name, coded.values, coding)
+
+
 def bits_a_value(plane: Plane) -> float:
-    return 8 * len(entropy.encode(plane)) / plane.values.numel()
+    return 8 * len(encode(plane)) / plane.values.numel()
 
 
 def check_round_trip(plane: Plane) -> bytes:
-    data, shape = entropy.encode(plane), tuple(plane.values.shape)
+    data, shape = encode(plane), tuple(plane.values.shape)
     stored = plane.stored()
     assert len(data) <= stored.nbytes + 1
-    back = entropy.decode(data, plane.name, plane.coding, shape)
+    back = decode(data, plane.name, plane.coding, shape)
     expected = Plane.from_stored(plane.name, plane.coding, shape, stored)
     assert back.values.dtype == expected.values.dtype
     assert torch.equal(back.values, expected.values)
@@ -94,7 +104,7 @@ def test_the_most_that_a_byte_stands_for() -> None:
     most = 8 / math.log2(256 / 255)
     assert most < entropy.VALUES_A_BYTE < 1.01 * most
     plane = Plane("p", torch.zeros(800, 1500, dtype=torch.uint8), "uint1")
-    assert plane.values.numel() / len(entropy.encode(plane)) == pytest.approx(entropy.VALUES_A_BYTE, rel=0.06)
+    assert plane.values.numel() / len(encode(plane)) == pytest.approx(entropy.VALUES_A_BYTE, rel=0.06)
 
 
 @pytest.mark.parametrize(
@@ -134,9 +144,9 @@ def test_coded_bytes_counts_all_planes() -> None:
     packed = stages.get("rounding", bits=4, group=32).encode(
         torch.randn(64, 256, generator=torch.Generator().manual_seed(2))
     )
-    assert entropy.coded_bytes(packed) == sum(len(check_round_trip(plane)) for plane in packed)
-    assert entropy.coded_bytes(packed) < packed.bits / 8
-    assert entropy.coded_bytes(Packed((1, 1), (make("uint4", (1,)),))) == 2
+    assert packed.coded_bytes == sum(len(check_round_trip(plane)) for plane in packed)
+    assert packed.coded_bytes < packed.bits / 8
+    assert Packed((1, 1), (make("uint4", (1,)),)).coded_bytes == 2
 
 
 def test_bytes_are_the_same_everywhere() -> None:
@@ -155,15 +165,15 @@ def test_bytes_are_the_same_everywhere() -> None:
             }
             floats = FLOATS.get(coding)
             tensor = torch.from_numpy(grid[values])
-            digest.update(entropy.encode(Plane("p", tensor.to(floats) if floats else tensor, coding)))
+            digest.update(encode(Plane("p", tensor.to(floats) if floats else tensor, coding)))
     assert digest.hexdigest() == "5a3c86f9ecaf076a30625bca486366e1f1c87da2e7cbabf39d72aca2d45f6d40"
 
 
 def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BadInput, match="do not fit into 2 bits"):
-        entropy.encode(Plane("p", torch.tensor([4]), "uint2"))
+        encode(Plane("p", torch.tensor([4]), "uint2"))
     with pytest.raises(BadInput, match="no trits"):
-        entropy.encode(Plane("p", torch.tensor([3]), "trit"))
+        encode(Plane("p", torch.tensor([3]), "trit"))
 
 
 HOSTILE = [
@@ -179,12 +189,12 @@ HOSTILE = [
 
 @pytest.mark.parametrize(("coding", "shape", "values"), HOSTILE)
 def test_damaged_bytes_are_noticed(coding: str, shape: tuple[int, ...], values: Values) -> None:
-    data = entropy.encode(make(coding, shape, values))
+    data = encode(make(coding, shape, values))
     for end in [*range(min(len(data), 300)), len(data) - 4, len(data) - 1]:
         with pytest.raises(BadArtifact, match=r"^plane p: "):
-            entropy.decode(data[:end], "p", coding, shape)
+            decode(data[:end], "p", coding, shape)
     with pytest.raises(BadArtifact, match=r"^plane p: "):
-        entropy.decode(data + b"\0\0\0\0", "p", coding, shape)
+        decode(data + b"\0\0\0\0", "p", coding, shape)
     if data[0] == entropy.RAW:
         return  # a plane as it is stored: the manifest's hash watches over it
     rng = np.random.default_rng(0)
@@ -192,13 +202,13 @@ def test_damaged_bytes_are_noticed(coding: str, shape: tuple[int, ...], values: 
         flipped = bytearray(data)
         flipped[bit // 8] ^= 1 << bit % 8
         with pytest.raises(BadArtifact, match=r"^plane p: "):
-            entropy.decode(bytes(flipped), "p", coding, shape)
+            decode(bytes(flipped), "p", coding, shape)
 
 
 @pytest.mark.parametrize(("coding", "shape", "values"), HOSTILE[:-1])
 def test_forged_bytes_give_a_valid_plane_or_none(coding: str, shape: tuple[int, ...], values: Values) -> None:
     """Whoever can write a file can write its checksum: nothing but BadArtifact, and no value beyond the coding."""
-    body = entropy.encode(make(coding, shape, values))[5:]
+    body = encode(make(coding, shape, values))[5:]
     rng = np.random.default_rng(0)
     refused = 0
     for trial in range(400):
@@ -210,7 +220,7 @@ def test_forged_bytes_give_a_valid_plane_or_none(coding: str, shape: tuple[int, 
             forged = forged[: int(rng.integers(0, len(forged)))]
         kind = bytes([entropy.WHOLE if trial % 7 else entropy.SPLIT])
         try:
-            plane = entropy.decode(kind + zlib.crc32(forged).to_bytes(4, "little") + forged, "p", coding, shape)
+            plane = decode(kind + zlib.crc32(forged).to_bytes(4, "little") + forged, "p", coding, shape)
         except BadArtifact:
             refused += 1
         else:
@@ -220,15 +230,15 @@ def test_forged_bytes_give_a_valid_plane_or_none(coding: str, shape: tuple[int, 
 
 
 def test_a_size_is_checked_before_memory_is_taken() -> None:
-    data = entropy.encode(make("uint4", (30, 50)))
+    data = encode(make("uint4", (30, 50)))
     for shape in ((1 << 24, 1 << 24), (1 << 62, 4), (1 << 15, 1 << 12)):
         with pytest.raises(BadArtifact, match="do not hold"):
-            entropy.decode(data, "p", "uint4", shape)
+            decode(data, "p", "uint4", shape)
     for shape in ((0, 4), (30, 49), (30, 51), (1, 1)):
         with pytest.raises(BadArtifact):
-            entropy.decode(data, "p", "uint4", shape)
+            decode(data, "p", "uint4", shape)
     with pytest.raises(BadArtifact, match="takes 140737488355328 bytes"):
-        entropy.decode(b"\0" + data, "p", "uint4", (1 << 24, 1 << 24))
+        decode(b"\0" + data, "p", "uint4", (1 << 24, 1 << 24))
 
 
 def sealed(body: bytes, kind: int = entropy.WHOLE) -> bytes:
@@ -255,27 +265,27 @@ def sealed(body: bytes, kind: int = entropy.WHOLE) -> bytes:
 )
 def test_forged_sections(body: bytes, coding: str, message: str | None) -> None:
     if message is None:
-        assert entropy.decode(sealed(body), "p", coding, (20,)).values.max() <= 1
+        assert decode(sealed(body), "p", coding, (20,)).values.max() <= 1
     else:
         with pytest.raises(BadArtifact, match=message):
-            entropy.decode(sealed(body), "p", coding, (20,))
+            decode(sealed(body), "p", coding, (20,))
 
 
 def test_kinds_go_with_their_codings_only() -> None:
-    data = entropy.encode(make("uint4", (30, 50)))
+    data = encode(make("uint4", (30, 50)))
     for coding in ("uint17", "float32"):
         with pytest.raises(BadArtifact, match=f"kind 1 does not go with {coding}"):
-            entropy.decode(data, "p", coding, (30, 50))
+            decode(data, "p", coding, (30, 50))
     with pytest.raises(BadArtifact, match="kind 2 does not go with uint4"):
-        entropy.decode(sealed(data[5:], entropy.SPLIT), "p", "uint4", (30, 50))
+        decode(sealed(data[5:], entropy.SPLIT), "p", "uint4", (30, 50))
     with pytest.raises(BadArtifact, match="kind 77"):
-        entropy.decode(sealed(data[5:], 77), "p", "uint4", (30, 50))
+        decode(sealed(data[5:], 77), "p", "uint4", (30, 50))
 
 
 def test_floats_that_are_not_finite_are_refused() -> None:
     plane = make("float16", (64, 300))
-    data = entropy.encode(Plane("p", plane.values.view(torch.int16).int() & 0xFFFF, "uint16"))
-    assert torch.equal(entropy.decode(data, "p", "float16", (64, 300)).values, plane.values)
+    data = encode(Plane("p", plane.values.view(torch.int16).int() & 0xFFFF, "uint16"))
+    assert torch.equal(decode(data, "p", "float16", (64, 300)).values, plane.values)
     infinite = Plane("p", torch.full((64, 300), 0x7C00), "uint16")
     with pytest.raises(BadArtifact, match="not finite"):
-        entropy.decode(entropy.encode(infinite), "p", "float16", (64, 300))
+        decode(encode(infinite), "p", "float16", (64, 300))

@@ -12,7 +12,7 @@ import torch
 from agentforge import stages
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.planes import Packed, Plane
-from agentforge.stages import seedlm
+from agentforge.stages import seedlm_search as search
 from agentforge.stages.seedlm import SeedLM
 from agentforge.statistics import InputStatistics
 
@@ -35,7 +35,7 @@ def brute_force(
     root = np.sqrt(h)
     best, seeds = np.full(len(w), np.inf), np.zeros(len(w), int)
     for seed in range(1, 1 << K):
-        U = seedlm.basis(K, C, P, seed)
+        U = search.basis(K, C, P, seed)
         t = np.linalg.pinv(U * root[:, None], rcond=1e-9) @ (w * root).T
         largest = np.abs(t).max(axis=0)
         e = np.clip(np.floor(np.log2(np.where(largest > 0, largest, 2.0**-20))) + shift, -8, 7)
@@ -53,28 +53,28 @@ def stored_error(w: np.ndarray, packed: Packed, K: int, C: int, P: int, h: np.nd
     q, e = np.where(q > 7, q - 16, q), np.where(e > 7, e - 16, e)
     w = w * 2.0 ** (int(packed["exponent"]) - 128)
     decoded = np.stack(
-        [seedlm.basis(K, C, P, int(s)) @ (qi * 2.0**ei) for s, qi, ei in zip(packed["seeds"], q, e, strict=True)]
+        [search.basis(K, C, P, int(s)) @ (qi * 2.0**ei) for s, qi, ei in zip(packed["seeds"], q, e, strict=True)]
     )
     return ((w - decoded) ** 2 * (1.0 if h is None else h)).sum(axis=1)
 
 
 def test_figure_3() -> None:
-    assert seedlm.lfsr(3, 4, 7).tolist() == [2, 5, 6, 7, 3, 1, 4]
-    V = seedlm.basis(3, 4, 2, 4) * 3 + 4
+    assert search.lfsr(3, 4, 7).tolist() == [2, 5, 6, 7, 3, 1, 4]
+    V = search.basis(3, 4, 2, 4) * 3 + 4
     assert V.tolist() == [[2, 5], [6, 7], [3, 1], [4, 2]]
 
 
 def test_sequence_of_the_16_bit_register() -> None:
     expected = [32768, 16384, 8192, 4096, 34816, 17408, 8704, 4352, 34944, 17472, 8736, 4368]
-    assert seedlm.lfsr(16, 1, 12).tolist() == expected
+    assert search.lfsr(16, 1, 12).tolist() == expected
 
 
-@pytest.mark.parametrize("K", sorted(seedlm.TAPS))
+@pytest.mark.parametrize("K", sorted(search.TAPS))
 def test_table_6_gives_a_full_period(K: int) -> None:
     if K > 20:  # the polynomial's order from its prime factors, without walking the cycle: x^n = 1 only for n = 2^K - 1
         assert order_is_full(K)
         return
-    states = seedlm.lfsr(K, 1, (1 << K) - 1)
+    states = search.lfsr(K, 1, (1 << K) - 1)
     assert len(np.unique(states)) == (1 << K) - 1
     assert states.min() == 1 and states[-1] == 1
 
@@ -85,7 +85,7 @@ def order_is_full(K: int) -> bool:
     step = np.zeros((K, K), np.int64)
     for j in range(K - 1):
         step[j, j + 1] = 1
-    for j in seedlm.TAPS[K]:
+    for j in search.TAPS[K]:
         step[K - 1, j] = 1
 
     def power(exponent: int) -> np.ndarray:
@@ -109,14 +109,14 @@ def order_is_full(K: int) -> bool:
 
 def test_register_without_taps_and_seed_zero_are_refused() -> None:
     with pytest.raises(BadInput, match=r"K=25; expected 2 to 24"):
-        seedlm.lfsr(25, 1, 3)
+        search.lfsr(25, 1, 3)
     for seed in (0, 8, -1):
         with pytest.raises(BadInput, match=f"seed {seed}; expected 1 to 7"):
-            seedlm.lfsr(3, seed, 3)
+            search.lfsr(3, seed, 3)
 
 
 def test_equation_1_ends() -> None:
-    U = seedlm.basis(8, 85, 3, 77)  # the whole cycle
+    U = search.basis(8, 85, 3, 77)  # the whole cycle
     assert U.max() == 1.0 and U.min() == -1.0
     assert len(np.unique(U)) == 255
 
@@ -155,7 +155,7 @@ def test_search_is_exact_on_many_blocks(K: int, count: int) -> None:
     weight, N = gaussian_blocks(count, 8), (1 << K) - 1
     packed = SeedLM(K=K, C=8, P=3).encode(weight)
     w = weight.double() * 2.0 ** (int(packed["exponent"]) - 128)
-    cycle = torch.from_numpy(seedlm.basis(K, N, 1, 1)[:, 0])
+    cycle = torch.from_numpy(search.basis(K, N, 1, 1)[:, 0])
     rows = torch.arange(N).view(-1, 1, 1) + 3 * torch.arange(8).view(-1, 1) + torch.arange(3)
     best = torch.full((count,), torch.inf, dtype=torch.float64)
     for U in cycle[rows % N].split(64):
@@ -168,7 +168,7 @@ def test_search_is_exact_on_many_blocks(K: int, count: int) -> None:
 
 def test_ties_go_to_the_lowest_seed() -> None:
     w = torch.zeros(3, 8)
-    w[1] = torch.from_numpy(seedlm.basis(8, 8, 3, 200)[:, 0] * 3.0)
+    w[1] = torch.from_numpy(search.basis(8, 8, 3, 200)[:, 0] * 3.0)
     packed = SeedLM(K=8, C=8, P=3).encode(w)
     assert packed["seeds"][0] == 1 and not packed["coefficients"][0].any()
     power = 2.0 ** (int(packed["exponent"]) - 128)
@@ -202,7 +202,7 @@ def test_refined_coefficients_are_the_best_there_are() -> None:
     all_q = np.array(list(itertools.product(range(-8, 8), repeat=P)))
     best = np.full(len(w), np.inf)
     for seed in range(1, 1 << K):
-        U = seedlm.basis(K, C, P, seed)
+        U = search.basis(K, C, P, seed)
         t = np.linalg.pinv(U) @ w.T
         e = np.floor(np.log2(np.abs(t).max(axis=0))) - 2
         for step in (-1, 0, 1):
@@ -262,7 +262,7 @@ def test_decoding_needs_the_register_alone() -> None:
     expected = []
     for seed, e, q in zip(packed["seeds"], packed["exponents"], packed["coefficients"], strict=True):
         t = torch.where(q > 7, q.int() - 16, q.int()).double() * 2.0 ** float(e if e < 8 else int(e) - 16)
-        expected.append(torch.from_numpy(seedlm.basis(16, 12, 4, int(seed))) @ t)
+        expected.append(torch.from_numpy(search.basis(16, 12, 4, int(seed))) @ t)
     dense = torch.cat(expected)[: weight.numel()].reshape(weight.shape) * 2.0 ** (128 - int(packed["exponent"]))
     assert torch.allclose(stage.decode(packed).double(), dense, rtol=1e-6, atol=1e-9)
 
@@ -301,13 +301,13 @@ def test_seeds_that_are_passed_over_in_float32_would_not_have_won(K: int, C: int
     blocks = (scale * generator.standard_normal((200, C))).astype(np.float32)
     blocks[::5, 1:] = 0
     blocks[1::5] = np.round(blocks[1::5] / scale) * scale
-    tables = seedlm._tables(K, C, P)
-    rule = (seedlm.LEAST_EXPONENT, seedlm.LARGEST_EXPONENT, shift, 0)
+    tables = search.tables_of(K, C, P)
+    rule = (search.LEAST_EXPONENT, search.LARGEST_EXPONENT, shift, 0)
     found = []
     for inverses in (tables.inverses, np.empty((0, P * C + 1), np.float32)):
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
         rest = (inverses, tables.near, tables.values, tables.states, rule, seeds, codes)
-        seedlm._search(blocks, np.ones(C), tables.groups, tables.seeds, *rest)
+        search.search_seeds(blocks, np.ones(C), tables.groups, tables.seeds, *rest)
         found.append((seeds, codes))
     assert (found[0][0] == found[1][0]).all()
     assert (found[0][1] == found[1][1]).all()
@@ -316,16 +316,18 @@ def test_seeds_that_are_passed_over_in_float32_would_not_have_won(K: int, C: int
 def test_the_rough_look_passes_over_most_seeds() -> None:
     """Of seeds drawn at random it lets few through to the fit, and of the best ones all."""
     K, C, P = 10, 4, 3
-    tables = seedlm._tables(K, C, P)
+    tables = search.tables_of(K, C, P)
     t, fit = np.empty(P, np.float32), np.empty(P + 1, np.int64)
-    rule = (seedlm.LEAST_EXPONENT, seedlm.LARGEST_EXPONENT, -2, 0)
+    rule = (search.LEAST_EXPONENT, search.LARGEST_EXPONENT, -2, 0)
     passed = 0
     for w in np.random.default_rng(0).standard_normal((20, C)).astype(np.float32):
         square = float((w.astype(np.float64) ** 2).sum())
-        errors = [seedlm._fit(w, np.ones(C), tables.values, i + 1, P, rule, fit) / square for i in range(len(tables.states))]
+        errors = [
+            search.fit_seed(w, np.ones(C), tables.values, i + 1, P, rule, fit) / square for i in range(len(tables.states))
+        ]
         least = min(errors)
         for position, error in enumerate(errors):
-            worse = seedlm._worse(w, square, tables.inverses, tables.near, position, t, rule, least)
+            worse = search._worse(w, square, tables.inverses, tables.near, position, t, rule, least)
             assert not (worse and error <= least)
             passed += not worse
     assert passed < 0.02 * 20 * len(tables.states)

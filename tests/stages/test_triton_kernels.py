@@ -14,7 +14,8 @@ import torch
 from agentforge import stages
 from agentforge.errors import BadInput
 from agentforge.planes import times_power_of_two
-from agentforge.stages import base, kmeans, seedlm
+from agentforge.stages import codebook, gpu, kmeans, seedlm
+from agentforge.stages import seedlm_search as search
 from agentforge.statistics import InputStatistics
 
 pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86-64")
@@ -107,7 +108,7 @@ def test_scores_of_the_first_step_are_within_the_stated_error(v: int, outlier: f
     """With every partial sum truncated, and products of operands that TF32 holds exactly."""
     x, c = gaussian(50, v, 6), gaussian(256, v, 7)
     c[5] *= outlier
-    halves = torch.from_numpy(kmeans.Codebook.of(c).halves.reshape(-1))
+    halves = torch.from_numpy(codebook.Codebook.of(c).halves.reshape(-1))
     right = kernels._right(torch.from_numpy(c), halves)
     left = kernels._left(torch.from_numpy(x), right.shape[1])
     for operand in (left, right):
@@ -141,7 +142,7 @@ def test_tf32_keeps_eleven_bits_rounded() -> None:
 
 
 ONES = np.ones(8)
-PLAIN, PRINTED, REFINED = ((seedlm.LEAST_EXPONENT, seedlm.LARGEST_EXPONENT, *rest) for rest in ((-2, 0), (0, 0), (-2, 1)))
+PLAIN, PRINTED, REFINED = ((search.LEAST_EXPONENT, search.LARGEST_EXPONENT, *rest) for rest in ((-2, 0), (0, 0), (-2, 1)))
 
 
 def brute_force(
@@ -149,14 +150,14 @@ def brute_force(
 ) -> tuple[np.ndarray, ...]:
     """Every seed of every block, fitted by the CPU's own function: seeds, exponents and coefficients."""
     count, C = (1 << K) - 1, blocks.shape[1]
-    states = [1, *seedlm.lfsr(K, 1, count + C * P).tolist()]
-    values = seedlm._to_unit(np.array(states, np.float64), K)
+    states = [1, *search.lfsr(K, 1, count + C * P).tolist()]
+    values = search.to_unit(np.array(states, np.float64), K)
     seeds, codes, fit = [], [], np.empty(P + 1, np.int64)
     for w in blocks:
         square = float((h * w.astype(np.float64) ** 2).sum())
         best: tuple[float, int, list[int]] = (math.inf, 0, [])
         for position in range(count):
-            error = seedlm._fit(w, h, values, position + 1, P, rule, fit) / square
+            error = search.fit_seed(w, h, values, position + 1, P, rule, fit) / square
             best = min(best, (error, states[position], fit.tolist()))
         seeds.append(best[1])
         codes.append(best[2])
@@ -237,12 +238,12 @@ def test_a_stage_encodes_to_the_same_planes_by_these_kernels(
 
 
 def test_a_weight_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert base.kernels_for(torch.device("cpu")) is None
-    assert base.kernels_for(torch.device("cuda")) is kernels
+    assert gpu.kernels_for(torch.device("cpu")) is None
+    assert gpu.kernels_for(torch.device("cuda")) is kernels
     monkeypatch.setitem(sys.modules, "agentforge.stages.triton_kernels", None)
     monkeypatch.delattr(stages, "triton_kernels")
     with pytest.raises(BadInput, match="device cuda: Triton is not installed"):
-        base.kernels_for(torch.device("cuda"))
+        gpu.kernels_for(torch.device("cuda"))
 
 
 def test_blocks_may_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +272,7 @@ def test_energies_of_the_first_step_are_within_the_stated_error(C: int, P: int) 
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     exact = []
     for position in range(511):
-        u = seedlm.basis(9, C, P, int(job.states[position]))
+        u = search.basis(9, C, P, int(job.states[position]))
         fit, *_ = np.linalg.lstsq(u, x.T, rcond=None)
         exact.append(((u @ fit) ** 2).sum(0))
     energies = np.zeros((4 * kernels.SEEDS, len(x)))
@@ -297,7 +298,9 @@ def test_errors_that_are_certain_are_those_of_the_cpu() -> None:
         owners.tolist(), positions.tolist(), errors.tolist(), certain.tolist(), strict=True
     ):
         w = blocks[owner]
-        expected = seedlm._fit(w, ONES, job.values, position + 1, 3, PLAIN, fit) / float((w.astype(np.float64) ** 2).sum())
+        expected = search.fit_seed(w, ONES, job.values, position + 1, 3, PLAIN, fit) / float(
+            (w.astype(np.float64) ** 2).sum()
+        )
         assert not sure or error == pytest.approx(expected, rel=1e-11)
     assert certain.double().mean() > 0.99
 
@@ -305,7 +308,7 @@ def test_errors_that_are_certain_are_those_of_the_cpu() -> None:
 def test_a_number_about_to_be_rounded_is_not_certain() -> None:
     """Blocks that are exactly half-way between two codes of a seed."""
     job = kernels._Job.of(ONES, 8, 8, 3, PLAIN, DEVICE)
-    u = seedlm.basis(8, 8, 3, int(job.states[11]))
+    u = search.basis(8, 8, 3, int(job.states[11]))
     halves = (u @ np.array([[4.5, 2.0, 1.0], [4.25, 2.0, 1.0]]).T).T.astype(np.float32)
     _, certain = kernels._plain_errors(
         job, torch.from_numpy(halves).to(DEVICE), torch.arange(2, device=DEVICE), torch.full((2,), 11, device=DEVICE)

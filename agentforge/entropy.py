@@ -38,8 +38,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import BadArtifact, BadInput
-from ..planes import FLOATS, Packed, Plane, bits_per_value, is_coded, pack_uint, stored_bytes, tensor_bytes, unpack_uint
+from .bits import FLOATS, bits_per_value, pack, pack_uint, stored_bytes, tensor_bytes, unpack, unpack_uint
+from .errors import BadInput
 
 RAW, WHOLE, SPLIT = range(3)
 PACKED, ONE, ROWS, COLUMNS = range(4)
@@ -52,18 +52,15 @@ VALUES_A_BYTE = 1420  # 8 / log2(256 / 255) = 1416.8
 Array = np.ndarray[Any, Any]
 
 
-def encode(plane: Plane) -> bytes:
-    """The plane in the fewest bytes that the ways above find, at most one more than `plane.stored()` has.
+def encode(values: torch.Tensor, coding: str) -> bytes:
+    """Values of a coding in the fewest bytes that the ways above find, at most one more than `bits.pack` takes.
 
-    A plane that is stored coded (`~X`) is as it is stored.  Raises BadInput where a value does not fit its coding.
+    Raises BadInput if a value does not fit its coding.
     """
-    if is_coded(plane.coding):
-        return bytes(tensor_bytes(plane.stored()))
-    stored, shape = plane.stored(), tuple(plane.values.shape)
+    stored, shape = pack(values, coding), tuple(values.shape)
     coded = [bytes([RAW]) + bytes(tensor_bytes(stored))]
-    if plane.values.numel():
-        patterns = _patterns(Plane.from_stored(plane.name, plane.coding, shape, stored))
-        lines, width = patterns.reshape(_rows(shape), -1), _width(plane.coding)
+    if values.numel():
+        lines, width = _patterns(unpack(stored, coding, shape), coding).reshape(_rows(shape), -1), _width(coding)
         if width <= WIDEST:
             coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32) & (1 << width) - 1, width)))
         if width > 8:
@@ -73,36 +70,26 @@ def encode(plane: Plane) -> bytes:
     return min(coded, key=len)
 
 
-def decode(data: bytes, name: str, coding: str, shape: tuple[int, ...]) -> Plane:
-    """The inverse of `encode`; name, coding and shape as `Stage.layout` gives them.
+def decode(data: bytes, coding: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `encode`; coding and shape as `Stage.layout` gives them.
 
-    Raises BadArtifact where `data` is nothing that `encode` writes for a plane of this coding and shape.
+    Raises BadInput if `data` is nothing that `encode` writes for this coding and shape.
     """
-    if is_coded(coding):
-        return Plane.from_stored(name, coding, shape, torch.frombuffer(bytearray(data), dtype=torch.uint8))
     count = math.prod(shape)
-    try:
-        if data[:1] == bytes([RAW]):
-            if len(data) - 1 != stored_bytes(coding, count):
-                raise BadInput(f"{coding}{list(shape)} takes {stored_bytes(coding, count)} bytes, found {len(data) - 1}")
-            patterns = np.frombuffer(data, _dtype(coding) if coding in FLOATS else np.uint8, offset=1).copy()
-        else:
-            if data[5:] == b"" or data[1:5] != zlib.crc32(data[5:]).to_bytes(4, "little"):
-                raise BadInput("its checksum does not fit")
-            if not 0 < count <= VALUES_A_BYTE * len(data):
-                raise BadInput(f"{len(data)} bytes do not hold {count} values")
-            patterns = _decode_digits(data[0], data[5:], _rows(shape), count, coding)
-    except BadInput as error:
-        raise BadArtifact(f"plane {name}: {error}; fetch or write the artifact again") from None
+    if data[:1] == bytes([RAW]):
+        if len(data) - 1 != stored_bytes(coding, count):
+            raise BadInput(f"{coding}{list(shape)} takes {stored_bytes(coding, count)} bytes, found {len(data) - 1}")
+        patterns = np.frombuffer(data, _dtype(coding) if coding in FLOATS else np.uint8, offset=1).copy()
+    else:
+        if data[5:] == b"" or data[1:5] != zlib.crc32(data[5:]).to_bytes(4, "little"):
+            raise BadInput("its checksum does not fit")
+        if not 0 < count <= VALUES_A_BYTE * len(data):
+            raise BadInput(f"{len(data)} bytes do not hold {count} values")
+        patterns = _decode_digits(data[0], data[5:], _rows(shape), count, coding)
     stored = torch.from_numpy(np.ascontiguousarray(patterns))
     if coding in FLOATS:
-        return Plane.from_stored(name, coding, shape, stored.view(FLOATS[coding]).reshape(shape))
-    return Plane.from_stored(name, coding, shape, stored) if data[0] == RAW else Plane(name, stored.reshape(shape), coding)
-
-
-def coded_bytes(packed: Packed) -> int:
-    """Bytes of all planes of an encoded weight, coded, with all that decoding them takes."""
-    return sum(len(encode(plane)) for plane in packed)
+        return unpack(stored.view(FLOATS[coding]).reshape(shape), coding, shape)
+    return unpack(stored, coding, shape) if data[0] == RAW else stored.reshape(shape)
 
 
 def _width(coding: str) -> int:
@@ -120,10 +107,9 @@ def _digits(width: int) -> list[tuple[int, int]]:
     return [(max(top - 8, 0), min(top, 8)) for top in range(width, 0, -8)]
 
 
-def _patterns(plane: Plane) -> Array:
+def _patterns(values: torch.Tensor, coding: str) -> Array:
     """The values as integers: of floats, their bits."""
-    values = plane.values
-    if plane.coding in FLOATS:
+    if coding in FLOATS:
         values = values.contiguous().view(torch.int16 if values.dtype.itemsize == 2 else torch.int32)
     return values.numpy()
 
@@ -212,7 +198,7 @@ def _model(frequencies: Array) -> Any:
 
 
 def _decode_digits(kind: int, body: bytes, rows: int, count: int, coding: str) -> Array:
-    """The patterns, [rows, count / rows] in the dtype that `Plane.from_stored` gives, from all sections."""
+    """The patterns, [rows, count / rows] in the dtype that `bits.unpack` gives, from all sections."""
     width = _width(coding)
     if kind == WHOLE and width <= WIDEST:
         return _decode_digit(body, rows, count, 3 if coding == "trit" else 1 << width).astype(_dtype(coding))

@@ -1,0 +1,119 @@
+"""The grammar of stages: texts such as "vptq:bits=3 | entropy" and their JSON, both ways; stages by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import BadInput
+from .base import REGISTRY, Stage, setting_types
+from .refined import Refined
+
+
+def names() -> list[str]:
+    """Names of all registered stages, sorted."""
+    return sorted(REGISTRY)
+
+
+def get(name: str, /, **settings: Any) -> Stage:
+    """The stage of this name with these settings; what is not given keeps its default.
+
+    Raises BadInput, listing what is valid, for an unknown name or setting, and for a value out of range.
+    """
+    if name not in REGISTRY:
+        raise BadInput(f"stage {name!r} does not exist; there are {', '.join(names())}")
+    cls = REGISTRY[name]
+    valid = [f.name for f in dataclasses.fields(cls)]
+    for key in settings:
+        if key not in valid:
+            raise BadInput(f"stage {name} has no setting {key!r}; it has {', '.join(valid)}")
+    stage = cls(**settings)
+    stage.check()
+    return stage
+
+
+def from_json(data: Any) -> Stage:
+    """The inverse of `Stage.to_json`.  Raises BadInput for anything else."""
+    if not isinstance(data, dict) or not isinstance(data.get("stage"), str):
+        raise BadInput(f"expected a stage as {{'stage': name, settings}}, found {data!r:.100}")
+    if data["stage"] == "refined":
+        return _refined_from_json(data)
+    return get(data["stage"], **{k: v for k, v in data.items() if k != "stage"})
+
+
+def parse(text: str) -> Stage:
+    """A stage from the command line's form, `name` or `name:setting=value,setting=value`, and ` | ` before each refinement.
+
+    Raises BadInput where a part is not of that form or `get` refuses it.
+    """
+    text, refinement, rest = text.partition("|")
+    if refinement:
+        return with_refinements(parse(text), rest)
+    text = text.strip()
+    name, _, rest = text.partition(":")
+    settings: dict[str, Any] = {}
+    hints = setting_types(REGISTRY[name]) if name in REGISTRY else {}
+    for part in filter(None, rest.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise BadInput(f"stage {text!r}: expected setting=value, found {part!r}")
+        if key in settings:
+            raise BadInput(f"stage {text!r}: {key} is set twice")
+        settings[key] = _literal(value, hints.get(key))
+    return get(name, **settings)
+
+
+def with_refinements(first: Stage, text: str) -> Refined:
+    """`first` with the refinements that `text` names, such as "codebook=curves:degree=3 | entropy", after those it has.
+
+    Raises BadInput where a part is neither entropy, at the end, nor plane=stage.
+    """
+    *parts, last = [part.strip() for part in text.split("|")]
+    entropy = last == "entropy"
+    planes = []
+    for part in parts if entropy else [*parts, last]:
+        plane, equals, by = part.partition("=")
+        if not equals or not plane.isidentifier():
+            raise BadInput(f"refinement {part!r}; expected plane=stage, or entropy as the last one")
+        planes.append((plane, parse(by.strip())))
+    if isinstance(first, Refined):
+        if first.entropy:
+            raise BadInput(f"refinement {text!r}: the planes of {first} are entropy-coded; that has to be the last one")
+        stage = Refined(first.first, (*first.planes, *planes), entropy)
+    else:
+        stage = Refined(first, tuple(planes), entropy)
+    stage.check()
+    return stage
+
+
+def _refined_from_json(data: Mapping[str, Any]) -> Refined:
+    """The inverse of `Refined.to_json`.  Raises BadInput for anything else."""
+    first, planes, entropy = data.get("first"), data.get("planes"), data.get("entropy")
+    pairs = isinstance(planes, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in planes)
+    if (
+        not isinstance(planes, list)
+        or not pairs
+        or type(entropy) is not bool
+        or data.keys() != {"stage", "first", "planes", "entropy"}
+    ):
+        raise BadInput(f"expected a refined stage, found {dict(data)!r:.100}")
+    if any(isinstance(one, dict) and one.get("stage") == Refined.name for one in (first, *(by for _, by in planes or []))):
+        raise BadInput("a refined stage is refined again; expected stages on their own")
+    stage = Refined(from_json(first), tuple((plane, from_json(by)) for plane, by in planes or []), bool(entropy))
+    stage.check()
+    return stage
+
+
+def _literal(text: str, hint: Any) -> Any:
+    """`text` as the type that the setting asks for, or as it is, so that `Stage.check` says what is wrong."""
+    if hint is bool and text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        if hint is kind or (typing.get_origin(hint) is typing.Literal and kind in map(type, typing.get_args(hint))):
+            try:
+                return kind(text)
+            except ValueError:
+                return text
+    return text
