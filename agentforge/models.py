@@ -114,6 +114,11 @@ class LanguageModel:
         longest = self.config.get("max_position_embeddings") or self.config.get("n_positions")
         return longest if isinstance(longest, int) else None
 
+    def check_context(self, context: int) -> None:
+        """Raise BadInput for windows of more tokens than the model takes at once."""
+        if self.context and context > self.context:
+            raise BadInput(f"context={context}: {self.name} takes at most {self.context} tokens")
+
     @property
     def usual_context(self) -> int:
         """Tokens a window to measure with: 2048, or as many as the model takes."""

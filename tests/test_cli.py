@@ -427,6 +427,12 @@ def test_fit_tells_of_a_folder_in_the_way_before_the_work(
     assert (tmp_path / "theirs/thesis.tex").read_text() == "x"
 
 
+def test_recover_tells_of_a_window_beyond_the_model_before_the_work(run: Run, tmp_path: Path, tiny_llama: Path) -> None:
+    result = run("recover", tiny_llama, "--window", "129", "--out", tmp_path / "out")
+    assert_refused(result, 2, "context=129", "takes at most 128 tokens")
+    assert not (tmp_path / "out").exists()
+
+
 # What a command says when it is interrupted, and how it ends
 
 

@@ -502,6 +502,16 @@ def test_unknown_settings_are_refused(rounded: Path, tmp_path: Path) -> None:
         opened(tmp_path / "bad")
 
 
+def test_a_flipped_bit_in_the_key_that_transformers_asks_for(rounded: Path, tmp_path: Path) -> None:
+    """It never calls the quantizer then, as README says; what reads the folder itself refuses it."""
+    shutil.copytree(rounded, tmp_path / "bad")
+    config = tmp_path / "bad" / "config.json"
+    config.write_text(config.read_text().replace("quantization_config", "quantizatioo_config"))
+    for read in (af.load, af.artifact.Artifact):
+        with pytest.raises(BadArtifact, match="does not name agentforge"):
+            read(tmp_path / "bad")
+
+
 def test_from_the_hub(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers fetches the files that it knows; the manifest has to be asked for."""
     cache = tmp_path / "models--someone--small"

@@ -35,7 +35,7 @@ from ..stages import Stage
 from ..training import mugrokfast
 from ..training import recover as recovery
 from .compression_probes import gaussian, share
-from .probes import bits_per_weight, probe
+from .probes import Count, bits_per_weight, probe
 from .workshop import Unmeasured, Workshop
 
 Which = Literal["gated", "to the end"]
@@ -272,7 +272,7 @@ def _trained(workshop: Workshop, steps: int, filtered: bool, seed: int) -> torch
 
 
 @probe("x")
-def codebook_gain_of_filter(workshop: Workshop, steps: int) -> Measurement:
+def codebook_gain_of_filter(workshop: Workshop, steps: Count) -> Measurement:
     """KL divergence that is left with the filter over that without, mean over seeds."""
     found = []
     for seed in range(workshop.effort.seeds):

@@ -75,7 +75,7 @@ class Claim:
 class ClaimsFile:
     """All claims of one report.  source: the audit they were taken from.  model: what they are measured on.  against: the
     original that it was made from, for claims that compare the two.  baselines: stages that are measured beside those of
-    the claims, to read them against.  places: file and line of each claim, for messages."""
+    the claims, to read them against.  file: its name.  places: file and line of each claim, for messages."""
 
     report: str
     title: str
@@ -85,6 +85,7 @@ class ClaimsFile:
     claims: tuple[Claim, ...]
     baselines: tuple[str, ...] = ()
     against: str | None = None
+    file: str = ""
     places: dict[str, str] = field(default_factory=dict)
 
 
@@ -142,7 +143,7 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
         except BadInput as error:
             raise BadInput(f"{path}, line {line(['baselines', number])}: {error}") from None
     rest = {key: value for key, value in data.items() if key not in ("claims", "baselines")}
-    return ClaimsFile(claims=claims, baselines=baselines, places=places, **rest)
+    return ClaimsFile(claims=claims, baselines=baselines, file=path.name, places=places, **rest)
 
 
 def claims_sha256(claims: Iterable[Claim]) -> str:

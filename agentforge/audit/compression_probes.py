@@ -25,7 +25,7 @@ from ..planes import Packed, Plane
 from ..stages import Stage, curves, seedlm_search
 from ..statistics import Calibration, InputStatistics, collect
 from ..tensorfiles import write_tensors
-from .probes import StageText, kept_in_16_bits, probe, ratio
+from .probes import Count, Positive, StageText, kept_in_16_bits, probe, ratio
 from .workshop import Workshop
 
 Data = Literal["smooth", "weights"]
@@ -184,7 +184,7 @@ def block_independence(workshop: Workshop) -> Measurement:
 
 
 @probe("relative excess")
-def seed_search_excess(workshop: Workshop, K: int, C: int, P: int) -> Measurement:
+def seed_search_excess(workshop: Workshop, K: Count, C: Count, P: Count) -> Measurement:
     """Largest relative excess of a block's squared error over Algorithm 1 by brute force: every seed, its pseudo-inverse,
     its rounded fit."""
     count = 16 * workshop.effort.seeds
@@ -213,7 +213,7 @@ def seed_search_excess(workshop: Workshop, K: int, C: int, P: int) -> Measuremen
 
 
 @probe("x")
-def kmeans_excess(workshop: Workshop, k: int) -> Measurement:
+def kmeans_excess(workshop: Workshop, k: Count) -> Measurement:
     """Squared distances to the nearest centroid over those of scikit-learn's k-means, the best of four starts."""
     from sklearn.cluster import KMeans
 
@@ -301,7 +301,7 @@ def error_ratio(workshop: Workshop, stage: StageText, reference: StageText) -> M
 
 
 @probe("x")
-def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageText, tokens: int = 512) -> Measurement:
+def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageText, tokens: Count = 512) -> Measurement:
     """Error of the layers' outputs, tr((W - Q) H (W - Q)^T), of one stage over that of another."""
     pair, lost, count = (stages.parse(stage), stages.parse(reference)), list[tuple[float, ...]](), 0
     seen = _moments(workshop, tokens)
@@ -332,7 +332,7 @@ def _segments(values: np.ndarray, length: int) -> list[np.ndarray]:
 
 
 @probe("of the weights")
-def curve_fit(workshop: Workshop, data: Data, degree: int = 7) -> Measurement:
+def curve_fit(workshop: Workshop, data: Data, degree: Count = 7) -> Measurement:
     """Root mean square distance between what curves decode to and numpy's least-squares polynomials, over the data's."""
     length, away, power, count = (64 if data == "smooth" else 26), 0.0, 0.0, 0
     for weight in _data(workshop, data):
@@ -353,7 +353,7 @@ def curve_fit(workshop: Workshop, data: Data, degree: int = 7) -> Measurement:
 
 @probe("R^2")
 def explained_variance(
-    workshop: Workshop, stage: StageText, data: Data, rows: int = ROWS, matrices: int | None = None
+    workshop: Workshop, stage: StageText, data: Data, rows: Count = ROWS, matrices: Count | None = None
 ) -> Measurement:
     """R^2 of what a stage decodes to, 1 - sum (w - v)^2 / sum (w - mean)^2, all matrices together."""
     parsed, lost, power, count = stages.parse(stage), 0.0, 0.0, 0
@@ -385,7 +385,7 @@ def curves_by_hand(workshop: Workshop) -> Measurement:
 
 
 @probe("x")
-def chosen_curves(workshop: Workshop, bits: float = 2.0) -> Measurement:
+def chosen_curves(workshop: Workshop, bits: Positive = 2.0) -> Measurement:
     """Squared error of the curves that are chosen for a budget over the least of 60 random settings within it."""
     worst, draw, parts = 0.0, random.Random(0), _parts(workshop, 16)
     for weight in parts:
@@ -422,7 +422,7 @@ def trajectory_points(workshop: Workshop) -> Measurement:
 
 
 @probe("relative excess")
-def trajectory_excess(workshop: Workshop, U: int = 225) -> Measurement:
+def trajectory_excess(workshop: Workshop, U: Count = 225) -> Measurement:
     """Squared error over that of the nearest entry by brute force, minus 1; the square holds all pairs of weights."""
     ours = least = 0.0
     count = 0
@@ -478,7 +478,7 @@ def round_trips(workshop: Workshop, stage: StageText) -> Measurement:
 
 
 @probe("bits/weight")
-def sample_bits(workshop: Workshop, stage: StageText, rows: int) -> Measurement:
+def sample_bits(workshop: Workshop, stage: StageText, rows: Count) -> Measurement:
     """Bits a weight of all planes as they are stored, the first rows of sampled matrices together."""
     parsed, parts = stages.parse(stage), _parts(workshop, rows)
     bytes_ = sum(plane.stored().nbytes for weight in parts for plane in parsed.encode(weight))

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import html
 import math
+import shlex
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 from ..escaping import markdown
 from ..models import converted_bytes
+from .claims import CLAIMS
 
 MARKS = {
     "confirmed": "🟢",
@@ -75,7 +77,7 @@ def provenance(record: dict[str, Any]) -> str:
   {record["device"]}; {packages}. Peak memory {record["peak_memory_bytes"] / 1e6:,.0f} MB.
 * **Code**: commit `{git["commit"]}`{dirty}; {record["created"]}; this run took {record["seconds"]:.0f} s.
   {_taken_at(record)}
-* **Again**: `agentforge audit {record["report"]} --budget {record["budget"]} --tokens {text["scored_tokens"]}`; the
+* **Again**: `{_again(record)} --tokens {text["scored_tokens"]}`; the
   record is `{record["report"]}.json`.{made}"""
 
 
@@ -176,8 +178,23 @@ def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
     hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
     words += [f"{k}: <code>{_short(v, 12)}</code>" for k, v in hashes.items()]
     words += [f"{row['seconds']:.1f} s"]
-    again = f"agentforge audit {record['report']} --only {row['id']} --budget {record['budget']}"
+    again = _again(record, f" --only {row['id']}")
     return f" <details><summary>evidence</summary>{'; '.join(words)}. Again: <code>{again}</code></details>"
+
+
+def _again(record: dict[str, Any], only: str = "") -> str:
+    """The command that measures again; of files and folders elsewhere the record has the last part of the path alone."""
+
+    def word(text: str) -> str:
+        return markdown(shlex.quote(html.unescape(text)))
+
+    asked, against = str(record["report"]), record["model"]
+    if not (CLAIMS / f"{asked}.yaml").is_file():
+        model = record["subject"] or against
+        asked = f"--claims {word(record.get('claims_file') or f'{asked}.yaml')} --model {word(model['name'])}"
+        if against["fingerprint"] != model["fingerprint"]:
+            asked += f" --against {word(against['name'])}"
+    return f"agentforge audit {asked}{only} --budget {record['budget']}"
 
 
 def _short(text: str, most: int = 120) -> str:

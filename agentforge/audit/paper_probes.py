@@ -39,7 +39,7 @@ from ..training.bitlinear import quantize_activations
 from ..training.mugrokfast import MuGrokfast, muon_scale, newton_schulz
 from ..training.phase import size_of
 from .documented import Coder, Shape, coder_of
-from .probes import StageText, probe
+from .probes import Count, Natural, Positive, Share, StageText, probe
 from .workshop import Workshop
 
 Source = Literal["sample", "gaussian"]
@@ -118,7 +118,7 @@ def gates_that_pass(workshop: Workshop, gates: list[str], measured: dict[str, fl
 
 
 @probe("x")
-def size_target(workshop: Workshop, parameters: int) -> Measurement:
+def size_target(workshop: Workshop, parameters: Count) -> Measurement:
     """The ratio that the documentation's size-adaptive table asks of a model of this size."""
     size = size_of(parameters)
     return workshop.exact(size.ratio, "x", parameters, "size-adaptive target", size=size.name)
@@ -180,7 +180,7 @@ def _error(coder: Coder, weight: torch.Tensor, seed: int) -> float:
 
 @probe("share of squared weights")
 def relative_squared_error(
-    workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256, std: float = 1.0
+    workshop: Workshop, coder: CoderText, source: Source, rows: Natural = 0, columns: Count = 256, std: Positive = 1.0
 ) -> Measurement:
     """|W - decoded|^2 / |W|^2, mean over matrices, or over all rows of Gaussian ones together; zeros have 1."""
     made, n = coder_of(coder), 0
@@ -197,7 +197,7 @@ def relative_squared_error(
 
 
 @probe("R2")
-def explained(workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
+def explained(workshop: Workshop, coder: CoderText, source: Source, rows: Natural = 0, columns: Count = 256) -> Measurement:
     """R2, 1 - squared error over squared deviation from the mean, mean over matrices: the audited code's quality."""
     made, weights = coder_of(coder), list(_weights(workshop, source, rows, columns))
     pairs = [(1 - _squares(made.approximate(w, s) - w) / _squares(w - w.double().mean()), 1.0) for w, s in weights]
@@ -206,7 +206,7 @@ def explained(workshop: Workshop, coder: CoderText, source: Source, rows: int = 
 
 @probe("x of the squared error")
 def errors_compared(
-    workshop: Workshop, coder: CoderText, reference: CoderText, source: Source, rows: int = 0, columns: int = 256
+    workshop: Workshop, coder: CoderText, reference: CoderText, source: Source, rows: Natural = 0, columns: Count = 256
 ) -> Measurement:
     """Relative squared error of one coder over that of another, on the same weights, in pairs."""
     ours, theirs = coder_of(coder), coder_of(reference)
@@ -220,7 +220,7 @@ def errors_compared(
 
 @probe("share")
 def code_retention(
-    workshop: Workshop, coder: CoderText, source: Source, rows: int = 0, columns: int = 256, preserved: bool = False
+    workshop: Workshop, coder: CoderText, source: Source, rows: Natural = 0, columns: Count = 256, preserved: bool = False
 ) -> Measurement:
     """1 - mean |w - w'| / max |w|, mean over matrices: "retention" in the audited SeedLM.
 
@@ -237,7 +237,7 @@ def code_retention(
 
 @probe("bits/weight")
 def coded_bits(
-    workshop: Workshop, coder: CoderText, source: Source = "sample", rows: int = 256, columns: int = 256
+    workshop: Workshop, coder: CoderText, source: Source = "sample", rows: Natural = 256, columns: Count = 256
 ) -> Measurement:
     """Bits a weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
     shapes = _shapes(workshop, source, rows, columns)
@@ -247,7 +247,7 @@ def coded_bits(
 
 @probe("x")
 def coded_ratio(
-    workshop: Workshop, coder: CoderText, source: Source = "sample", rows: int = 256, columns: int = 256
+    workshop: Workshop, coder: CoderText, source: Source = "sample", rows: Natural = 256, columns: Count = 256
 ) -> Measurement:
     """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
     bits = coded_bits(workshop, coder, source, rows, columns)
@@ -256,7 +256,7 @@ def coded_ratio(
 
 @probe("share of weights")
 def zeros(
-    workshop: Workshop, tau: float, source: Source, rows: int = 0, columns: int = 256, absolute: bool = False
+    workshop: Workshop, tau: Positive, source: Source, rows: Natural = 0, columns: Count = 256, absolute: bool = False
 ) -> Measurement:
     """Share of weights below tau times their row's mean |w|, or below tau itself."""
     pairs = []
@@ -268,7 +268,9 @@ def zeros(
 
 
 @probe("of mean |w|")
-def threshold_for_zeros(workshop: Workshop, share: float, source: Source, rows: int = 0, columns: int = 256) -> Measurement:
+def threshold_for_zeros(
+    workshop: Workshop, share: Share, source: Source, rows: Natural = 0, columns: Count = 256
+) -> Measurement:
     """The threshold, in units of a row's mean |w|, below which this share of a matrix lies; mean over matrices."""
     pairs, n = [], 0
     for weight, _ in _weights(workshop, source, rows, columns):
@@ -293,14 +295,14 @@ def _entropy(counts: torch.Tensor) -> float:
 
 
 @probe("x")
-def sparse_gain(workshop: Workshop, tau: float) -> Measurement:
+def sparse_gain(workshop: Workshop, tau: Positive) -> Measurement:
     """A byte a weight over a bit a weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
     share = zeros(workshop, tau, "sample")
     return share.through(lambda x: 8 / (1 + 8 * (1 - x)), "x", metric="int8 over a bitmap and int8", tau=tau)
 
 
 @probe("share of the norm")
-def requantised(workshop: Workshop, stage: StageText, times: int) -> Measurement:
+def requantised(workshop: Workshop, stage: StageText, times: Count) -> Measurement:
     """Share of the norm of what a stage decodes to that encoding and decoding it so many times more takes away."""
     made, pairs, n = coder_of(stage), [], 0
     for weight, seed in _weights(workshop, "sample", 0):
@@ -313,7 +315,7 @@ def requantised(workshop: Workshop, stage: StageText, times: int) -> Measurement
 
 
 @probe("R2")
-def explained_at(workshop: Workshop, bits: float, rows: int = 192) -> Measurement:
+def explained_at(workshop: Workshop, bits: Positive, rows: Count = 192) -> Measurement:
     """R2 of rounding to the mean of each cell, its step such that the codes' entropy is `bits` a weight; mean over matrices.
 
     Nothing but the entropy is counted, which no real coder reaches, so that this flatters the claim.
@@ -338,7 +340,7 @@ def _cells(values: torch.Tensor, step: float) -> torch.Tensor:
 
 
 @probe("ms")
-def decode_time(workshop: Workshop, stage: StageText, weights: int, rows: int) -> Measurement:
+def decode_time(workshop: Workshop, stage: StageText, weights: Count, rows: Count) -> Measurement:
     """Milliseconds to decode so many weights, from the time for some rows of each sampled matrix, three rounds."""
     made, times = stages.parse(stage), []
     encoded = [made.encode(weight) for weight, _ in _weights(workshop, "sample", rows)]
@@ -358,7 +360,7 @@ def decode_time(workshop: Workshop, stage: StageText, weights: int, rows: int) -
 
 
 @probe("R2")
-def mismatched_decode(workshop: Workshop, count: int, segments: int, degree: int) -> Measurement:
+def mismatched_decode(workshop: Workshop, count: Count, segments: Count, degree: Count) -> Measurement:
     """R2 of polynomials fitted to segments of a smooth wave, less that of what the audited code decodes from them.
 
     Its segments have floor(count / segments) values, and there is one more where some are left; it decodes as many as it
@@ -381,7 +383,7 @@ def _polynomial(values: np.ndarray, degree: int) -> np.polynomial.Polynomial:
 
 
 @probe("share of states")
-def lfsr_states(workshop: Workshop, K: int, seed: int, states: list[int]) -> Measurement:
+def lfsr_states(workshop: Workshop, K: Count, seed: Count, states: list[int]) -> Measurement:
     """Share of printed states of a shift register that this project's has, too, at the same place."""
     same = int((lfsr(K, seed, len(states)) == np.array(states)).sum())
     return workshop.exact(same / len(states), "share of states", len(states), "equal states", K=K, from_seed=seed)
@@ -403,7 +405,7 @@ LLAMAS = {
 
 
 @probe("bits/weight")
-def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) -> Measurement:
+def vptq_bits(workshop: Workshop, shapes: str, v: Count, k: Count, **settings: Any) -> Measurement:
     """Bits a weight as the VPTQ paper counts them, over the linear layers of a Llama, of one matrix, or of this model."""
     if shapes == "here":
         layers = [weight.shape for weight in workshop.model.weights()]
@@ -419,7 +421,7 @@ def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) 
 
 
 @probe("x")
-def trajectory_ratio(workshop: Workshop, stage: StageText, bits: int) -> Measurement:
+def trajectory_ratio(workshop: Workshop, stage: StageText, bits: Count) -> Measurement:
     """`bits` a weight over what the Hyper-Compression paper counts, over the sampled matrices."""
     made, counted, n = stages.parse(stage), 0.0, 0
     for weight, _ in _weights(workshop, "sample", 0):
@@ -429,7 +431,7 @@ def trajectory_ratio(workshop: Workshop, stage: StageText, bits: int) -> Measure
 
 
 @probe("x of the squared error")
-def output_errors_compared(workshop: Workshop, stage: StageText, reference: StageText, rows: int) -> Measurement:
+def output_errors_compared(workshop: Workshop, stage: StageText, reference: StageText, rows: Count) -> Measurement:
     """tr(dW H dW^T) relative to tr(W H W^T) of one stage over that of another, on some rows of the sampled matrices."""
     ours, theirs = stages.parse(stage), stages.parse(reference)
     statistics, pairs, n = _statistics(workshop), [], 0
@@ -551,7 +553,7 @@ def activation_cost(workshop: Workshop) -> Measurement:
 
 
 @probe("x")
-def padded_perplexity(workshop: Workshop, texts: int) -> Measurement:
+def padded_perplexity(workshop: Workshop, texts: Count) -> Measurement:
     """Perplexity with padding counted as tokens and labels, over that of the tokens alone; original model.
 
     As the audited code prepares them: texts of more than 100 characters, cut or filled up to 512 tokens.
@@ -601,7 +603,7 @@ def conv1d_layers(workshop: Workshop) -> Measurement:
 
 @probe("x")
 def filter_gain(
-    workshop: Workshop, filter: Literal["low", "high"], signal: Literal["constant", "alternating"], steps: int = 500
+    workshop: Workshop, filter: Literal["low", "high"], signal: Literal["constant", "alternating"], steps: Count = 500
 ) -> Measurement:
     """Root mean square of a filtered gradient over the plain one's, alpha 0.98, lambda 2, after so many steps.
 
@@ -632,7 +634,7 @@ def singular_values(workshop: Workshop, low: float, high: float) -> Measurement:
 
 
 @probe("root mean square")
-def step_size(workshop: Workshop, rows: int, columns: int) -> Measurement:
+def step_size(workshop: Workshop, rows: Count, columns: Count) -> Measurement:
     """Root mean square of Muon's scaled step, at a learning rate of 1, from Gaussian gradients."""
     steps = [muon_scale(rows, columns) * newton_schulz(w).double() for w, _ in _weights(workshop, "gaussian", rows, columns)]
     pairs = [(math.sqrt(_squares(step) / step.numel()), 1.0) for step in steps]

@@ -15,7 +15,7 @@ from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
 from ..evaluation.questions import CHANCE, questions
 from ..models import LanguageModel
 from ..opening import load
-from .probes import StageText, probe
+from .probes import Share, StageText, probe
 from .workshop import Unmeasured, Workshop
 
 ASKED = {"smoke": (4, 40), "standard": (8, 160), "full": (12, 400)}  # questions a level, and at the level found
@@ -53,7 +53,7 @@ def edge_kept(workshop: Workshop, stage: StageText) -> Measurement:
 
 
 @probe("share of answers")
-def edge_of_what_passes(workshop: Workshop, stages: list[StageText], least: float) -> Measurement:
+def edge_of_what_passes(workshop: Workshop, stages: list[StageText], least: Share) -> Measurement:
     """Lowest share of answers right at the original's edge of chaos, among the stages that keep at least `least` of the
     original's; what each of them keeps stands in the protocol."""
     found = {stage: _edge(workshop, stage) for stage in stages}

@@ -35,6 +35,11 @@ def _stage(text: str) -> str:
 
 
 StageText = Annotated[str, pydantic.AfterValidator(_stage)]  # as `stages.parse` takes it
+# Numbers by their range, which is looked at before anything runs.
+Count = Annotated[int, pydantic.Field(ge=1)]
+Natural = Annotated[int, pydantic.Field(ge=0)]
+Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
 def probe(unit: str = "", compares: bool = False) -> Callable[[Probe], Probe]:
@@ -162,7 +167,7 @@ def ratio(
 
 
 @probe("x")
-def ratio_of(workshop: Workshop, model: str, stage: StageText, bits: int) -> Measurement:
+def ratio_of(workshop: Workshop, model: str, stage: StageText, bits: Count) -> Measurement:
     """As `ratio` of the whole model, for another model than the workshop's."""
     opened = open_model(model)
     artifact = compress(opened, stage, workshop.folder / f"ratio-of-{opened.name}", overwrite=True, progress=False)
@@ -202,7 +207,7 @@ def top1_agreement(workshop: Workshop, stage: StageText) -> Measurement:
 
 
 @probe("relative difference")
-def perplexity_formula(workshop: Workshop, tokens: int = 511) -> Measurement:
+def perplexity_formula(workshop: Workshop, tokens: Count = 511) -> Measurement:
     """Relative difference between our perplexity and the one from transformers' own loss, on one window."""
     text, ids = short_text(workshop, min(tokens, workshop.tokens, workshop.context - 1))
     ours = evaluation.perplexity(workshop.model, text, context=len(ids), progress=workshop.progress)

@@ -21,7 +21,7 @@ from ..evaluation.texts import CHECKOUT
 from ..opening import load, open_model
 from ..pipeline import compress
 from ..tensorfiles import write_json
-from .probes import bits_per_weight, probe
+from .probes import Count, bits_per_weight, probe
 from .workshop import LEFT_OUT, PACKAGE, Unmeasured, Workshop
 
 POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
@@ -178,7 +178,7 @@ def _facts_read_back(uri: str, artifact: Artifact, base: str, parent: str | None
 
 
 @probe("share of functions")
-def short_functions(workshop: Workshop, lines: int = 60) -> Measurement:
+def short_functions(workshop: Workshop, lines: Count = 60) -> Measurement:
     """Share of the package's functions that are at most `lines` lines long."""
     functions = [f for _, f in _functions()]
     short = sum((f.end_lineno or f.lineno) - f.lineno + 1 <= lines for f in functions)

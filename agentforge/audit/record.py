@@ -103,6 +103,7 @@ def measure(
         "title": claims.title,
         "about": claims.about,
         "source": claims.source,
+        "claims_file": claims.file,
         "claims_sha256": claims_sha256(claims.claims),
         "budget": workshop.effort.name,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

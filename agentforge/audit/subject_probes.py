@@ -15,7 +15,7 @@ from .. import evaluation
 from ..errors import BadInput
 from ..evaluation import Divergence, Measurement, intervals
 from ..models import LanguageModel
-from .probes import probe
+from .probes import Count, probe
 from .workshop import Unmeasured, Workshop
 
 
@@ -50,7 +50,7 @@ def _divergence(workshop: Workshop) -> Divergence:
 
 
 @probe("x", compares=True)
-def ratio_on_disk(workshop: Workshop, bits: int = 16) -> Measurement:
+def ratio_on_disk(workshop: Workshop, bits: Count = 16) -> Measurement:
     """The original's parameters at `bits` each over the bytes of the subject's weight files, headers included."""
     subject = subject_of(workshop)
     original = workshop.model.parameters * bits // 8
@@ -120,14 +120,14 @@ def perplexity_kept(workshop: Workshop) -> Measurement:
 
 
 @probe("tokens/s")
-def tokens_a_second(workshop: Workshop, tokens: int = 32, runs: int = 6) -> Measurement:
+def tokens_a_second(workshop: Workshop, tokens: Count = 32, runs: Count = 6) -> Measurement:
     """Tokens that the subject generates a second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
     rates = _rates(workshop, subject_of(workshop, compares=False), tokens, runs)
     return _speed(workshop, rates, "tokens/s", tokens)
 
 
 @probe("x", compares=True)
-def times_as_fast(workshop: Workshop, tokens: int = 32, runs: int = 6) -> Measurement:
+def times_as_fast(workshop: Workshop, tokens: Count = 32, runs: Count = 6) -> Measurement:
     """Tokens a second of the subject over those of its original, both as they are loaded; median of pairs of runs."""
     subject, original = subject_of(workshop), workshop.on_device(workshop.model)
     pairs = [(_rates(workshop, subject, tokens, 1)[0], _rates(workshop, original, tokens, 1)[0]) for _ in range(runs)]

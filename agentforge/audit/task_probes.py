@@ -13,7 +13,7 @@ from ..evaluation import Measurement
 from ..evaluation.tasks import SUITES, TaskResult, evaluate_tasks
 from ..models import LanguageModel
 from ..opening import load
-from .probes import StageText, probe
+from .probes import Count, StageText, probe
 from .subject_probes import subject_of
 from .workshop import Unmeasured, Workshop
 
@@ -71,13 +71,13 @@ def suite_retention(workshop: Workshop, task: TaskName, stage: StageText) -> Mea
 
 
 @probe("accuracy")
-def task_accuracy(workshop: Workshop, task: TaskName, limit: int | None = None) -> Measurement:
+def task_accuracy(workshop: Workshop, task: TaskName, limit: Count | None = None) -> Measurement:
     """The subject's accuracy on a suite by name (`evaluation.tasks.SUITES`), with its binomial standard error."""
     return _on_suite(workshop, subject_of(workshop, compares=False), task, limit, None).accuracy
 
 
 @probe("share", compares=True)
-def task_accuracy_kept(workshop: Workshop, task: TaskName, limit: int | None = None) -> Measurement:
+def task_accuracy_kept(workshop: Workshop, task: TaskName, limit: Count | None = None) -> Measurement:
     """The subject's accuracy on a suite over its original's; the error is that of pairs."""
     return _kept(_on_suite(workshop, subject_of(workshop), task, limit, workshop.model), task)
 

@@ -32,7 +32,7 @@ from ..training import gates
 from ..training.bitlinear import BitLinear, bit_linears, convert, quantize_activations
 from ..training.phase import Phase, adaptive, phase, size_of
 from ..training.recover import Recovered, Settings, block_of, recover, windows
-from .probes import probe
+from .probes import Count, Positive, Share, probe
 from .workshop import Workshop
 
 DIGITS = Settings(steps=150, batch=128, lr=5e-3, evaluate=50)
@@ -145,7 +145,7 @@ def _kl_of_unigrams(workshop: Workshop) -> float:
 
 
 @probe("share of KL")
-def recovery(workshop: Workshop, steps: int, lr: float = 1e-3, optimizer: str = "adamw") -> Measurement:
+def recovery(workshop: Workshop, steps: Count, lr: Positive = 1e-3, optimizer: str = "adamw") -> Measurement:
     """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext.
 
     Of no more than what unigrams lose, a model that has read nothing of the context: a model that is worse than that, and
@@ -202,7 +202,7 @@ def resume_difference(workshop: Workshop) -> Measurement:
 
 
 @probe("share")
-def calibration_gain(workshop: Workshop, tokens: int) -> Measurement:
+def calibration_gain(workshop: Workshop, tokens: Count) -> Measurement:
     """Output error of the calibrated ternary rule over that of the paper's, summed over the sample of matrices, on
     H = E[x x^T]."""
     seen = collect(workshop.model, Calibration(tokens=tokens, context=min(1024, tokens)), progress=workshop.progress)
@@ -250,7 +250,7 @@ def fewer_samples(workshop: Workshop) -> Measurement:
 
 @probe("x")
 def recovery_gain_of_filter(
-    workshop: Workshop, alpha: float = 0.98, lamb: float = 2.0, other_alpha: float = 0.98, other_lamb: float = 0.0
+    workshop: Workshop, alpha: Share = 0.98, lamb: float = 2.0, other_alpha: Share = 0.98, other_lamb: float = 0.0
 ) -> Measurement:
     """KL after recovery with another setting of Grokfast's filter (by default none), over that with this one; digits-mlp,
     MuGrokfast, pairs of runs of one seed."""
@@ -276,7 +276,7 @@ def recovery_gain_of_filter(
 
 
 @probe("share of tokens")
-def dual_agreement(workshop: Workshop, tokens: int = 511) -> Measurement:
+def dual_agreement(workshop: Workshop, tokens: Count = 511) -> Measurement:
     """Share of tokens at which the packed model and the dequantised float16 one have the same most likely next token."""
     artifact = workshop.artifact("ternary")
     folder = workshop.folder / "dequantized"
@@ -380,7 +380,7 @@ def adaptive_ratio(workshop: Workshop) -> Measurement:
 
 
 @probe("x")
-def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32") -> Measurement:
+def kernel_speed(workshop: Workshop, size: Count = 4096, against: str = "float32") -> Measurement:
     """How many times faster TernaryLinear multiplies one vector than torch does, medians of runs taken in turns."""
     from ..runtime import TernaryLinear
 
@@ -393,7 +393,7 @@ def kernel_speed(workshop: Workshop, size: int = 4096, against: str = "float32")
 
 
 @probe("x")
-def generation_speed(workshop: Workshop, against: str = "float32", tokens: int = 16) -> Measurement:
+def generation_speed(workshop: Workshop, against: str = "float32", tokens: Count = 16) -> Measurement:
     """How many times faster the ternary model generates from its packed planes than the same model in torch."""
     packed = load(workshop.artifact("ternary").path, runtime="packed").model
     dense = copy.deepcopy(load(workshop.artifact("ternary").path).model).to(getattr(torch, against))

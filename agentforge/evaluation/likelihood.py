@@ -201,8 +201,7 @@ def plan(
         raise BadInput(
             f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}"
         )
-    if model.context and context > model.context:
-        raise BadInput(f"context={context}: {model.name} takes at most {model.context} tokens")
+    model.check_context(context)
     if tokens is not None and tokens < 2:
         raise BadInput(f"tokens={tokens}; expected 2 or more, for a standard error")
     if bos not in ("none", "text", "window"):

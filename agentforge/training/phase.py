@@ -113,6 +113,7 @@ def phase(
     stage = parsed
     settings = settings or Settings()
     settings.check()
+    model.check_context(settings.context)
     out = check_out(out, model.path)
     for name in ("untrained", "quantized", "dequantized"):
         check_out(out / name, replace=True)

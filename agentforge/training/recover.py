@@ -159,6 +159,7 @@ def recover(
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     settings = settings or Settings()
     settings.check()
+    model.check_context(settings.context)
     calibration = Calibration(text, settings.steps * settings.batch * settings.context, settings.context)
     weights = {weight.name: weight for weight in model.weights()}
     chosen = sorted(weights) if names is None else sorted(set(names))

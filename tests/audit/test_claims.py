@@ -166,6 +166,16 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
             "parameters, bit: probe ratio_on_disk takes no 'bit'",
         ),
         ({"probe": {"name": "ratio_on_disk", "parameters": {"bits": "16"}}}, "bits='16': Input should be a valid integer"),
+        (
+            {"probe": {"name": "ratio_on_disk", "parameters": {"bits": -16}}},
+            "bits=-16: Input should be greater than",
+        ),
+        ({"probe": {"name": "task_accuracy", "parameters": {"task": "arc_easy", "limit": 0}}}, "limit=0: Input should be"),
+        (
+            {"probe": {"name": "threshold_for_zeros", "parameters": {"share": 1.5, "source": "gaussian"}}},
+            "parameters, share: probe threshold_for_zeros: share=1.5: Input should be less than or equal to 1",
+        ),
+        ({"probe": {"name": "sparse_gain", "parameters": {"tau": -1.0}}}, "tau=-1.0: Input should be greater than 0"),
         ({"probe": {"name": "zero_share", "parameters": {"stage": "roundng:bits=4"}}}, "stage 'roundng' does not exist"),
         ({"probe": {"name": "zero_share", "parameters": {"stage": 4}}}, "stage=4: Input should be a valid string"),
         ({"probe": {"name": "edge_of_what_passes", "parameters": {"stages": ["ternary", "magic"], "least": 1}}}, "'magic'"),

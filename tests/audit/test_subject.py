@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import yaml
 
 import agentforge as af
 from agentforge import audit
-from agentforge.audit import probes, report
+from agentforge.audit import drawing, probes, report
 from agentforge.cli import app
 from agentforge.errors import BadInput
 
@@ -96,7 +97,11 @@ def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path, tiny_ll
 
 
 def test_claims_without_code_from_the_command_line(
-    small: Path, tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: Path,
+    tiny_llama: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     claims = {
         "report": "mine",
@@ -119,7 +124,7 @@ def test_claims_without_code_from_the_command_line(
             }
         ],
     }
-    path = tmp_path / "mine.yaml"
+    path = tmp_path / "my claims.yaml"
     path.write_text(yaml.safe_dump(claims))
     arguments = ["audit", "--claims", str(path), "--model", str(small), "--against", str(tiny_llama), "--only", "size"]
     app([*arguments, "--text", "selftext", "--tokens", "127", "--json"], standalone_mode=False)
@@ -131,6 +136,19 @@ def test_claims_without_code_from_the_command_line(
     )
     with pytest.raises(BadInput, match="one of the two"):
         app(["audit", "phase4_bitnet", "--claims", str(path)], standalone_mode=False)
+    # What the report says under "Again" does so, where the file and both models lie.
+    settings = {"report": path, "model": str(small), "against": str(tiny_llama), "text": "selftext", "tokens": 127}
+    record = report.obtain(None, None, settings | {"budget": "smoke", "device": "cpu", "fresh": False})
+    again = f"agentforge audit --claims 'my claims.yaml' --model {small.name} --against {tiny_llama.name}"
+    assert f"Again**: `{again} --budget smoke --tokens 127`" in drawing.provenance(record)
+    said = drawing.evidence(record, record["claims"][0])
+    assert f"Again: <code>{again} --only size --budget smoke</code>" in said
+    for folder in (small, tiny_llama):
+        (tmp_path / folder.name).symlink_to(folder)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    app([*shlex.split(again)[1:], "--only", "size", "--budget", "smoke", "--json"], standalone_mode=False)
+    assert json.loads(capsys.readouterr().out)["claims"][0]["measured"]["value"] == row["measured"]["value"]
 
 
 def test_the_example_is_a_claims_file_that_works(small: Path, tiny_llama: Path) -> None:

@@ -277,6 +277,8 @@ def test_what_cannot_be_trained_is_refused(tiny_llama: Path, tmp_path: Path) -> 
         recover(model, tmp_path / "out", "ternary:rule=threshold", QUICK, text=TEXT)
     with pytest.raises(BadInput, match="nothing: is no weight of"):
         recover(model, tmp_path / "out", settings=QUICK, text=TEXT, names=["nothing"])
+    with pytest.raises(BadInput, match=r"context=129: tiny-llama.* takes at most 128 tokens"):
+        recover(model, tmp_path / "out", settings=dataclasses.replace(QUICK, context=129), text=TEXT)
     with pytest.raises(BadInput, match="a window takes 32"):
         recover(model, tmp_path / "out", settings=QUICK, text=Text("short", "file", "abc"))
 
