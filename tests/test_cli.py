@@ -35,9 +35,7 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
-NO_MEMORY = (
-    "agentforge: memory ran out; free some, or raise its limit (--workers 1 takes the least, where a command has it)\n"
-)
+NO_MEMORY = "agentforge: out of memory; free some or raise the limit (--workers 1 needs the least, if the command has it)\n"
 
 
 @pytest.fixture
