@@ -16,14 +16,14 @@ from typing import Any
 from .errors import BadInput
 from .tensorfiles import read_json
 
-# The mark of a folder, and what may lie beside it; where the mark has "files", these may, too.
+# The mark of a folder, and what may lie beside it; if the mark has "files", these may, too.
 MARKS = {
     "agentforge.json": r"history\.json",
     "agentforge-source.json": r"",
     "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.safetensors",
     "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.old)?",
 }
-# What an artifact can be of, where its mark is damaged and no longer says so.
+# What an artifact can be of, if its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
 PIECES = r"(\d{5,}|shared)\.safetensors"
 REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
@@ -79,7 +79,7 @@ def _mark(folder: Path) -> tuple[str | None, str]:
 def remove(folder: Path) -> None:
     """Remove a folder that agentforge has made, its mark last, so that what a kill leaves can be told, too.
 
-    Nothing happens where there is none.  Raises BadInput where anything in it is not agentforge's.
+    Nothing happens if there is none.  Raises BadInput if anything in it is not agentforge's.
     """
     if not os.path.lexists(folder):
         return
@@ -92,7 +92,7 @@ def remove(folder: Path) -> None:
 
 
 def old_of(out: Path) -> Path:
-    """Where what `replace` takes out of the way lies until the new one is there."""
+    """Where `replace` keeps the old folder until the new one is there."""
     return out.with_name(out.name + ".old")
 
 
@@ -100,7 +100,7 @@ def check_out(out: str | Path, *inputs: Path, replace: bool = False) -> Path:
     """The folder to write, absolute, and free to be written: what a kill left of its replacement is put right.
 
     inputs: what must not be written over.  replace: a folder of agentforge's may be there, and is to go.
-    Raises BadInput where the place cannot be used, before any work.
+    Raises BadInput if the folder cannot be used, before any work.
     """
     out = Path(out).expanduser()
     place = Path(os.path.abspath(out))
@@ -133,7 +133,7 @@ def replace(made: Path, out: Path) -> None:
     """Rename the folder `made` to `out`.  What was there, a folder of agentforge's, is renamed away and removed last: killed
     at any moment, one of the two is whole, and `check_out` puts it in its place.
 
-    Raises BadInput where anything in the old one is not agentforge's.
+    Raises BadInput if anything in the old one is not agentforge's.
     """
     if out.is_dir() and (strange := foreign(out)):
         raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")

@@ -4,7 +4,7 @@ A stage turns a dense weight into a :class:`Packed`: named planes in a fixed ord
 unsigned integers of a known width, an array of trits, or an array of floats.  Its ``coding`` says which:
 
 ===========  ==============================================  =========================
-coding       values                                          bits a value
+coding       values                                          bits per value
 ===========  ==============================================  =========================
 ``uint1`` .. ``uint32``  unsigned integers below 2**w, least significant bit first  w
 ``trit``     0, 1 or 2; five to a byte, as 3**5 = 243 < 256  8/5
@@ -99,9 +99,9 @@ class Plane:
 
     @classmethod
     def from_stored(cls, name: str, coding: str, shape: tuple[int, ...], stored: torch.Tensor) -> Plane:
-        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for, if they tell it.
+        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for, if they fix it.
 
-        Raises BadArtifact where it has not, or where it holds what no packer writes: a byte above 242 among trits,
+        Raises BadArtifact if it has not, or if it holds what no packer writes: a byte above 242 among trits,
         padding that is not zero, a float that is not finite, a code that does not come out even.
         """
         count = math.prod(shape)
@@ -140,8 +140,8 @@ class Plane:
 class Packed:
     """An encoded weight: its shape (out, in) and all the planes that `Stage.decode` needs.
 
-    shared: planes that all the weights of a model have in common (a codebook), where the stage shares any.  They are
-    stored once a model, and not part of `bits` and `sha256`.
+    shared: planes that all the weights of a model have in common (a codebook), if the stage shares any.  They are
+    stored once per model, and not part of `bits` and `sha256`.
     """
 
     shape: tuple[int, int]
@@ -152,7 +152,7 @@ class Packed:
         for plane in self.planes:
             if plane.name == name:
                 return plane.values
-        raise BadArtifact(f"plane {name!r} is missing; there are {', '.join(p.name for p in self.planes) or 'none'}")
+        raise BadArtifact(f"plane {name!r} is missing; found {', '.join(p.name for p in self.planes) or 'none'}")
 
     def __iter__(self) -> Iterator[Plane]:
         return iter(self.planes)
@@ -230,7 +230,7 @@ def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
     """Unsigned integers below 2**width to bytes: value i takes bits i*width to (i+1)*width - 1 of a little-endian stream.
 
     values: integers of any shape.  Returns uint8[ceil(n * width / 8)]; the bits that fill the last byte are zero.
-    Raises BadInput where a value does not fit.
+    Raises BadInput if a value does not fit.
     """
     flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << width):
@@ -250,7 +250,7 @@ def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
         for j in range(1, 8 // width):
             packed |= columns[:, j] << (j * width)
         return packed
-    # Eight values fill `width` whole bytes: one word of 64 bits where they fit, else byte by byte.
+    # Eight values fill `width` whole bytes: one word of 64 bits if they fit, else byte by byte.
     columns = torch.nn.functional.pad(flat.to(torch.int64), (0, -count % 8)).reshape(-1, 8)
     if width < 8:
         words = torch.zeros(len(columns), dtype=torch.int64, device=columns.device)
@@ -271,7 +271,7 @@ def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
 def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     """The inverse of `pack_uint`: uint8 for widths up to 8, int32 up to 31 and int64 for 32.
 
-    Raises BadInput where the bits that fill the last byte are not zero.
+    Raises BadInput if the bits that fill the last byte are not zero.
     """
     spare = stored.numel() * 8 - count * width
     if stored.numel() and spare and int(stored[-1]) >> (8 - spare):

@@ -52,7 +52,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Registered(NamedTuple):
-    """name: of the registered model.  packed, dequantised: the two versions.  new: False where the artifact was there."""
+    """name: of the registered model.  packed, dequantised: the two versions.  new: False if the artifact was there."""
 
     name: str
     packed: int
@@ -76,7 +76,7 @@ def register(
     to the packed version.  handed: the folder of a hand-off that the artifact is part of; it is checked, and the outcome
     recorded.  An artifact that is there already gets the new metrics and aliases, and no new version.
 
-    Raises BadInput where the artifact is damaged, or anything else cannot be used; nothing is registered then.
+    Raises BadInput if the artifact is damaged, or anything else cannot be used; nothing is registered then.
     """
     _mlflow()
     artifact = Artifact(Path(path).expanduser().resolve())
@@ -115,7 +115,7 @@ def registered(uri: str | None = None) -> list[dict[str, Any]]:
     """Every version that agentforge registered: name, version, source, aliases, metrics (measurements as JSON objects) and
     the other tags.
 
-    Raises BadInput where the registry cannot be read; one that does not exist yet holds nothing.
+    Raises BadInput if the registry cannot be read; one that does not exist yet holds nothing.
     """
     uri = registry_uri(uri)
     if (file := _sqlite_file(uri)) is not None and not file.exists():
@@ -139,7 +139,7 @@ def registered(uri: str | None = None) -> list[dict[str, Any]]:
 def registry_uri(given: str | None = None) -> str:
     """The URI asked for, else AGENTFORGE_REGISTRY, else that of a SQLite file in agentforge's cache.
 
-    Raises BadInput for what is no URI.
+    Raises BadInput for what is not an URI.
     """
     uri = given or os.environ.get("AGENTFORGE_REGISTRY") or f"sqlite:///{cache_dir().absolute() / 'registry/mlflow.db'}"
     if not re.fullmatch(r"sqlite:///[^?#]+|(?!sqlite:)[a-z][a-z0-9+.-]*://.+", uri):
@@ -163,7 +163,7 @@ def _name_of(artifact: Artifact) -> str:
 
 
 def _mlflow() -> Any:
-    """MLflow, which reports to nobody.  Raises BadInput where it is not installed."""
+    """MLflow, which reports to nobody.  Raises BadInput if it is not installed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own seven take minutes to say that nobody is there
@@ -237,7 +237,7 @@ def _versions(client: Any, name: str) -> dict[tuple[str, str], Any]:
 
 
 def _link(client: Any, name: str) -> None:
-    """Give every packed version its partner: the version is made where it is missing, after a kill."""
+    """Give every packed version its partner: the version is made if it is missing, after a kill."""
     versions = _versions(client, name)
     for (sha256, form), packed in versions.items():
         if form != "packed":
@@ -255,9 +255,9 @@ def _link(client: Any, name: str) -> None:
 
 
 def _dequantised(artifact: Artifact, sha256: str, uri: str) -> Path:
-    """The folder of the dequantised form, in the registry's own folder, made where it is not there as it was written.
+    """The folder of the dequantised form, in the registry's own folder, made if it is not there as it was written.
 
-    bfloat16 where the original is all of that, else float32, which holds every decoded value as it is.
+    bfloat16 if the original is all of that, else float32, which holds every decoded value as it is.
     """
     file = _sqlite_file(uri)
     folder = (file.parent if file else cache_dir() / "registry") / "dequantised" / sha256
@@ -339,7 +339,7 @@ def _handed(folder: Path, sha256: str) -> dict[str, str]:
 def _metrics(path: Path, fingerprints: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """For each form the measurements in a file that were taken of it, as tags.
 
-    Raises BadInput where the file holds something else than measurements, or none of this artifact.
+    Raises BadInput if the file holds something else than measurements, or none of this artifact.
     """
     data: Any = read_json(path, LARGEST_RECORD)
     measured: list[tuple[str, Any]] = []

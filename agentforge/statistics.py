@@ -2,7 +2,7 @@
 
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
-same tensor (q, k and v; gate and up) share one H.  All H are held at once, in float32: 4 bytes * in^2 a distinct input,
+same tensor (q, k and v; gate and up) share one H.  All H are in memory at once, as float32: 4 bytes * in^2 per distinct one,
 0.4 GB for SmolLM2-135M, plus as much for each worker.
 """
 
@@ -37,7 +37,7 @@ class InputStatistics:
 
     sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window,
     of tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of
-    KL(model || changed model) in these outputs.  None where it was not asked for.
+    KL(model || changed model) in these outputs.  None if it was not asked for.
     """
 
     hessian: torch.Tensor
@@ -50,7 +50,7 @@ class InputStatistics:
         return self.hessian.diagonal()
 
     def check(self, shape: tuple[int, int], name: str) -> None:
-        """Raise BadInput where this is not what a weight of this shape, [out, in], needs."""
+        """Raise BadInput if this is not what a weight of this shape, [out, in], needs."""
         rows, columns = shape
         if tuple(self.hessian.shape) != (columns, columns):
             raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
@@ -64,9 +64,9 @@ class InputStatistics:
 @dataclass(frozen=True)
 class Calibration:
     """Which text to calibrate on.  text: a name, a path or a Text (default: selftext's calibration split, as everybody
-    has it).  tokens: how many of its tokens.  context: tokens a window.  sensitivity_tokens: on how many of them backward
+    has it).  tokens: how many of its tokens.  context: tokens per window.  sensitivity_tokens: on how many of them backward
     passes are made, too, for `InputStatistics.sensitivity`.  device: where the model runs; sums are rounded differently on
-    each, so that a recipe names it where it is not the CPU."""
+    each, so that a recipe names it if it is not the CPU."""
 
     text: str | Text = "selftext"
     tokens: int = TOKENS
@@ -105,15 +105,15 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
-    workers: threads, each with a window in hand (default: one a core, at most 4; on a GPU always one).  The model's module
+    workers: threads, each with one window in memory (default: one per core, at most 4; on a GPU one).  The model's module
     is moved to `calibration.device`; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for
     settings out of range.
     """
     calibration = calibration or Calibration()
-    place = device_named(calibration.device)
-    windows = [window.to(place) for window in _windows(model, calibration)]
+    device = device_named(calibration.device)
+    windows = [window.to(device) for window in _windows(model, calibration)]
     module = model.on(calibration.device).model
-    most = min(workers or os.cpu_count() or 1, 4) if place.type == "cpu" else 1
+    most = min(workers or os.cpu_count() or 1, 4) if device.type == "cpu" else 1
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers = dict(module.named_modules())
     # A layer of experts is fed all tokens, each of its matrices only some: it has no statistics.
@@ -266,7 +266,7 @@ def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = args[0]  # holding it keeps its identity from being given to another
+            inputs[name] = args[0]  # keeping it keeps its identity from being given to another
 
         return hook
 

@@ -24,7 +24,7 @@ def read_yaml(path: Path, expected: str) -> tuple[Any, Line]:
     that gives the line, from 1, of the value at a path, or of its nearest parent.
 
     expected: what the file should be, for messages.  Raises BadInput, by line, for keys that are there twice, aliases of
-    what they are a part of or of too much, deep nesting, numbers beyond a float, and whatever else is no plain data.
+    what they are a part of or of too much, deep nesting, numbers beyond a float, and whatever else is not a plain data.
     """
     try:
         if path.exists() and not path.is_file():

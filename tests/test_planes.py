@@ -237,7 +237,7 @@ def test_packed_counts_all_its_planes() -> None:
     assert packed.bits_per_weight == (3 * 21 + 48 + 8) / 21
     assert [plane.name for plane in packed] == ["codes", "scale", "exponent"]
     assert packed["exponent"].tolist() == [0]
-    with pytest.raises(BadArtifact, match="'minimum' is missing; there are codes, scale, exponent"):
+    with pytest.raises(BadArtifact, match="'minimum' is missing; found codes, scale, exponent"):
         packed["minimum"]
 
 

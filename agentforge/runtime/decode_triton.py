@@ -1,6 +1,6 @@
 """Decoding on a GPU from packed bits, in Triton: VPTQ's centroids, and SeedLM's blocks from their seeds.
 
-Imported only where Triton is installed, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1.  The product follows
+Imported only if Triton is installed, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1.  The product follows
 as a matrix product of its own.  Results are the CPU's, bit for bit.  Tested in Triton's interpreter; no GPU has run it yet.
 """
 
@@ -24,7 +24,7 @@ LANES = 128
 
 
 def dense(ready: Ready) -> torch.Tensor | None:
-    """The decoded weight, float32[out, in] on the planes' device, or None where there is no kernel for its settings."""
+    """The decoded weight, float32[out, in] on the planes' device, or None if there is no kernel for its settings."""
     if isinstance(ready.stage, SeedLM):
         return _seedlm(ready, ready.stage)
     if isinstance(ready.stage, Vptq) and ready.stage.parts == 1 and len(ready.stage.segments(ready.shape)) == 1:

@@ -39,7 +39,7 @@ def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
-    """x W^T, float32[tokens, out] of x: float[tokens, in], or None where W has to be decoded."""
+    """x W^T, float32[tokens, out] of x: float[tokens, in], or None if W has to be decoded."""
     known: Any = {Rounding: _rounding, ECSQ: _ecsq, Vptq: _vptq, Trajectory: _trajectory}.get(type(ready.stage))
     if known is None or not x.is_cpu or not 0 < len(x) <= FEW:
         return None

@@ -161,7 +161,7 @@ class HalfLinear(_Half):
 
 
 def adopt(module: Any) -> None:
-    """Put these in the place of a model's embedding and head, where they are plain and their weights have 16 bits."""
+    """Put these in place of a model's embedding and head, if they are plain and their weights have 16 bits."""
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     halves = torch.float16, torch.bfloat16
     tied = head is not None and getattr(head, "weight", None) is embedding.weight

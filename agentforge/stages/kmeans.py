@@ -1,7 +1,7 @@
 """k-means for codebooks: nearest centroids at the speed of the multiply-adds, and Lloyd's iteration on top of them.
 
 The nearest centroid of x is the one with the least |c|^2 / 2 - x.c, in float32; of equal ones the first.  Every centroid
-is looked at: with vectors as short as ours, 20 multiply-adds a centroid on a machine that does 16 of them at once, tests
+is looked at: with vectors as short as ours, 20 multiply-adds per centroid on a machine that does 16 of them at once, tests
 that could skip one cost more than the skipped work.  Centroids lie in blocks of `LANES`, one coordinate after the
 other, so that the inner loop runs over centroids; four vectors go through a block together, so that what is loaded is
 used four times.  The loop keeps only the least score of a block; which centroid it was is found out at the end, in the
@@ -26,9 +26,9 @@ from numba.extending import intrinsic
 from .base import kernels_for
 
 CPU = torch.device("cpu")
-LANES = 128  # centroids a block
+LANES = 128  # centroids per block
 SPREAD = 8192  # most centroids that k-means++ places
-CHUNK = 4096  # vectors a task; with the chunk's scores it stays in the cache
+CHUNK = 4096  # vectors per task; with the chunk's scores it stays in the cache
 Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
 ROUND = {"contract", "nnan", "nsz"}  # fused multiply-adds; no sum is reordered
 
@@ -61,7 +61,7 @@ def nearest(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1, device
     """Index of the nearest centroid of every vector: int32[n].
 
     vectors: float32[n, v], C-contiguous.  centroids: float32[k, v].  threads: share the vectors among so many.  device:
-    where to compute.  The result does not depend on either.
+    to compute on.  The result does not depend on either.
     """
     if kernels := kernels_for(device):
         on_device = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (vectors, centroids))

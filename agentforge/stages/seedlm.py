@@ -14,7 +14,7 @@ Where this departs from the print:
 * Section 3.2 prints e = max floor(log2|t_i|), which leaves q in -2..2 and wastes two of its four bits.  The stated range
   of t, up to 7 * 2^7, asks for e = floor(log2 max|t_i|) - 2: exponent="corrected".  exponent="printed" shows what the
   other costs.
-* e is absolute, so that small weights would sink below 2^-8: a power of two a tensor (eight bits, counted) brings their
+* e is absolute, so that small weights would sink below 2^-8: one power of two per tensor (eight bits, counted) brings their
   root mean square to about one.
 * Ties go to the lowest seed; the paper leaves them open.
 
@@ -82,8 +82,8 @@ FLOOR = 0.01  # least weight of an input's error, relative to the mean
 class SeedLM(Stage):
     """Blocks of C weights as P coefficients of a basis that a K-bit shift register makes from a seed.
 
-    bits: 2, 3, 4 or 8 bits a weight by a preset C and P (default 4); 0 where C and P are given.  K: bits of a seed, 2 to
-    20.  C: weights a block.  P: coefficients a block, less than C.  exponent: "corrected" or "printed".  refine: search
+    bits: 2, 3, 4 or 8 bits per weight by a preset C and P (default 4); 0 if C and P are given.  K: bits of a seed, 2 to
+    20.  C: weights per block.  P: coefficients per block, less than C.  exponent: "corrected" or "printed".  refine: search
     exponent and coefficients around the rounded fit.  weighted: weigh errors by the inputs' second moments.
     """
 
@@ -282,8 +282,8 @@ def _tables(K: int, C: int, P: int) -> _Tables:
 def _inverses(values: np.ndarray, count: int, C: int, P: int) -> np.ndarray:
     """What `_worse` asks of each position, float32[count, P * C + 1].
 
-    Where U has full rank, its pseudo-inverse, row by row, and how far the product with a unit vector may be off in float32.
-    Where its columns nearly depend on each other, a unit vector that they hardly reach, and, as a negative number, how far
+    If U has full rank, its pseudo-inverse, row by row, and how far the product with a unit vector may be off in float32.
+    If its columns nearly depend on each other, a unit vector that they hardly reach, and, as a negative number, how far
     U t can go in its direction for the largest t there is.
     """
     rows = 1 + P * np.arange(C)[:, None] + np.arange(P)
@@ -307,7 +307,7 @@ Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarra
 
 def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: torch.device) -> Search:
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
-    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None where all are 1."""
+    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None if all are 1."""
     if kernels := kernels_for(device):
         return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
     tables = _tables(K, C, P)
@@ -446,7 +446,7 @@ def _search(  # pragma: no cover  (compiled)
             _search_tile(
                 blocks, some, limit, h, groups, seed_normals, inverses, near, values, states, rule, seeds, codes, errors
             )
-            # Where nothing below the limit was found, the limit was too low.
+            # If nothing below the limit was found, the limit was too low.
             missed = 0
             for i in range(left):
                 if errors[i] > limit:
@@ -598,8 +598,8 @@ def _worse(  # pragma: no cover  (compiled)
 ) -> bool:
     """Whether the fit of this seed, quantised, is certain to have a larger relative squared error than `error`.
 
-    In float32, in a fraction of the time of `_fit`; not certain where a number is about to be rounded the other way.
-    near: see `_Tables`.  t: room for the coefficients.
+    In float32, in a fraction of the time of `_fit`; not certain if a number is about to be rounded the other way.
+    near: see `_Tables`.  t: buffer for the coefficients.
     """
     C, P = len(w), len(t)
     size = np.float32(math.sqrt(square))
@@ -689,7 +689,7 @@ def _fit(  # pragma: no cover  (compiled)
 
 @njit(nogil=True, cache=True)
 def _solve(G: np.ndarray, p: np.ndarray, L: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
-    """t with G t = p by the Cholesky factor L, which is written; of G the lower triangle is read.  Where columns of U
+    """t with G t = p by the Cholesky factor L, which is written; of G the lower triangle is read.  If columns of U
     depend on each other (only short registers make such), t is the shortest solution, as by the pseudo-inverse."""
     P = len(p)
     t = np.zeros(P)

@@ -1,6 +1,6 @@
 """Triton kernels for the two exhaustive searches, nearest centroid and seed, with the results of the CPU's kernels.
 
-Imported only where Triton is installed, by `base.kernels_for`, for weights on a GPU (or on the CPU under
+Imported only if Triton is installed, by `base.kernels_for`, for weights on a GPU (or on the CPU under
 TRITON_INTERPRET=1, as in the tests).
 
 Both searches go in two steps.  Tensor cores score everything, fast and with errors of which a bound is known; whatever is
@@ -29,8 +29,8 @@ from numba import njit
 from .kmeans import LANES, Codebook
 from .seedlm import LARGEST_Q, LEAST_Q, _fit, _to_unit, lfsr
 
-ROWS = 128  # vectors a program of the first step
-EXACT_ROWS = 32  # vectors a program of the second
+ROWS = 128  # vectors per program of the first step
+EXACT_ROWS = 32  # vectors per program of the second
 CHUNK = 1 << 21  # vectors at a time: 0.3 GB of split operands for vectors of 8
 FEW = 2048  # centroids for which the second step alone is as fast
 ERROR = 2.0**-16  # of the first step's scores, the CPU's own rounding included; see `_margins`
@@ -221,7 +221,7 @@ def _plain_errors(
     job: _Job, blocks: torch.Tensor, owners: torch.Tensor, positions: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Relative errors of these seeds, float64[m], fitted and rounded as in `seedlm._fit` without refinement, and whether
-    the CPU is certain to find the same: not where a number is about to be rounded the other way, or U is nearly singular."""
+    the CPU is certain to find the same: not if a number is about to be rounded the other way, or U is nearly singular."""
     C, P = blocks.shape[1], job.table.shape[1]
     least, largest, shift, _ = job.rule
     w = [column[owners].double() for column in blocks.T.contiguous()]
@@ -260,7 +260,7 @@ def _plain_errors(
 def _bases(values: torch.Tensor, count: int, C: int, P: int, root: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the span of diag(root) U for each seed: float64[count, P, C].
 
-    Gram and Schmidt, twice over, which is enough; where a column depends on those before it, it gives zeros.
+    Gram and Schmidt, twice over, which is enough; if a column depends on those before it, it gives zeros.
     """
     at = torch.arange(count, device=values.device).view(-1, 1, 1) + 1
     inner = torch.arange(P, device=values.device).view(1, -1, 1) + P * torch.arange(C, device=values.device)
