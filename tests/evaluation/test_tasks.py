@@ -457,7 +457,7 @@ ARC_ROW = json.dumps(ARC[0])
 BAD_FILES = [
     ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n\n{{", "line 3: is no JSON"),
     ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n[]", "line 2: list indices must be integers"),
-    ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n{{}}", "line 2: 'choices' is missing; mend the file"),
+    ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n{{}}", "line 2: 'choices' is missing; fix the file"),
     ("arc_easy", "arc/arc_easy_test.json", "[1, 2", "is no JSON array"),
     ("arc_easy", "arc/arc_easy_test.json", "[" * 100_000, "is no JSON array"),
     ("arc_easy", "arc/arc_easy_test.json", f"[{ARC_ROW}, 3]", "item 2: 'int' object is not subscriptable"),
