@@ -1,8 +1,8 @@
 """Probes of the stages: SeedLM, VPTQ and hypercompression, one by one.
 
-Each is held against something that shares no code with it: worked values of the papers, brute force, numpy or scikit-learn,
-or a decoder written from the papers' text.  What takes a model to measure is measured on the workshop's; what takes only
-weights, on the first rows of sampled matrices.
+Each is checked against something that shares no code with it: worked values of the papers, brute force, numpy or
+scikit-learn, or a decoder written from the papers' text.  Probes that need a model use the workshop's; those that need only
+weights use the first rows of sampled matrices.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def decoded_by_seed(workshop: Workshop) -> Measurement:
 
 @probe("share of blocks")
 def block_independence(workshop: Workshop) -> Measurement:
-    """Share of blocks that keep their code where every second block of the weight is another."""
+    """Share of blocks that keep their code if every second block of the weight is another."""
     right: list[bool] = []
     for C, P in ((8, 3), (12, 4)):
         stage = stages.get("seedlm", K=8, C=C, P=P)
@@ -327,7 +327,7 @@ def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:
 
 
 def _segments(values: np.ndarray, length: int) -> list[np.ndarray]:
-    """The flat weight in segments, the last one shorter where it does not come out even."""
+    """The flat weight in segments, the last one shorter if it does not come out even."""
     return [values[first : first + length] for first in range(0, len(values), length)]
 
 

@@ -248,7 +248,7 @@ def coded_bits(
 def coded_ratio(
     workshop: Workshop, coder: CoderText, source: Source = "sample", rows: int = 256, columns: int = 256
 ) -> Measurement:
-    """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
+    """32 bits per weight over all that decoding takes, as `coded_bits` counts it."""
     bits = coded_bits(workshop, coder, source, rows, columns)
     return bits.through(lambda x: 32 / x, "x", metric="32 bits over all that is stored")
 
@@ -293,7 +293,7 @@ def _entropy(counts: torch.Tensor) -> float:
 
 @probe("x")
 def sparse_gain(workshop: Workshop, tau: float) -> Measurement:
-    """A byte a weight over a bit a weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
+    """A byte per weight over a bit per weight and a byte for each that is not zero: what int8 codes gain by being sparse."""
     share = zeros(workshop, tau, "sample")
     return share.through(lambda x: 8 / (1 + 8 * (1 - x)), "x", metric="int8 over a bitmap and int8", tau=tau)
 
@@ -521,7 +521,7 @@ def activation_error(workshop: Workshop, unit: Literal["mean squared error of ze
 
 @probe("share of inputs")
 def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
-    """Share of the inputs of layers of this name that 8 bits a token round to zero."""
+    """Share of the inputs of layers of this name that 8 bits per token round to zero."""
     counts = [0, 0]
 
     def hook(x: torch.Tensor) -> None:

@@ -1,7 +1,7 @@
 """Probes: functions that measure what a claim is about.
 
 A probe gets the workshop (the original model, a folder for artifacts, how much text to score) and the parameters that
-stand in the claim; it returns a Measurement, or raises Unmeasured where something is missing that it needs.  What it
+stand in the claim; it returns a Measurement, or raises Unmeasured if something is missing that it needs.  What it
 measures is always loaded back from disk.
 """
 
@@ -60,7 +60,7 @@ def mistake(name: str, parameters: dict[str, Any], unit: str | None = None) -> t
     unit: in which the claim is made.
     """
     if name not in PROBES:
-        return ("probe", "name"), f"probe {name!r} does not exist; there are {', '.join(sorted(PROBES))}"
+        return ("probe", "name"), f"probe {name!r} does not exist; choose from {', '.join(sorted(PROBES))}"
     signature = inspect.signature(PROBES[name], eval_str=True)
     taken = list(signature.parameters.values())[1:]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)

@@ -31,7 +31,7 @@ POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 def score(workshop: Workshop, sections: list[str] | None = None, stages: list[str] | None = None) -> Measurement:
     """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
 
-    Rows without a verdict do not count; how many there are stands in the protocol.  Scores are no rows of other scores.
+    Rows without a verdict do not count; how many there are stands in the protocol.  Scores are not rows of other scores.
     A score is not computed from what a small budget leaves over.
     """
     rows = [
@@ -157,7 +157,7 @@ def _mlflow_client(uri: str) -> Any:
 
 
 def _facts_read_back(uri: str, artifact: Artifact, base: str, parent: str | None, accuracy: float) -> list[bool]:
-    """What stands in the registry of both forms of an artifact, a truth value a fact; all false where one is missing."""
+    """What stands in the registry of both forms of an artifact, a truth value a fact; all false if one is missing."""
     found = _mlflow_client(uri).search_model_versions(f"tags.manifest_sha256 = '{artifact.sha256}'")
     forms = {version.tags["form"]: version for version in found}
     if set(forms) != {"packed", "dequantised"}:

@@ -74,7 +74,7 @@ def run(
     has changed for is taken from the cache of measurements.  keep: what the report in `out` has measured stays, where its
     claim is the same; the report says how many rows these are, and each names the source that measured it.
 
-    Raises BadInput for an unknown report, unusable settings and a folder in the way that is no report, AgentForgeError where
+    Raises BadInput for an unknown report, unusable settings and a folder in the way that is not a report, AgentForgeError if
     a cell of the notebook fails.
     """
     report = _place(report)
@@ -114,7 +114,7 @@ def run(
 
 
 def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record that a template draws: of `record_path` where it is there already, else measured now and written there.
+    """The record that a template draws: of `record_path` if it is there already, else measured now and written there.
 
     Whatever it says came from files that others may have written: every text is returned escaped, fit for Markdown and HTML.
 
@@ -180,9 +180,9 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
 
 
 def check(folder: Path, claims: ClaimsFile | None = None) -> None:
-    """Raise BadInput where a report is not what its record gives: its verdicts, or any of the forms drawn from it.
+    """Raise BadInput if a report is not what its record gives: its verdicts, or any of the forms drawn from it.
 
-    claims: the claims file that the record has to be of (default: the package's of that name, where there is one).
+    claims: the claims file that the record has to be of (default: the package's of that name, if there is one).
     Pictures are held to be there; their bytes may differ between machines.
     """
     record_file = folder / f"{folder.name}.json"

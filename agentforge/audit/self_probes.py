@@ -42,7 +42,7 @@ PIECE = 100  # characters of a calibration text that are looked for in the score
 
 
 class _Calibrating(Exception):
-    """Stops a probe where it would begin to collect statistics; holds the windows of tokens."""
+    """Stops a probe when it would begin to collect statistics; holds the windows of tokens."""
 
 
 def calibration_windows(workshop: Workshop) -> list[torch.Tensor]:

@@ -159,7 +159,7 @@ def test_a_good_file_is_read(tmp_path: Path) -> None:
             {"claimed": {"by": "paper", "value": 1, "unit": "MB"}},
             "claim a.b, claimed, unit: 'MB' is claimed, and probe ratio",
         ),
-        ({"probe": {"name": "ration"}}, "claim a.b, probe, name: probe 'ration' does not exist; there are"),
+        ({"probe": {"name": "ration"}}, "claim a.b, probe, name: probe 'ration' does not exist; choose from"),
         ({"probe": PROBE | {"parameters": {"stage": "ternary"}}}, "claim a.b, probe, parameters: probe ratio needs 'of'"),
         (
             {"probe": {"name": "ratio_on_disk", "parameters": {"bit": 16}}},
