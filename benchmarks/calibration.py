@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--stages", nargs="+", default=["ternary:rule=calibrated"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--context", type=int, default=128, help="tokens a window")
+    parser.add_argument("--context", type=int, default=128, help="tokens per window")
     parser.add_argument("--judged-tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path("reports/calibration"))
     options = parser.parse_args(arguments)

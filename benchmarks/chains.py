@@ -4,12 +4,12 @@
 
 Runs each file of RUNS with `agentforge pipeline` in a process of its own, and writes OUT/chains.json and OUT/chains.md as
 soon as it is through.  A finished run is taken again where the chain, the model, the text or agentforge's version changed;
-killed, the same command goes on from the chain's last finished attempt (in --work).  `--report` writes the table again and
+killed, the same command continues from the chain's last finished attempt (in --work).  `--report` writes the table again and
 measures nothing.
 
 What a row says:
 
-* bytes: of all weight files on disk.  whole: 32 bits for every parameter over these; touched: 32 bits a weight over the
+* bytes: of all weight files on disk.  whole: 32 bits for every parameter over these; touched: 32 bits per weight over the
   planes of the encoded tensors; of this step: the last accepted artifact's planes over these.
 * error: |W - decoded| / |W| over the encoded weights, against the original's.
 * perplexity, KL(original || this); retention of accuracy (right next tokens, or right digits) and of perplexity, of the step

@@ -5,7 +5,7 @@
 
 Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk.
 Statistics come from selftext alone; nothing is trained but with --recover, which trains the codes for so many steps on
-selftext, within the same bits.  Killed, the same command goes on from the budgets that are done, and from the last look of a
+selftext, within the same bits.  Killed, the same command resumes after the finished budgets, and from the last look of a
 training.  Writes OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
 Rows of others are those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has
@@ -54,8 +54,8 @@ Row = dict[str, Any]
 
 
 class Other(NamedTuple):
-    """A row that budgets are held against.  kind: single stage, a tool, no model, fit.  bits, held: per weight of the linear
-    layers, on disk and in memory (None: not measured).  row: its measurements.  reason: why it is no ordinary row."""
+    """A row that budgets are compared with.  kind: single stage, tool, no model, fit.  bits, held: per weight of the linear
+    layers, on disk and in memory (None: not measured).  row: its measurements.  reason: why it is not an ordinary row."""
 
     kind: str
     name: str
@@ -129,7 +129,7 @@ def measure(
             **{name: value.to_json() for name, value in found.measured._asdict().items()},
         }
     finally:
-        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted goes on from there
+        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted continues from there
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -419,7 +419,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", type=Path, default=Path("reports/fit/peers.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/fit"))
     parser.add_argument("--recover", type=int, default=0, help="steps to train for; 0 trains nothing")
-    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens a step of training")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens per training step")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-fit")
     parser.add_argument("--report", action="store_true", help="write tables and picture again, measure nothing")
     options = parser.parse_args(arguments)

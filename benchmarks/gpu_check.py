@@ -5,7 +5,7 @@
 
 Each check runs on the CPU and on the GPU.  What came out is compared with `TOLERANCES`, which were fixed before any GPU ran
 this; planes have to be the same bits.  Speeds are those of the GPU, as a share of a limit that is measured there first: the
-operations a second of a large float32 product, or the bytes a second of a copy.  Generation and the ternary kernel count the
+operations per second of a large float32 product, or bytes per second of a copy.  Generation and the ternary kernel count the
 bytes of the weights that a token reads.  Times are of single runs after a warm-up on a smaller size, or the best of five
 where a run takes milliseconds.  It takes some minutes, most of them the CPU's.
 
@@ -37,7 +37,7 @@ from agentforge.runtime import TernaryLinear
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.training.recover import Settings, recover
 
-# The largest difference that passes.  Relative ones: |GPU - CPU| / |CPU|, of the worst layer where there are several.
+# The largest difference that passes.  Relative ones: |GPU - CPU| / |CPU|, of the worst layer if there are several.
 TOLERANCES = {
     "statistics": 1e-3,  # float32 sums in another order, through all layers
     "sensitivity": 1e-2,  # the same, backwards; a token that is drawn at a border may be its neighbour
@@ -58,8 +58,8 @@ PROMPT = "The history of the city begins"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.  tokens: of statistics and likelihoods.  backward: of backward passes.  window: tokens a step of
-    training.  steps: of training.  weights: matrices that are encoded.  side: rows and columns of the ternary matrix.
+    """How much is measured.  tokens: of statistics and likelihoods.  backward: of backward passes.  window: tokens per
+    training step.  steps: of training.  weights: matrices that are encoded.  side: rows and columns of the ternary matrix.
     new_tokens: to generate.  limit: rows and columns of the product, and of the copy, that the limits come from."""
 
     tokens: int = 1024
@@ -207,7 +207,7 @@ def ternary_kernel(bench: Bench, device: str, tokens: int) -> Seen:
 
 
 def generation(bench: Bench, device: str, form: str) -> Seen:
-    """Greedy, batch 1, tokens a second.  The packed form is ternary, the others are the original."""
+    """Greedy, batch 1, tokens per second.  The packed form is ternary, the others are the original."""
     if form == "packed":
         made = compress(bench.model, "ternary:packing=2bit", bench.folder / "ternary", progress=False)
         module = load(made.path, runtime="packed").on(device).model
@@ -266,7 +266,7 @@ def difference(cpu: Seen, gpu: Seen) -> float:
 
 
 def limits(device: str, size: int) -> dict[str, float]:
-    """Operations a second of a float32 product, and bytes a second that a copy reads and writes."""
+    """Operations a second of a float32 product, and bytes per second that a copy reads and writes."""
     a = torch.ones(size, size, device=device)
     b = torch.empty_like(a)
     torch.mm(a, a, out=b)

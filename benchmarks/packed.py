@@ -1,4 +1,4 @@
-"""Every stage's packed layers beside dense ones: memory held, and tokens a second.
+"""Every stage's packed layers beside dense ones: memory held, and tokens per second.
 
     python benchmarks/packed.py [ARTIFACT ...] [--stages STAGE ...] [--model smollm2-135m] [--threads 2] [--device cpu]
                                 [--tokens 32] [--prompt 512] [--rounds 5] [--scratch DIR] [--out DIR]

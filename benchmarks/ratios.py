@@ -16,7 +16,7 @@ attempts of --chains that were measured on the same tokens in the same windows. 
 * A setting is best at a ratio if none of that ratio or more keeps more.  digits-mlp's are chosen by their accuracy on the
   1,347 training pictures, and reported on the 450 others; a language model's are chosen and reported on the same tokens, so
   that the best of many is a little flattered.
-* Shannon: no code of R bits a weight gets independent Gaussian weights below 2**(-2 R) of relative squared error.
+* Shannon: no code of R bits per weight gets independent Gaussian weights below 2**(-2 R) of relative squared error.
 """
 
 from __future__ import annotations
@@ -194,7 +194,7 @@ def about_digits(model: LanguageModel) -> Row:
 
 
 def about_language(budgets: list[Row], peers: list[Row]) -> Row:
-    """The same from the records of `benchmarks/fit.py` and `benchmarks/peers.py`; None where they are not there."""
+    """The same from the records of `benchmarks/fit.py` and `benchmarks/peers.py`; None if they are not there."""
     whole = [r for r in (budgets[0]["ratios"] if budgets else ()) if r["what"] == "whole model"]
     size = {r["denominator"].endswith("at 16 bits"): r["denominator_bytes"] for r in whole if "32" not in r["denominator"]}
     unigrams = [row["retention"] for row in peers if row["recipe"]["settings"].get("of", "uniform") != "uniform"]

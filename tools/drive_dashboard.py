@@ -3,7 +3,7 @@
     python tools/drive_dashboard.py FOLDER [--quick]
 
 A whole compression of digits-mlp; and, unless --quick, SmolLM2 started, paused and resumed, and another run of it aborted.
-What the page shows is held against the journals on disk.  FOLDER gets the workspace, and pictures of every view: wide and
+What the page shows is checked against the journals on disk.  FOLDER gets the workspace, and pictures of every view: wide and
 narrow, light and dark.
 """
 
@@ -63,7 +63,7 @@ def _healthy(address: str) -> bool:
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """What `condition` gives as soon as that is true.  Raises AssertionError where it is not in time."""
+    """What `condition` gives as soon as that is true.  Raises AssertionError if it is not in time."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
@@ -105,7 +105,7 @@ class Page:
         return str(self.driver.execute_script("return document.querySelector('[data-testid=stMain]')?.innerText || ''"))
 
     def fill(self, label: str, text: str) -> None:
-        """Type into a field, in the place of what is there, and leave it."""
+        """Type into a field, in place of what is there, and leave it."""
         from selenium.webdriver.common.keys import Keys
 
         field = self._field(label)

@@ -1,6 +1,6 @@
 """Set up .venv as the lock files say, for this Python and this machine: python3 tools/install.py [dev]
 
-Needs Python 3.11 alone: where Debian left out ensurepip, pip comes from the package index, too.  Every file is held against
+Needs Python 3.11 alone: if Debian left out ensurepip, pip comes from the index, too.  Every file is checked against
 the hashes of the lock.  requirements.lock is what an audit needs, requirements-dev.lock what the tests need beside it, and
 requirements-cuda.lock what PyPI's torch needs on Linux; where an index offers torch's CPU build, that is taken instead.
 """

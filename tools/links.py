@@ -1,6 +1,6 @@
 """Check the links of a built site: python tools/links.py FOLDER
 
-Exit code 1 where a link inside the site leads nowhere, anchors included, or where a page or a style sheet would load
+Exit code 1 if a link inside the site leads nowhere, anchors included, or where a page or a style sheet would load
 anything from elsewhere (script, style, font, picture).  Links that a reader may follow to elsewhere are counted by host.
 """
 
