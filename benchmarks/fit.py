@@ -1,10 +1,10 @@
-"""What a budget of bits buys: `agentforge fit` against every single stage, the tools that people use, and no model at all.
+"""What a budget of bits buys: `agentforge fit` against every single stage, common tools, and no model at all.
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
     python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8] [--work FOLDER]
 
 Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk.
-Statistics come from selftext alone; nothing is trained but with --recover, which trains the codes for so many steps on
+Statistics come from selftext alone; nothing is trained without --recover, which trains the codes for that many steps on
 selftext, within the same bits.  Killed, the same command resumes after the finished budgets, and from the last look of a
 training.  Writes OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
@@ -134,7 +134,7 @@ def measure(
 
 
 def _held(artifact: Artifact) -> int:
-    """Bytes that the encoded layers hold while they compute from their planes."""
+    """Bytes of memory of the encoded layers while they compute from their planes."""
     module = load(artifact.path, runtime="packed").model
     with torch.inference_mode():
         module(input_ids=torch.tensor([[0]]), use_cache=False)  # what is made when it is first needed

@@ -172,7 +172,7 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
         first = rows[0]
         lines += [
             f"A Llama of {first['parameters'] / 1e6:.1f} M weights, {options.steps * BATCH * CONTEXT:,} tokens of selftext; "
-            f"loss on {first['n']:,} held-out tokens, nats a token.  {first['environment']['cpu']}, torch "
+            f"loss on {first['n']:,} held-out tokens, nats per token.  {first['environment']['cpu']}, torch "
             f"{first['environment']['packages']['torch']}.",
             "",
             f"Learning rates, tuned on {max(1, options.steps // 4)} steps with seed {TUNING_SEED}:",

@@ -7,7 +7,7 @@ Each check runs on the CPU and on the GPU.  What came out is compared with `TOLE
 this; planes have to be the same bits.  Speeds are those of the GPU, as a share of a limit that is measured there first: the
 operations per second of a large float32 product, or bytes per second of a copy.  Generation and the ternary kernel count the
 bytes of the weights that a token reads.  Times are of single runs after a warm-up on a smaller size, or the best of five
-where a run takes milliseconds.  It takes some minutes, most of them the CPU's.
+if a run takes milliseconds.  It takes some minutes, most of them the CPU's.
 
 Exit code 0: all within tolerance, 1: not all, 2: there is no GPU, or the model cannot be opened.
 """
@@ -94,7 +94,7 @@ class Bench:
 
     @property
     def operations(self) -> float:
-        """Of a forward pass of one token: two a parameter."""
+        """Of a forward pass of one token: two per parameter."""
         return 2.0 * self.model.parameters
 
     def calibration(self, device: str, backward: int = 0) -> Calibration:
@@ -251,7 +251,7 @@ def checks() -> Iterator[tuple[str, float, Callable[[Bench, str], Seen]]]:
 
 
 def difference(cpu: Seen, gpu: Seen) -> float:
-    """Share of hashes that differ, or the largest relative difference of any tensor; infinite where names differ."""
+    """Share of hashes that differ, or the largest relative difference of any tensor; infinite if names differ."""
     if cpu.compared.keys() != gpu.compared.keys():
         return float("inf")
     found = []
@@ -266,7 +266,7 @@ def difference(cpu: Seen, gpu: Seen) -> float:
 
 
 def limits(device: str, size: int) -> dict[str, float]:
-    """Operations a second of a float32 product, and bytes per second that a copy reads and writes."""
+    """Operations per second of a float32 product, and bytes per second that a copy reads and writes."""
     a = torch.ones(size, size, device=device)
     b = torch.empty_like(a)
     torch.mm(a, a, out=b)
@@ -297,7 +297,7 @@ def row(name: str, tolerance: float, check: Callable[[Bench, str], Seen], bench:
 
 
 def run(model: LanguageModel, device: str, sizes: Sizes) -> list[list[str]]:
-    """All checks: a row each."""
+    """All checks, one row each."""
     most = limits(device, sizes.limit)
     rows = []
     with tempfile.TemporaryDirectory(prefix="agentforge-gpu-") as folder:

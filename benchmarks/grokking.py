@@ -198,7 +198,7 @@ def accuracy(model: nn.Module, table: torch.Tensor) -> float:
 
 
 def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) -> Row | None:
-    """One run; where `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to continue from.
+    """One run; if `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to continue from.
 
     steps: to 95% validation accuracy, None if the cap came first.  memorised: to 95% on the last batch.
     """
@@ -260,7 +260,7 @@ Range = tuple[float, float]  # what is known of a number: between these two
 
 
 def steps_of(row: Row) -> Range:
-    """The steps of a run: from the cap to infinity where it is censored."""
+    """The steps of a run: from the cap to infinity if it is censored."""
     return _known(row["steps"], row["recipe"]["cap"])
 
 

@@ -1,11 +1,11 @@
-"""Recovery of a whole ternary model by distillation: how far it gets, and how fast, on the machine at hand.
+"""Recovery of a whole ternary model by distillation: how far it gets, and how fast, on this machine.
 
     python benchmarks/recovery.py --name cpu --steps 100 --batch 4 --context 256 --evaluate 10
     python benchmarks/recovery.py --name h100 --steps 3000 --batch 24 --context 1024 --evaluate 100
 
-Every linear layer inside the decoder's blocks becomes ternary (absmean a tensor, int8 activations), and `recover` trains
+Every linear layer inside the decoder's blocks becomes ternary (absmean per tensor, int8 activations), and `recover` trains
 them on selftext, the original being the teacher; the learning rate's schedule ends with --steps.  Then the packed model is
-loaded back from disk, and measured on WikiText-2's test split (selftext's held-out one where WikiText-2 is missing), with
+loaded back from disk, and measured on WikiText-2's test split (selftext's held-out one if WikiText-2 is missing), with
 int8 activations (the packed runtime) and without (the decoded weights).
 
 Writes OUT/NAME.json, OUT/recovery.md (one row per run) and OUT/recovery.png, the curves of all runs.  The artifact goes to
@@ -136,7 +136,7 @@ def picture(rows: list[Row]) -> Figure:
         )
     axes.plot(REFERENCE[0], REFERENCE[3], "k*", label="untuned run of others, H100")
     axes.set(
-        xscale="log", yscale="log", xlabel="tokens seen", ylabel="KL from the original, nats a token (held-out selftext)"
+        xscale="log", yscale="log", xlabel="tokens seen", ylabel="KL from the original, nats per token (held-out selftext)"
     )
     longest = max(rows, key=lambda row: row["history"][-1]["tokens"])
     start, kept, last = longest["history"][0], best(longest), longest["history"][-1]
