@@ -13,7 +13,7 @@ from the finished tensors, which carry their own hashes, and ends with the same 
 Files are checked against their hashes when they are read, once in a process; `verify` reads them in any case.
 
 Files come from anywhere: nothing here is executed or unpickled, names cannot lead out of the folder, and no size from
-a file is believed before it is checked against what the stage's settings give and what is on disk.
+a file is trusted before it is checked against what the stage's settings give and what is on disk.
 """
 
 from __future__ import annotations
@@ -447,13 +447,12 @@ class Writer:
             if existing == recipe:
                 self.finished = True  # a kill between the rename and the clean-up may have left more
             elif not overwrite:
-                what = (
-                    f"holds {_difference(existing, recipe)}" if existing else "is in the way and no artifact of agentforge"
-                )
+                other = "is in the way and not an artifact of agentforge"
+                what = f"holds {_difference(existing, recipe)}" if existing else other
                 raise BadInput(f"{out}: {what}; choose another --out" + (" or pass --overwrite" if existing else ""))
             elif existing is None:
                 raise BadInput(
-                    f"{out}: is no artifact of agentforge, so --overwrite does not touch it; choose another --out"
+                    f"{out}: is not an artifact of agentforge, so --overwrite does not touch it; choose another --out"
                 )
         if self.partial.exists() and (strange := foreign(self.partial)):
             raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
@@ -512,7 +511,7 @@ class Writer:
 
     def _not_written(self, error: OSError) -> AgentForgeError:
         return AgentForgeError(
-            f"{self.out}: could not be written ({error.strerror}); free some space; the same command goes on from what is "
+            f"{self.out}: could not be written ({error.strerror}); free some space; the same command resumes from what is "
             "finished"
         )
 

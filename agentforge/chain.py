@@ -1,6 +1,6 @@
 """Chains: stages one after the other, each behind gates, with retries and rollback.
 
-A step either *re-encodes*: it decodes what the last accepted step stored, and encodes that anew ("vptq:bits=2").  Only the
+A step either *re-encodes*: it decodes what the last accepted step stored, and encodes that again ("vptq:bits=2").  Only the
 last artifact's bytes count, so the ratios of such steps do not multiply.  Or it *refines* the planes of that step
 ("| entropy", "| codebook=curves:degree=3"), and its ratio does multiply.  The history says what each step contributed.
 
@@ -239,7 +239,7 @@ class _Journal:
         self.path, self.recipe, self.original = out / "journal.json", recipe, original
         self.now: dict[str, Any] | None = None
         if out.exists() and not self.path.is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"{out}: is in the way and no chain of agentforge; choose another --out")
+            raise BadInput(f"{out}: is in the way and not a chain of agentforge; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(out, os.O_RDONLY)
         try:

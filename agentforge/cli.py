@@ -64,7 +64,7 @@ def _checked_out(path: Path | None) -> Path | None:
             with tempfile.TemporaryDirectory(prefix=".agentforge-", dir=nearest):
                 pass
         except OSError as error:
-            reason = error.strerror if nearest.is_dir() else "is no folder"
+            reason = error.strerror if nearest.is_dir() else "is not a folder"
             raise BadInput(f"--out {path}: {nearest} cannot be written ({reason}); choose another --out") from None
     return path
 
@@ -127,7 +127,7 @@ def _again(asked: list[str]) -> str:
     goes_on = asked and asked[0] in ("compress", "fit", "pipeline", "recover", "audit") and "--fresh" not in names
     if asked and asked[0] == "fit" and "--bits" not in names:
         goes_on = False  # it tries artifacts in a folder that is gone
-    return "goes on from what is finished" if goes_on else "starts again"
+    return "resumes from what is finished" if goes_on else "starts again"
 
 
 @app.command()

@@ -148,7 +148,7 @@ def from_worker(error: BaseException) -> AgentForgeError:
     """Why an executor failed, as a sentence."""
     text = " ".join(str(error).split())[:200]
     return AgentForgeError(
-        f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command continues "
+        f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command resumes "
         "from what is finished"
     )
 

@@ -1,6 +1,6 @@
-"""Folders that agentforge writes: told from those of others, replaced by renames, removed last.
+"""Folders that agentforge writes: recognised as its own, replaced by renames, removed last.
 
-Nothing is removed or replaced but what agentforge has made.  Each of its folders carries a mark, a file that says what else
+Only what agentforge has made is removed or replaced.  Each of its folders carries a mark, a file that says what else
 it has put there; a folder without one, and anything beside it that the mark does not account for, belongs to the user.
 """
 
@@ -32,7 +32,7 @@ REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
 def foreign(folder: Path) -> str | None:
     """The first thing in a folder that agentforge has not put there; None for one that is all its own, or empty."""
     if folder.is_symlink() or not folder.is_dir():
-        return "is no folder of agentforge's"
+        return "is not a folder of agentforge's"
     children = sorted(folder.iterdir())
     if all(re.fullmatch(r"lock|recipe\.json\..*tmp", child.name) for child in children):
         return None  # empty, or just begun
@@ -121,7 +121,7 @@ def check_out(out: str | Path, *inputs: Path, replace: bool = False) -> Path:
             else:
                 os.replace(old, place)
         if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink()):
-            raise BadInput(f"{out}: is in the way and no folder; choose another one")
+            raise BadInput(f"{out}: is in the way and not a folder; choose another one")
         if replace and place.is_dir() and (strange := foreign(place)):
             raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")
     except OSError as error:

@@ -2,7 +2,7 @@
 
 A hand-off is a folder with `handoff.json`: which phase wrote it and which one receives it, the models in it (subfolders),
 and for each its files with bytes and hashes, its special tokens, and the quality that it had when it was handed over, with
-the protocol it was measured by.  The receiver measures again; it does not believe.
+the protocol it was measured by.  The receiver measures again; it does not trust.
 
 There is one format.  `CONTRACTS` names who may hand over to whom, and agentforge/schemas/ says what each of them takes; its
 README.md says how the documentation's contradictory formats became one.
@@ -73,7 +73,7 @@ def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measureme
         raise BadInput(f"{folder}: cannot be handed over from phase {phase} to {to}: {wrong}")
     path = plain_file(folder, HANDOFF)
     if path.exists() and not {"phase", "models"} <= read_json(path, LARGEST).keys():
-        raise BadInput(f"{path}: is in the way and no hand-off; move it and run again")
+        raise BadInput(f"{path}: is in the way and not a hand-off; move it and run again")
     # JSON has no word for what is not finite: as a quality the receiver refuses the null, a gate that failed may have it.
     write_json(path, _finite(data))
     return path
@@ -134,7 +134,7 @@ def check_handoff(
 
     data: Any = read_json(folder / HANDOFF, LARGEST)
     if data.get("format") != FORMAT or data.get("phase") != phase or not isinstance(data.get("models"), dict):
-        raise refuse(f"is no hand-off of phase {phase} in format {FORMAT}")
+        raise refuse(f"is not a hand-off of phase {phase} in format {FORMAT}")
     if not data["models"]:
         raise refuse("hands over no model")
     contract(phase)
@@ -155,7 +155,7 @@ def check_handoff(
         if _is_packed(model):
             checks += [f"{name}: {check}" for check in _check_artifact(Artifact(model.path), name, about, refuse)]
         elif about["form"] == "packed":
-            raise refuse(f"{name} is no artifact of agentforge")
+            raise refuse(f"{name} is not an artifact of agentforge")
         checks += [f"{name}: {check}" for check in check_model(model)]
         if not model.is_classifier and (found := _special_tokens(model)) != about["special_tokens"]:
             raise refuse(f"{name}: special tokens are {found}, handed over were {about['special_tokens']}")
@@ -217,7 +217,7 @@ def _check_files(folder: Path, name: str, files: Mapping[str, Any], refuse: Any)
     """Every file that is named lies in the subfolder with its bytes and its hash, and no other one does."""
     where = plain_file(folder, name)
     if not where.is_dir() or where.resolve().parent != folder.resolve():
-        raise refuse(f"model {name!r:.80} is no subfolder")
+        raise refuse(f"model {name!r:.80} is not a subfolder")
     for file, about in files.items():
         path = plain_file(where, file)
         if not path.is_file():

@@ -44,7 +44,7 @@ class AgentForgeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, quant_method: str = METHOD, format: int = FORMAT, stage: Any = None, **unknown: Any) -> None:
         if unknown:
-            raise BadInput(f"quantization_config: {next(iter(unknown))!a:.80} is no setting of agentforge; take it out")
+            raise BadInput(f"quantization_config: {next(iter(unknown))!a:.80} is not a setting of agentforge; take it out")
         self.quant_method = quant_method
         self.format = format
         self.stage = stage
@@ -232,7 +232,7 @@ def _save_pretrained(
     or is offloaded.
     """
     if not push_to_hub and options:
-        raise BadInput(f"save_pretrained: {next(iter(options))} is no option for artifacts, which are written as read")
+        raise BadInput(f"save_pretrained: {next(iter(options))} is not an option for artifacts, which are written as read")
     if not is_main_process:
         return
     if push_to_hub:
@@ -243,7 +243,7 @@ def _save_pretrained(
     if earlier:
         ours = Artifact(out).manifest["files"] if (out / MANIFEST).is_file() else {}
         if strange := [file.name for file in earlier if file.name not in ours]:
-            raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, which are no artifact's; choose another folder")
+            raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, not an artifact's; choose another folder")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         _write(self, Path(scratch))
         names = {file.name for file in Path(scratch).iterdir()}

@@ -315,7 +315,7 @@ class LanguageModel:
         except Exception as error:
             raise BadInput(f"{self.path}/config.json: transformers does not open it ({_first_line(error)})") from None
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise BadInput(f"{self.path}: {config.model_type!r} is no causal language model that transformers knows")
+            raise BadInput(f"{self.path}: {config.model_type!r} is not a causal language model that transformers knows")
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if not 0 <= layers <= max(1, len(self.entries)):
             raise BadInput(f"{self.path}/config.json: {layers} layers, but only {len(self.entries)} tensors")
@@ -643,7 +643,7 @@ def _from_hub(name: str) -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without its progress bars and advice."""
+    """transformers without progress bars and warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -111,7 +111,7 @@ def _plan(
         return dict.fromkeys(names, stage)
     for name, one in stage.items():
         if name not in names:
-            raise BadInput(f"{name}: is no weight of {model.name} that a stage may touch")
+            raise BadInput(f"{name}: is not a weight of {model.name} that a stage may touch")
         one.check()
         if one.shared_layout():
             raise BadInput(f"{name}: {one} shares planes between weights, which takes one stage for all of them")
@@ -143,7 +143,7 @@ def refine(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Artifact:
-    """Refine the planes of an artifact, and write the artifact `out` of what comes of it; nothing is encoded anew.
+    """Refine the planes of an artifact, and write the artifact `out` of what comes of it; nothing is encoded again.
 
     how: the refinements, such as "entropy" or "codebook=curves:degree=3 | entropy" (see `stages.refined`).  original: the
     model that the artifact stands for; the errors are those against its weights.
@@ -218,7 +218,7 @@ def store(
     touched = {weight.name: weight for weight in model.weights(embeddings=True) if weight.name in packed}
     for name in [*packed, *kept]:
         if name not in model.entries or (name in packed and name not in touched):
-            raise BadInput(f"{name}: is no tensor of {model.name} that could be stored so")
+            raise BadInput(f"{name}: is not a tensor of {model.name} that could be stored so")
     for name, weight in touched.items():
         if packed[name].shape != weight.shape:
             raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(packed[name].shape)}")

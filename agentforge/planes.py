@@ -314,7 +314,7 @@ def pack_trits(values: torch.Tensor) -> torch.Tensor:
     """
     flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) > 2):
-        raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} are no trits")
+        raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} are not trits")
     flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % TRITS_PER_BYTE))
     digits = flat.reshape(-1, TRITS_PER_BYTE)
     packed = digits[:, -1].clone()
@@ -326,7 +326,7 @@ def pack_trits(values: torch.Tensor) -> torch.Tensor:
 def unpack_trits(stored: torch.Tensor, count: int) -> torch.Tensor:
     """The inverse of `pack_trits`: uint8[count].  Raises BadInput for bytes above 242 and non-zero padding."""
     if stored.numel() and int(stored.max()) >= 3**TRITS_PER_BYTE:
-        raise BadInput(f"byte {int(stored.max())} is no group of five trits (at most 242)")
+        raise BadInput(f"byte {int(stored.max())} is not a group of five trits (at most 242)")
     powers = torch.tensor([3**j for j in range(TRITS_PER_BYTE)])
     # A group's five values, as the five low bytes of one word: looking up words is faster than looking up rows.
     digits_of = (torch.arange(3**TRITS_PER_BYTE).unsqueeze(1) // powers % 3).to(stored.device, torch.uint8)

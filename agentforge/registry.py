@@ -5,7 +5,7 @@ One call registers an artifact in two forms, which become two versions of one re
     packed         the artifact where it lies
     dequantised    the ordinary safetensors folder that it decodes to, written here for it
 
-A version's tags hold what it is and what is known of it, so that they appear with the version or not at all:
+A version's tags describe it, so that they appear with the version or not at all:
 
     form, partner                     of the two, and the version of the other one
     manifest_sha256                   the packed artifact's, which holds the hashes of all its files
@@ -163,7 +163,7 @@ def _name_of(artifact: Artifact) -> str:
 
 
 def _mlflow() -> Any:
-    """MLflow, which reports to nobody.  Raises BadInput if it is not installed."""
+    """MLflow, with its telemetry off.  Raises BadInput if it is not installed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own seven take minutes to say that nobody is there
@@ -300,7 +300,7 @@ def _about(artifact: Artifact, sha256: str, folder: Path, fingerprint: str) -> d
 
 
 def _lineage(client: Any, artifact: Artifact) -> dict[str, str]:
-    """The model that an artifact comes from, and what it was made from.
+    """The base model of an artifact, and the model it was made from.
 
     A chain's later steps name the step before alone: their base is known once that is registered, too.
     """
@@ -326,7 +326,7 @@ def _handed(folder: Path, sha256: str) -> dict[str, str]:
         phase = int(data["phase"])
         parts = {about["files"].get(MANIFEST, {}).get("sha256") for about in data["models"].values()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadInput(f"{folder / handoff.HANDOFF}: is no hand-off; expected the folder that a phase has left") from None
+        raise BadInput(f"{folder / handoff.HANDOFF}: is not a hand-off; expected the folder that a phase has left") from None
     if sha256 not in parts:
         raise BadInput(f"{folder / handoff.HANDOFF}: does not hand over this artifact; expected the folder that does")
     try:

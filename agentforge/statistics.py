@@ -1,4 +1,4 @@
-"""What calibration text tells about the inputs of each layer: H = E[x x^T], its diagonal, and how many tokens were seen.
+"""Statistics of the inputs of each layer on calibration text: H = E[x x^T], its diagonal, and how many tokens were seen.
 
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
@@ -181,8 +181,8 @@ def _sensitivities(
 ) -> dict[str, torch.Tensor]:
     """`InputStatistics.sensitivity` of each weight: float32[out].
 
-    Of a window, log p(y) is differentiated for one token y a position, drawn from the model's own prediction: the scores of
-    different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
+    For each window, log p(y) is differentiated for one token y per position, drawn from the model's own prediction: scores
+    of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
     their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
     """
     module = model.model

@@ -142,7 +142,7 @@ def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
     """A JSON object from a file.  Raises BadInput if it is missing, too large, broken or no object."""
     try:
         if path.exists() and not path.is_file():
-            raise BadInput(f"{path}: cannot be read (it is no file)")
+            raise BadInput(f"{path}: cannot be read (it is not a file)")
         if path.stat().st_size > limit:
             raise BadInput(f"{path}: {path.stat().st_size} bytes; expected at most {limit}")
         data = json.loads(path.read_text(encoding="utf-8"))

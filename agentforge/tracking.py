@@ -1,4 +1,4 @@
-"""Runs in Weights & Biases, offline unless WANDB_MODE says otherwise; every number also goes to a plain file.
+"""Runs in Weights & Biases, offline unless WANDB_MODE says otherwise; every number is also written to a plain file.
 
 METRICS are the 19 that the documentation of phase 4 lists and its code left at zero.  Of phase 8's lists (33, 35, 95 names,
 none of them logged by its code), PHASE8_METRICS and PHASE8_STAGE_METRICS are those that a chain really measures.
@@ -180,7 +180,7 @@ def track_chain(
 ) -> None:
     """Log a chain's attempts, in their order, and what came out, as a run in `folder`.
 
-    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  Beside the metrics there are attempts.csv,
+    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  Besides the metrics there are attempts.csv,
     and frontier.png if matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured
     is not logged: after a stage that failed to encode there is none of its sizes.
     """

@@ -105,7 +105,7 @@ def test_trits_are_base_three_numbers() -> None:
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_no_trits(bad: int) -> None:
-    with pytest.raises(BadInput, match=f"{bad}.* are no trits"):
+    with pytest.raises(BadInput, match=f"{bad}.* are not trits"):
         pack_trits(torch.tensor([1, bad]))
 
 

@@ -41,7 +41,7 @@ Which = Literal["gated", "to the end"]
 
 
 def _chain(workshop: Workshop, which: Which, digits: bool = False, track: Path | None = None) -> tuple[Result, Path]:
-    """The documented chain, run once a workshop, and its folder: of digits-mlp but in full effort."""
+    """The documented chain, run once per workshop, and its folder: of digits-mlp but in full effort."""
     digits = digits or workshop.effort.name != "full"
     file = CHECKOUT / "chains" / f"documented{'_digits' * digits}{'_go_on' * (which != 'gated')}.yaml"
     if not file.is_file():
@@ -338,7 +338,7 @@ def damaged_artifacts_refused(workshop: Workshop) -> Measurement:
         return damage
 
     def only_for(which: str) -> Callable[[Path], Any]:
-        """A byte of a plane is another, and every hash but one is made to fit: only that one can tell."""
+        """A byte of a plane is another, and every hash but one is made to match: only that one can tell."""
 
         def damage(folder: Path) -> None:
             file, manifest = folder / "model.safetensors", json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

@@ -313,7 +313,7 @@ def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageTex
 
 
 def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:
-    """Second moments of the sampled layers' inputs, kept in a file: one pass over the text a workshop."""
+    """Second moments of the sampled layers' inputs, kept in a file: one pass over the text per workshop."""
     path = workshop.folder / f"moments-{workshop.model.fingerprint[:16]}-{workshop.effort.name}-{tokens}.pt"
     if not path.is_file():
         most = min(tokens, workshop.model.context or tokens)
@@ -478,7 +478,7 @@ def round_trips(workshop: Workshop, stage: StageText) -> Measurement:
 
 @probe("bits/weight")
 def sample_bits(workshop: Workshop, stage: StageText, rows: int) -> Measurement:
-    """Bits a weight of all planes as they are stored, the first rows of sampled matrices together."""
+    """Bits per weight of all planes as they are stored, the first rows of sampled matrices together."""
     parsed, parts = stages.parse(stage), _parts(workshop, rows)
     bytes_ = sum(plane.stored().nbytes for weight in parts for plane in parsed.encode(weight))
     count = sum(weight.numel() for weight in parts)
@@ -489,7 +489,7 @@ def sample_bits(workshop: Workshop, stage: StageText, rows: int) -> Measurement:
 def stage_ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
-    """Bytes on disk of the whole model, or of the touched tensors, against `bits` a parameter."""
+    """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
     return ratio(_whole_model(workshop), stage, of, bits)
 
 

@@ -238,7 +238,7 @@ def code_retention(
 def coded_bits(
     workshop: Workshop, coder: CoderText, source: Source = "sample", rows: int = 256, columns: int = 256
 ) -> Measurement:
-    """Bits a weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
+    """Bits per weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
     shapes = _shapes(workshop, source, rows, columns)
     bits, n = sum(map(coder_of(coder).bits, shapes)), sum(map(math.prod, shapes))
     return workshop.exact(bits / n, "bits/weight", n, "bits of all that is stored", coder=coder, on=source)
@@ -313,7 +313,7 @@ def requantised(workshop: Workshop, stage: StageText, times: int) -> Measurement
 
 @probe("R2")
 def explained_at(workshop: Workshop, bits: float, rows: int = 192) -> Measurement:
-    """R2 of rounding to the mean of each cell, its step such that the codes' entropy is `bits` a weight; mean over matrices.
+    """R2 of rounding to the mean of each cell, with codes of an entropy of `bits` per weight; mean over matrices.
 
     Nothing but the entropy is counted, which no real coder reaches, so that this flatters the claim.
     """
@@ -403,7 +403,7 @@ LLAMAS = {
 
 @probe("bits/weight")
 def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) -> Measurement:
-    """Bits a weight as the VPTQ paper counts them, over the linear layers of a Llama, of one matrix, or of this model."""
+    """Bits per weight as the VPTQ paper counts them, over the linear layers of a Llama, of one matrix, or of this model."""
     if shapes == "here":
         layers = [weight.shape for weight in workshop.model.weights()]
     elif shapes == "square-4096":
@@ -419,7 +419,7 @@ def vptq_bits(workshop: Workshop, shapes: str, v: int, k: int, **settings: Any) 
 
 @probe("x")
 def trajectory_ratio(workshop: Workshop, stage: StageText, bits: int) -> Measurement:
-    """`bits` a weight over what the Hyper-Compression paper counts, over the sampled matrices."""
+    """`bits` per weight over what the Hyper-Compression paper counts, over the sampled matrices."""
     made, counted, n = stages.parse(stage), 0.0, 0
     for weight, _ in _weights(workshop, "sample", 0):
         counted += paper_bits_per_weight(made.encode(weight)) * weight.numel()
@@ -457,7 +457,7 @@ def _statistics(workshop: Workshop) -> dict[str, InputStatistics]:
     if key not in _COLLECTED:
         calibration = Calibration(tokens=STATISTICS_TOKENS, context=min(STATISTICS_TOKENS, workshop.context))
         found = collect(workshop.model, calibration, progress=workshop.progress)
-        _COLLECTED.clear()  # one model's are enough to hold
+        _COLLECTED.clear()  # one model's are enough to keep
         _COLLECTED[key] = {name: found[name] for name in names}
     return _COLLECTED[key]
 
@@ -485,12 +485,13 @@ def memory_saved(workshop: Workshop) -> Measurement:
 
 
 def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None]) -> int:
-    """Call `hook` with the inputs of every touched layer whose name holds `layers`, on the text's first tokens."""
+    """Call `hook` with the inputs of every touched layer whose name contains `layers`, on the text's first tokens."""
     modules = dict(workshop.model.model.named_modules())
     names = [weight.name.removesuffix(".weight") for weight in workshop.model.weights()]
     chosen = [modules[name] for name in names if layers in name]
     if not chosen:
-        raise BadInput(f"no layer's name holds {layers!r}; there are {', '.join(sorted({n.split('.')[-1] for n in names}))}")
+        known = ", ".join(sorted({n.split(".")[-1] for n in names}))
+        raise BadInput(f"no layer's name contains {layers!r}; choose from {known}")
     tokens = min(INPUT_TOKENS, workshop.context)
     ids = torch.tensor([first_tokens(workshop.model, workshop.text.text, tokens)])
     handles = [module.register_forward_pre_hook(lambda _, args: hook(args[0])) for module in chosen]

@@ -175,7 +175,7 @@ def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dic
 def take(workshop: Workshop, claim: Claim) -> Taken:
     """Run a claim's probe, or take what it gave before.
 
-    A probe that fails, in whatever way, says nothing about the claim: the audit goes on, and the row is an error.
+    A probe that fails, in whatever way, says nothing about the claim: the audit continues, and the row is an error.
     """
     assert claim.probe is not None
     name, parameters = claim.probe, claim.parameters
@@ -345,7 +345,7 @@ def _said_again(row: dict[str, Any]) -> tuple[Claim, Measurement | None]:
 
 
 def _false_discovery(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many verdicts of rows with an error would be undecided if all were held to one rate of false discoveries."""
+    """How many verdicts of rows with an error would be undecided at one rate of false discoveries for all."""
     pairs = [(claim, measured) for claim, measured in map(_said_again, rows) if measured and len({*measured.bounds}) == 2]
     reaches = [reach(claim, measured) for claim, measured in pairs]
     decided, would_flip = sum(r < 1 for r in reaches), false_discoveries(reaches)

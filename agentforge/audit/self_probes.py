@@ -1,4 +1,4 @@
-"""Probes of the audit itself: each holds a part that other rows rest on against something that shares no code with it.
+"""Probes of the audit itself: each checks a part that other rows rest on against something that shares no code with it.
 
 They run the audit's own code, with inputs of which the right answer is known: texts, repositories, models and scores that
 are made here, or a second computation by hand.
@@ -42,7 +42,7 @@ PIECE = 100  # characters of a calibration text that are looked for in the score
 
 
 class _Calibrating(Exception):
-    """Stops a probe when it would begin to collect statistics; holds the windows of tokens."""
+    """Stops a probe when it would begin to collect statistics; has the windows of tokens."""
 
 
 def calibration_windows(workshop: Workshop) -> list[torch.Tensor]:

@@ -121,7 +121,7 @@ def perplexity_kept(workshop: Workshop) -> Measurement:
 
 @probe("tokens/s")
 def tokens_a_second(workshop: Workshop, tokens: int = 32, runs: int = 6) -> Measurement:
-    """Tokens that the subject generates a second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
+    """Tokens per second that the subject generates, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
     rates = _rates(workshop, subject_of(workshop, compares=False), tokens, runs)
     return _speed(workshop, rates, "tokens/s", tokens)
 

@@ -42,12 +42,12 @@ COLOURS = {
 WORDS = {
     "running": "its process is at work",
     "pausing": "what is being encoded or measured is finished first",
-    "paused": "Resume goes on from what is finished",
+    "paused": "Resume continues from what is finished",
     "aborting": "its process is being ended",
     "aborted": "ended for good; what was accepted stays",
     "finished": "every step was accepted",
     "stopped": "it came to its end, and not every step passed its gates",
-    "failed": "its process ended before the run did; Resume goes on from what is finished",
+    "failed": "its process ended before the run did; Resume continues from what is finished",
 }
 QUANTITIES = ("bytes", "ratio", "kl", "perplexity", "accuracy", "total_retention")
 HEADS = {

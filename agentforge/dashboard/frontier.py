@@ -172,4 +172,4 @@ def _record(file: Path) -> Iterator[Any]:
     try:
         yield json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{file}: is no record of agentforge's reports ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{file}: is not a record of agentforge's reports ({type(error).__name__}: {error})") from None

@@ -1,4 +1,4 @@
-"""Runs of chains in a workspace: started, paused, resumed and aborted; all that is known of them is read from the disk.
+"""Runs of chains in a workspace: started, paused, resumed and aborted; everything known about them is read from disk.
 
     WORKSPACE/NAME/run.json      model, chain, when and as which process it was started, what was asked of it since
                    chain.yaml    the chain as it was then
@@ -226,7 +226,7 @@ def chain_named(workspace: Path, name: str) -> Chain:
         raise BadInput(f"chain {name!r} is none of agentforge's and no .yaml file in the workspace; choose one of the list")
     file = known[name]
     if file.is_symlink() or not file.is_file() or file.stat().st_size > LARGEST:
-        raise BadInput(f"chain {name!r} is no ordinary file of at most {LARGEST:,} bytes; put a copy into the workspace")
+        raise BadInput(f"chain {name!r} is not an ordinary file of at most {LARGEST:,} bytes; put a copy into the workspace")
     return _with_text(workspace, read_chain(file))
 
 
@@ -243,7 +243,7 @@ def _with_text(workspace: Path, chain: Chain) -> Chain:
 def _model_named(workspace: Path, name: str) -> str:
     """What `open_model` gets for a model by what it is called here."""
     if name not in models(workspace):
-        raise BadInput(f"model {name!r} has no name that is known and is no folder in the workspace; choose one of the list")
+        raise BadInput(f"model {name!r} is neither a known name nor a folder in the workspace; choose one of the list")
     if name in NAMED:
         return name
     folder = plain_file(workspace, name)
@@ -467,7 +467,7 @@ def _checked(kind: type[_Kind], file: Path) -> _Kind:
         return kind.model_validate(read_json(file, LARGEST))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise BadInput(f"{file}: {', '.join(map(str, first['loc']))}: {first['msg']}; this is no run's") from None
+        raise BadInput(f"{file}: {', '.join(map(str, first['loc']))}: {first['msg']}; this is not a run's") from None
 
 
 def _finished(result: Path) -> bool | None:

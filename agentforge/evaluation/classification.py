@@ -37,7 +37,7 @@ def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measure
 def _hits(model: LanguageModel) -> torch.Tensor:
     """1 for each held-out digit that is named rightly, else 0: float64[450]."""
     if not model.is_classifier:
-        raise BadInput(f"{model.name} is no classifier; measure its perplexity")
+        raise BadInput(f"{model.name} is not a classifier; measure its perplexity")
     _, _, pixels, labels = digits.data()
     module = model.model  # built outside of inference mode, so that it can still be trained
     device = next(module.parameters()).device

@@ -1,4 +1,4 @@
-"""Measurement: a number with all that is needed to believe it and to take it again."""
+"""Measurement: a number with all that is needed to trust it and to measure it again."""
 
 from __future__ import annotations
 

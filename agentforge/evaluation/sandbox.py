@@ -1,4 +1,4 @@
-"""Run Python that a model wrote, and tell whether it passes its tests, without trusting it.
+"""Run Python that a model wrote, and check whether it passes its tests, without trusting it.
 
 Three processes besides the caller.  This file, run as a script, confines itself and starts the judge; the judge starts
 the candidate.  The tests run in the judge and reach the candidate's function through a pipe, as text of Python

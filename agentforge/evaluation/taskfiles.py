@@ -122,13 +122,13 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             yield from ((f"item {i}", record) for i, record in enumerate(json.loads(text), start=1))
             return
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: is no JSON array ({error})") from None
+        raise BadInput(f"{path}: is not a JSON array ({error})") from None
     for i, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield f"line {i}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}, line {i}: is no JSON ({error})") from None
+                raise BadInput(f"{path}, line {i}: is not JSON ({error})") from None
 
 
 def _sixes(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -144,7 +144,7 @@ def _csv(path: Path, subject: str) -> Rows:
         for record in reader:
             rows.append({**_converted(_mmlu_row, record, path, f"line {reader.line_num}"), "subject": subject})
     except csv.Error as error:
-        raise BadInput(f"{path}, line {reader.line_num}: is no CSV ({error})") from None
+        raise BadInput(f"{path}, line {reader.line_num}: is not CSV ({error})") from None
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Task suites through lm-eval: accuracy with its 95% interval, and how much of the original's a compressed model keeps.
+"""Task suites through lm-eval: accuracy with its 95% interval, and how much of it a compressed model keeps.
 
 Prompts, scoring and hub data sets are lm-eval's own; the questions come from local files if there are any (see
 `taskfiles`), and then no network is asked.  Few-shot examples: as many as the documentation names (mmlu 5, gsm8k 8 with

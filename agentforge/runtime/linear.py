@@ -2,9 +2,9 @@
 
     y = scale * (W q) / s + bias,   s = 127 / max|x|,   q = round(x * s)
 
-as BitNet b1.58 computes at inference (arXiv 2402.17764; the authors' code): activations of 8 bits, one scale a token, halves
-to even, max|x| at least 1e-5.  W q is an exact integer; the rest is computed in double precision and rounded once.  So the
-result does not depend on the machine, the kernel or the number of threads.  A token that holds NaN or infinity gives NaN.
+as BitNet b1.58 computes at inference (arXiv 2402.17764; the authors' code): activations of 8 bits, one scale per token,
+halves to even, max|x| at least 1e-5.  W q is an exact integer; the rest is in double precision, rounded once.  The
+result depends on neither the machine, the kernel nor the number of threads.  A token with NaN or infinity gives NaN.
 """
 
 from __future__ import annotations

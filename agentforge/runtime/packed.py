@@ -64,7 +64,7 @@ def _place(
     kept: dict[str, torch.Tensor],
     shared: SharedPlanes | None,
 ) -> None:
-    """Put a row's weight in its place; TernaryLinear takes its bias out of `kept`."""
+    """Put a row's weight into its module; TernaryLinear takes its bias out of `kept`."""
     packed, stage, name = artifact.read(row), stages.from_json(row["stage"]), row["name"]
     assert isinstance(packed, Packed)
     path = name.rpartition(".")[0]

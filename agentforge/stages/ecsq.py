@@ -173,7 +173,7 @@ def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarr
     damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean()
     found = unit_factor(damped)
     if found is None:
-        raise BadInput("ecsq: the statistics are no second moments (not positive definite); collect them anew")
+        raise BadInput("ecsq: the statistics are not second moments (not positive definite); collect them again")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Lossless coding of planes: what is left to gain once a stage has chosen its integers.
+"""Lossless coding of planes: what can still be saved once a stage has chosen its integers.
 
 A code that is more frequent than others deserves fewer bits.  No lossless code of independent values takes fewer than
 their entropy, -sum p log2 p bits per value (Shannon 1948, theorem 9); range coding (Martin 1979; here the library
@@ -24,8 +24,8 @@ A coded plane is one of
     section: kind, largest value (2 bytes), one histogram per class (14 bits per frequency), the class of each row or column
              (3 bits; not in ONE), words of the range coder
 
-All choices and models come from integers, so the bytes are the same on every machine.  Nothing that a file says is
-believed: sizes are checked before anything is allocated, and as no histogram gives a value more than 255/256, a byte
+All choices and models come from integers, so the bytes are the same on every machine.  Nothing in a file is
+trusted: sizes are checked before anything is allocated, and as no histogram gives a value more than 255/256, a byte
 cannot stand for more than `VALUES_A_BYTE` values.
 """
 

@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline that every table carries.
+"""Round to nearest: the baseline of every table.
 
 A weight is cut along its input dimension into groups (the last one may be shorter), and every group gets a grid of
 equally spaced levels:
@@ -11,7 +11,7 @@ clip="none" lays the grid from end to end of the group.  clip="mse" looks for th
 as Lloyd's algorithm does) until the error stops falling; the asymmetric search, with its two unknowns, from every
 start, the symmetric one from the best.  The tests hold the result against the true optimum.
 
-Scales and minima are half floats behind one power of two a tensor; codes are chosen for the grid as it is stored.
+Scales and minima are half floats behind one power of two per tensor; codes are chosen for the grid as it is stored.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ rule="calibrated", ours: codes as in "threshold", but a row's scale is the one o
 `GRID` that suits the layer best.  With H = E[x x^T] the output error of a row is (w - a c) H (w - a c)^T; for given codes c
 it is least at a = c H w / c H c, where it is w H w - (c H w)^2 / c H c.  Without statistics H is the identity.
 
-packing="trits" stores five codes a byte (1.6 bits per weight; the bound for three equally likely values is log2(3) =
-1.585), packing="2bit" four codes a byte.
+packing="trits" stores five codes per byte (1.6 bits per weight; the bound for three equally likely values is log2(3) =
+1.585), packing="2bit" four codes per byte.
 """
 
 from __future__ import annotations

@@ -506,7 +506,7 @@ def _half(values: np.ndarray) -> np.ndarray:
 def _factor(problem: Problem) -> np.ndarray:
     factor = unit_factor(problem.hessian)
     if factor is None:
-        raise BadInput("vptq: the statistics are no second moments (not positive definite); collect them anew")
+        raise BadInput("vptq: the statistics are not second moments (not positive definite); collect them again")
     return factor[0]
 
 
@@ -604,7 +604,7 @@ def _product(hessian: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    """In double precision, and not by BLAS, whose sums depend on the number of threads."""
+    """In double precision, not by BLAS, whose sums depend on the number of threads."""
     return float((a * b).sum(dtype=np.float64))
 
 

@@ -20,7 +20,7 @@ the filter.
 
 AdamW (arXiv 1711.05101, algorithm 2) is torch's own function.
 
-Neither paper says in what order to clip and to filter: whoever clips does so before `step()`, and so before the filter.
+Neither paper says in what order to clip and to filter: clip before `step()`, and so before the filter.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     a member of an nn.ModuleList, or a member of an nn.Sequential that has parts of its own.  Embeddings (nn.Embedding, and
     what the model's get_input_embeddings gives), the output head (get_output_embeddings) and all that is tied to them never
     count, wherever they are; norms and biases have too few dimensions.  Frozen parameters are in neither group.
-    Raises BadInput if there is no block: then nobody can tell from the structure which matrices are hidden.
+    Raises BadInput if there is no block: then the structure does not tell which matrices are hidden.
     """
     blocks: list[nn.Module] = []
     for container in module.modules():

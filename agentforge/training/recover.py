@@ -1,4 +1,4 @@
-"""Recovery: train a compressed model, by distillation, to say again what its original says.
+"""Recovery: train a compressed model by distillation from its original.
 
 The student starts as a copy of the original whose linear layers are ternary with straight-through gradients
 (`bitlinear`), or decode from planes whose floats are trained while their integers stay (`planelinear`), or from the codes
@@ -6,7 +6,7 @@ that `allocation.fit` chose, which are trained, too (`codelinear`).  The origina
 KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
-that was killed continues from its last checkpoint and, on the CPU, repeats the very same losses.
+that was killed continues from its last checkpoint and, on the CPU, repeats the same losses.
 """
 
 from __future__ import annotations
@@ -161,7 +161,7 @@ def recover(
     weights = {weight.name: weight for weight in model.weights()}
     chosen = sorted(weights) if names is None else sorted(set(names))
     if odd := [name for name in chosen if name not in weights]:
-        raise BadInput(f"{odd[0]}: is no weight of {model.name} that a stage may touch; `agentforge models` lists them")
+        raise BadInput(f"{odd[0]}: is not a weight of {model.name} that a stage may touch; `agentforge models` lists them")
     begin = _start(stage, start)
     if stage is None and names is not None:
         raise BadInput("recovery: the weights are those that the artifact to start with encodes; expected names=None")

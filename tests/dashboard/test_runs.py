@@ -211,11 +211,11 @@ def test_models_and_chains_are_those_of_the_lists(workspace: Path, tmp_path: Pat
     assert runs.chain_named(workspace, "inside.yaml (workspace)").text == str(workspace / "inside.txt")
     for model, chain, says in [
         ("../model", OWN, "model '../model'"),
-        (str(tmp_path / "model"), OWN, "no folder in the workspace"),
+        (str(tmp_path / "model"), OWN, "nor a folder in the workspace"),
         ("linked", OWN, "leads out of the folder"),
         ("own", OWN, "symbolic link model.safetensors"),
         ("digits-mlp", "../outside.yaml", "chain '../outside.yaml'"),
-        ("digits-mlp", "linked.yaml (workspace)", "no ordinary file"),
+        ("digits-mlp", "linked.yaml (workspace)", "not an ordinary file"),
         ("digits-mlp", "text.yaml (workspace)", "its text '../outside.yaml' is not in the workspace"),
     ]:
         with pytest.raises(BadInput, match=says.replace("(", r"\(").replace(")", r"\)")):

@@ -275,7 +275,7 @@ def test_what_cannot_be_trained_is_refused(tiny_llama: Path, tmp_path: Path) -> 
         recover(model, tmp_path / "out", "seedlm:bits=4", QUICK, text=TEXT)
     with pytest.raises(BadInput, match="expected rule=absmean"):
         recover(model, tmp_path / "out", "ternary:rule=threshold", QUICK, text=TEXT)
-    with pytest.raises(BadInput, match="nothing: is no weight of"):
+    with pytest.raises(BadInput, match="nothing: is not a weight of"):
         recover(model, tmp_path / "out", settings=QUICK, text=TEXT, names=["nothing"])
     with pytest.raises(BadInput, match="a window takes 32"):
         recover(model, tmp_path / "out", settings=QUICK, text=Text("short", "file", "abc"))
