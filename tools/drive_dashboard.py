@@ -1,4 +1,4 @@
-"""Drive the dashboard with a real browser, headless Chromium, by the keyboard alone: what a person does, and what they see.
+"""Drive the dashboard with a real browser, headless Chromium, by keyboard only: what a person does and sees.
 
     python tools/drive_dashboard.py FOLDER [--quick]
 
@@ -73,7 +73,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Any]:
-    """A headless Chromium that knows nothing from before and asks nobody."""
+    """A headless Chromium with a new profile, without background network requests."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -118,7 +118,7 @@ class Page:
         from selenium.webdriver.common.keys import Keys
 
         def chosen() -> bool:
-            with contextlib.suppress(WebDriverException):  # drawn anew while it is typed into
+            with contextlib.suppress(WebDriverException):  # redrawn while it is typed into
                 if self._field(label).get_attribute("value") != option:
                     self._field(label).send_keys(Keys.CONTROL, "a")
                     self._field(label).send_keys(option, Keys.ENTER)
@@ -174,7 +174,7 @@ class Page:
                     self.driver.execute_script("arguments[0].focus()", found)
                     self.driver.switch_to.active_element.send_keys(key)
                 return found is not None
-            except (StaleElementReferenceException, WebDriverException):  # drawn anew just now
+            except (StaleElementReferenceException, WebDriverException):  # redrawn just now
                 return False
 
         until(pressed, f"{label} can be pressed")
@@ -232,7 +232,7 @@ def drive_smollm2(page: Page, workspace: Path, pictures: Path) -> None:
     until(lambda: len(list(tensors.glob("*.safetensors"))) >= 40, "40 tensors are finished")
     page.says("tensors finished", "a second")
     page.press("Pause")
-    page.says("paused", "Resume goes on from what is finished")
+    page.says("paused", "Resume continues from what is finished")
     finished = {piece.name: piece.stat().st_mtime_ns for piece in tensors.glob("*.safetensors")}
     print(f"smollm2: paused with {len(finished)} tensors finished")
     page.pictures(pictures, "smollm2-paused")
