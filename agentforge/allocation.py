@@ -150,7 +150,7 @@ def candidates(
         stage.check()
         if stage.shared_layout():
             raise BadInput(f"{stage}: shares planes between weights, which takes one stage for all of them")
-    chosen = device_named(device)
+    torch_device = device_named(device)
     journal = _journal(model, calibration, ladder)
     found: dict[str, list[tuple[int, float]]] = {}
     if journal.is_file():
@@ -166,7 +166,7 @@ def candidates(
         dense, stats = weight.load().to(torch.float32), statistics[weight.name]
         rows = []
         for stage in ladder:
-            packed = stage.encode(dense.to(chosen) if stage.uses_gpu else dense, stats, name=weight.name)
+            packed = stage.encode(dense.to(torch_device) if stage.uses_gpu else dense, stats, name=weight.name)
             size = sum(plane.stored().nbytes for plane in packed)
             rows.append((size, damage(dense, stage.decode(packed), stats)))
         return weight.name, rows

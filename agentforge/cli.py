@@ -449,10 +449,10 @@ def handoff_write(
     as_json: AsJson = False,
 ) -> None:
     """Measure the models of a folder, and write its handoff.json."""
-    from . import handoff as room
+    from . import handoff as handoffs
 
-    room.contract(phase, to)
-    path = room.measure_and_write(folder, phase, text, tokens, progress=not as_json)
+    handoffs.contract(phase, to)
+    path = handoffs.measure_and_write(folder, phase, text, tokens, progress=not as_json)
     _show({"path": str(path)}, as_json, lambda: _say(f"written: {path}"))
 
 
@@ -465,9 +465,9 @@ def handoff_check(
     as_json: AsJson = False,
 ) -> None:
     """Check a hand-off: count, hash and measure it again; anything that differs is refused (exit code 2)."""
-    from . import handoff as room
+    from . import handoff as handoffs
 
-    checks = room.check_handoff(folder, phase, text, progress=not as_json, to=to)
+    checks = handoffs.check_handoff(folder, phase, text, progress=not as_json, to=to)
     _show(
         {"path": str(folder), "checked": checks},
         as_json,
@@ -805,11 +805,11 @@ def audit(
     """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON.
 
     The exit code is 1 if a probe failed, which is not a verdict on its claim, and 2 if the claims file is not in order."""
-    from .audit import report as room
+    from .audit import report as audits
 
     if claims is not None and reports:
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
-    names: list[str | Path] = [claims] if claims is not None else [*(reports or room.REPORTS)]
+    names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.REPORTS)]
     if check:
         _check_reports(names, out_dir, as_json)
         return
@@ -820,14 +820,14 @@ def audit(
     if only:
         if len(names) != 1:
             raise BadInput("--only asks for claims of one report; name the report, too")
-        rows = room.only(names[0], only, settings)
+        rows = audits.only(names[0], only, settings)
         _show({"claims": rows}, as_json, lambda: _claims(rows))
         if any(row["verdict"] == "error" for row in rows):
             raise typer.Exit(1)
         return
     if not as_json:
-        out.print(room.foreseen(names, budget), markup=False)
-    made = [room.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
+        out.print(audits.foreseen(names, budget), markup=False)
+    made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
     found = [{"path": str(folder), **_summary(folder)} for folder in made]
     _show({"reports": found}, as_json, lambda: _made(found))
     if any(one["summary"]["error"] for one in found):
@@ -855,15 +855,15 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool) -> None:
-    from .audit import report as room
+    from .audit import report as audits
     from .audit.claims import read_claims
 
-    folder = out_dir or room.reports_folder()
+    folder = out_dir or audits.reports_folder()
     problems: dict[str, str] = {}
     for name in names:
         claims = read_claims(name)
         try:
-            room.check(folder / claims.report, claims)
+            audits.check(folder / claims.report, claims)
         except BadInput as error:
             problems[claims.report] = str(error)
     _show(

@@ -103,30 +103,30 @@ def check_out(out: str | Path, *inputs: Path, replace: bool = False) -> Path:
     Raises BadInput if the folder cannot be used, before any work.
     """
     out = Path(out).expanduser()
-    place = Path(os.path.abspath(out))
+    target = Path(os.path.abspath(out))
     here = Path(os.path.abspath("."))
-    if place == here or place in here.parents:
+    if target == here or target in here.parents:
         raise BadInput(f"{out}: is the folder that this runs in, or above it; name a new folder")
-    real = Path(os.path.realpath(place))
+    real = Path(os.path.realpath(target))
     for path in inputs:
         if real == (held := Path(os.path.realpath(path))) or real in held.parents:
             raise BadInput(f"{out}: is the folder of {path}, which is read, or above it; name another one")
     try:
-        old = old_of(place)
+        old = old_of(target)
         if os.path.lexists(old):
             if strange := foreign(old):
                 raise BadInput(f"{old}: {strange}; it is in the way, move it and run again")
-            if os.path.lexists(place):
+            if os.path.lexists(target):
                 remove(old)
             else:
-                os.replace(old, place)
-        if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink()):
+                os.replace(old, target)
+        if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink()):
             raise BadInput(f"{out}: is in the way and not a folder; choose another one")
-        if replace and place.is_dir() and (strange := foreign(place)):
+        if replace and target.is_dir() and (strange := foreign(target)):
             raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")
     except OSError as error:
         raise BadInput(f"{str(out)!a:.80}: cannot be written ({error.strerror}); choose another folder") from None
-    return place if out.name in ("", "..") else out
+    return target if out.name in ("", "..") else out
 
 
 def replace(made: Path, out: Path) -> None:

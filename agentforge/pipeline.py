@@ -308,7 +308,7 @@ class _Job:
     def _thread(self, todo: list[tuple[int, str]], work: Callable[[int, str], None], done: Callable[[], object]) -> None:
         """Run `work` on each tensor in threads of this process."""
         sizes = {name: math.prod(entry.shape) for name, entry in self.model.entries.items()}
-        room = max(sizes.values()) if self.workers is None else None  # a number that was asked for is kept
+        limit = max(sizes.values()) if self.workers is None else None  # a number that was asked for is kept
         threads = self.workers or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
 
@@ -316,7 +316,7 @@ class _Job:
                 future.result()
                 done()
 
-            _drive(todo, lambda item: pool.submit(work, *item), finish, threads, lambda item: sizes[item[1]], room)
+            _drive(todo, lambda item: pool.submit(work, *item), finish, threads, lambda item: sizes[item[1]], limit)
 
     def _distribute(
         self,
@@ -382,16 +382,16 @@ def _drive(
     finish: Callable[[_T, Future[_R]], None],
     most: int,
     size: Callable[[_T], int] = lambda _: 0,
-    room: int | None = None,
+    limit: int | None = None,
 ) -> None:
     """Submit the items in turn, and hand each one's future to `finish` when it is done; the first error stops it all.
 
-    At most `most` are in memory at any time, of at most `room` together, unless a single one is larger.
+    At most `most` are in memory at any time, of at most `limit` together, unless a single one is larger.
     """
     waiting, running, held = deque(todo), dict[Future[_R], _T](), 0
     try:
         while waiting or running:
-            while waiting and len(running) < most and (not running or room is None or held + size(waiting[0]) <= room):
+            while waiting and len(running) < most and (not running or limit is None or held + size(waiting[0]) <= limit):
                 item = waiting.popleft()
                 running[submit(item)] = item
                 held += size(item)

@@ -212,7 +212,7 @@ def test_sizes_in_hand_stay_within_the_room() -> None:
     sizes = [3, 1, 1, 5, 2, 2, 2, 9, 1]
     with ThreadPoolExecutor(4) as threads:
         pipeline._drive(
-            sizes, lambda s: threads.submit(work, s), lambda _, f: done.append(f.result()), 4, lambda s: s, room=5
+            sizes, lambda s: threads.submit(work, s), lambda _, f: done.append(f.result()), 4, lambda s: s, limit=5
         )
     assert sorted(done) == sorted(sizes)
     assert max(total for total in seen if total != 9) <= 5, "9 alone is larger than the room, and goes alone"

@@ -31,7 +31,7 @@ from ..models import LanguageModel, open_model, quiet_transformers
 from ..pipeline import compress
 from ..training.phase import Phase
 from . import chain_probes, claims, compression_probes, paper_probes, phase5_probes, record, training_probes
-from . import workshop as room
+from . import workshop as shops
 from .claims import Claim, ClaimsFile
 from .compression_probes import share
 from .documented import coder_of
@@ -155,7 +155,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     changes += [{"tokens": here.tokens - 1}, {"context": here.context + 1}, {"device": "another"}]
     others = [("another", {"a": 1}), ("kind", {"a": 2})]
     right: list[bool] = []
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(room, "cache_dir", return_value=Path(scratch)):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(shops, "cache_dir", return_value=Path(scratch)):
 
         def again(shop: Workshop, kind: str = "kind", parameters: dict[str, Any] | None = None) -> bool:
             make = mock.Mock(return_value={})
@@ -166,7 +166,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
         right += [again(dataclasses.replace(here, **change)) is bool(change) for change in changes]
         right += [again(here, *other) for other in others]
         for name in ("source_sha256", "environment"):
-            with mock.patch.object(room, name, return_value="another"):
+            with mock.patch.object(shops, name, return_value="another"):
                 right.append(again(here))
         right.append(not again(here))
     return share(workshop, right, "changes", "measured again after a change, and not without one")
@@ -375,7 +375,7 @@ def kept_rows_told(workshop: Workshop) -> Measurement:
     first["claims"][0]["provenance"] |= {"commit": "1" * 40, "source": "2" * 64}
     again = measured(row("kept", "1 + 0"), row("new", "0 + 1"), before=first)["claims"]
     named = {one["id"]: (one["provenance"]["commit"], one["provenance"]["source"]) for one in again}
-    right = [named["kept"] == ("1" * 40, "2" * 64), named["new"] == (record.git_state()["commit"], room.source_sha256())]
+    right = [named["kept"] == ("1" * 40, "2" * 64), named["new"] == (record.git_state()["commit"], shops.source_sha256())]
     return share(workshop, right, "rows", "commit and source of kept rows")
 
 

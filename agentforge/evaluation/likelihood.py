@@ -195,11 +195,11 @@ def plan(
     model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
 ) -> tuple[list[Window], dict[str, Any]]:
     """The windows to score, and the protocol that says how they were made."""
-    room = context - 1 if bos == "window" else context
-    stride = max(room, 1) if stride is None else stride
-    if context < 2 or not 1 <= stride <= room:
+    longest = context - 1 if bos == "window" else context
+    stride = max(longest, 1) if stride is None else stride
+    if context < 2 or not 1 <= stride <= longest:
         raise BadInput(
-            f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}"
+            f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(longest, 1)}"
         )
     if model.context and context > model.context:
         raise BadInput(f"context={context}: {model.name} takes at most {model.context} tokens")
@@ -221,7 +221,7 @@ def plan(
     end = start = 0
     while end < len(ids):
         first = max(end, start + (bos != "window"))
-        end = start + room
+        end = start + longest
         if first < min(end, len(ids)):
             spans.append((start, first, min(end, len(ids))))
         start += stride

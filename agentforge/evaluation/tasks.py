@@ -260,14 +260,14 @@ def _run(
         ) from None
     hits, chances, truncated, digest = [], [], 0, hashlib.sha256()
     for name, task in tasks.items():
-        room = context - task.config.generation_kwargs["max_gen_toks"] if suite.new_tokens else context + 1
+        allowed = context - task.config.generation_kwargs["max_gen_toks"] if suite.new_tokens else context + 1
         for sample in found["samples"][name]:
             if sample["filter"] != suite.filter:
                 continue
             hits.append(float(sample[suite.metric]))
             chances.append(_chance(task, sample["doc"]))
             texts = ["".join(text for text in request if isinstance(text, str)) for request in sample["arguments"]]
-            truncated += any(len(lm.tok_encode(text)) > room for text in texts)
+            truncated += any(len(lm.tok_encode(text)) > allowed for text in texts)
             digest.update(json.dumps([sample["arguments"], sample["target"]], sort_keys=True).encode())
     return _Run(torch.tensor(hits, dtype=torch.float64), digest.hexdigest(), truncated, sum(chances) / len(chances))
 

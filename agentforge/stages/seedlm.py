@@ -312,14 +312,14 @@ def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: t
         return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
     tables = _tables(K, C, P)
     nothing = np.empty((0, P * C + 1), np.float32)
-    room: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
+    buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
 
     def search(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         groups, others = tables.groups, tables.seeds
         if h is not None:
-            room[:] = room or [np.empty_like(groups), np.empty_like(others)]
-            _reweigh(tables.groups, tables.seeds, P, h, *room)
-            groups, others = room
+            buffers[:] = buffers or [np.empty_like(groups), np.empty_like(others)]
+            _reweigh(tables.groups, tables.seeds, P, h, *buffers)
+            groups, others = buffers
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
         importance = np.ones(C) if h is None else h
         inverses = nothing if rule[3] or h is not None else tables.inverses  # they know no refinement and no weights

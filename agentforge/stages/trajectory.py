@@ -388,7 +388,7 @@ def _assign(  # pragma: no cover  (compiled)
     per_weight = np.array([lattice.D / 2 / reach if reach > 0 else 0.0 for reach in reaches])
     per_unit = reaches * (2 / lattice.D)
     absolute, squared = np.zeros(BLOCK), np.zeros(BLOCK)
-    point, room = np.empty(K), np.empty((5, K + 1))
+    point, scratch = np.empty(K), np.empty((5, K + 1))
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
         offset, u, found = np.empty((K, count)), np.empty((K, count)), np.empty((K, count))
@@ -411,7 +411,7 @@ def _assign(  # pragma: no cover  (compiled)
             if nearer[i] > 0.0 and not inside[i]:
                 for k in range(K):
                     point[k] = u[k, i]
-                inside[i] = _nearest_in_box(point, middle, lattice, room)
+                inside[i] = _nearest_in_box(point, middle, lattice, scratch)
                 for k in range(K):
                     found[k, i] = point[k]
             index = np.int64(0)
@@ -491,7 +491,7 @@ def _add_times(target: np.ndarray, factor: float, values: np.ndarray) -> None:  
 
 @njit(nogil=True, cache=True)
 def _nearest_in_box(  # pragma: no cover  (compiled)
-    point: np.ndarray, middle: np.ndarray, lattice: Lattice, room: np.ndarray
+    point: np.ndarray, middle: np.ndarray, lattice: Lattice, scratch: np.ndarray
 ) -> bool:
     """Put the point of the box nearest to `point` in its place; False if none is nearer than the centroid, `middle`.
 
@@ -499,7 +499,7 @@ def _nearest_in_box(  # pragma: no cover  (compiled)
     level's integers in order of distance.
     """
     K = len(point)
-    y, centre, x, turn, partial = room[0], room[1], room[2], room[3], room[4]
+    y, centre, x, turn, partial = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     limit = 0.0
     for level in range(K):
         limit += (point[level] - middle[level]) ** 2

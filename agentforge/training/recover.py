@@ -152,7 +152,7 @@ def recover(
     After a kill, or Ctrl-C, the same call continues from the last checkpoint.  Raises BadInput if model, stage, text or
     settings cannot be used.
     """
-    target = device_named(device or fastest_device())
+    torch_device = device_named(device or fastest_device())
     model = open_model(model) if isinstance(model, str | Path) else model
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     settings = settings or Settings()
@@ -191,7 +191,7 @@ def recover(
         if writer.finished and history_file.is_file():
             history: Any = read_json(history_file)["history"]
             return _recovered(Artifact(out), history)
-        run = _Run(model, stage, settings, calibration, chosen, work, recipe, target, progress)
+        run = _Run(model, stage, settings, calibration, chosen, work, recipe, torch_device, progress)
         run.prepare(begin, overwrite)
         history = run.train()
         packed, kept = run.result()
