@@ -74,7 +74,7 @@ def compress(
     Chain, or the path of one (.yaml, .yml).
     options: of `pipeline.compress` for a stage, of `chain.run_chain` for a chain.
 
-    A chain gives the last artifact that passed its gates, and raises AgentForgeError where none did.  Raises BadInput where
+    A chain gives the last artifact that passed its gates, and raises AgentForgeError if none did.  Raises BadInput if
     model, stage, chain or `out` cannot be used.
     """
     from . import chain, pipeline

@@ -1,15 +1,15 @@
 """Allocation: a stage and its setting for every weight, for the least damage that a budget of bytes allows.
 
-What a candidate costs is counted, by encoding the weight with it.  What it damages is predicted, to second order:
+A candidate's cost is counted by encoding the weight with it.  Its damage is predicted, to second order:
 
-    KL(original || compressed) ~ 1/2 sum over weights of tr(G E H E^T), nats a token,
+    KL(original || compressed) ~ 1/2 sum over weights of tr(G E H E^T), nats per token,
 
 E the error of the weight, H = E[x x^T] of its inputs, G the curvature of the KL divergence in its outputs (Fisher's
 information, of which the diagonal is taken).  Layers are taken to err independently of each other.  The prediction's size
-is off where errors are not small; the search only needs to know which weights deserve the bytes, and the result is measured.
+is off if errors are not small; the search only needs to know which weights deserve the bytes, and the result is measured.
 
 The search is Lagrange's: of each weight, the candidates on the lower convex hull of bytes and damage; in the order of damage
-avoided a byte, whatever still fits the budget.  No allocation is better by more than the damage that one step on one hull
+avoided per byte, whatever still fits the budget.  No allocation is better by more than the damage that one step on one hull
 avoids (Shoham & Gersho 1988).
 """
 
@@ -46,13 +46,13 @@ from .statistics import Calibration, InputStatistics, collect
 if TYPE_CHECKING:
     from .training.recover import Settings
 
-# Steps from 0.05 to 1.7 root mean squares, half an octave apart: from about 6.3 bits a weight to 1.2.
+# Steps from 0.05 to 1.7 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
 LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-7, 4))
 PASSES = 6  # artifacts that are made at most on the way to a limit
 
 
 class Candidate(NamedTuple):
-    """A stage for a weight.  bytes: of its planes on disk.  damage: predicted, nats a token."""
+    """A stage for a weight.  bytes: of its planes on disk.  damage: predicted, nats per token."""
 
     stage: stages.Stage
     bytes: int
@@ -61,10 +61,10 @@ class Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class Budget:
-    """What has to be kept to; one of these.
+    """The limit to meet: exactly one of these.
 
-    bytes: of all weight files, tensors that are kept and headers included.  bits: a weight, planes of the encoded linear
-    layers alone.  max_kl: KL(original || compressed), nats a token, with two standard errors on top.
+    bytes: of all weight files, tensors that are kept and headers included.  bits: per weight, planes of the encoded linear
+    layers alone.  max_kl: KL(original || compressed), nats per token, with two standard errors on top.
     """
 
     bytes: int | None = None
@@ -83,7 +83,7 @@ class Budget:
 def budget_bytes(size: str | None, target: str | None, parameters: int) -> int | None:
     """Bytes from text such as "60MB" or "61440", or from a ratio such as "4x" against 16 bits for each of `parameters`.
 
-    Raises BadInput for text of neither form, and where both are given.
+    Raises BadInput for text of neither form, or if both are given.
     """
     if size is not None and target is not None:
         raise BadInput("a budget in bytes and a ratio were asked for; expected one of the two")
@@ -110,8 +110,8 @@ def _number(text: str) -> float:
 
 
 class Fit(NamedTuple):
-    """artifact: keeps to the budget.  predicted: damage of its linear layers, nats a token.  measured: as loaded back from
-    disk.  bits: a weight of the linear layers, planes on disk."""
+    """artifact: meets the budget.  predicted: damage of its linear layers, nats per token.  measured: as loaded back from
+    disk.  bits: per weight of the linear layers, planes on disk."""
 
     artifact: Artifact
     predicted: float
@@ -120,7 +120,7 @@ class Fit(NamedTuple):
 
 
 def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) -> float:
-    """1/2 tr(G E H E^T) of E = decoded - weight, float[out, in]: predicted KL divergence, nats a token.
+    """1/2 tr(G E H E^T) of E = decoded - weight, float[out, in]: predicted KL divergence, nats per token.
 
     Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.
     """
@@ -143,15 +143,15 @@ def candidates(
 ) -> dict[str, list[Candidate]]:
     """Bytes and damage of each stage of `ladder` on each weight that has statistics, by the weight's name.
 
-    What was found is kept in the cache folder, under a hash of all that it depends on, a line a weight: a second budget,
+    The result is kept in the cache folder, under a hash of all its inputs, one line per weight: a second budget,
     or a run after a kill, does not encode again.  device: "cuda" searches on a GPU in the stages that can.
-    Raises BadInput where a stage cannot encode a weight, or shares planes.
+    Raises BadInput if a stage cannot encode a weight, or shares planes.
     """
     for stage in ladder:
         stage.check()
         if stage.shared_layout():
             raise BadInput(f"{stage}: shares planes between weights, which takes one stage for all of them")
-    place = device_named(device)
+    torch_device = device_named(device)
     journal = _journal(model, calibration, ladder)
     found: dict[str, list[tuple[int, float]]] = {}
     if journal.is_file():
@@ -167,7 +167,7 @@ def candidates(
         dense, stats = weight.load().to(torch.float32), statistics[weight.name]
         rows = []
         for stage in ladder:
-            packed = stage.encode(dense.to(place) if stage.uses_gpu else dense, stats, name=weight.name)
+            packed = stage.encode(dense.to(torch_device) if stage.uses_gpu else dense, stats, name=weight.name)
             size = sum(plane.stored().nbytes for plane in packed)
             rows.append((size, damage(dense, stage.decode(packed), stats)))
         return weight.name, rows
@@ -195,7 +195,7 @@ def candidates(
 
 
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
-    """The file of a model's candidates; its name is a hash of all that they depend on, our own source among it."""
+    """The file of a model's candidates; its name is a hash of all their inputs, our own source included."""
     here = Path(__file__).parent
     sources = [*sorted((here / "stages").glob("*.py")), here / "statistics.py", here / "planes.py", here / "allocation.py"]
     depends = {
@@ -211,7 +211,7 @@ def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[st
 def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
     """One candidate for each weight, of at most `budget` bytes together.
 
-    Raises BadInput where the smallest ones do not fit.
+    Raises BadInput if the smallest candidates do not fit.
     """
     hulls = {name: _hull(found) for name, found in options.items()}
     chosen = dict.fromkeys(hulls, 0)
@@ -272,12 +272,12 @@ def fit(
 
     ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output
     head of its own), which are kept otherwise.  statistics: what `statistics.collect` gave for this model and calibration,
-    sensitivities included, where it is at hand already.  recovery: how to train the codes afterwards, by distillation on
+    sensitivities included, if already available.  recovery: how to train the codes afterwards, by distillation on
     selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the divergence is measured
-    on; max_kl is held against it.  device: where statistics are taken, stages search that can, and the model is trained and
-    measured; sums are rounded differently on a GPU, so that the recipe names it.
+    on; max_kl is checked against it.  device: for statistics, training, measuring, and the search of stages that can use it;
+    sums are rounded differently on a GPU, so the recipe names it.
 
-    Raises BadInput where the budget cannot be kept to, and as `compress` does.
+    Raises BadInput if the budget cannot be met, and as `compress` does.
     """
     budget.check()
     device_named(device)
@@ -347,7 +347,7 @@ def _recovered(
     overwrite: bool,
     progress: bool,
 ) -> tuple[Artifact, float]:
-    """The artifact of at most `planes` bytes of codes and gains, trained.  What it starts with lies beside it until then."""
+    """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""
     from .training.recover import recover
 
     gains = 2 * sum(weight.shape[0] for weight in model.weights() if weight.name in set(names))
@@ -370,7 +370,7 @@ def _within_bytes(
 ) -> tuple[Artifact, float]:
     """The artifact whose weight files have at most `most` bytes.
 
-    What tensors take that are kept, and headers, is known exactly only from an artifact: the second one is right.
+    The size of kept tensors and headers is known exactly only from an artifact: the second one is right.
     """
     entries = {name: entry for name, entry in model.entries.items() if name not in options and name not in rest}
     beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in entries.values())
@@ -382,7 +382,7 @@ def _within_bytes(
                 _take(artifact.path, out, overwrite)
                 return Artifact(out), predicted
             beside = artifact.weight_bytes - planes + 64  # digits of offsets in headers
-    raise BadInput(f"budget of {most:,} bytes could not be kept to; allow a little more")
+    raise BadInput(f"budget of {most:,} bytes could not be met; allow a little more")
 
 
 def _within_kl(
@@ -396,8 +396,8 @@ def _within_kl(
 ) -> Fit:
     """The smallest artifact found whose divergence, its whole 95% interval, is at most `most`.
 
-    The first one has that damage by prediction.  By how much the prediction was off tells the size of the next one, which
-    has to lie between what failed and what passed.
+    The first one has that predicted damage.  The prediction's error gives the size of the next one, which has to lie
+    between those that failed and those that passed.
     """
     low, high = smallest_and_largest(options)
     largest = high

@@ -2,18 +2,18 @@
 
     config.json                     the model's own, with a quantization_config that names us
     model-00001-of-0000N.safetensors    planes and kept tensors (or one model.safetensors)
-    model.safetensors.index.json    which tensor is in which shard (only where there are several)
+    model.safetensors.index.json    which tensor is in which shard (only if there are several)
     agentforge.json                 the manifest: recipe, one row per tensor, sizes, sha256 of every file, itself included
     tokenizer files, licence        copied
 
 A writer works in `NAME.partial` beside the folder.  Every finished tensor is there as a file of its own, complete or
-not at all; the last step joins them into shards and renames the folder.  Killed at any byte, the same command goes on
-from the finished tensors, which hold their own hashes, and ends with the same bytes.
+not at all; the last step joins them into shards and renames the folder.  Killed at any byte, the same command resumes
+from the finished tensors, which carry their own hashes, and ends with the same bytes.
 
-Files are held against their hashes when they are read, once in a process; `verify` reads them in any case.
+Files are checked against their hashes when they are read, once in a process; `verify` reads them in any case.
 
 Files come from anywhere: nothing here is executed or unpickled, names cannot lead out of the folder, and no size from
-a file is believed before it is held against what the stage's settings give and what is on disk.
+a file is trusted before it is checked against what the stage's settings give and what is on disk.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Artifact:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row a tensor, as in the manifest."""
+        """One row per tensor, as in the manifest."""
         rows: list[dict[str, Any]] = self.manifest["tensors"]
         return rows
 
@@ -201,7 +201,7 @@ class Artifact:
         ]
 
     def check(self, again: bool = False, absent: bool = False) -> None:
-        """Hold every file against its size and hash in the manifest.  again: read them, even if this process has done so.
+        """Check every file against its size and hash in the manifest.  again: read them, even if this process has done so.
         absent: some may be missing, as in the hub's cache.
 
         Raises BadArtifact for the first that is missing or changed, by its name.
@@ -213,9 +213,9 @@ class Artifact:
             raise BadArtifact(str(error)) from None
 
     def read(self, row: dict[str, Any]) -> Packed | torch.Tensor:
-        """A row's planes, or its tensor where it was kept.
+        """A row's planes, or its tensor if it was kept.
 
-        Raises BadArtifact where what is on disk is not what the manifest, and the stage's settings, say.
+        Raises BadArtifact if what is on disk is not what the manifest, and the stage's settings, say.
         """
         name = row["name"]
         if row["stage"] is None:
@@ -232,8 +232,8 @@ class Artifact:
     def entries(self) -> dict[str, Entry]:
         """Where each kept tensor and each plane lies, by its name in the weight files.
 
-        All are held against the manifest by the headers alone: no data is read, so that other loaders can ask this before
-        they allocate anything.  Raises BadArtifact where files, names, sizes, shapes or dtypes are not the manifest's.
+        All are checked against the manifest by the headers alone: no data is read, so that other loaders can call this
+        before they allocate anything.  Raises BadArtifact if files, names, sizes, shapes or dtypes are not the manifest's.
         """
         wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 
@@ -281,13 +281,13 @@ class Artifact:
     def _plane_entries(
         self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int
     ) -> list[tuple[str, str, tuple[int, ...], Entry]]:
-        """Name, coding and shape of each plane of a tensor, and where it lies; their sizes are held against the settings."""
+        """Name, coding and shape of each plane of a tensor, and its entry; their sizes are checked against the settings."""
         found_entries = []
         if (found := sum(self._entry(f"{name}.{plane}").bytes for plane in layout)) != size:
             raise BadArtifact(f"{self.path}: the planes of {name} have {found} bytes, the manifest says {size}")
         for plane, (coding, shape) in layout.items():
             entry = self._entry(f"{name}.{plane}")
-            # The header's size was checked by the safetensors library; here it is held against the settings.
+            # The header's size was checked by the safetensors library; here it is checked against the settings.
             least, most = _stored_range(coding, math.prod(shape))
             if not least <= entry.bytes <= most:
                 raise BadArtifact(
@@ -298,7 +298,7 @@ class Artifact:
         return found_entries
 
     def decode(self, row: dict[str, Any], packed: Packed | None = None) -> torch.Tensor:
-        """A row's tensor as the model has it: decoded to float32 where it was encoded, as kept otherwise."""
+        """A row's tensor as the model has it: decoded to float32 if it was encoded, as kept otherwise."""
         found = self.read(row) if packed is None else packed
         if isinstance(found, torch.Tensor):
             return found
@@ -323,7 +323,7 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
     """Write the model that an artifact decodes to as an ordinary Hugging Face folder, for tools that know no planes.
 
     Every tensor is stored as `dtype`; `agentforge-source.json` says what the folder was made from, and the hash of each of
-    its files.  The folder appears whole or not at all.  Raises BadInput where `out` is in the way or a value does not fit.
+    its files.  The folder appears whole or not at all.  Raises BadInput if `out` is in the way or a value does not fit.
     """
     artifact = artifact if isinstance(artifact, Artifact) else Artifact(artifact)
     artifact.check()
@@ -356,9 +356,9 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
 
 
 class Writer:
-    """Writes an artifact, tensor by tensor, so that it can be killed at any moment and go on.
+    """Writes an artifact, tensor by tensor, so that it can be killed at any moment and resumed.
 
-    recipe: everything that the bytes depend on; an unfinished folder of another recipe is not continued.
+    recipe: everything that the bytes depend on; an unfinished folder with another recipe is not resumed.
     """
 
     def __init__(self, out: Path, recipe: dict[str, Any], overwrite: bool = False) -> None:
@@ -371,13 +371,12 @@ class Writer:
             if existing == recipe:
                 self.finished = True  # a kill between the rename and the clean-up may have left more
             elif not overwrite:
-                what = (
-                    f"holds {_difference(existing, recipe)}" if existing else "is in the way and no artifact of agentforge"
-                )
+                other = "is in the way and not an artifact of agentforge"
+                what = f"holds {_difference(existing, recipe)}" if existing else other
                 raise BadInput(f"{out}: {what}; choose another --out" + (" or pass --overwrite" if existing else ""))
             elif existing is None:
                 raise BadInput(
-                    f"{out}: is no artifact of agentforge, so --overwrite does not touch it; choose another --out"
+                    f"{out}: is not an artifact of agentforge, so --overwrite does not touch it; choose another --out"
                 )
         if self.partial.exists() and (strange := foreign(self.partial)):
             raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
@@ -405,7 +404,7 @@ class Writer:
                 raise
 
     def _go_on(self, overwrite: bool) -> None:
-        """Take up an unfinished run of the same recipe, or begin.  What of it was damaged since is made again."""
+        """Resume an unfinished run of the same recipe, or begin.  Parts damaged since are made again."""
         recipe_file = self.partial / RECIPE
         found: dict[str, Any] | None = None
         with contextlib.suppress(BadInput):
@@ -428,7 +427,7 @@ class Writer:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self.finished or not any(self.tensors.glob("*")):
-            with contextlib.suppress(BadInput):  # where somebody has put something beside our files meanwhile, it all stays
+            with contextlib.suppress(BadInput):  # if somebody has put something beside our files meanwhile, it all stays
                 remove(self.partial)
         self._lock.close()
         if isinstance(error, OSError):
@@ -436,7 +435,7 @@ class Writer:
 
     def _not_written(self, error: OSError) -> AgentForgeError:
         return AgentForgeError(
-            f"{self.out}: could not be written ({error.strerror}); make room, then the same command goes on from what is "
+            f"{self.out}: could not be written ({error.strerror}); free some space; the same command resumes from what is "
             "finished"
         )
 
@@ -482,7 +481,7 @@ class Writer:
         write_sealed(self.shared_piece, stored, {"row": json.dumps(row)})
 
     def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str, fallback: bool = False) -> None:
-        """Write a tensor that no stage touches: a matrix in float32 as float16 where that keeps it (relative error below
+        """Write a tensor that no stage touches: a matrix in float32 as float16 if that keeps it (relative error below
         1e-3), anything else as it is.  fallback: a stage was to encode it, and could not."""
         kept, error = original, 0.0
         if original.dtype in (torch.float32, torch.float64) and original.dim() >= 2:
@@ -507,7 +506,7 @@ class Writer:
     def finish(self, model: LanguageModel, count: int) -> Artifact:
         """Join the `count` finished tensors into shards, write the manifest, and rename the folder.
 
-        Raises BadInput where the model's files are not those that the run began with; what was made of them is discarded.
+        Raises BadInput if the model's files are not those that the run began with; what was made of them is discarded.
         """
         if model.fingerprint_now() != self.recipe["model"]:
             shutil.rmtree(self.tensors)
@@ -597,7 +596,7 @@ class StoredPlane(NamedTuple):
 
 class Encoded(NamedTuple):
     """All that an artifact says of an encoded weight.  shape: (out, in).  error: |W - decoded| / |W| (Frobenius).  reason:
-    why it was the fallback that encoded it, None where it was not."""
+    why it was the fallback that encoded it, None if it was not."""
 
     stage: stages.Stage
     shape: tuple[int, int]
@@ -633,7 +632,7 @@ def read_shared(piece: Path, stage: stages.Stage) -> Packed:
 def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
     """|original - decoded| / |original| in the Frobenius norm; 0 if both are zero.
 
-    This is what "relative error" means wherever it is written; its square is called "relative squared error".
+    This is what "relative error" means everywhere; its square is called "relative squared error".
     """
     return joint_error([(original, decoded)])
 
@@ -641,7 +640,7 @@ def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
 def joint_error(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
     """The relative error of several tensors together, each with what it was decoded to.
 
-    By blocks of a fixed size: in float64 a whole tensor would take more room than encoding it does.
+    By blocks of a fixed size: in float64 a whole tensor would take more memory than encoding it does.
     """
     power = lost = 0.0
     for original, decoded in pairs:

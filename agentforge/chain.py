@@ -1,16 +1,16 @@
 """Chains: stages one after the other, each behind gates, with retries and rollback.
 
-A step either *re-encodes*: it decodes what the last accepted step stored, and encodes that anew ("vptq:bits=2").  Only the
+A step either *re-encodes*: it decodes what the last accepted step stored, and encodes that again ("vptq:bits=2").  Only the
 last artifact's bytes count, so the ratios of such steps do not multiply.  Or it *refines* the planes of that step
-("| entropy", "| codebook=curves:degree=3"), and its ratio does multiply.  The history says what each step brought.
+("| entropy", "| codebook=curves:degree=3"), and its ratio does multiply.  The history says what each step contributed.
 
     model -> try 1 -> measured from disk -> gates -> accepted -> next step
                                              |
                                              +-> try 2, 3, ... -> none left: back to the last accepted artifact
 
-A gate is a condition on a measurement ("retention >= 0.98") that its standard error takes part in: within two of them the
-gate is undecided, and more text is measured; what is still undecided then is not accepted.  What is handed over is always
-the last accepted artifact, never one that failed.
+A gate is a condition on a measurement ("retention >= 0.98"), decided with its standard error: within two of them the gate
+is undecided, and more text is measured.  If it is still undecided then, the step is not accepted.  The result is always the
+last accepted artifact, never one that failed.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ Decision = Literal["passed", "failed", "undecided"]
 # What a gate may ask of an artifact.  "step" is against the last accepted artifact, "total" against the original.
 QUANTITIES = {
     "bytes": "size of the weight files",
-    "ratio": "total ratio, whole model, against `bits` a parameter",
-    "step_ratio": "bytes of the last accepted artifact (at first `bits` a parameter) over these",
-    "touched_ratio": "total ratio, encoded tensors alone, against `bits` a weight",
-    "touched_step_ratio": "encoded tensors alone: bytes of the last accepted artifact (at first `bits` a weight) over these",
+    "ratio": "total ratio, whole model, against `bits` per parameter",
+    "step_ratio": "bytes of the last accepted artifact (at first `bits` per parameter) over these",
+    "touched_ratio": "total ratio, encoded tensors alone, against `bits` per weight",
+    "touched_step_ratio": "encoded tensors alone: last accepted artifact's bytes (at first `bits` per weight) over these",
     "error": "relative error of all weights that stages may touch, against the original's",
-    "kl": "KL(original || this), nats a token",
+    "kl": "KL(original || this), nats per token",
     "top1": "share of tokens with the original's most likely next token",
     "perplexity": "of a language model",
     "accuracy": "share of right next tokens, or of right digits",
@@ -65,7 +65,7 @@ _CONDITION = re.compile(r"\s*([a-z_0-9]+)\s*(<=|>=)\s*([-+.0-9eE]+)\s*")
 
 
 class Condition(NamedTuple):
-    """`quantity` held against a limit."""
+    """`quantity` checked against a limit."""
 
     quantity: str
     sense: str
@@ -73,7 +73,7 @@ class Condition(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Condition:
-        """From text such as "retention >= 0.98".  Raises ValueError where it is none."""
+        """From text such as "retention >= 0.98".  Raises ValueError if it is none."""
         match = _CONDITION.fullmatch(text)
         try:
             if match and match[1] in QUANTITIES and math.isfinite(limit := float(match[3])):
@@ -132,8 +132,8 @@ class Step(BaseModel):
 
 class Chain(BaseModel):
     """steps: in order.  gates: of every step, beside its own.  on_failure: "stop" at a step of which no setting passed, or
-    "go_on" with the next one.  text, tokens: what quality is measured on (default: WikiText-2 where it is there);
-    most_tokens: where gates are undecided.  bits: a parameter's, in the ratios."""
+    "go_on" with the next one.  text, tokens: what quality is measured on (default: WikiText-2 if it is there);
+    most_tokens: if gates are undecided.  bits: per parameter, in the ratios."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
@@ -161,8 +161,8 @@ def read_chain(path: str | Path) -> Chain:
 
 
 class Result(NamedTuple):
-    """artifact: the last accepted one, None where no step was.  attempts: a row a try, as in the journal.  finished: whether
-    every step was accepted."""
+    """artifact: the last accepted one, None if no step was.  attempts: one row per try, as in the journal.  finished:
+    whether every step was accepted."""
 
     artifact: Artifact | None
     attempts: list[dict[str, Any]]
@@ -182,9 +182,9 @@ def run_chain(
 ) -> Result:
     """Run a chain on `model` into the folder `out`: journal.json, a folder for each accepted step, and `artifact`, a copy of
     the last of them.  track: a folder for the metrics of all attempts, and W&B's files (see `tracking.track_chain`).
-    device: where stages search that can, and where is measured.
+    device: for measuring, and for the search of stages that can use it.
 
-    Run again after a kill, it goes on with what is unfinished and gives the same bytes.  Raises BadInput where model, chain
+    Run again after a kill, it continues with what is unfinished and gives the same bytes.  Raises BadInput if model, chain
     or `out` cannot be used; a gate that fails is no error, it is in the result.
     """
     device_named(device)
@@ -214,7 +214,7 @@ def run_chain(
 def compress_with(model: LanguageModel | str | Path, chain: Chain | str | Path, out: str | Path, **options: Any) -> Artifact:
     """The last artifact that a chain accepted, in `out`/artifact.  options: of `run_chain`.
 
-    Raises AgentForgeError where no step was accepted: what failed its gates is handed to nobody.
+    Raises AgentForgeError if no step was accepted: an artifact that failed its gates is never returned.
     """
     result = run_chain(model, chain, out, **options)
     if result.artifact is None:
@@ -241,7 +241,7 @@ class _Journal:
         self.path, self.recipe, self.original = out / "journal.json", recipe, original
         self.now: dict[str, Any] | None = None
         if out.exists() and not self.path.is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"{out}: is in the way and no chain of agentforge; choose another --out")
+            raise BadInput(f"{out}: is in the way and not a chain of agentforge; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(out, os.O_RDONLY)
         try:
@@ -303,7 +303,7 @@ class _Journal:
 
 
 class _Run:
-    """One run of a chain: where it stands."""
+    """One run of a chain: its state."""
 
     def __init__(
         self,
@@ -394,7 +394,7 @@ class _Run:
                 source = before or self.original
                 options |= {"workers": self.workers, "device": self.device, "calibration": calibration}
                 artifact = compress(source, setting.stage, folder, **options)
-        except BadInput as error:  # a weight that the stage cannot encode; a full disk is no BadInput
+        except BadInput as error:  # a weight that the stage cannot encode; a full disk is not a BadInput
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
         encoded = time.perf_counter()
         decode_seconds = _decode_seconds(artifact)
@@ -473,7 +473,7 @@ def model_error(original: LanguageModel, candidate: LanguageModel) -> float:
 
 
 def _touched(artifact: Artifact, bits: int) -> Ratio:
-    """The ratio of the encoded tensors alone, shared planes included, against `bits` a weight."""
+    """The ratio of the encoded tensors alone, shared planes included, against `bits` per weight."""
     return next(r for r in artifact.ratios if r.what == "touched tensors" and r.denominator.endswith(f"at {bits} bits"))
 
 
@@ -487,7 +487,7 @@ def _decode_seconds(artifact: Artifact) -> float:
 
 
 def _manifest_hash(folder: Path) -> str | None:
-    """The hash of an artifact's manifest, which holds those of its files; None where there is no sound artifact."""
+    """The hash of an artifact's manifest, which holds those of its files; None if there is no sound artifact."""
     try:
         artifact = Artifact(folder)
         artifact.check()

@@ -1,6 +1,6 @@
 """The command line: the package's verbs as commands, with no logic of their own.
 
-Exit codes: 0 done, 1 a check says no, 2 bad input (or no room, or no memory), 70 a fault of agentforge's own, 128 + n ended
+Exit codes: 0 done, 1 a check says no, 2 bad input (or no disk space or memory left), 70 a bug of agentforge, 128 + n ended
 by signal n (Ctrl-C: 130, SIGTERM: 143, SIGHUP: 129).
 """
 
@@ -39,7 +39,7 @@ out = Console(soft_wrap=True)
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 TextName = Annotated[
     str | None,
-    typer.Option("--text", help="wikitext2, selftext or a text file (default: the first of these that is there)."),
+    typer.Option("--text", help="Text: wikitext2, selftext or a text file (default: the first one available)."),
 ]
 RegistryURI = Annotated[
     str | None,
@@ -47,11 +47,11 @@ RegistryURI = Annotated[
 ]
 
 FromPhase = Annotated[int, typer.Option("--from", help="The phase that hands over.")]
-ToPhase = Annotated[str, typer.Option("--to", help="The one that receives, or deployment.")]
+ToPhase = Annotated[str, typer.Option("--to", help="The phase that receives, or deployment.")]
 
 
 def _checked_out(path: Path | None) -> Path | None:
-    """A folder to be written, as the option --out has it.  Raises BadInput, before any work, where none can be made."""
+    """A folder to be written, as the option --out has it.  Raises BadInput, before any work, if none can be made."""
     if path is None:
         return None
     path = path.expanduser()
@@ -64,7 +64,7 @@ def _checked_out(path: Path | None) -> Path | None:
             with tempfile.TemporaryDirectory(prefix=".agentforge-", dir=nearest):
                 pass
         except OSError as error:
-            reason = error.strerror if nearest.is_dir() else "is no folder"
+            reason = error.strerror if nearest.is_dir() else "is not a folder"
             raise BadInput(f"--out {path}: {nearest} cannot be written ({reason}); choose another --out") from None
     return path
 
@@ -91,7 +91,7 @@ def main() -> None:
         _complain(str(error), 2)
     except (KeyboardInterrupt, SystemExit) as error:
         code = 130 if isinstance(error, KeyboardInterrupt) else error.code
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a library in Rust is not an Exception
         # click's usage errors come through here because standalone_mode is off: they know how to show themselves.
         if hasattr(error, "show") and hasattr(error, "exit_code"):
             error.show()
@@ -106,9 +106,9 @@ def main() -> None:
 
 
 def _unexpected(error: BaseException) -> tuple[str, int]:
-    """What to say of an error that nobody has put in words, and the exit code."""
+    """The message for an unexpected error, and the exit code."""
     if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
-        return "memory ran out; free some, or raise its limit (--workers 1 takes the least, where a command has it)", 2
+        return "out of memory; free some or raise the limit (--workers 1 needs the least, if the command has it)", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
     last = traceback.extract_tb(error.__traceback__)[-1]
@@ -127,15 +127,17 @@ def _again(asked: list[str]) -> str:
     goes_on = asked and asked[0] in ("compress", "fit", "pipeline", "recover", "audit") and "--fresh" not in names
     if asked and asked[0] == "fit" and "--bits" not in names:
         goes_on = False  # it tries artifacts in a folder that is gone
-    return "goes on from what is finished" if goes_on else "starts again"
+    return "resumes from what is finished" if goes_on else "starts again"
 
 
 @app.command()
 def models(
     model: Annotated[
-        str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why not.")
+        str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why the others stay.")
     ] = None,
-    embeddings: Annotated[bool, typer.Option(help="Count embeddings and output head among what may be touched.")] = False,
+    embeddings: Annotated[
+        bool, typer.Option(help="Count the embeddings and output head as tensors that may be touched.")
+    ] = False,
     registered: Annotated[bool, typer.Option("--registered", help="List the versions in the registry.")] = False,
     registry: RegistryURI = None,
     as_json: AsJson = False,
@@ -191,28 +193,29 @@ def models(
 @app.command()
 def compress(
     model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
-    stage: Annotated[str, typer.Option(help="For example rounding:bits=4,group=64 or ternary.")],
+    stage: Annotated[str, typer.Option(help="Stage and settings, such as rounding:bits=4,group=64 or ternary.")],
     out_dir: OutDir,
     embeddings: Annotated[bool, typer.Option(help="Encode the token embedding and output head, too.")] = False,
-    seed: Annotated[int, typer.Option(help="For stages that draw random numbers.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for stages that draw random numbers.")] = 0,
     workers: Annotated[
-        int | None, typer.Option(help="Tensors at a time (default: one a core, as memory allows); same bytes.")
+        int | None, typer.Option(help="Tensors at a time (default: one per core, as memory allows); same bytes.")
     ] = None,
-    device: Annotated[str, typer.Option(help="cuda searches on a GPU where the stage can; same bytes.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cuda searches on a GPU if the stage can; same bytes.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
     fallback: Annotated[
-        bool, typer.Option(help="Encode a weight that the stage cannot with rounding:bits=8, or keep it; off: refuse it.")
+        bool, typer.Option(help="Encode weights that the stage cannot with rounding:bits=8, or keep them; off: refuse them.")
     ] = False,
     scheduler: Annotated[
-        str | None, typer.Option(help="A Dask cluster's, as tcp://host:8786: its workers encode; same bytes.")
+        str | None,
+        typer.Option(help="Address of a Dask scheduler, such as tcp://host:8786, whose workers encode; same bytes."),
     ] = None,
     calibration: Annotated[
         str, typer.Option(help="Text for stages that need input statistics: selftext, wikitext2 or a text file.")
     ] = "selftext",
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="How many of its tokens to read.")] = 8192,
+    calibration_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the calibration text to read.")] = 8192,
     as_json: AsJson = False,
 ) -> None:
-    """Encode a model's weights and write the artifact; run again after a kill, it goes on where it was."""
+    """Encode a model's weights and write the artifact; run again after a kill, it resumes where it stopped."""
     from . import execution
     from .evaluation.measurement import peak_memory
     from .opening import open_model
@@ -264,26 +267,29 @@ def compress(
 def fit(
     model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
     out_dir: OutDir,
-    target: Annotated[str | None, typer.Option(help="Of the whole model against 16 bits a parameter, as 4x.")] = None,
-    bits: Annotated[float | None, typer.Option(help="A weight of the linear layers, on disk.")] = None,
-    size: Annotated[
-        str | None, typer.Option("--bytes", help="Of all weight files, as 60MB (1 MB = 1,000,000 bytes).")
+    target: Annotated[
+        str | None, typer.Option(help="Ratio of the whole model against 16 bits per parameter, such as 4x.")
     ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="KL(original || compressed) in nats a token, at most.")] = None,
+    bits: Annotated[float | None, typer.Option(help="Bits per weight of the linear layers, on disk.")] = None,
+    size: Annotated[
+        str | None, typer.Option("--bytes", help="Size of all weight files, such as 60MB (1 MB = 1,000,000 bytes).")
+    ] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Largest KL(original || compressed), in nats per token.")] = None,
     embeddings: Annotated[
-        str | None, typer.Option(help="A stage for embedding and output head, such as rounding:bits=8; else they are kept.")
+        str | None,
+        typer.Option(help="Stage for the embedding and output head, such as rounding:bits=8 (default: keep them)."),
     ] = None,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of it to score, spread over it.")] = 6132,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
     recover: Annotated[
-        int | None, typer.Option(min=1, help="Train the codes for so many steps of 4,096 tokens, within the same bits.")
+        int | None, typer.Option(min=1, help="Train the codes for this many steps of 4,096 tokens, within the same bits.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads (default: one a core); same bytes.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda: for statistics, searches, training and measuring.")] = "cpu",
+    workers: Annotated[int | None, typer.Option(help="Threads (default: one per core); same bytes.")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
     overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find a setting for every weight that keeps to a budget with the least damage, and measure what came of it."""
+    """Find the settings that meet a budget with the least damage, one per weight, and measure the result."""
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
     from .models import device_named
@@ -321,7 +327,8 @@ def fit(
         as_json,
         lambda: _ratios(
             found.artifact,
-            f"{found.bits:.3f} bits a weight of the linear layers; KL {found.measured.kl}, predicted {found.predicted:.3g}; "
+            f"{found.bits:.3f} bits per weight of the linear layers; "
+            f"KL {found.measured.kl}, predicted {found.predicted:.3g}; "
             f"perplexity {found.measured.perplexity} (original {found.measured.original_perplexity.value:.2f}); "
             f"{seconds:.0f} s; written to {found.artifact.path}",
         ),
@@ -333,7 +340,7 @@ def inspect(
     artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
     as_json: AsJson = False,
 ) -> None:
-    """Show an artifact's tensors, bits a weight, errors, bytes and ratios, from its manifest."""
+    """Show an artifact's tensors, bits per weight, errors, bytes and ratios, from its manifest."""
     from .artifact import Artifact
 
     artifact = Artifact(artifact_dir)
@@ -350,7 +357,7 @@ def inspect(
     ]
 
     def tables() -> None:
-        _table("tensor", "shape", "stage", "bits a weight", "relative error", "bytes", rows=rows, right=(3, 4, 5))
+        _table("tensor", "shape", "stage", "bits per weight", "relative error", "bytes", rows=rows, right=(3, 4, 5))
         with_what = {key: value for key, value in artifact.manifest["recipe"]["stage"].items() if key != "weights"}
         _ratios(artifact, f"made from {artifact.manifest['original']['name']} with {with_what}")
 
@@ -372,7 +379,7 @@ def verify(
     artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
     as_json: AsJson = False,
 ) -> None:
-    """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 where something is wrong)."""
+    """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 if something is wrong)."""
     from .artifact import Artifact
 
     if not artifact_dir.is_dir():
@@ -394,18 +401,18 @@ def verify(
 @app.command()
 def register(
     artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
-    name: Annotated[str | None, typer.Option(help="Of the registered model (default: the base model's).")] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the registered model (default: the base model's).")] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Measurements of it: an audit's record, or what evaluate --json printed.")
+        Path | None, typer.Option(help="Measurements of the artifact: an audit's record, or what evaluate --json printed.")
     ] = None,
-    alias: Annotated[list[str] | None, typer.Option(help="That shall lead to this version, such as champion.")] = None,
+    alias: Annotated[list[str] | None, typer.Option(help="Alias for this version, such as champion.")] = None,
     handed: Annotated[
-        Path | None, typer.Option("--handoff", help="Folder of a hand-off that it is part of: checked, and recorded.")
+        Path | None, typer.Option("--handoff", help="Folder of a hand-off that includes it, to be checked and recorded.")
     ] = None,
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an artifact and register it, packed and dequantised, with where it comes from; the same one only once."""
+    """Check an artifact and register it, packed and dequantised, with its lineage; the same artifact only once."""
     from .registry import register as run
 
     found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
@@ -433,7 +440,9 @@ def _registered_table(rows: list[dict[str, Any]]) -> None:
 
 @handoff_app.command("write")
 def handoff_write(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Holds the models as subfolders; a chain's folder from 8.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder with the models as subfolders; from phase 8 on, a chain's folder.")
+    ],
     phase: FromPhase,
     to: ToPhase,
     text: TextName = None,
@@ -441,25 +450,25 @@ def handoff_write(
     as_json: AsJson = False,
 ) -> None:
     """Measure the models of a folder, and write its handoff.json."""
-    from . import handoff as room
+    from . import handoff as handoffs
 
-    room.contract(phase, to)
-    path = room.measure_and_write(folder, phase, text, tokens, progress=not as_json)
+    handoffs.contract(phase, to)
+    path = handoffs.measure_and_write(folder, phase, text, tokens, progress=not as_json)
     _show({"path": str(path)}, as_json, lambda: _say(f"written: {path}"))
 
 
 @handoff_app.command("check")
 def handoff_check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="What the phase before has left.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that the previous phase left.")],
     phase: FromPhase,
     to: ToPhase,
     text: TextName = None,
     as_json: AsJson = False,
 ) -> None:
-    """Count, hash and measure again what another phase hands over; what is not as it says is refused (exit code 2)."""
-    from . import handoff as room
+    """Check a hand-off: count, hash and measure it again; anything that differs is refused (exit code 2)."""
+    from . import handoff as handoffs
 
-    checks = room.check_handoff(folder, phase, text, progress=not as_json, to=to)
+    checks = handoffs.check_handoff(folder, phase, text, progress=not as_json, to=to)
     _show(
         {"path": str(folder), "checked": checks},
         as_json,
@@ -475,23 +484,26 @@ def evaluate(
     tokens: Annotated[
         int | None, typer.Option(help="How many tokens to score, in windows spread evenly (default: the whole text).")
     ] = None,
-    context: Annotated[int, typer.Option(help="Window length in tokens; of a sample, 512 gives a better error.")] = 2048,
+    context: Annotated[
+        int, typer.Option(help="Window length in tokens; for a sample, 512 gives a better error estimate.")
+    ] = 2048,
     stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
     bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
-    runtime: Annotated[str, typer.Option(help="An artifact's: dense, or packed (weights stay packed).")] = "dense",
+    runtime: Annotated[str, typer.Option(help="For artifacts: dense, or packed (weights stay packed).")] = "dense",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     tasks: Annotated[
-        str | None, typer.Option(help="Task suites in place of a text, with commas: hellaswag,arc_easy,mmlu,gsm8k,...")
+        str | None,
+        typer.Option(help="Task suites instead of a text, separated by commas: hellaswag,arc_easy,mmlu,gsm8k,..."),
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items a task, drawn at random (default: all).")] = None,
+    limit: Annotated[int | None, typer.Option(help="Items per task, drawn at random (default: all).")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the tasks' files (default: AGENTFORGE_DATA, ../shared/data, the hub).")
+        Path | None, typer.Option(help="Folder of the task files (default: AGENTFORGE_DATA, ../shared/data, the hub).")
     ] = None,
     allow_generated_code: Annotated[
         bool, typer.Option("--allow-generated-code", help="Run the code that the model writes for humaneval, in a sandbox.")
     ] = False,
     phase5: Annotated[
-        bool, typer.Option("--phase5", help="Edge of chaos and the rules of Eudaimonia, in place of a text.")
+        bool, typer.Option("--phase5", help="Phase 5 checks instead of a text: edge of chaos and Eudaimonia.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -629,27 +641,27 @@ def recover(
         Path,
         typer.Option(
             "--out",
-            help="Folder for both outputs, the hand-off and the metrics; the same one goes on.",
+            help="Folder for both outputs, the hand-off and the metrics; the same folder resumes.",
             callback=_checked_out,
         ),
     ],
-    steps: Annotated[int, typer.Option(help="Steps of training, where it is needed.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Windows a step.")] = 8,
-    window: Annotated[int, typer.Option(help="Tokens a window to train on.")] = 512,
+    steps: Annotated[int, typer.Option(help="Training steps, if training is needed.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
+    window: Annotated[int, typer.Option(help="Training tokens per window.")] = 512,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     optimizer: Annotated[str, typer.Option(help="adamw or mugrokfast.")] = "adamw",
     train_on: Annotated[str, typer.Option(help="Text to train on: selftext, wikitext2 or a text file.")] = "selftext",
-    always: Annotated[bool, typer.Option(help="Train even where perplexity rose by less than 5%.")] = False,
-    packing: Annotated[str, typer.Option(help="trits (1.6 bits a weight) or 2bit.")] = "trits",
+    always: Annotated[bool, typer.Option(help="Train even if perplexity rose by less than 5%.")] = False,
+    packing: Annotated[str, typer.Option(help="trits (1.6 bits per weight) or 2bit.")] = "trits",
     text: TextName = None,
     tokens: Annotated[int, typer.Option(help="How many tokens to measure quality on.")] = 6132,
     device: Annotated[
-        str | None, typer.Option(help="To train and measure on: cpu or cuda (default: cuda where there is one).")
+        str | None, typer.Option(help="Device to train and measure on: cpu or cuda (default: cuda if available).")
     ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Discard what other settings have made.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Discard the output of other settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model ternary, train it back by distillation, and hand over two outputs (exit code 1 where a gate fails)."""
+    """Make a model ternary, train it back by distillation, and hand over two outputs (exit code 1 if a gate fails)."""
     from .training.phase import phase
     from .training.recover import Settings
 
@@ -694,17 +706,19 @@ def pipeline(
     chain: Annotated[Path, typer.Argument(help="A YAML file of steps, settings to try, and gates.")],
     out_dir: Annotated[
         Path,
-        typer.Option("--out", help="Folder for the artifact and the journal; the same one goes on.", callback=_checked_out),
+        typer.Option(
+            "--out", help="Folder for the artifact and the journal; the same folder resumes.", callback=_checked_out
+        ),
     ],
-    workers: Annotated[int | None, typer.Option(help="Threads (default: one a core).")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda: for searches where the stage can, and for measuring.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option(help="Discard what another chain has made there.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Threads (default: one per core).")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda, for measuring, and for searches if the stage can.")] = "cpu",
+    overwrite: Annotated[bool, typer.Option(help="Discard the output of another chain.")] = False,
     track: Annotated[
         Path | None, typer.Option(help="Folder for the metrics of every attempt, and a Weights & Biases run (offline).")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Take a model through a chain of stages with gates; a step that fails them is rolled back (exit code 1)."""
+    """Run a model through a chain of stages with gates; a step that fails its gates is rolled back (exit code 1)."""
     from .chain import run_chain
 
     options = {"workers": workers, "device": device, "overwrite": overwrite, "progress": not as_json, "track": track}
@@ -749,9 +763,9 @@ def _attempt_cells(row: dict[str, Any]) -> list[str]:
 @app.command()
 def dashboard(
     workspace: Annotated[
-        Path, typer.Option(help="Folder in which all runs live; nothing outside of it is written, or read from the page.")
+        Path, typer.Option(help="Folder of all runs; the page reads and writes nothing outside it.")
     ] = Path("agentforge-runs"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="On this machine alone (127.0.0.1).")] = 8501,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine only (127.0.0.1).")] = 8501,
 ) -> None:
     """Show runs of chains on a page in the browser: start, watch, pause, resume, abort and compare them."""
     from .dashboard import runs, server
@@ -767,35 +781,36 @@ def dashboard(
 @app.command()
 def audit(
     reports: Annotated[list[str] | None, typer.Argument(help="Which reports (default: all).", metavar="[REPORT]...")] = None,
-    claims: Annotated[Path | None, typer.Option(help="A YAML file of your own claims, in the place of reports.")] = None,
+    claims: Annotated[Path | None, typer.Option(help="A YAML file of your own claims, instead of reports.")] = None,
     model: Annotated[str | None, typer.Option(help="Measure on this model (default: the claims' own).")] = None,
     against: Annotated[str | None, typer.Option(help="The original of that model, for claims that compare.")] = None,
     text: TextName = None,
-    tokens: Annotated[int | None, typer.Option(help="To score for likelihoods (default: as the budget says).")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to score for likelihoods (default: set by the budget).")] = None,
     budget: Annotated[
         str | None,
         typer.Option(help="smoke, quick, standard or full: how large samples are (default: quick; --only: standard)."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     out_dir: Annotated[
-        Path | None, typer.Option("--out", help="Folder for reports (default: build/reports, of the full budget reports).")
+        Path | None,
+        typer.Option("--out", help="Folder for reports (default: build/reports; with the full budget, reports)."),
     ] = None,
     only: Annotated[list[str] | None, typer.Option(help="A claim's id: measure this one and write no report.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Measure all again; off: only what anything has changed for.")] = False,
+    fresh: Annotated[bool, typer.Option(help="Measure everything again; off: only claims whose inputs changed.")] = False,
     keep: Annotated[
-        bool, typer.Option(help="What the report has measured stays; measure claims that are new or changed.")
+        bool, typer.Option(help="Keep what the report has measured; measure only new or changed claims.")
     ] = False,
-    check: Annotated[bool, typer.Option(help="Measure nothing: is each report what its record gives?")] = False,
+    check: Annotated[bool, typer.Option(help="Measure nothing; check that each report matches its record.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON.
 
-    The exit code is 1 if a probe failed, which is no verdict on its claim, and 2 if the claims file is not in order."""
-    from .audit import report as room
+    The exit code is 1 if a probe failed, which is not a verdict on its claim, and 2 if the claims file is not in order."""
+    from .audit import report as audits
 
     if claims is not None and reports:
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
-    names: list[str | Path] = [claims] if claims is not None else [*(reports or room.REPORTS)]
+    names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.REPORTS)]
     if check:
         _check_reports(names, out_dir, as_json)
         return
@@ -806,14 +821,14 @@ def audit(
     if only:
         if len(names) != 1:
             raise BadInput("--only asks for claims of one report; name the report, too")
-        rows = room.only(names[0], only, settings)
+        rows = audits.only(names[0], only, settings)
         _show({"claims": rows}, as_json, lambda: _claims(rows))
         if any(row["verdict"] == "error" for row in rows):
             raise typer.Exit(1)
         return
     if not as_json:
-        out.print(room.foreseen(names, budget), markup=False)
-    made = [room.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
+        out.print(audits.foreseen(names, budget), markup=False)
+    made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
     found = [{"path": str(folder), **_summary(folder)} for folder in made]
     _show({"reports": found}, as_json, lambda: _made(found))
     if any(one["summary"]["error"] for one in found):
@@ -841,15 +856,15 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool) -> None:
-    from .audit import report as room
+    from .audit import report as audits
     from .audit.claims import read_claims
 
-    folder = out_dir or room.reports_folder()
+    folder = out_dir or audits.reports_folder()
     problems: dict[str, str] = {}
     for name in names:
         claims = read_claims(name)
         try:
-            room.check(folder / claims.report, claims)
+            audits.check(folder / claims.report, claims)
         except BadInput as error:
             problems[claims.report] = str(error)
     _show(

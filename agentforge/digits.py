@@ -1,8 +1,8 @@
 """digits-mlp: a small classifier with real labels, trained in seconds.
 
 scikit-learn's handwritten digits (1,797 pictures of 8 x 8 pixels, ten classes), split once into 1,347 to train on and
-450 to test on.  A language model's accuracy moves by half a point from noise alone; here a compression's effect on
-accuracy is seen at once.
+450 to test on.  A language model's accuracy moves by half a point from noise alone; here the effect of a compression on
+accuracy is visible at once.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
-"""Lossless coding of planes: what is left to gain once a stage has chosen its integers.
+"""Lossless coding of planes: what can still be saved once a stage has chosen its integers.
 
 A code that is more frequent than others deserves fewer bits.  No lossless code of independent values takes fewer than
-their entropy, -sum p log2 p bits a value (Shannon 1948, theorem 9); range coding (Martin 1979; here the library
+their entropy, -sum p log2 p bits per value (Shannon 1948, theorem 9); range coding (Martin 1979; here the library
 constriction) comes within a word of it for the histogram it is given.  A plane's values are cut into digits, and each
 digit is coded in the cheapest of these ways:
 
-* PACKED: no model, its width in bits a value;
+* PACKED: no model, its width in bits per value;
 * ONE: one histogram for the whole plane;
 * ROWS, COLUMNS: the plane's rows (or columns) are sorted by how concentrated their values are and cut into eight classes
-  of equal size, each with a histogram of its own.  It pays where one scale serves rows or columns of unequal size.
+  of equal size, each with a histogram of its own.  It pays if one scale serves rows or columns of unequal size.
 
 Values of up to 16 bits may be one digit; a histogram may, however, be larger than what it describes, so that all of more
 than 8 bits are also tried as digits of 8 bits from the top, the last one shorter.  Floats are coded as their bit
@@ -16,16 +16,16 @@ patterns: the exponents of scales have little entropy.
 
 A coded plane is one of
 
-    RAW, the plane as it is stored (where coding does not pay: one byte more than the plane)
+    RAW, the plane as it is stored (if coding does not pay: one byte more than the plane)
     WHOLE, CRC-32 of the rest, section
-    SPLIT, CRC-32 of the rest, a section a digit from the most significant, all but the last led by their length (4 bytes)
+    SPLIT, CRC-32 of the rest, one section per digit from the most significant, all but the last prefixed by length (4 bytes)
 
     section: PACKED, values as `pack_uint` packs them
-    section: kind, largest value (2 bytes), a histogram a class (14 bits a frequency), the class of each row or column
+    section: kind, largest value (2 bytes), one histogram per class (14 bits per frequency), the class of each row or column
              (3 bits; not in ONE), words of the range coder
 
-All choices and models come from integers, so the bytes are the same on every machine.  Nothing that a file says is
-believed: sizes are checked before anything is allocated, and as no histogram gives a value more than 255/256, a byte
+All choices and models come from integers, so the bytes are the same on every machine.  Nothing in a file is
+trusted: sizes are checked before anything is allocated, and as no histogram gives a value more than 255/256, a byte
 cannot stand for more than `VALUES_A_BYTE` values.
 """
 
@@ -98,7 +98,7 @@ def _width(coding: str) -> int:
 
 
 def _rows(shape: tuple[int, ...]) -> int:
-    """Rows of a plane as a matrix: its first dimension, or one where it has no second."""
+    """Rows of a plane as a matrix: its first dimension, or one if it has no second."""
     return shape[0] if len(shape) > 1 else 1
 
 
@@ -172,7 +172,7 @@ def _modelled(kind: int, lines: Array, classes: Array, counts: Array) -> bytes:
 
 
 def _frequencies(counts: Array) -> Array:
-    """Counts scaled so that the largest is 2**14 - 1, rounded up; where it outweighs the rest too far, a neighbour gains."""
+    """Counts scaled so that the largest is 2**14 - 1, rounded up; if it outweighs the rest too far, a neighbour gains."""
     largest = int(counts.max())
     frequencies = -(-counts * ((1 << FREQUENCY_BITS) - 1) // largest)
     mode = int(frequencies.argmax())
@@ -182,7 +182,7 @@ def _frequencies(counts: Array) -> Array:
 
 
 def _library() -> Any:
-    """The range coder's library, which is not there on every platform.  Raises BadInput where it is not."""
+    """The range coder's library, which is not there on every platform.  Raises BadInput if it is not."""
     try:
         import constriction
     except ImportError:

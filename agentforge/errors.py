@@ -1,8 +1,8 @@
-"""The errors that agentforge raises on purpose: one sentence each, fit to be shown to a user as it is."""
+"""The errors that agentforge raises on purpose: one sentence each, to be shown to the user as it is."""
 
 
 class AgentForgeError(Exception):
-    """Something agentforge noticed and can put in one sentence."""
+    """An error that agentforge detected and can state in one sentence."""
 
 
 class BadInput(AgentForgeError, ValueError):

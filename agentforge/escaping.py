@@ -1,4 +1,4 @@
-"""Text that others wrote, made harmless where it is shown: as Markdown or HTML, and in a terminal."""
+"""Text from others, made harmless for display: as Markdown or HTML, and in a terminal."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Who encodes: one tensor's work as a function that any process can run, and the executors that run it.
+"""Encode one tensor as a picklable task, and the executors that run such tasks.
 
-A task says where its tensor lies; whoever runs it reads the tensor from there, so that only planes travel.  What comes
-back does not depend on who that was.
+A task says where its tensor is stored; the worker reads the tensor from there, so that only planes are sent back.  The
+result does not depend on the worker.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ PATIENCE = 5  # seconds until a scheduler that does not answer is given up
 class Task(NamedTuple):
     """What it takes to encode a weight, in any process that sees the same files.
 
-    read: gives the tensor as stored.  hessian, tokens, sensitivity: its statistics, where the stage asks for them.
-    shared: the file of the planes that the weights share, where the stage has any.  fallback: `FALLBACK` where the stage
+    read: gives the tensor as stored.  hessian, tokens, sensitivity: its statistics, if the stage asks for them.
+    shared: the file of the planes that the weights share, if the stage has any.  fallback: `FALLBACK` if the stage
     cannot encode it.  version: of the package that made the task.
     """
 
@@ -95,21 +95,21 @@ class Unencoded(NamedTuple):
 def encode_tensor(task: Task) -> Encoded | Unencoded:
     """Read a weight, encode it, and pack the planes for the disk.
 
-    Raises BadInput where the weight cannot be read, where the stage cannot encode it and there is to be no fallback, and
-    where this process runs another agentforge than the one that asked.
+    Raises BadInput if the weight cannot be read, if the stage cannot encode it and there is to be no fallback, or
+    if this process runs another agentforge than the one that asked.
     """
     if task.version != __version__:
         raise BadInput(
             f"{task.name}: a worker runs agentforge {__version__}, the command {task.version}; install the same on both"
         )
-    place = device_named(task.device)
+    device = device_named(task.device)
     reasons: list[str] = []
     give_back_freed_memory()
     for stage in (task.stage, FALLBACK) if task.fallback else (task.stage,):
         shared = read_shared(task.shared, stage) if task.shared and stage.shared_layout() else None
-        # Here and below no more is held than the step at hand needs: this is what memory is bounded by.  Reading is not
-        # among what the fallback is for: an unreadable file is no weight that is hard to encode.
-        values = [task.load().to(place, torch.float32)]
+        # From here on only what the current step needs is in memory: this bounds the peak.  Reading is not covered by
+        # the fallback: an unreadable file is not a weight that is hard to encode.
+        values = [task.load().to(device, torch.float32)]
         try:
             packed = stage.encode(values.pop(), task.stats, task.seed, name=task.name, shared=shared)
             decoded = stage.decode(packed)
@@ -141,25 +141,25 @@ def give_back_freed_memory() -> None:
 
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, without a tensor of the same size for the answer."""
-    low, high = torch.aminmax(values)  # either is NaN where any value is
+    low, high = torch.aminmax(values)  # either is NaN if any value is
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
 def from_worker(error: BaseException) -> AgentForgeError:
-    """What befell an executor, as a sentence."""
+    """Why an executor failed, as a sentence."""
     text = " ".join(str(error).split())[:200]
     return AgentForgeError(
-        f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command goes on "
+        f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command resumes "
         "from what is finished"
     )
 
 
 @contextlib.contextmanager
 def connected(address: str | None) -> Iterator[Executor | None]:
-    """The workers of a Dask cluster as an executor for `compress`; None where there is no address.
+    """The workers of a Dask cluster as an executor for `compress`; None if there is no address.
 
     address: of the scheduler, such as tcp://host:8786.  The workers need the same agentforge and see the model's files
-    under the same path.  Raises BadInput where distributed is not installed, no scheduler answers, or it has no workers.
+    under the same path.  Raises BadInput if distributed is not installed, no scheduler answers, or it has no workers.
     """
     if address is None:
         yield None

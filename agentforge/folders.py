@@ -1,6 +1,6 @@
-"""Folders that agentforge writes: told from those of others, replaced by renames, removed last.
+"""Folders that agentforge writes: recognised as its own, replaced by renames, removed last.
 
-Nothing is removed or replaced but what agentforge has made.  Each of its folders carries a mark, a file that says what else
+Only what agentforge has made is removed or replaced.  Each of its folders carries a mark, a file that says what else
 it has put there; a folder without one, and anything beside it that the mark does not account for, belongs to the user.
 """
 
@@ -16,14 +16,14 @@ from typing import Any
 from .errors import BadInput
 from .tensorfiles import read_json
 
-# The mark of a folder, and what may lie beside it; where the mark has "files", these may, too.
+# The mark of a folder, and what may lie beside it; if the mark has "files", these may, too.
 MARKS = {
     "agentforge.json": r"history\.json",
     "agentforge-source.json": r"",
     "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.safetensors",
     "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.old)?",
 }
-# What an artifact can be of, where its mark is damaged and no longer says so.
+# What an artifact can be of, if its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
 PIECES = r"(\d{5,}|shared)\.safetensors"
 REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
@@ -32,7 +32,7 @@ REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
 def foreign(folder: Path) -> str | None:
     """The first thing in a folder that agentforge has not put there; None for one that is all its own, or empty."""
     if folder.is_symlink() or not folder.is_dir():
-        return "is no folder of agentforge's"
+        return "is not a folder of agentforge's"
     children = sorted(folder.iterdir())
     if all(re.fullmatch(r"lock|recipe\.json\..*tmp", child.name) for child in children):
         return None  # empty, or just begun
@@ -79,7 +79,7 @@ def _mark(folder: Path) -> tuple[str | None, str]:
 def remove(folder: Path) -> None:
     """Remove a folder that agentforge has made, its mark last, so that what a kill leaves can be told, too.
 
-    Nothing happens where there is none.  Raises BadInput where anything in it is not agentforge's.
+    Nothing happens if there is none.  Raises BadInput if anything in it is not agentforge's.
     """
     if not os.path.lexists(folder):
         return
@@ -92,7 +92,7 @@ def remove(folder: Path) -> None:
 
 
 def old_of(out: Path) -> Path:
-    """Where what `replace` takes out of the way lies until the new one is there."""
+    """Where `replace` keeps the old folder until the new one is there."""
     return out.with_name(out.name + ".old")
 
 
@@ -100,40 +100,40 @@ def check_out(out: str | Path, *inputs: Path, replace: bool = False) -> Path:
     """The folder to write, absolute, and free to be written: what a kill left of its replacement is put right.
 
     inputs: what must not be written over.  replace: a folder of agentforge's may be there, and is to go.
-    Raises BadInput where the place cannot be used, before any work.
+    Raises BadInput if the folder cannot be used, before any work.
     """
     out = Path(out).expanduser()
-    place = Path(os.path.abspath(out))
+    target = Path(os.path.abspath(out))
     here = Path(os.path.abspath("."))
-    if place == here or place in here.parents:
+    if target == here or target in here.parents:
         raise BadInput(f"{out}: is the folder that this runs in, or above it; name a new folder")
-    real = Path(os.path.realpath(place))
+    real = Path(os.path.realpath(target))
     for path in inputs:
         if real == (held := Path(os.path.realpath(path))) or real in held.parents:
             raise BadInput(f"{out}: is the folder of {path}, which is read, or above it; name another one")
     try:
-        old = old_of(place)
+        old = old_of(target)
         if os.path.lexists(old):
             if strange := foreign(old):
                 raise BadInput(f"{old}: {strange}; it is in the way, move it and run again")
-            if os.path.lexists(place):
+            if os.path.lexists(target):
                 remove(old)
             else:
-                os.replace(old, place)
-        if os.path.lexists(place) and not (place.is_dir() and not place.is_symlink()):
-            raise BadInput(f"{out}: is in the way and no folder; choose another one")
-        if replace and place.is_dir() and (strange := foreign(place)):
+                os.replace(old, target)
+        if os.path.lexists(target) and not (target.is_dir() and not target.is_symlink()):
+            raise BadInput(f"{out}: is in the way and not a folder; choose another one")
+        if replace and target.is_dir() and (strange := foreign(target)):
             raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")
     except OSError as error:
         raise BadInput(f"{str(out)!a:.80}: cannot be written ({error.strerror}); choose another folder") from None
-    return place if out.name in ("", "..") else out
+    return target if out.name in ("", "..") else out
 
 
 def replace(made: Path, out: Path) -> None:
     """Rename the folder `made` to `out`.  What was there, a folder of agentforge's, is renamed away and removed last: killed
     at any moment, one of the two is whole, and `check_out` puts it in its place.
 
-    Raises BadInput where anything in the old one is not agentforge's.
+    Raises BadInput if anything in the old one is not agentforge's.
     """
     if out.is_dir() and (strange := foreign(out)):
         raise BadInput(f"{out}: {strange}; it is not replaced, choose another folder or move that away")

@@ -47,7 +47,7 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
     Quantised tensors become float32, exactly; float tensors keep their dtype.  Returns what the file says about itself:
     its name, licence and the quantisation of each kind of tensor.
 
-    Raises BadInput for a file that is no GGUF file, of another architecture, or with tensors that a Llama has not.
+    Raises BadInput for a file that is not a GGUF file, of another architecture, or with tensors that a Llama does not have.
     """
     try:
         return _convert(source, folder)

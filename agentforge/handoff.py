@@ -2,7 +2,7 @@
 
 A hand-off is a folder with `handoff.json`: which phase wrote it and which one receives it, the models in it (subfolders),
 and for each its files with bytes and hashes, its special tokens, and the quality that it had when it was handed over, with
-the protocol it was measured by.  The receiver measures again; it does not believe.
+the protocol it was measured by.  The receiver measures again; it does not trust.
 
 There is one format.  `CONTRACTS` names who may hand over to whom, and agentforge/schemas/ says what each of them takes; its
 README.md says how the documentation's contradictory formats became one.
@@ -51,8 +51,8 @@ def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measureme
     """Write folder/handoff.json.
 
     phase: the number of the phase that hands over.  models: name of a subfolder -> its perplexity (accuracy for a
-    classifier).  facts: anything else that the next phase should know.  Raises BadInput where a model cannot be opened, or
-    where what is handed over is not what the contract of this phase asks for.
+    classifier).  facts: anything else that the next phase should know.  Raises BadInput if a model cannot be opened, or
+    if what is handed over is not what the contract of this phase asks for.
     """
     folder = Path(folder)
     about = {}
@@ -74,7 +74,7 @@ def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measureme
         raise BadInput(f"{folder}: cannot be handed over from phase {phase} to {to}: {wrong}")
     path = plain_file(folder, HANDOFF)
     if path.exists() and not {"phase", "models"} <= read_json(path, LARGEST).keys():
-        raise BadInput(f"{path}: is in the way and no hand-off; move it and run again")
+        raise BadInput(f"{path}: is in the way and not a hand-off; move it and run again")
     # JSON has no word for what is not finite: as a quality the receiver refuses the null, a gate that failed may have it.
     write_json(path, _finite(data))
     return path
@@ -86,7 +86,7 @@ def measure_and_write(
     """Write the hand-off of a folder that lies there: each model that the contract names is measured as it is on disk, and
     from phase 8 on, the gates that it passed are those of the chain's journal.
 
-    Raises BadInput where a model is missing, or where the journal is not the artifact's.
+    Raises BadInput if a model is missing, or if the journal is not the artifact's.
     """
     folder = Path(folder).expanduser()
     names = contract(phase).models
@@ -107,7 +107,7 @@ def measure_and_write(
 
 
 def contract(phase: int, to: str | None = None) -> Contract:
-    """What `phase` must leave.  Raises BadInput where there is no hand-off from there, or none to `to`."""
+    """What `phase` must leave.  Raises BadInput if there is no hand-off from there, or none to `to`."""
     found = CONTRACTS.get(phase)
     if found is None or to not in (None, str(found.to)):
         known = ", ".join(f"{one} to {other.to}" for one, other in CONTRACTS.items())
@@ -122,9 +122,9 @@ def check_handoff(
     what its contract asks for: from 4 to 5 that the dense model is what the packed one decodes to and that gradients reach
     all of it, from 8 on that every gate was passed.
 
-    text: that the quality was measured on, where it is none of agentforge's own; without it such a quality is not measured
-    again.  to: who receives, where that is to be checked, too.  Returns what was checked.  Raises BadInput with the reason
-    where something is not as it should be.
+    text: what the quality was measured on, if it is not one of agentforge's own; without it such a quality is not measured
+    again.  to: the receiver, if that is to be checked, too.  Returns what was checked.  Raises BadInput with the reason
+    if something is not as it should be.
     """
     folder = Path(folder).expanduser()
     if to is not None:
@@ -135,7 +135,7 @@ def check_handoff(
 
     data: Any = read_json(folder / HANDOFF, LARGEST)
     if data.get("format") != FORMAT or data.get("phase") != phase or not isinstance(data.get("models"), dict):
-        raise refuse(f"is no hand-off of phase {phase} in format {FORMAT}")
+        raise refuse(f"is not a hand-off of phase {phase} in format {FORMAT}")
     if not data["models"]:
         raise refuse("hands over no model")
     contract(phase)
@@ -156,7 +156,7 @@ def check_handoff(
         if _is_packed(model):
             checks += [f"{name}: {check}" for check in _check_artifact(Artifact(model.path), name, about, refuse)]
         elif about["form"] == "packed":
-            raise refuse(f"{name} is no artifact of agentforge")
+            raise refuse(f"{name} is not an artifact of agentforge")
         checks += [f"{name}: {check}" for check in check_model(model)]
         if not model.is_classifier and (found := _special_tokens(model)) != about["special_tokens"]:
             raise refuse(f"{name}: special tokens are {found}, handed over were {about['special_tokens']}")
@@ -181,7 +181,7 @@ def check_model(model: LanguageModel) -> list[str]:
     for name in model.entries:
         tensor = model.tensor(name)
         if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise BadInput(f"{model.name}: tensor {name} holds values that are not finite; mend the model first")
+            raise BadInput(f"{model.name}: tensor {name} holds values that are not finite; fix the model first")
     checks = [f"{len(model.entries)} tensors, all finite"]
     if not model.is_classifier:
         checks.append(f"{len(_special_tokens(model))} special tokens, each one token of the vocabulary")
@@ -218,7 +218,7 @@ def _check_files(folder: Path, name: str, files: Mapping[str, Any], refuse: Any)
     """Every file that is named lies in the subfolder with its bytes and its hash, and no other one does."""
     where = plain_file(folder, name)
     if not where.is_dir() or where.resolve().parent != folder.resolve():
-        raise refuse(f"model {name!r:.80} is no subfolder")
+        raise refuse(f"model {name!r:.80} is not a subfolder")
     for file, about in files.items():
         path = plain_file(where, file)
         if not path.is_file():
@@ -311,14 +311,14 @@ def _gates_passed(folder: Path) -> list[dict[str, Any]]:
 
 
 def _special_tokens(model: LanguageModel) -> dict[str, int]:
-    """Special tokens and their ids.  Raises BadInput where one is no single token, or beyond the embedding."""
+    """Special tokens and their ids.  Raises BadInput if one is not a single token, or beyond the embedding."""
     tokenizer = model.tokenizer
     rows = model.config.get("vocab_size")
     found = {}
     for token in tokenizer.all_special_tokens:
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
-            raise BadInput(f"{model.name}: special token {token!r} is cut into {len(ids)} tokens; mend the tokenizer")
+            raise BadInput(f"{model.name}: special token {token!r} is cut into {len(ids)} tokens; fix the tokenizer")
         if isinstance(rows, int) and ids[0] >= rows:
             raise BadInput(f"{model.name}: special token {token!r} has id {ids[0]}, the embedding has {rows} rows")
         found[token] = int(ids[0])
@@ -353,7 +353,7 @@ def _quality(
 
 
 def _text_of(protocol: Mapping[str, Any], text: str | Text | None) -> Text | None:
-    """The text that a quality was measured on: the one given, or one of agentforge's own; None where it is not there."""
+    """The text that a quality was measured on: the one given, or one of agentforge's own; None if it is not there."""
     if text is None:
         name, split = protocol.get("text"), protocol.get("split")
         if name not in evaluation.texts.SPLITS:  # a path from a file is not followed

@@ -3,7 +3,7 @@
 Importing this module registers a quantizer under the name that an artifact's config.json has; `agentforge.registration`
 does so.  transformers builds the model without memory and loads the weight files itself, sharded or not, to whatever
 device; the quantizer puts packed layers (`agentforge.runtime`) where the manifest has encoded weights, so that the planes
-are what is loaded.  Before that, manifest, configuration and the headers of the weight files are held against each other.
+are what is loaded.  Before that, manifest, configuration and the headers of the weight files are checked against each other.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ class AgentForgeConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def __init__(self, quant_method: str = METHOD, format: int = FORMAT, stage: Any = None, **unknown: Any) -> None:
         if unknown:
-            raise BadInput(f"quantization_config: {next(iter(unknown))!a:.80} is no setting of agentforge; take it out")
+            raise BadInput(f"quantization_config: {next(iter(unknown))!a:.80} is not a setting of agentforge; take it out")
         self.quant_method = quant_method
         self.format = format
         self.stage = stage
 
 
 class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Makes room for the planes of an artifact in a model that transformers builds, and writes the artifact again."""
+    """Prepares a model that transformers builds for the planes of an artifact, and writes the artifact again."""
 
     requires_calibration = True
     artifact: Artifact
@@ -117,7 +117,7 @@ class TiedHead(nn.Module):
 
 
 def _fetch(config: Any, folder: Path, name: str) -> Path:
-    """A file of the artifact; where it came from the hub, transformers has fetched only those that it knows."""
+    """A file of the artifact; if it came from the hub, transformers has fetched only those that it knows."""
     path = plain_file(folder, name)
     if not path.is_file() and not Path(config.name_or_path).is_dir():
         from transformers.utils import cached_file
@@ -144,7 +144,7 @@ def _has(model: nn.Module, path: str) -> bool:
 
 
 def _check_shapes(model: Any, artifact: Artifact) -> None:
-    """Hold the manifest against the model that config.json asked for.  Raises BadArtifact where they differ."""
+    """Check the manifest against the model that config.json asked for.  Raises BadArtifact if they differ."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -164,7 +164,7 @@ def _check_shapes(model: Any, artifact: Artifact) -> None:
 
 
 def _replace(model: Any, artifact: Artifact, entries: Mapping[str, Entry]) -> None:
-    """Put packed layers without memory in the places of encoded weights, each plane of the size that it has on disk."""
+    """Put packed layers without memory in place of encoded weights, each plane of the size that it has on disk."""
 
     def stored(name: str, layout: Mapping[str, object]) -> dict[str, torch.Tensor]:
         found = {plane: entries[f"{name}.{plane}"] for plane in layout}
@@ -224,16 +224,16 @@ def _generation_of(model: Any) -> dict[str, Any]:
 def _save_pretrained(
     self: Any, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
 ) -> None:
-    """Write the artifact again: the same bytes, where nothing was changed since it was loaded.
+    """Write the artifact again: the same bytes, if nothing was changed since it was loaded.
 
     Kept tensors and settings of config.json and generation_config.json that were changed are written as they are now, with
     their hashes in the manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
 
-    Raises BadInput for other options, for planes that were changed, and where the model holds only a part of the artifact
+    Raises BadInput for other options, for planes that were changed, or if the model holds only a part of the artifact
     or is offloaded.
     """
     if not push_to_hub and options:
-        raise BadInput(f"save_pretrained: {next(iter(options))} is no option for artifacts, which are written as read")
+        raise BadInput(f"save_pretrained: {next(iter(options))} is not an option for artifacts, which are written as read")
     if not is_main_process:
         return
     if push_to_hub:
@@ -244,11 +244,11 @@ def _save_pretrained(
     if earlier:
         ours = Artifact(out).manifest["files"] if (out / MANIFEST).is_file() else {}
         if strange := [file.name for file in earlier if file.name not in ours]:
-            raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, which are no artifact's; choose another folder")
+            raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, not an artifact's; choose another folder")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         _write(self, Path(scratch))
         names = {file.name for file in Path(scratch).iterdir()}
-        for file in earlier:  # weights of an earlier save would be read in the place of these
+        for file in earlier:  # weights of an earlier save would be read in place of these
             if file.name not in names:
                 file.unlink()
         for name in sorted(names, key=lambda name: name == MANIFEST):  # the manifest last
@@ -297,7 +297,7 @@ def _write(model: Any, out: Path) -> None:
 
 
 def _row_now(artifact: Artifact, row: dict[str, Any], held: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The row of a tensor as it is in memory; where it was only rounded to be held there, `held` gets the one on disk."""
+    """The row of a tensor as it is in memory; if it was only rounded for memory, `held` gets the one on disk."""
     name = row["name"]
     if row["stage"] is not None:
         stage, shape = stages.from_json(row["stage"]), oriented(row)
@@ -342,7 +342,7 @@ def _push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Write the artifact and its model card to a repository of the hub, which is made where there is none.
+    """Write the artifact and its model card to a repository of the hub, which is made if there is none.
 
     measurements: what the card says of quality, by name (`agentforge.perplexity` gives one).  Returns the commit's address.
     """

@@ -10,7 +10,7 @@ import sys
 
 
 def main() -> None:
-    """Run lm-eval with the arguments of this process; exits with 2 where it is not installed."""
+    """Run lm-eval with the arguments of this process; exits with 2 if it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         print("lm-eval is not installed; run pip install '.[tasks]'", file=sys.stderr)
         sys.exit(2)

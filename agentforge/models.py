@@ -44,7 +44,7 @@ class Weight:
     """A weight that a stage may touch.
 
     name: its name in the model.  shape: (out, in) as a stage sees it.  dtype: as stored.  module: the type of the
-    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D).  experts: where it is stored as
+    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D).  experts: if it is stored as
     [experts, out / experts, in], the number of experts, whose matrices lie below each other; 0 for one matrix.
     """
 
@@ -110,7 +110,7 @@ class LanguageModel:
 
     @property
     def context(self) -> int | None:
-        """The most tokens the model takes at once, where its configuration says so."""
+        """The most tokens the model takes at once, if its configuration says so."""
         longest = self.config.get("max_position_embeddings") or self.config.get("n_positions")
         return longest if isinstance(longest, int) else None
 
@@ -121,7 +121,7 @@ class LanguageModel:
 
     @property
     def usual_context(self) -> int:
-        """Tokens a window to measure with: 2048, or as many as the model takes."""
+        """Tokens per window to measure with: 2048, or as many as the model takes."""
         return min(2048, self.context or 2048)
 
     @property
@@ -145,7 +145,7 @@ class LanguageModel:
         return self.fingerprint_now()
 
     def fingerprint_now(self) -> str:
-        """`fingerprint`, of the files as they are now: another one where they were changed since it was first asked for."""
+        """`fingerprint`, of the files as they are now: another one if they were changed since it was first asked for."""
         digest = hashlib.sha256()
         for file in [*self.side_files, *self.weight_files]:
             try:
@@ -185,16 +185,16 @@ class LanguageModel:
         return built.eval()
 
     def on(self, device: str) -> LanguageModel:
-        """Itself, its module moved to this device, where it is measured and trained from then on.
+        """Itself, its module moved to this device, on which it is measured and trained from then on.
 
-        Raises BadInput where there is no such device.
+        Raises BadInput if there is no such device.
         """
         self.model.to(device_named(device))
         return self
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The tokenizer.  Raises BadInput where the model has none."""
+        """The tokenizer.  Raises BadInput if the model has none."""
         from transformers import AutoTokenizer
 
         if self.is_classifier:
@@ -208,7 +208,7 @@ class LanguageModel:
     def encode(self, text: str, special: bool = False) -> list[int]:
         """The ids of a text's tokens; special: with those that the tokenizer puts around a text.
 
-        Raises BadInput where the tokenizer fails on it, does not come to an end (its splitting rule is a regular expression
+        Raises BadInput if the tokenizer fails on it, does not come to an end (its splitting rule is a regular expression
         that came with the model, and may take for ever), or gives ids that the model does not have.
         """
         found: list[Any] = []
@@ -217,7 +217,7 @@ class LanguageModel:
         def cut() -> None:
             try:
                 found.append(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-            except BaseException as error:  # a panic of the library is no Exception
+            except BaseException as error:  # a panic of the library is not an Exception
                 found.append(error)
 
         thread = threading.Thread(target=cut, daemon=True)  # which can be left behind, as it cannot be stopped
@@ -239,7 +239,7 @@ class LanguageModel:
         return list(ids)
 
     def check(self) -> None:
-        """Raise BadInput where tensors are missing, unknown or of another shape than config.json asks for."""
+        """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""
         for _ in self._classified(embeddings=False):
             pass
         present: dict[int, bool] = {}
@@ -277,7 +277,7 @@ class LanguageModel:
 
     def weights(self, embeddings: bool = False) -> list[Weight]:
         """The weights a stage may touch: linear layers (and GPT-2's Conv1D) and layers of experts inside the decoder's
-        blocks, found by module type.  embeddings: the token embedding, and the output head where it is a matrix of its own,
+        blocks, found by module type.  embeddings: the token embedding, and the output head if it is a matrix of its own,
         too."""
         return [item for _, item in self._classified(embeddings) if isinstance(item, Weight)]
 
@@ -294,7 +294,7 @@ class LanguageModel:
         except Exception as error:
             raise BadInput(f"{self.path}/config.json: transformers does not open it ({first_line(error)})") from None
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-            raise BadInput(f"{self.path}: {config.model_type!r} is no causal language model that transformers knows")
+            raise BadInput(f"{self.path}: {config.model_type!r} is not a causal language model that transformers knows")
         layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
         if not 0 <= layers <= max(1, len(self.entries)):
             raise BadInput(f"{self.path}/config.json: {layers} layers, but only {len(self.entries)} tensors")
@@ -304,7 +304,7 @@ class LanguageModel:
         return config
 
     def _classified(self, embeddings: bool) -> Iterator[tuple[str, Weight | str]]:
-        """Each stored tensor with a Weight where a stage may touch it, else with the reason why not."""
+        """Each stored tensor with a Weight if a stage may touch it, else with the reason why not."""
         module = self.skeleton()
         owners: dict[str, tuple[nn.Module, str]] = {}
         for prefix, owner in module.named_modules():
@@ -426,12 +426,12 @@ def converted_bytes(source: Any) -> int | None:
 
 
 def fastest_device() -> str:
-    """cuda where there is one, else cpu."""
+    """cuda if there is one, else cpu."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def device_named(name: str) -> torch.device:
-    """The device of this name.  Raises BadInput where there is none."""
+    """The device of this name.  Raises BadInput if there is none."""
     try:
         found = torch.device(name)
         torch.empty(1, device=found)
@@ -449,7 +449,7 @@ def cache_dir() -> Path:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """transformers without its progress bars and advice."""
+    """transformers without progress bars and warnings."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()

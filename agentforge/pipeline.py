@@ -52,20 +52,20 @@ def compress(
     model: an opened model, or what `open_model` takes.  stage: a stage, or text such as
     "rounding:bits=4,group=64 | entropy", or a stage for each weight by its name; weights without one are kept.
     embeddings: encode the token embedding (and an output head of its own), too.
-    workers: threads, each with one tensor in hand (default: one a core, but together never more than the model's largest
-    tensor has, so that three times that in float32, and 500 MB, are enough memory for a stage without statistics).
-    executor: encodes in the place of these threads, `workers` tensors at a time (default: two for each of its workers):
+    workers: threads, each with one tensor in memory (default: one per core, but together never larger than the largest
+    tensor, so that three times that in float32, and 500 MB, are enough memory for a stage without statistics).
+    executor: encodes in place of these threads, `workers` tensors at a time (default: two for each of its workers):
     processes on this machine or on others that see the model's files under the same path.  This process writes.
     device: "cuda" searches on a GPU in the stages that can.  The bytes depend on none of these three.
     overwrite: replace an artifact of another recipe.
     fallback: a weight that the stage cannot encode (it holds NaN, say) is encoded with rounding:bits=8, or kept as it is
-    where that cannot either; its row says why, and `Artifact.fallbacks` lists it.  Otherwise such a weight ends the run.
+    if that cannot either; its row says why, and `Artifact.fallbacks` lists it.  Otherwise such a weight ends the run.
     calibration: text for stages that need statistics.  statistics: what `statistics.collect` gave for this model and
-    calibration, where it is at hand already.
+    calibration, if already available.
 
-    Run again after a kill, the same call goes on from the tensors that are finished and gives the same bytes; for an
-    artifact that is complete it only returns it.  Raises BadInput where model, stage or `out` cannot be used, and
-    AgentForgeError where the disk is full or the executor broke down; the same call goes on from there, too.
+    Run again after a kill, the same call continues from the tensors that are finished and gives the same bytes; for an
+    artifact that is complete it only returns it.  Raises BadInput if model, stage or `out` cannot be used, and
+    AgentForgeError if the disk is full or the executor broke down; the same call resumes then, too.
     """
     model = open_model(model) if isinstance(model, str | Path) else model
     plan = _plan(model, stages.parse(stage) if isinstance(stage, str) else stage, embeddings)
@@ -104,7 +104,7 @@ def compress(
 def _plan(
     model: LanguageModel, stage: stages.Stage | Mapping[str, stages.Stage], embeddings: bool
 ) -> dict[str, stages.Stage]:
-    """The stage of each weight, by name.  Raises BadInput where there is no weight, or a stage that does not fit."""
+    """The stage of each weight, by name.  Raises BadInput if there is no weight, or a stage that does not fit."""
     names = [weight.name for weight in model.weights(embeddings)]
     if not names:
         raise BadInput(f"{model.name}: has no weights that a stage may touch")
@@ -113,7 +113,7 @@ def _plan(
         return dict.fromkeys(names, stage)
     for name, one in stage.items():
         if name not in names:
-            raise BadInput(f"{name}: is no weight of {model.name} that a stage may touch")
+            raise BadInput(f"{name}: is not a weight of {model.name} that a stage may touch")
         one.check()
         if one.shared_layout():
             raise BadInput(f"{name}: {one} shares planes between weights, which takes one stage for all of them")
@@ -145,12 +145,12 @@ def refine(
     overwrite: bool = False,
     progress: bool = True,
 ) -> Artifact:
-    """Refine the planes of an artifact, and write the artifact `out` of what comes of it; nothing is encoded anew.
+    """Refine the planes of an artifact, and write the artifact `out` of what comes of it; nothing is encoded again.
 
     how: the refinements, such as "entropy" or "codebook=curves:degree=3 | entropy" (see `stages.refined`).  original: the
     model that the artifact stands for; the errors are those against its weights.
 
-    Goes on after a kill as `compress` does.  Raises BadInput where a refinement does not fit the artifact's planes.
+    Goes on after a kill as `compress` does.  Raises BadInput if a refinement does not fit the artifact's planes.
     """
     refined = {row["name"]: with_refinements(_stage_of(row), how) for row in artifact.rows if row["stage"]}
     if not refined:
@@ -213,14 +213,14 @@ def store(
     """Write an artifact from planes that were made elsewhere (by training), one Packed for each weight that `stage` encoded.
 
     stage: one for all of them, or each one's own by its name.  writer: of the artifact, open, and not finished yet.
-    kept: tensors that take the place of the model's own.  Raises BadInput where a name is not the model's, or planes and
+    kept: tensors that take the place of the model's own.  Raises BadInput if a name is not the model's, or planes and
     weight have other shapes.
     """
     kept = dict(kept or {})
     touched = {weight.name: weight for weight in model.weights(embeddings=True) if weight.name in packed}
     for name in [*packed, *kept]:
         if name not in model.entries or (name in packed and name not in touched):
-            raise BadInput(f"{name}: is no tensor of {model.name} that could be stored so")
+            raise BadInput(f"{name}: is not a tensor of {model.name} that could be stored so")
     for name, weight in touched.items():
         if packed[name].shape != weight.shape:
             raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(packed[name].shape)}")
@@ -310,7 +310,7 @@ class _Job:
     def _thread(self, todo: list[tuple[int, str]], work: Callable[[int, str], None], done: Callable[[], object]) -> None:
         """Run `work` on each tensor in threads of this process."""
         sizes = {name: math.prod(entry.shape) for name, entry in self.model.entries.items()}
-        room = max(sizes.values()) if self.workers is None else None  # a number that was asked for is kept
+        limit = max(sizes.values()) if self.workers is None else None  # a number that was asked for is kept
         threads = self.workers or os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as pool:
 
@@ -318,7 +318,7 @@ class _Job:
                 future.result()
                 done()
 
-            _drive(todo, lambda item: pool.submit(work, *item), finish, threads, lambda item: sizes[item[1]], room)
+            _drive(todo, lambda item: pool.submit(work, *item), finish, threads, lambda item: sizes[item[1]], limit)
 
     def _distribute(
         self,
@@ -363,10 +363,10 @@ class _Job:
             layers = [stages.Layer(w.name, partial(self._load, w), statistics.get(w.name)) for w in touched]
             sound = [layer for layer in layers if _sound(layer)]
             if len(sound) < (1 if self.fallback else len(layers)):
-                # Behind a weight that is not finite, the statistics are not either: name the weight, where there is one.
+                # Behind a weight that is not finite, the statistics are not either: name the weight, if there is one.
                 culprit = min((layer for layer in layers if not _sound(layer)), key=lambda layer: is_finite(layer.load()))
                 what = "its statistics hold" if is_finite(culprit.load()) else "holds"
-                raise BadInput(f"{culprit.name}: {what} NaN or infinite values; mend the weight or leave it out")
+                raise BadInput(f"{culprit.name}: {what} NaN or infinite values; fix the weight or leave it out")
             self.writer.put_shared(stage, stage.fit_shared(sound, self.seed))
         return self.writer.shared_piece.absolute()
 
@@ -384,16 +384,16 @@ def _drive(
     finish: Callable[[_T, Future[_R]], None],
     most: int,
     size: Callable[[_T], int] = lambda _: 0,
-    room: int | None = None,
+    limit: int | None = None,
 ) -> None:
     """Submit the items in turn, and hand each one's future to `finish` when it is done; the first error stops it all.
 
-    No more than `most` are in hand at any time, and their sizes together are at most `room`, where no single one is larger.
+    At most `most` are in memory at any time, of at most `limit` together, unless a single one is larger.
     """
     waiting, running, held = deque(todo), dict[Future[_R], _T](), 0
     try:
         while waiting or running:
-            while waiting and len(running) < most and (not running or room is None or held + size(waiting[0]) <= room):
+            while waiting and len(running) < most and (not running or limit is None or held + size(waiting[0]) <= limit):
                 item = waiting.popleft()
                 running[submit(item)] = item
                 held += size(item)

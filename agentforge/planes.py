@@ -63,7 +63,7 @@ class Plane:
 
     @classmethod
     def from_stored(cls, name: str, coding: str, shape: tuple[int, ...], stored: torch.Tensor) -> Plane:
-        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for, if they tell it.
+        """The inverse of `stored`.  `stored` must have exactly the size that coding and shape ask for, if they fix it.
 
         Raises BadArtifact if it has not, or if it holds what no packer writes: a byte above 242 among trits,
         padding that is not zero, a float that is not finite, a code that does not come out even.
@@ -87,8 +87,8 @@ class Plane:
 class Packed:
     """An encoded weight: its shape (out, in) and all the planes that `Stage.decode` needs.
 
-    shared: planes that all the weights of a model have in common (a codebook), where the stage shares any.  They are
-    stored once a model, and not part of `bits` and `sha256`.
+    shared: planes that all the weights of a model have in common (a codebook), if the stage shares any.  They are
+    stored once per model, and not part of `bits` and `sha256`.
     """
 
     shape: tuple[int, int]
@@ -99,7 +99,7 @@ class Packed:
         for plane in self.planes:
             if plane.name == name:
                 return plane.values
-        raise BadArtifact(f"plane {name!r} is missing; there are {', '.join(p.name for p in self.planes) or 'none'}")
+        raise BadArtifact(f"plane {name!r} is missing; found {', '.join(p.name for p in self.planes) or 'none'}")
 
     def __iter__(self) -> Iterator[Plane]:
         return iter(self.planes)

@@ -12,7 +12,7 @@ QUANTIZERS = "transformers.quantizers.auto"
 
 
 def register() -> None:
-    """Register artifacts with transformers' quantizers: now where these are imported already, else right after they are."""
+    """Register artifacts with transformers' quantizers: now if these are imported already, else right after they are."""
     if QUANTIZERS in sys.modules:
         from . import huggingface  # noqa: F401  (registers)
     elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):

@@ -5,7 +5,7 @@ One call registers an artifact in two forms, which become two versions of one re
     packed         the artifact where it lies
     dequantised    the ordinary safetensors folder that it decodes to, written here for it
 
-A version's tags hold what it is and what is known of it, so that they appear with the version or not at all:
+A version's tags describe it, so that they appear with the version or not at all:
 
     form, partner                     of the two, and the version of the other one
     manifest_sha256                   the packed artifact's, which holds the hashes of all its files
@@ -53,7 +53,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Registered(NamedTuple):
-    """name: of the registered model.  packed, dequantised: the two versions.  new: False where the artifact was there."""
+    """name: of the registered model.  packed, dequantised: the two versions.  new: False if the artifact was there."""
 
     name: str
     packed: int
@@ -77,7 +77,7 @@ def register(
     to the packed version.  handed: the folder of a hand-off that the artifact is part of; it is checked, and the outcome
     recorded.  An artifact that is there already gets the new metrics and aliases, and no new version.
 
-    Raises BadInput where the artifact is damaged, or anything else cannot be used; nothing is registered then.
+    Raises BadInput if the artifact is damaged, or anything else cannot be used; nothing is registered then.
     """
     _mlflow()
     artifact = Artifact(Path(path).expanduser().resolve())
@@ -116,7 +116,7 @@ def registered(uri: str | None = None) -> list[dict[str, Any]]:
     """Every version that agentforge registered: name, version, source, aliases, metrics (measurements as JSON objects) and
     the other tags.
 
-    Raises BadInput where the registry cannot be read; one that does not exist yet holds nothing.
+    Raises BadInput if the registry cannot be read; one that does not exist yet holds nothing.
     """
     uri = registry_uri(uri)
     if (file := _sqlite_file(uri)) is not None and not file.exists():
@@ -140,7 +140,7 @@ def registered(uri: str | None = None) -> list[dict[str, Any]]:
 def registry_uri(given: str | None = None) -> str:
     """The URI asked for, else AGENTFORGE_REGISTRY, else that of a SQLite file in agentforge's cache.
 
-    Raises BadInput for what is no URI.
+    Raises BadInput for what is not an URI.
     """
     uri = given or os.environ.get("AGENTFORGE_REGISTRY") or f"sqlite:///{cache_dir().absolute() / 'registry/mlflow.db'}"
     if not re.fullmatch(r"sqlite:///[^?#]+|(?!sqlite:)[a-z][a-z0-9+.-]*://.+", uri):
@@ -164,7 +164,7 @@ def _name_of(artifact: Artifact) -> str:
 
 
 def _mlflow() -> Any:
-    """MLflow, which reports to nobody.  Raises BadInput where it is not installed."""
+    """MLflow, with its telemetry off.  Raises BadInput if it is not installed."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # its own seven take minutes to say that nobody is there
@@ -238,7 +238,7 @@ def _versions(client: Any, name: str) -> dict[tuple[str, str], Any]:
 
 
 def _link(client: Any, name: str) -> None:
-    """Give every packed version its partner: the version is made where it is missing, after a kill."""
+    """Give every packed version its partner: the version is made if it is missing, after a kill."""
     versions = _versions(client, name)
     for (sha256, form), packed in versions.items():
         if form != "packed":
@@ -256,9 +256,9 @@ def _link(client: Any, name: str) -> None:
 
 
 def _dequantised(artifact: Artifact, sha256: str, uri: str) -> Path:
-    """The folder of the dequantised form, in the registry's own folder, made where it is not there as it was written.
+    """The folder of the dequantised form, in the registry's own folder, made if it is not there as it was written.
 
-    bfloat16 where the original is all of that, else float32, which holds every decoded value as it is.
+    bfloat16 if the original is all of that, else float32, which holds every decoded value as it is.
     """
     file = _sqlite_file(uri)
     folder = (file.parent if file else cache_dir() / "registry") / "dequantised" / sha256
@@ -301,7 +301,7 @@ def _about(artifact: Artifact, sha256: str, folder: Path, fingerprint: str) -> d
 
 
 def _lineage(client: Any, artifact: Artifact) -> dict[str, str]:
-    """The model that an artifact comes from, and what it was made from.
+    """The base model of an artifact, and the model it was made from.
 
     A chain's later steps name the step before alone: their base is known once that is registered, too.
     """
@@ -327,7 +327,7 @@ def _handed(folder: Path, sha256: str) -> dict[str, str]:
         phase = int(data["phase"])
         parts = {about["files"].get(MANIFEST, {}).get("sha256") for about in data["models"].values()}
     except (AttributeError, KeyError, TypeError, ValueError):
-        raise BadInput(f"{folder / handoff.HANDOFF}: is no hand-off; expected the folder that a phase has left") from None
+        raise BadInput(f"{folder / handoff.HANDOFF}: is not a hand-off; expected the folder that a phase has left") from None
     if sha256 not in parts:
         raise BadInput(f"{folder / handoff.HANDOFF}: does not hand over this artifact; expected the folder that does")
     try:
@@ -340,7 +340,7 @@ def _handed(folder: Path, sha256: str) -> dict[str, str]:
 def _metrics(path: Path, fingerprints: Mapping[str, str]) -> dict[str, dict[str, str]]:
     """For each form the measurements in a file that were taken of it, as tags.
 
-    Raises BadInput where the file holds something else than measurements, or none of this artifact.
+    Raises BadInput if the file holds something else than measurements, or none of this artifact.
     """
     data: Any = read_json(path, LARGEST_RECORD)
     measured: list[tuple[str, Any]] = []

@@ -1,8 +1,8 @@
-"""What calibration text tells about the inputs of each layer: H = E[x x^T], its diagonal, and how many tokens were seen.
+"""Statistics of the inputs of each layer on calibration text: H = E[x x^T], its diagonal, and how many tokens were seen.
 
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
-same tensor (q, k and v; gate and up) share one H.  All H are held at once, in float32: 4 bytes * in^2 a distinct input,
+same tensor (q, k and v; gate and up) share one H.  All H are in memory at once, as float32: 4 bytes * in^2 per distinct one,
 0.4 GB for SmolLM2-135M, plus as much for each worker.
 """
 
@@ -33,9 +33,9 @@ SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forw
 @dataclass(frozen=True)
 class Calibration:
     """Which text to calibrate on.  text: a name, a path or a Text (default: selftext's calibration split, as everybody
-    has it).  tokens: how many of its tokens.  context: tokens a window.  sensitivity_tokens: on how many of them backward
+    has it).  tokens: how many of its tokens.  context: tokens per window.  sensitivity_tokens: on how many of them backward
     passes are made, too, for `InputStatistics.sensitivity`.  device: where the model runs; sums are rounded differently on
-    each, so that a recipe names it where it is not the CPU."""
+    each, so that a recipe names it if it is not the CPU."""
 
     text: str | Text = "selftext"
     tokens: int = TOKENS
@@ -74,15 +74,15 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
-    workers: threads, each with a window in hand (default: one a core, at most 4; on a GPU always one).  The model's module
+    workers: threads, each with one window in memory (default: one per core, at most 4; on a GPU one).  The model's module
     is moved to `calibration.device`; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for
     settings out of range.
     """
     calibration = calibration or Calibration()
-    place = device_named(calibration.device)
-    windows = [window.to(place) for window in _windows(model, calibration)]
+    device = device_named(calibration.device)
+    windows = [window.to(device) for window in _windows(model, calibration)]
     module = model.on(calibration.device).model
-    most = min(workers or os.cpu_count() or 1, 4) if place.type == "cpu" else 1
+    most = min(workers or os.cpu_count() or 1, 4) if device.type == "cpu" else 1
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers = dict(module.named_modules())
     # A layer of experts is fed all tokens, each of its matrices only some: it has no statistics.
@@ -150,8 +150,8 @@ def _sensitivities(
 ) -> dict[str, torch.Tensor]:
     """`InputStatistics.sensitivity` of each weight: float32[out].
 
-    Of a window, log p(y) is differentiated for one token y a position, drawn from the model's own prediction: the scores of
-    different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
+    For each window, log p(y) is differentiated for one token y per position, drawn from the model's own prediction: scores
+    of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
     their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
     """
     module = model.model
@@ -235,7 +235,7 @@ def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict
 
     def note(name: str) -> Callable[..., None]:
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = args[0]  # holding it keeps its identity from being given to another
+            inputs[name] = args[0]  # keeping it keeps its identity from being given to another
 
         return hook
 

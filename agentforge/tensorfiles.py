@@ -42,7 +42,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Entry(NamedTuple):
-    """Where a tensor lies, and what it is.  offset: of its first byte in the file; -1 where it is not read from there."""
+    """Where a tensor lies, and what it is.  offset: of its first byte in the file; -1 if it is not read from there."""
 
     file: Path
     shape: tuple[int, ...]
@@ -58,7 +58,7 @@ class Entry(NamedTuple):
 def index_file(path: Path) -> dict[str, Entry]:
     """The tensors of one safetensors file by name, from its header alone.
 
-    Raises BadInput for a file that is no safetensors file, or that is truncated or inconsistent.
+    Raises BadInput for a file that is not a safetensors file, or that is truncated or inconsistent.
     """
     entries = {}
     try:
@@ -81,7 +81,7 @@ def index_file(path: Path) -> dict[str, Entry]:
 def index_folder(folder: Path) -> dict[str, Entry]:
     """The tensors of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
 
-    Raises BadInput where there are none; pickled weights are never opened.
+    Raises BadInput if there are none; pickled weights are never opened.
     """
     index = plain_file(folder, WEIGHTS_INDEX)
     weight_map: Any = None
@@ -111,7 +111,7 @@ def index_folder(folder: Path) -> dict[str, Entry]:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """`name` inside `folder`.  Raises BadInput where it would lead out of the folder or into another one, and for a link to
+    """`name` inside `folder`.  Raises BadInput if it would lead out of the folder or into another one, and for a link to
     a file elsewhere, which would be copied; only the hub's cache keeps its files beside the folder, in blobs/."""
     plain = name.isprintable() and len(os.fsencode(name)) <= 255
     if not plain or not name or Path(name).name != name or name in (".", "..") or "\\" in name:
@@ -126,7 +126,7 @@ def plain_file(folder: Path, name: str) -> Path:
 
 
 def read_tensor(name: str, entry: Entry) -> torch.Tensor:
-    """One tensor, read from its file.  name: for the message of the BadInput that is raised where it cannot be."""
+    """One tensor, read from its file.  name: for the message of the BadInput that is raised if it cannot be."""
     raw = torch.empty(entry.bytes, dtype=torch.uint8)
     try:
         with open(entry.file, "rb") as file:
@@ -139,10 +139,10 @@ def read_tensor(name: str, entry: Entry) -> torch.Tensor:
 
 
 def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
-    """A JSON object from a file.  Raises BadInput where it is missing, too large, broken or no object."""
+    """A JSON object from a file.  Raises BadInput if it is missing, too large, broken or no object."""
     try:
         if path.exists() and not path.is_file():
-            raise BadInput(f"{path}: cannot be read (it is no file)")
+            raise BadInput(f"{path}: cannot be read (it is not a file)")
         if path.stat().st_size > limit:
             raise BadInput(f"{path}: {path.stat().st_size} bytes; expected at most {limit}")
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -161,7 +161,7 @@ def write_json(path: Path, data: object) -> None:
 
 
 def json_bytes(data: object) -> bytes:
-    """Data as our JSON files have it; what is no UTF-8 in a name of a file becomes an escape."""
+    """Data as our JSON files have it; what is not UTF-8 in a name of a file becomes an escape."""
     return (json.dumps(data, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -243,7 +243,7 @@ def write_atomic(path: Path, parts: Iterable[bytes | memoryview]) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # on a full disk its room is needed
+        temporary.unlink(missing_ok=True)  # on a full disk its space is needed
         raise
 
 
@@ -271,7 +271,7 @@ def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_files(folder: Path, files: Mapping[str, Any], again: bool = False) -> None:
-    """Hold files against what `describe_files` said of them.  again: read them, even if this process has done so before.
+    """Check files against what `describe_files` said of them.  again: read them, even if this process has done so before.
 
     Raises BadInput for the first that is missing or changed, by its name.
     """

@@ -1,4 +1,4 @@
-"""Runs in Weights & Biases, offline unless WANDB_MODE says otherwise; every number also goes to a plain file.
+"""Runs in Weights & Biases, offline unless WANDB_MODE says otherwise; every number is also written to a plain file.
 
 METRICS are the 19 that the documentation of phase 4 lists and its code left at zero.  Of phase 8's lists (33, 35, 95 names,
 none of them logged by its code), PHASE8_METRICS and PHASE8_STAGE_METRICS are those that a chain really measures.
@@ -51,8 +51,8 @@ METRICS = (
 class Run:
     """A tracked run: use as a context manager.
 
-    folder: gets metrics.jsonl, a line a call of `log`, artifacts.jsonl where any are logged, and W&B's own offline files
-    where the package wandb is installed.
+    folder: gets metrics.jsonl, one line per call of `log`, artifacts.jsonl if any are logged, and W&B's own offline files
+    if the package wandb is installed.
     config: what the run depends on.
     """
 
@@ -81,7 +81,7 @@ class Run:
             self._run.finish()
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Log numbers by name.  Raises BadInput for one that is no finite number: a metric without a value is not logged."""
+        """Log numbers by name.  Raises BadInput for one that is not finite: a metric without a value is not logged."""
         for name, value in metrics.items():
             if not isinstance(value, int | float) or not math.isfinite(value):
                 raise BadInput(f"metric {name}: {value!r}; expected a finite number, or leave the metric out")
@@ -180,8 +180,8 @@ def track_chain(
 ) -> None:
     """Log a chain's attempts, in their order, and what came out, as a run in `folder`.
 
-    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  Beside the metrics there are attempts.csv,
-    and frontier.png where matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured
+    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  Besides the metrics there are attempts.csv,
+    and frontier.png if matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured
     is not logged: after a stage that failed to encode there is none of its sizes.
     """
     with Run(folder, f"chain-{recipe['chain']['name']}", recipe) as run:
@@ -264,8 +264,8 @@ def _of_chain(
 
 
 def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and a row an attempt: step, try, setting, decision, why not, every measured quantity with its standard error
-    and n, seconds and bytes of memory; None where there is none."""
+    """Columns and one row per attempt: step, try, setting, decision, why not, every measured quantity with its standard
+    error and n, seconds and bytes of memory; None if there is none."""
     names = list(dict.fromkeys(name for row in attempts for name in row.get("measured", {})))
     columns = ["step", "name", "try", "setting", "decision", "reason"]
     columns += [part for name in names for part in (name, f"{name}_stderr", f"{name}_n")] + list(TIMES)
@@ -280,8 +280,8 @@ def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], li
 
 
 def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw total retention against the total ratio of the encoded tensors, a point an attempt with its 95% interval, into
-    the PNG file `path`.  Returns whether it did: not where matplotlib is missing, or nothing was measured."""
+    """Draw total retention against the total ratio of the encoded tensors, one point per attempt with its 95% interval, into
+    the PNG file `path`.  Returns whether it did: not if matplotlib is missing or nothing was measured."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -313,8 +313,8 @@ def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
         axes.annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
     bits = drawn[0]["measured"]["touched_ratio"]["protocol"]["bits"]
     axes.set_xscale("log")
-    axes.margins(x=0.3)  # room for the labels
-    axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits a weight (x)")
+    axes.margins(x=0.3)  # space for the labels
+    axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits per weight (x)")
     axes.set_ylabel("accuracy over the original's (2 standard errors)")
     axes.legend()
     figure.savefig(path, dpi=120)

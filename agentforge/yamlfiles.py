@@ -24,11 +24,11 @@ def read_yaml(path: Path, expected: str) -> tuple[Any, Line]:
     that gives the line, from 1, of the value at a path, or of its nearest parent.
 
     expected: what the file should be, for messages.  Raises BadInput, by line, for keys that are there twice, aliases of
-    what they are a part of or of too much, deep nesting, numbers beyond a float, and whatever else is no plain data.
+    what they are a part of or of too much, deep nesting, numbers beyond a float, and whatever else is not a plain data.
     """
     try:
         if path.exists() and not path.is_file():
-            raise BadInput(f"{path}: is no file; expected {expected}")
+            raise BadInput(f"{path}: is not a file; expected {expected}")
         if (size := path.stat().st_size) > LARGEST:
             raise BadInput(f"{path}: {size:,} bytes; expected {expected} of at most {LARGEST:,}")
         text = path.read_text(encoding="utf-8")
@@ -69,7 +69,7 @@ def _check(node: yaml.Node, loader: yaml.SafeLoader, counts: dict[int, int]) -> 
             raise _Refused(node, "is a part of itself, by an alias; write it out")
         return known
     if node.tag not in PLAIN:
-        raise _Refused(node, f"{node.tag.rsplit(':', 1)[-1][:40]!r} is no plain data; expected text in quotes, or a number")
+        raise _Refused(node, f"{node.tag.rsplit(':', 1)[-1][:40]!r} is not plain data; expected text in quotes, or a number")
     counts[id(node)] = 0
     parts: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
@@ -77,7 +77,7 @@ def _check(node: yaml.Node, loader: yaml.SafeLoader, counts: dict[int, int]) -> 
         seen = set()
         for key, _ in node.value:
             if key.tag not in (TEXT, MERGE) or not isinstance(key, yaml.ScalarNode):
-                raise _Refused(key, "a key is no text; expected a name, in quotes if it looks like something else")
+                raise _Refused(key, "a key is not text; expected a name, in quotes if it looks like something else")
             if key.value in seen:
                 raise _Refused(key, f"{key.value[:80]!r} is there twice; expected it once")
             seen.add(key.value)
@@ -90,7 +90,7 @@ def _check(node: yaml.Node, loader: yaml.SafeLoader, counts: dict[int, int]) -> 
         except (ValueError, OverflowError, LookupError):  # what the library raises for numbers and words that are none
             finite = False
         if not finite:
-            raise _Refused(node, f"{node.value[:40]} is no finite number; expected one, or null")
+            raise _Refused(node, f"{node.value[:40]} is not a finite number; expected one, or null")
     counts[id(node)] = 1 + sum(_check(part, loader, counts) for part in parts)
     if counts[id(node)] > MOST_VALUES:
         raise _Refused(node, f"stands for more than {MOST_VALUES:,} values, aliases counted; write fewer")

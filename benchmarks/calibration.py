@@ -3,9 +3,9 @@
     python benchmarks/calibration.py [--model smollm2-135m] [--tokens 256 1024 4096 16384] [--out reports/calibration]
 
 The documentation asks for 1,000 samples and never says what fewer would do.  Here each stage is encoded with input
-statistics of so many tokens of selftext's calibration split (windows of --context tokens: a sample), and judged by the
+statistics of that many tokens of selftext's calibration split (windows of --context tokens: a sample), and judged by the
 layers' output error on inputs that it has not seen: sum of tr(E H E^T) over sum of tr(W H W^T), H from WikiText-2's
-validation split (selftext's held-out one where WikiText-2 is missing).  The plain rule, which looks at no inputs, is in the
+validation split (selftext's held-out one if WikiText-2 is missing).  The plain rule, which looks at no inputs, is in the
 first row.
 
 Writes OUT/calibration.json and OUT/calibration.md.
@@ -85,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--stages", nargs="+", default=["ternary:rule=calibrated"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--context", type=int, default=128, help="tokens a window")
+    parser.add_argument("--context", type=int, default=128, help="tokens per window")
     parser.add_argument("--judged-tokens", type=int, default=8192)
     parser.add_argument("--out", type=Path, default=Path("reports/calibration"))
     options = parser.parse_args(arguments)

@@ -3,13 +3,13 @@
     python benchmarks/chains.py [--only smollm2-135m/documented] [--work FOLDER] [--out reports/chains]
 
 Runs each file of RUNS with `agentforge pipeline` in a process of its own, and writes OUT/chains.json and OUT/chains.md as
-soon as it is through.  A finished run is taken again where the chain, the model, the text or agentforge's version changed;
-killed, the same command goes on from the chain's last finished attempt (in --work).  `--report` writes the table again and
+soon as it is done.  A finished run is repeated if the chain, the model, the text or agentforge's version changed;
+killed, the same command continues from the chain's last finished attempt (in --work).  `--report` writes the table again and
 measures nothing.
 
 What a row says:
 
-* bytes: of all weight files on disk.  whole: 32 bits for every parameter over these; touched: 32 bits a weight over the
+* bytes: of all weight files on disk.  whole: 32 bits for every parameter over these; touched: 32 bits per weight over the
   planes of the encoded tensors; of this step: the last accepted artifact's planes over these.
 * error: |W - decoded| / |W| over the encoded weights, against the original's.
 * perplexity, KL(original || this); retention of accuracy (right next tokens, or right digits) and of perplexity, of the step
@@ -56,7 +56,7 @@ COLUMNS = (
     "of this step",
     "error",
     "perplexity",
-    "KL (nats a token)",
+    "KL (nats per token)",
     "retention of accuracy, step",
     "in total",
     "retention of perplexity, step",
@@ -150,9 +150,9 @@ def report(runs: list[Run]) -> str:
         "# The documented chains, measured",
         "",
         "SeedLM 2x, VPTQ 20x, hypercompression 6.25x; at least 84% of the quality; 250x by multiplication, labelled 280x. "
-        "Ratios: *whole* is 32 bits for every parameter, over all weight files on disk; *touched* is 32 bits a weight over "
-        "the planes of the encoded tensors, the only reading in which 100, 50, 2.5, 0.4 MB comes true; *of this step* is "
-        "touched, over the last accepted artifact. Every step re-encodes what the last accepted one decodes to. ± is one "
+        "Ratios: *whole* is 32 bits for every parameter, over all weight files on disk; *touched* is 32 bits per weight "
+        "over the planes of the encoded tensors, the only reading in which 100, 50, 2.5, 0.4 MB comes true; *of this step* "
+        "is touched, over the last accepted artifact. Every step re-encodes what the last accepted one decodes to. ± is one "
         "standard error; a gate needs two.",
         "",
     ]

@@ -1,11 +1,11 @@
-"""What a budget of bits buys: `agentforge fit` against every single stage, the tools that people use, and no model at all.
+"""What a budget of bits buys: `agentforge fit` against every single stage, common tools, and no model at all.
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
     python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8] [--work FOLDER]
 
 Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk.
-Statistics come from selftext alone; nothing is trained but with --recover, which trains the codes for so many steps on
-selftext, within the same bits.  Killed, the same command goes on from the budgets that are done, and from the last look of a
+Statistics come from selftext alone; nothing is trained without --recover, which trains the codes for that many steps on
+selftext, within the same bits.  Killed, the same command resumes after the finished budgets, and from the last look of a
 training.  Writes OUT/fit.json, OUT/fit.md and OUT/fit.png; `--report` measures nothing.
 
 Rows of others are those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has
@@ -55,8 +55,8 @@ Row = dict[str, Any]
 
 
 class Other(NamedTuple):
-    """A row that budgets are held against.  kind: single stage, a tool, no model, fit.  bits, held: per weight of the linear
-    layers, on disk and in memory (None: not measured).  row: its measurements.  reason: why it is no ordinary row."""
+    """A row that budgets are compared with.  kind: single stage, tool, no model, fit.  bits, held: per weight of the linear
+    layers, on disk and in memory (None: not measured).  row: its measurements.  reason: why it is not an ordinary row."""
 
     kind: str
     name: str
@@ -130,12 +130,12 @@ def measure(
             **{name: value.to_json() for name, value in found.measured._asdict().items()},
         }
     finally:
-        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted goes on from there
+        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted continues from there
             shutil.rmtree(place, ignore_errors=True)
 
 
 def _held(artifact: Artifact) -> int:
-    """Bytes that the encoded layers hold while they compute from their planes."""
+    """Bytes of memory of the encoded layers while they compute from their planes."""
     module = load(artifact.path, runtime="packed").model
     with torch.inference_mode():
         module(input_ids=torch.tensor([[0]]), use_cache=False)  # what is made when it is first needed
@@ -420,7 +420,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", type=Path, default=Path("reports/fit/peers.json"))
     parser.add_argument("--out", type=Path, default=Path("reports/fit"))
     parser.add_argument("--recover", type=int, default=0, help="steps to train for; 0 trains nothing")
-    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens a step of training")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens per training step")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-fit")
     parser.add_argument("--report", action="store_true", help="write tables and picture again, measure nothing")
     options = parser.parse_args(arguments)

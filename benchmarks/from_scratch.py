@@ -5,7 +5,7 @@
 BitNet b1.58 (arXiv 2402.17764, table 1) reports 12.87 against 12.33 perplexity at 700 M weights, and matches from 3 B on.
 Here the same small Llama (6 layers, hidden 256: 5.8 M weights, a vocabulary of 4,096 made from the same text) learns
 selftext twice: as it is, and with BitLinear in place of every linear layer of its blocks (RMSNorm inside, the norms before
-attention and feed-forward taken out, int8 activations).  Both arms see the same windows in the same order, 2,048 tokens a
+attention and feed-forward taken out, int8 activations).  Both arms see the same windows in the same order, 2,048 tokens per
 step; AdamW (0.9, 0.95), weight decay 0.1, ten percent warm-up, cosine to a tenth.
 
 Learning rates are tuned first, for each arm alone, on a quarter of the steps with a seed that is not used again.  Loss is
@@ -172,7 +172,7 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
         first = rows[0]
         lines += [
             f"A Llama of {first['parameters'] / 1e6:.1f} M weights, {options.steps * BATCH * CONTEXT:,} tokens of selftext; "
-            f"loss on {first['n']:,} held-out tokens, nats a token.  {first['environment']['cpu']}, torch "
+            f"loss on {first['n']:,} held-out tokens, nats per token.  {first['environment']['cpu']}, torch "
             f"{first['environment']['packages']['torch']}.",
             "",
             f"Learning rates, tuned on {max(1, options.steps // 4)} steps with seed {TUNING_SEED}:",

@@ -5,9 +5,9 @@
 
 Each check runs on the CPU and on the GPU.  What came out is compared with `TOLERANCES`, which were fixed before any GPU ran
 this; planes have to be the same bits.  Speeds are those of the GPU, as a share of a limit that is measured there first: the
-operations a second of a large float32 product, or the bytes a second of a copy.  Generation and the ternary kernel count the
+operations per second of a large float32 product, or bytes per second of a copy.  Generation and the ternary kernel count the
 bytes of the weights that a token reads.  Times are of single runs after a warm-up on a smaller size, or the best of five
-where a run takes milliseconds.  It takes some minutes, most of them the CPU's.
+if a run takes milliseconds.  It takes some minutes, most of them the CPU's.
 
 Exit code 0: all within tolerance, 1: not all, 2: there is no GPU, or the model cannot be opened.
 """
@@ -37,7 +37,7 @@ from agentforge.runtime import TernaryLinear
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.training.recover import Settings, recover
 
-# The largest difference that passes.  Relative ones: |GPU - CPU| / |CPU|, of the worst layer where there are several.
+# The largest difference that passes.  Relative ones: |GPU - CPU| / |CPU|, of the worst layer if there are several.
 TOLERANCES = {
     "statistics": 1e-3,  # float32 sums in another order, through all layers
     "sensitivity": 1e-2,  # the same, backwards; a token that is drawn at a border may be its neighbour
@@ -58,8 +58,8 @@ PROMPT = "The history of the city begins"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured.  tokens: of statistics and likelihoods.  backward: of backward passes.  window: tokens a step of
-    training.  steps: of training.  weights: matrices that are encoded.  side: rows and columns of the ternary matrix.
+    """How much is measured.  tokens: of statistics and likelihoods.  backward: of backward passes.  window: tokens per
+    training step.  steps: of training.  weights: matrices that are encoded.  side: rows and columns of the ternary matrix.
     new_tokens: to generate.  limit: rows and columns of the product, and of the copy, that the limits come from."""
 
     tokens: int = 1024
@@ -94,7 +94,7 @@ class Bench:
 
     @property
     def operations(self) -> float:
-        """Of a forward pass of one token: two a parameter."""
+        """Of a forward pass of one token: two per parameter."""
         return 2.0 * self.model.parameters
 
     def calibration(self, device: str, backward: int = 0) -> Calibration:
@@ -207,7 +207,7 @@ def ternary_kernel(bench: Bench, device: str, tokens: int) -> Seen:
 
 
 def generation(bench: Bench, device: str, form: str) -> Seen:
-    """Greedy, batch 1, tokens a second.  The packed form is ternary, the others are the original."""
+    """Greedy, batch 1, tokens per second.  The packed form is ternary, the others are the original."""
     if form == "packed":
         made = compress(bench.model, "ternary:packing=2bit", bench.folder / "ternary", progress=False)
         module = load(made.path, runtime="packed").on(device).model
@@ -251,7 +251,7 @@ def checks() -> Iterator[tuple[str, float, Callable[[Bench, str], Seen]]]:
 
 
 def difference(cpu: Seen, gpu: Seen) -> float:
-    """Share of hashes that differ, or the largest relative difference of any tensor; infinite where names differ."""
+    """Share of hashes that differ, or the largest relative difference of any tensor; infinite if names differ."""
     if cpu.compared.keys() != gpu.compared.keys():
         return float("inf")
     found = []
@@ -266,7 +266,7 @@ def difference(cpu: Seen, gpu: Seen) -> float:
 
 
 def limits(device: str, size: int) -> dict[str, float]:
-    """Operations a second of a float32 product, and bytes a second that a copy reads and writes."""
+    """Operations per second of a float32 product, and bytes per second that a copy reads and writes."""
     a = torch.ones(size, size, device=device)
     b = torch.empty_like(a)
     torch.mm(a, a, out=b)
@@ -297,7 +297,7 @@ def row(name: str, tolerance: float, check: Callable[[Bench, str], Seen], bench:
 
 
 def run(model: LanguageModel, device: str, sizes: Sizes) -> list[list[str]]:
-    """All checks: a row each."""
+    """All checks, one row each."""
     most = limits(device, sizes.limit)
     rows = []
     with tempfile.TemporaryDirectory(prefix="agentforge-gpu-") as folder:

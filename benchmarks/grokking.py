@@ -18,7 +18,7 @@ A run that does not get there within the cap is censored: its steps are known to
 and intervals are those of order statistics: they assume no distribution, and a censored run is one at the far end.
 
 Writes OUT/grokking.json and OUT/grokking.md after each run; a second call takes only the runs that are missing.  After
---seconds it stores the run it is in, and the next call goes on with it, to the same result.  `--report` writes the table
+--seconds it stores the run it is in, and the next call continues with it, to the same result.  `--report` writes the table
 again and measures nothing.
 """
 
@@ -198,9 +198,9 @@ def accuracy(model: nn.Module, table: torch.Tensor) -> float:
 
 
 def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) -> Row | None:
-    """One run; where `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to go on from.
+    """One run; if `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to continue from.
 
-    steps: to 95% validation accuracy, None where the cap came first.  memorised: to 95% on the last batch.
+    steps: to 95% validation accuracy, None if the cap came first.  memorised: to 95% on the last batch.
     """
     arm, seed, cap = Arm(**recipe["arm"]), recipe["seed"], recipe["cap"]
     train, validation = products(seed, recipe["p"])
@@ -260,7 +260,7 @@ Range = tuple[float, float]  # what is known of a number: between these two
 
 
 def steps_of(row: Row) -> Range:
-    """The steps of a run: from the cap to infinity where it is censored."""
+    """The steps of a run: from the cap to infinity if it is censored."""
     return _known(row["steps"], row["recipe"]["cap"])
 
 

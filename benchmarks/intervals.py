@@ -4,7 +4,7 @@
 
 The default model against its own 4-bit rounding is measured on a stretch of WikiText-2's test text, windows of 512, once and
 whole; the sums of every window are kept in OUT/coverage.json.  From them 200 samples of the default size are drawn, and the
-intervals that `divergence` gives of each are held against the value of all windows.  `--report` draws again from the sums
+intervals that `divergence` gives of each are checked against the value of all windows.  `--report` draws again from the sums
 that are there and measures nothing.  What it writes: OUT/coverage.json and OUT/coverage.md.
 """
 

@@ -3,7 +3,7 @@
     python benchmarks/kmeans.py
 
 Same vectors, same start, same number of iterations (scikit-learn's is told not to stop early), both on one thread and
-both in this process.  The peak is measured: as many float32 multiply-adds a second as a loop over registers reaches.
+both in this process.  The peak is measured: as many float32 multiply-adds per second as a loop over registers reaches.
 """
 
 from __future__ import annotations

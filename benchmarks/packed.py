@@ -1,4 +1,4 @@
-"""Every stage's packed layers beside dense ones: memory held, and tokens a second.
+"""Every stage's packed layers beside dense ones: memory, and tokens per second.
 
     python benchmarks/packed.py [ARTIFACT ...] [--stages STAGE ...] [--model smollm2-135m] [--threads 2] [--device cpu]
                                 [--tokens 32] [--prompt 512] [--rounds 5] [--scratch DIR] [--out DIR]
@@ -71,14 +71,14 @@ def seconds(call: Callable[[], object], device: str) -> float:
 
 
 def bandwidth(device: str) -> float:
-    """Bytes a second that torch reads and writes as it copies, best of seven."""
+    """Bytes per second that torch reads and writes as it copies, best of seven."""
     source = torch.ones(COPIED, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(7))
 
 
 def read_bytes(model: nn.Module) -> int:
-    """What a token reads: all that is held but planes that were replaced by plain ones."""
+    """What a token reads: all in memory but planes that were replaced by plain ones."""
     total = held_bytes(model)
     for module in model.modules():
         if isinstance(module, PackedWeight):
@@ -88,7 +88,7 @@ def read_bytes(model: nn.Module) -> int:
 
 
 def rounds(models: dict[str, Any], ids: torch.Tensor, args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of all models, in turn, for generation and for a prompt."""
+    """Tokens per second of all models, in turn, for generation and for a prompt."""
     long = torch.arange(args.prompt, device=args.device)[None] % 1000 + 100
     kinds: dict[str, tuple[int, Callable[[Any], object]]] = {
         "generation": (args.tokens, lambda m: m.generate(ids, max_new_tokens=args.tokens, do_sample=False, pad_token_id=0)),
@@ -203,7 +203,7 @@ def table(record: dict[str, Any]) -> str:
 
 
 def keep(record: dict[str, Any], out: Path | None) -> None:
-    """Write what is measured so far, where a folder was asked for."""
+    """Write what is measured so far, if a folder was asked for."""
     if out:
         out.mkdir(parents=True, exist_ok=True)
         (out / "packed.json").write_text(json.dumps(record, indent=1) + "\n")

@@ -6,11 +6,11 @@ Every tool gets the model as agentforge opens it (dequantised Q4_1) and quantise
 What it stored is counted, dequantised by the tool's own code, written as float32, and scored by `evaluation.divergences` as
 `benchmarks/fit.py` scores its own rows: same text, windows and tokens.  Tools that look at inputs look at the 8,192 tokens
 of selftext that `agentforge fit` looks at.  Tools are installed into --work (PINNED, LLAMA_CPP); llama.cpp is built there
-from the sources of its Python package.  A row that is finished is not taken again, one that failed is tried again.  Writes
+from the sources of its Python package.  A finished row is not measured again; a failed one is tried again.  Writes
 OUT/peers.json; `python benchmarks/fit.py --report` draws it.
 
 * bits: of the linear layers' tensors as the tool saves them, per weight.
-* held: the same of what the tool keeps in memory to compute with.
+* held: the same, of what the tool keeps in memory to compute with.
 """
 
 from __future__ import annotations
@@ -439,7 +439,7 @@ def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> 
         python = environment(peer.tool, llama.work)
         command = f"make({peer.name!r}) in benchmarks/peers.py"
         here = str(Path(__file__).resolve().parent.parent)
-        # GPTQModel asks for two workers, and fails where it sees cores for one.
+        # GPTQModel asks for two workers, and fails if it sees cores for one.
         settings = {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
         run(python, Path(__file__).resolve(), "--make", peer.name, "--work", folder, **settings)
         about = json.loads((folder / "made.json").read_text(encoding="utf-8"))

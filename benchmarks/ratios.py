@@ -2,7 +2,7 @@
 
     python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--fit FILE] [--peers FILE] [--out reports/ratios]
 
-For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command goes on.
+For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command resumes.
 For the language model nothing is measured here: its candidates are the budgets of --fit, and those rows of --stages and
 attempts of --chains that were measured on the same tokens in the same windows.  Writes OUT/ratios.json, .md and .png;
 `--report` measures nothing.
@@ -16,7 +16,7 @@ attempts of --chains that were measured on the same tokens in the same windows. 
 * A setting is best at a ratio if none of that ratio or more keeps more.  digits-mlp's are chosen by their accuracy on the
   1,347 training pictures, and reported on the 450 others; a language model's are chosen and reported on the same tokens, so
   that the best of many is a little flattered.
-* Shannon: no code of R bits a weight gets independent Gaussian weights below 2**(-2 R) of relative squared error.
+* Shannon: no code of R bits per weight gets independent Gaussian weights below 2**(-2 R) of relative squared error.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _on_training_pictures(model: LanguageModel) -> float:
 
 
 def points_of_grid(rows: list[Row]) -> list[Row]:
-    """A point for the planes as they are stored, and one where coding them takes less."""
+    """A point for the planes as they are stored, and one if coding them takes less."""
     points = []
     for row in rows:
         point = {
@@ -133,7 +133,7 @@ def points_of_grid(rows: list[Row]) -> list[Row]:
 
 
 def points_of_stages(rows: list[Row]) -> list[Row]:
-    """The rows of `benchmarks/stages.py` that hold accuracies, as stored and, where that takes less, coded."""
+    """The rows of `benchmarks/stages.py` that hold accuracies, as stored and, if that takes less, coded."""
     points = []
     for row in rows:
         if "retention" not in row:
@@ -154,7 +154,7 @@ def points_of_stages(rows: list[Row]) -> list[Row]:
 
 
 def _coded_point(point: Row, bits: float) -> list[Row]:
-    """The same planes once coded, where that takes less.  Nobody wrote the model's files with them."""
+    """The same planes once coded, if that takes less.  Nobody wrote the model's files with them."""
     coded = {**point, "setting": f"{point['setting']}, coded", "bits": bits, "model_bytes": None}
     return [coded] if bits < point["bits"] else []
 
@@ -194,7 +194,7 @@ def about_digits(model: LanguageModel) -> Row:
 
 
 def about_language(budgets: list[Row], peers: list[Row]) -> Row:
-    """The same from the records of `benchmarks/fit.py` and `benchmarks/peers.py`; None where they are not there."""
+    """The same from the records of `benchmarks/fit.py` and `benchmarks/peers.py`; None if they are not there."""
     whole = [r for r in (budgets[0]["ratios"] if budgets else ()) if r["what"] == "whole model"]
     size = {r["denominator"].endswith("at 16 bits"): r["denominator_bytes"] for r in whole if "32" not in r["denominator"]}
     unigrams = [row["retention"] for row in peers if row["recipe"]["settings"].get("of", "uniform") != "uniform"]
@@ -295,7 +295,7 @@ def summary(models: dict[str, list[Row]], about: dict[str, Row]) -> list[str]:
 
 
 def _whole(point: Row, about: Row) -> str:
-    """The same point's ratios of the whole model, in a sentence; nothing where its files were not written."""
+    """The same point's ratios of the whole model, in a sentence; nothing if its files were not written."""
     ratios = _ratios(point, about)
     return f" The whole model: {ratios[0]} against 16 bits, {ratios[1]} against its file." if ratios else ""
 

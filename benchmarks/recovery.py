@@ -1,15 +1,15 @@
-"""Recovery of a whole ternary model by distillation: how far it gets, and how fast, on the machine at hand.
+"""Recovery of a whole ternary model by distillation: how far it gets, and how fast, on this machine.
 
     python benchmarks/recovery.py --name cpu --steps 100 --batch 4 --context 256 --evaluate 10
     python benchmarks/recovery.py --name h100 --steps 3000 --batch 24 --context 1024 --evaluate 100
 
-Every linear layer inside the decoder's blocks becomes ternary (absmean a tensor, int8 activations), and `recover` trains
+Every linear layer inside the decoder's blocks becomes ternary (absmean per tensor, int8 activations), and `recover` trains
 them on selftext, the original being the teacher; the learning rate's schedule ends with --steps.  Then the packed model is
-loaded back from disk, and measured on WikiText-2's test split (selftext's held-out one where WikiText-2 is missing), with
+loaded back from disk, and measured on WikiText-2's test split (selftext's held-out one if WikiText-2 is missing), with
 int8 activations (the packed runtime) and without (the decoded weights).
 
-Writes OUT/NAME.json, OUT/recovery.md (a row a run) and OUT/recovery.png, the curves of all runs.  The artifact goes to
---work; killed, the same command goes on from the last look.  `--report` writes table and picture again, and measures
+Writes OUT/NAME.json, OUT/recovery.md (one row per run) and OUT/recovery.png, the curves of all runs.  The artifact goes to
+--work; killed, the same command continues from the last look.  `--report` writes table and picture again, and measures
 nothing.
 """
 
@@ -120,7 +120,7 @@ def report(rows: list[Row]) -> str:
 
 
 def picture(rows: list[Row]) -> Figure:
-    """Held-out KL against tokens seen, a line a run."""
+    """Held-out KL against tokens seen, one line per run."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     for row in rows:
@@ -135,7 +135,7 @@ def picture(rows: list[Row]) -> Figure:
         )
     axes.plot(REFERENCE[0], REFERENCE[3], "k*", label="untuned run of others, H100")
     axes.set(
-        xscale="log", yscale="log", xlabel="tokens seen", ylabel="KL from the original, nats a token (held-out selftext)"
+        xscale="log", yscale="log", xlabel="tokens seen", ylabel="KL from the original, nats per token (held-out selftext)"
     )
     longest = max(rows, key=lambda row: row["history"][-1]["tokens"])
     start, kept, last = longest["history"][0], best(longest), longest["history"][-1]
@@ -158,18 +158,18 @@ def write(rows: list[Row], out: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Ternary recovery of a whole model.")
-    parser.add_argument("--name", default="cpu", help="of the run, and of its file")
+    parser.add_argument("--name", default="cpu", help="name of the run, and of its file")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=4, help="windows a step")
-    parser.add_argument("--context", type=int, default=256, help="tokens a window")
+    parser.add_argument("--batch", type=int, default=4, help="windows per step")
+    parser.add_argument("--context", type=int, default=256, help="tokens per window")
     parser.add_argument("--passes", type=int, default=1, help="parts a batch is computed in, to save memory")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--optimizer", default="adamw", choices=["adamw", "mugrokfast"])
     parser.add_argument("--evaluate", type=int, default=10, help="steps between two looks at the held-out text")
     parser.add_argument("--heldout", type=int, default=2048, help="tokens to look at")
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
-    parser.add_argument("--tokens", type=int, default=6132, help="to measure on in the end")
+    parser.add_argument("--tokens", type=int, default=6132, help="tokens to measure on at the end")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-recovery")
     parser.add_argument("--out", type=Path, default=Path("reports/recovery"))
     parser.add_argument("--report", action="store_true")

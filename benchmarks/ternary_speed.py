@@ -250,7 +250,7 @@ def show(title: str, lines: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["products", "generation"])
-    parser.add_argument("--seconds", type=float, default=1.0, help="for a row of products")
+    parser.add_argument("--seconds", type=float, default=1.0, help="seconds per row of products")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a generation")
     parser.add_argument("--rounds", type=int, default=5, help="generations of each model")
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)

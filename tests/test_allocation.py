@@ -177,7 +177,7 @@ def test_a_stage_for_each_weight(tiny: LanguageModel, tmp_path: Path) -> None:
     config = json.loads((tmp_path / "a" / "config.json").read_text())
     assert config["quantization_config"]["stage"] == {"stage": "several"}
     for bad, message in (
-        ({"nothing": stages.get("ternary")}, "is no weight"),
+        ({"nothing": stages.get("ternary")}, "is not a weight"),
         ({}, "no weight has a stage"),
         ({names[0]: stages.parse("vptq:v=4,k=16,shared=true")}, "shares planes"),
     ):

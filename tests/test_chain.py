@@ -318,10 +318,10 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     for overwrite in (False, True):
-        with pytest.raises(BadInput, match=r"is in the way and no (chain|folder)"):
+        with pytest.raises(BadInput, match=r"is in the way and not a (chain|folder)"):
             run_chain(digits, chain(step(FINE)), tmp_path / "mine", overwrite=overwrite, progress=False)
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
-    with pytest.raises(BadInput, match=r"is in the way and no (chain|folder)"):
+    with pytest.raises(BadInput, match=r"is in the way and not a (chain|folder)"):
         run_chain(digits, chain(step(FINE)), tmp_path / "mine/letter.txt", overwrite=True, progress=False)
 
 
@@ -350,7 +350,7 @@ def test_one_run_at_a_time(digits: LanguageModel, tmp_path: Path) -> None:
         ("{name: a, steps: [{name: b, try: [ternary]}], gates: ['kl']}", "gates"),
         ("{name: a, steps: [{name: b, try: [ternary]}], on_failure: panic}", "on_failure"),
         ("{name: a, steps: [{name: b, try: [ternary], other: 1}]}", "other"),
-        ("!!python/object/apply:os.system [echo]", "no plain data"),
+        ("!!python/object/apply:os.system [echo]", "not plain data"),
         ("[" * 5000, "nested more than"),
         ("{name: a, steps: [{name: b, try: [ternary]}], tokens: 1" + "0" * 400 + "}", "line 1: 1000"),
         ("name: a\nname: b", "line 2: 'name' is there twice"),

@@ -35,9 +35,7 @@ class Result(NamedTuple):
 
 
 Run = Callable[..., Result]
-NO_MEMORY = (
-    "agentforge: memory ran out; free some, or raise its limit (--workers 1 takes the least, where a command has it)\n"
-)
+NO_MEMORY = "agentforge: out of memory; free some or raise the limit (--workers 1 needs the least, if the command has it)\n"
 
 
 @pytest.fixture
@@ -408,7 +406,8 @@ def test_an_out_that_cannot_be_written_is_told_before_the_work(
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere" / "x")
     args = [command[0], "digits-mlp", *(["x.yaml"] if command[0] == "pipeline" else []), *command[1:]]
-    for where, why in (("file", "is no folder"), ("file/below/x", "is no folder"), ("/proc/x/y", "/proc cannot be written")):
+    refused = (("file", "is not a folder"), ("file/below/x", "is not a folder"), ("/proc/x/y", "/proc cannot be written"))
+    for where, why in refused:
         assert_refused(run(*args, "--out", tmp_path / where), 2, "--out", why, "choose another --out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "file"]
 
@@ -464,7 +463,7 @@ def test_signals_end_a_command_with_a_true_sentence(
     for module in ("opening", "training.phase"):
         monkeypatch.setattr(f"agentforge.{module}.open_model", work)
     result = run(*command)
-    assert_refused(result, 128 + number, "interrupted; the same command " + ("goes on" if goes_on else "starts again"))
+    assert_refused(result, 128 + number, "interrupted; the same command " + ("resumes" if goes_on else "starts again"))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -212,7 +212,7 @@ def test_sizes_in_hand_stay_within_the_room() -> None:
     sizes = [3, 1, 1, 5, 2, 2, 2, 9, 1]
     with ThreadPoolExecutor(4) as threads:
         pipeline._drive(
-            sizes, lambda s: threads.submit(work, s), lambda _, f: done.append(f.result()), 4, lambda s: s, room=5
+            sizes, lambda s: threads.submit(work, s), lambda _, f: done.append(f.result()), 4, lambda s: s, limit=5
         )
     assert sorted(done) == sorted(sizes)
     assert max(total for total in seen if total != 9) <= 5, "9 alone is larger than the room, and goes alone"
@@ -232,7 +232,7 @@ def test_a_killed_worker_ends_in_a_sentence_and_the_run_goes_on_later(
         watched = Watched(mortal, 9, lambda: kill_a_worker(mortal))
         with pytest.raises(AgentForgeError) as error:
             compress(tiny_llama, stage, out, executor=watched, workers=2)
-        assert_sentence(error, "BrokenProcessPool", "the same command goes on")
+        assert_sentence(error, "BrokenProcessPool", "the same command resumes")
         assert not isinstance(error.value, BadInput)
     before = pieces(out)
     assert before
@@ -266,7 +266,7 @@ def test_a_full_disk_under_an_executor(tiny_llama: Path, tmp_path: Path) -> None
             patch.setattr(artifact_module, "write_sealed", full)
             with pytest.raises(AgentForgeError) as error:
                 compress(tiny_llama, stage, out, executor=threads)
-        assert_sentence(error, "No space left on device", "the same command goes on")
+        assert_sentence(error, "No space left on device", "the same command resumes")
         assert len(pieces(out)) >= 5
         compress(tiny_llama, stage, out, executor=threads)
     assert hashes(out) == hashes(tmp_path / "whole")
@@ -274,7 +274,7 @@ def test_a_full_disk_under_an_executor(tiny_llama: Path, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("fault", ["truncated", "missing", "forbidden"])
 def test_a_shard_that_becomes_unreadable(tiny_llama: Path, tmp_path: Path, fault: str) -> None:
-    """Two shards, the second of which fails while the model is being read; it is no weight for a fallback."""
+    """Two shards, the second of which fails while the model is being read; it is not a weight for a fallback."""
     model, stage, out = tmp_path / "model", STAGES[0], tmp_path / "a"
     shutil.copytree(tiny_llama, model)
     tensors = load_file(model / "model.safetensors")

@@ -232,7 +232,7 @@ def test_shards(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "b").mkdir()
     others = tmp_path / "b" / "model.safetensors"
     shutil.copyfile(made.path / "config.json", others)
-    with pytest.raises(BadInput, match=r"holds the weights 'model.safetensors', which are no artifact's"):
+    with pytest.raises(BadInput, match=r"holds the weights 'model.safetensors', not an artifact's"):
         model.save_pretrained(tmp_path / "b")
     assert others.read_bytes() == (made.path / "config.json").read_bytes()
     others.unlink()
@@ -355,7 +355,7 @@ def test_changed_planes_are_not_saved(rounded: Path, tmp_path: Path) -> None:
 
 
 def test_unknown_options_of_saving_are_refused(rounded: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="max_shard_size is no option"):
+    with pytest.raises(BadInput, match="max_shard_size is not an option"):
         opened(rounded).save_pretrained(tmp_path / "b", max_shard_size="1MB")
     opened(rounded).save_pretrained(tmp_path / "c", is_main_process=False)
     assert not (tmp_path / "b").exists() and not (tmp_path / "c").exists()
@@ -498,7 +498,7 @@ def test_unknown_settings_are_refused(rounded: Path, tmp_path: Path) -> None:
     config: Any = read_json(rounded / "config.json")
     config["quantization_config"]["dequantize"] = True
     write_json(tmp_path / "bad" / "config.json", config)
-    with pytest.raises(BadInput, match="'dequantize' is no setting of agentforge"):
+    with pytest.raises(BadInput, match="'dequantize' is not a setting of agentforge"):
         opened(tmp_path / "bad")
 
 

@@ -129,7 +129,7 @@ def test_a_folder_quantised_by_another_tool(llama_copy: Path) -> None:
 
 def test_a_model_that_is_no_causal_language_model(llama_copy: Path) -> None:
     edit_config(llama_copy, model_type="vit", architectures=["ViTForImageClassification"])
-    with refused("'vit' is no causal language model"):
+    with refused("'vit' is not a causal language model"):
         open_model(llama_copy)
     edit_config(llama_copy, model_type="made-up")
     with refused("config.json"):

@@ -94,7 +94,7 @@ def test_trits_are_base_three_numbers() -> None:
 
 @pytest.mark.parametrize("bad", [-1, 3])
 def test_no_trits(bad: int) -> None:
-    with pytest.raises(BadInput, match=f"{bad}.* are no trits"):
+    with pytest.raises(BadInput, match=f"{bad}.* are not trits"):
         pack_trits(torch.tensor([1, bad]))
 
 
@@ -226,7 +226,7 @@ def test_packed_counts_all_its_planes() -> None:
     assert packed.bits_per_weight == (3 * 21 + 48 + 8) / 21
     assert [plane.name for plane in packed] == ["codes", "scale", "exponent"]
     assert packed["exponent"].tolist() == [0]
-    with pytest.raises(BadArtifact, match="'minimum' is missing; there are codes, scale, exponent"):
+    with pytest.raises(BadArtifact, match="'minimum' is missing; found codes, scale, exponent"):
         packed["minimum"]
 
 

@@ -66,7 +66,7 @@ def reports() -> list[str]:
 
 
 def modules() -> list[str]:
-    """The package's rooms and single modules."""
+    """The package's subpackages and single modules."""
     found = [path for path in PACKAGE.iterdir() if (path / "__init__.py").exists() or path.suffix == ".py"]
     return sorted(path.stem for path in found if not path.name.startswith("_") and path.stem != "cli")
 
@@ -146,7 +146,7 @@ def verbs() -> str:
 
 
 def module(name: str) -> str:
-    """A module, or a room with its modules."""
+    """A module, or a subpackage with its modules."""
     path = PACKAGE / name
     parts = [f"# {name}"]
     if path.is_dir():

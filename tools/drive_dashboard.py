@@ -1,9 +1,9 @@
-"""Drive the dashboard with a real browser, headless Chromium, by the keyboard alone: what a person does, and what they see.
+"""Drive the dashboard with a real browser, headless Chromium, by keyboard only: what a person does and sees.
 
     python tools/drive_dashboard.py FOLDER [--quick]
 
 A whole compression of digits-mlp; and, unless --quick, SmolLM2 started, paused and resumed, and another run of it aborted.
-What the page shows is held against the journals on disk.  FOLDER gets the workspace, and pictures of every view: wide and
+What the page shows is checked against the journals on disk.  FOLDER gets the workspace, and pictures of every view: wide and
 narrow, light and dark.
 """
 
@@ -63,7 +63,7 @@ def _healthy(address: str) -> bool:
 
 
 def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
-    """What `condition` gives as soon as that is true.  Raises AssertionError where it is not in time."""
+    """What `condition` gives as soon as that is true.  Raises AssertionError if it is not in time."""
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
@@ -73,7 +73,7 @@ def until(condition: Callable[[], Any], what: str, seconds: float = 60) -> Any:
 
 @contextlib.contextmanager
 def browser(folder: Path) -> Iterator[Any]:
-    """A headless Chromium that knows nothing from before and asks nobody."""
+    """A headless Chromium with a new profile, without background network requests."""
     from selenium import webdriver
 
     options = webdriver.ChromeOptions()
@@ -105,7 +105,7 @@ class Page:
         return str(self.driver.execute_script("return document.querySelector('[data-testid=stMain]')?.innerText || ''"))
 
     def fill(self, label: str, text: str) -> None:
-        """Type into a field, in the place of what is there, and leave it."""
+        """Type into a field, in place of what is there, and leave it."""
         from selenium.webdriver.common.keys import Keys
 
         field = self._field(label)
@@ -118,7 +118,7 @@ class Page:
         from selenium.webdriver.common.keys import Keys
 
         def chosen() -> bool:
-            with contextlib.suppress(WebDriverException):  # drawn anew while it is typed into
+            with contextlib.suppress(WebDriverException):  # redrawn while it is typed into
                 if self._field(label).get_attribute("value") != option:
                     self._field(label).send_keys(Keys.CONTROL, "a")
                     self._field(label).send_keys(option, Keys.ENTER)
@@ -174,7 +174,7 @@ class Page:
                     self.driver.execute_script("arguments[0].focus()", found)
                     self.driver.switch_to.active_element.send_keys(key)
                 return found is not None
-            except (StaleElementReferenceException, WebDriverException):  # drawn anew just now
+            except (StaleElementReferenceException, WebDriverException):  # redrawn just now
                 return False
 
         until(pressed, f"{label} can be pressed")
@@ -232,7 +232,7 @@ def drive_smollm2(page: Page, workspace: Path, pictures: Path) -> None:
     until(lambda: len(list(tensors.glob("*.safetensors"))) >= 40, "40 tensors are finished")
     page.says("tensors finished", "a second")
     page.press("Pause")
-    page.says("paused", "Resume goes on from what is finished")
+    page.says("paused", "Resume continues from what is finished")
     finished = {piece.name: piece.stat().st_mtime_ns for piece in tensors.glob("*.safetensors")}
     print(f"smollm2: paused with {len(finished)} tensors finished")
     page.pictures(pictures, "smollm2-paused")

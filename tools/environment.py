@@ -2,7 +2,7 @@
 
 python tools/environment.py           write environment.yml from the lock files
 python tools/environment.py --check   exit 1 if it is not what would be written
-python tools/environment.py --lock    resolve anew first, by uv (pip install uv); pins stay where they can.  To take newer
+python tools/environment.py --lock    resolve again first, by uv (pip install uv); pins stay where they can.  To take newer
                                       releases, delete their lines from the lock files before
 """
 
@@ -93,7 +93,7 @@ def resolve(extras: tuple[str, ...] | None, before: str) -> list[tuple[str, str,
         subprocess.run(command, check=True)
         lines = [re.fullmatch(r"([\w.-]+)==([^\s;]+)(?: ; (.*))?", line) for line in out.read_text().splitlines()]
     found = [(line[1], line[2], line[3] or "") for line in lines if line]
-    assert len(found) == len(lines), "uv wrote lines that are no pins"
+    assert len(found) == len(lines), "uv wrote lines that are not pins"
     return [one for one in found if any(applies(one[2], python, *where) for python in PYTHONS for where in PLATFORMS)]
 
 

@@ -1,8 +1,8 @@
 """Set up .venv as the lock files say, for this Python and this machine: python3 tools/install.py [dev]
 
-Needs Python 3.11 alone: where Debian left out ensurepip, pip comes from the package index, too.  Every file is held against
+Needs only Python 3.11: if Debian left out ensurepip, pip comes from the index, too.  Every file is checked against
 the hashes of the lock.  requirements.lock is what an audit needs, requirements-dev.lock what the tests need beside it, and
-requirements-cuda.lock what PyPI's torch needs on Linux; where an index offers torch's CPU build, that is taken instead.
+requirements-cuda.lock what PyPI's torch needs on Linux; if an index offers torch's CPU build, that is taken instead.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-QUIET = 10  # seconds after which a line says that work goes on
+QUIET = 10  # seconds after which a line says that work continues
 
 
 @dataclass(frozen=True)

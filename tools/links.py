@@ -1,6 +1,6 @@
 """Check the links of a built site: python tools/links.py FOLDER
 
-Exit code 1 where a link inside the site leads nowhere, anchors included, or where a page or a style sheet would load
+Exit code 1 if a link inside the site leads nowhere, anchors included, or if a page or a style sheet would load
 anything from elsewhere (script, style, font, picture).  Links that a reader may follow to elsewhere are counted by host.
 """
 
@@ -54,7 +54,7 @@ class Page(HTMLParser):
 
 
 def check(site: Path) -> tuple[list[str], Counter[str]]:
-    """The faults of a site, a line each, and how many links lead to each host elsewhere."""
+    """The faults of a site, one per line, and how many links lead to each host elsewhere."""
     pages = {path: Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
     faults = [] if pages else [f"{site}: no pages"]
     hosts: Counter[str] = Counter()

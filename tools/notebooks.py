@@ -5,7 +5,7 @@
     python tools/notebooks.py --strip [NOTEBOOK ...]    only take the traces of runs away, as --write does
 
 Without names: all of notebooks/, and but for --smoke their solutions.  Prints seconds, and seconds of CPU, of each; exit
-code 1 where one fails.  Traces are what differs from run to run and says nothing to a reader: time stamps, and metadata of
+code 1 if one fails.  Traces are what differs from run to run and says nothing to a reader: time stamps, and metadata of
 papermill and of widgets.
 """
 

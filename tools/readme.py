@@ -100,7 +100,8 @@ def figures() -> str:
         value = f"{measured['value']:.4g} {measured['unit']}"
         lines.append(f"| {row['title']} | {row['audit']} | {value} | {MARKS[row['verdict']]} {row['verdict']} |")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in record["summary"].items() if n)
-    lines += ["", f"Of {len(record['claims'])} rows: {counts}. What is grey says in the report what it would take."]
+    lines += ["", f"Of {len(record['claims'])} rows: {counts}. Grey rows could not be measured here; the report says "]
+    lines[-1] += "what each would need."
     lines += ["", "How small the encoded tensors can get ([all settings](reports/ratios/ratios.md)):", ""]
     lines += [f"* {sentence}" for sentence in ratios["says"]]
     report = (ROOT / "reports/fit/fit.md").read_text(encoding="utf-8")

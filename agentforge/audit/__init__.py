@@ -1,6 +1,6 @@
 """The audit: claims as data, probes that measure them, verdicts, and the record every report is drawn from.
 
-`agentforge.audit(report)` runs a report; the module is callable so that the verb and the room can share a name.
+`agentforge.audit(report)` runs a report; the module is callable so that the verb and the subpackage can share a name.
 """
 
 import sys

@@ -42,7 +42,7 @@ Which = Literal["gated", "to the end"]
 
 
 def _chain(workshop: Workshop, which: Which, digits: bool = False, track: Path | None = None) -> tuple[Result, Path]:
-    """The documented chain, run once a workshop, and its folder: of digits-mlp but in full effort."""
+    """The documented chain, run once per workshop, and its folder: of digits-mlp but in full effort."""
     digits = digits or workshop.effort.name != "full"
     file = CHECKOUT / "chains" / f"documented{'_digits' * digits}{'_go_on' * (which != 'gated')}.yaml"
     if not file.is_file():
@@ -53,7 +53,7 @@ def _chain(workshop: Workshop, which: Which, digits: bool = False, track: Path |
 
 @probe()
 def documented_chain(workshop: Workshop, chain: Which, quantity: str) -> Measurement:
-    """A quantity of the last step that the documented chain accepted, or how many steps it did; 1 where that is none, as
+    """A quantity of the last step that the documented chain accepted, or how many steps it did; 1 if that is none, as
     rollback then ends at the original."""
     result, out = _chain(workshop, chain)
     accepted = [row for row in result.attempts if row["decision"] == "accepted"]
@@ -151,8 +151,8 @@ def _fault(kind: str, failing: int) -> Any:
 
 @probe("share of runs")
 def faults_judged_rightly(workshop: Workshop) -> Measurement:
-    """Share of runs that hand over what they should: all three steps where nothing is wrong, and after a fault the step
-    before, bit for bit; nothing where that is the first."""
+    """Share of runs that hand over what they should: all three steps if nothing is wrong, and after a fault the step
+    before, bit for bit; nothing if that is the first."""
     model, out = open_model("digits-mlp"), workshop.folder / "faults"
     sound = run_chain(model, _three(), out / "sound", overwrite=True, progress=False)
     right = [sound.finished and sound.artifact is not None]
@@ -178,7 +178,7 @@ def chain_resumes(workshop: Workshop) -> Measurement:
 
         def kill(stage: Any, *rest: Any, encode: Any = encode, step: Stage = step, calls: list[int] = calls) -> Packed:
             calls += [1] * (stage == step)
-            if len(calls) == 2:  # the first weight of the step is written, the second is at hand
+            if len(calls) == 2:  # the first weight of the step is written, the second is in memory
                 raise KeyboardInterrupt
             packed: Packed = encode(stage, *rest)
             return packed
@@ -339,7 +339,7 @@ def damaged_artifacts_refused(workshop: Workshop) -> Measurement:
         return damage
 
     def only_for(which: str) -> Callable[[Path], Any]:
-        """A byte of a plane is another, and every hash but one is made to fit: only that one can tell."""
+        """A byte of a plane is another, and every hash but one is made to match: only that one can tell."""
 
         def damage(folder: Path) -> None:
             file, manifest = folder / "model.safetensors", json.loads((folder / MANIFEST).read_text(encoding="utf-8"))

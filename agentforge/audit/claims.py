@@ -154,7 +154,7 @@ def claims_sha256(claims: Iterable[Claim]) -> str:
 
 def judge(claim: Claim, measured: Measurement | None, failure: str = "", missing: str = "") -> Judged:
     """The verdict on a claim, from the measurement and the claim's own thresholds; an error if its probe failed, or gave
-    what is no number, or one in another unit than the claim's."""
+    what is not a number, or one in another unit than the claim's."""
     if claim.probe is not None and measured is not None and not failure:
         if not math.isfinite(measured.value):
             failure = f"the measured value is {measured.value}"

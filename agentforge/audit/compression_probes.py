@@ -1,8 +1,8 @@
 """Probes of the stages: SeedLM, VPTQ and hypercompression, one by one.
 
-Each is held against something that shares no code with it: worked values of the papers, brute force, numpy or scikit-learn,
-or a decoder written from the papers' text.  What takes a model to measure is measured on the workshop's; what takes only
-weights, on the first rows of sampled matrices.
+Each is checked against something that shares no code with it: worked values of the papers, brute force, numpy or
+scikit-learn, or a decoder written from the papers' text.  Probes that need a model use the workshop's; those that need only
+weights use the first rows of sampled matrices.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def decoded_by_seed(workshop: Workshop) -> Measurement:
 
 @probe("share of blocks")
 def block_independence(workshop: Workshop) -> Measurement:
-    """Share of blocks that keep their code where every second block of the weight is another."""
+    """Share of blocks that keep their code if every second block of the weight is another."""
     right: list[bool] = []
     for C, P in ((8, 3), (12, 4)):
         stage = stages.get("seedlm", K=8, C=C, P=P)
@@ -313,7 +313,7 @@ def output_error_ratio(workshop: Workshop, stage: StageText, reference: StageTex
 
 
 def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:
-    """Second moments of the sampled layers' inputs, kept in a file: one pass over the text a workshop."""
+    """Second moments of the sampled layers' inputs, kept in a file: one pass over the text per workshop."""
     path = workshop.folder / f"moments-{workshop.model.fingerprint[:16]}-{workshop.effort.name}-{tokens}.pt"
     if not path.is_file():
         most = min(tokens, workshop.model.context or tokens)
@@ -327,7 +327,7 @@ def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:
 
 
 def _segments(values: np.ndarray, length: int) -> list[np.ndarray]:
-    """The flat weight in segments, the last one shorter where it does not come out even."""
+    """The flat weight in segments, the last one shorter if it does not come out even."""
     return [values[first : first + length] for first in range(0, len(values), length)]
 
 
@@ -490,7 +490,7 @@ def sample_bits(workshop: Workshop, stage: StageText, rows: Count) -> Measuremen
 def stage_ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
-    """Bytes on disk of the whole model, or of the touched tensors, against `bits` a parameter."""
+    """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
     return ratio(_whole_model(workshop), stage, of, bits)
 
 

@@ -1,6 +1,6 @@
 """Probes of the dashboard: its page, drawn by Streamlit without a browser, over runs of digits-mlp.
 
-What it shows is held against the journals on disk, and what its buttons do against the runs."""
+What it shows is checked against the journals on disk, and what its buttons do against the runs."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def _zeros() -> Coder:
 
 @documented
 def _c4_export() -> Coder:
-    """The audited export of phase 4: sign(w) times its row's scale, cut to an int8, where |w| is at least a tenth of it."""
+    """The audited export of phase 4: sign(w) times its row's scale, cut to an int8, if |w| is at least a tenth of it."""
 
     def approximate(weight: torch.Tensor, seed: int) -> torch.Tensor:
         alpha = weight.abs().mean(1, keepdim=True).clamp(min=1e-8)

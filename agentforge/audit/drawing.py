@@ -82,7 +82,7 @@ def provenance(record: dict[str, Any]) -> str:
 
 
 def _together(record: dict[str, Any]) -> str:
-    """What would change if all verdicts together were held to one rate of error."""
+    """What would change at one rate of error for all verdicts together."""
     found = record["false_discovery"]
     if not found["rows"]:
         return "No row has a sampling error."
@@ -168,7 +168,7 @@ def _markdown_table(columns: dict[str, list[str]]) -> str:
 
 
 def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
-    """What a row's verdict rests on, folded away: probe, protocol, seed, hashes, seconds, and how to take it again."""
+    """The evidence for a row's verdict, folded away: probe, protocol, seed, hashes, seconds, and how to take it again."""
     measured = row["measured"]
     if measured is None:
         return ""

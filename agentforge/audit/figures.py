@@ -25,7 +25,7 @@ def zeros_by_threshold(workshop: Workshop) -> dict[str, Any]:
 
 
 def bytes_by_part(workshop: Workshop) -> dict[str, Any]:
-    """Where the bytes of the ternary model are."""
+    """How the bytes of the ternary model are spent."""
     parts = {"ternary codes and scales": 0, "embedding (16 bits)": 0, "norms": 0}
     for row in workshop.artifact("ternary:rule=threshold,tau=0.1").rows:
         part = "ternary codes and scales" if row["stage"] else "embedding (16 bits)" if len(row["shape"]) > 1 else "norms"

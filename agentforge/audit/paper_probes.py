@@ -239,7 +239,7 @@ def code_retention(
 def coded_bits(
     workshop: Workshop, coder: CoderText, source: Source = "sample", rows: Natural = 256, columns: Count = 256
 ) -> Measurement:
-    """Bits a weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
+    """Bits per weight: all that decoding takes, over the weights of the sampled matrices, or of one of rows x columns."""
     shapes = _shapes(workshop, source, rows, columns)
     bits, n = sum(map(coder_of(coder).bits, shapes)), sum(map(math.prod, shapes))
     return workshop.exact(bits / n, "bits/weight", n, "bits of all that is stored", coder=coder, on=source)
@@ -249,7 +249,7 @@ def coded_bits(
 def coded_ratio(
     workshop: Workshop, coder: CoderText, source: Source = "sample", rows: Natural = 256, columns: Count = 256
 ) -> Measurement:
-    """32 bits a weight over all that decoding takes, as `coded_bits` counts it."""
+    """32 bits per weight over all that decoding takes, as `coded_bits` counts it."""
     bits = coded_bits(workshop, coder, source, rows, columns)
     return bits.through(lambda x: 32 / x, "x", metric="32 bits over all that is stored")
 
@@ -460,7 +460,7 @@ def _statistics(workshop: Workshop) -> dict[str, InputStatistics]:
     if key not in _COLLECTED:
         calibration = Calibration(tokens=STATISTICS_TOKENS, context=min(STATISTICS_TOKENS, workshop.context))
         found = collect(workshop.model, calibration, progress=workshop.progress)
-        _COLLECTED.clear()  # one model's are enough to hold
+        _COLLECTED.clear()  # one model's are enough to keep
         _COLLECTED[key] = {name: found[name] for name in names}
     return _COLLECTED[key]
 
@@ -488,12 +488,13 @@ def memory_saved(workshop: Workshop) -> Measurement:
 
 
 def _listen(workshop: Workshop, layers: str, hook: Callable[[torch.Tensor], None]) -> int:
-    """Call `hook` with the inputs of every touched layer whose name holds `layers`, on the text's first tokens."""
+    """Call `hook` with the inputs of every touched layer whose name contains `layers`, on the text's first tokens."""
     modules = dict(workshop.model.model.named_modules())
     names = [weight.name.removesuffix(".weight") for weight in workshop.model.weights()]
     chosen = [modules[name] for name in names if layers in name]
     if not chosen:
-        raise BadInput(f"no layer's name holds {layers!r}; there are {', '.join(sorted({n.split('.')[-1] for n in names}))}")
+        known = ", ".join(sorted({n.split(".")[-1] for n in names}))
+        raise BadInput(f"no layer's name contains {layers!r}; choose from {known}")
     tokens = min(INPUT_TOKENS, workshop.context)
     ids = torch.tensor([first_tokens(workshop.model, workshop.text.text, tokens)])
     handles = [module.register_forward_pre_hook(lambda _, args: hook(args[0])) for module in chosen]
@@ -524,7 +525,7 @@ def activation_error(workshop: Workshop, unit: Literal["mean squared error of ze
 
 @probe("share of inputs")
 def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
-    """Share of the inputs of layers of this name that 8 bits a token round to zero."""
+    """Share of the inputs of layers of this name that 8 bits per token round to zero."""
     counts = [0, 0]
 
     def hook(x: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from ..opening import load
 from .probes import Share, StageText, probe
 from .workshop import Unmeasured, Workshop
 
-ASKED = {"smoke": (4, 40), "standard": (8, 160), "full": (12, 400)}  # questions a level, and at the level found
+ASKED = {"smoke": (4, 40), "standard": (8, 160), "full": (12, 400)}  # questions per level, and at the level found
 TOLERANCE = 1e-3  # nats, between likelihoods of one text computed in two ways
 
 

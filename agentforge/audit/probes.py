@@ -1,7 +1,7 @@
 """Probes: functions that measure what a claim is about.
 
-A probe gets the workshop (the original model, a folder for artifacts, how much text to score) and the parameters that
-stand in the claim; it returns a Measurement, or raises Unmeasured where something is missing that it needs.  What it
+A probe gets the workshop (the original model, a folder for artifacts, how much text to score) and the parameters in
+the claim; it returns a Measurement, or raises Unmeasured if something is missing that it needs.  What it
 measures is always loaded back from disk.
 """
 
@@ -65,7 +65,7 @@ def mistake(name: str, parameters: dict[str, Any], unit: str | None = None) -> t
     unit: in which the claim is made.
     """
     if name not in PROBES:
-        return ("probe", "name"), f"probe {name!r} does not exist; there are {', '.join(sorted(PROBES))}"
+        return ("probe", "name"), f"probe {name!r} does not exist; choose from {', '.join(sorted(PROBES))}"
     signature = inspect.signature(PROBES[name], eval_str=True)
     taken = list(signature.parameters.values())[1:]
     open_ended = any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken)
@@ -150,7 +150,7 @@ def row_scale_error(workshop: Workshop, stage: StageText) -> Measurement:
 def ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
-    """Bytes on disk of the whole model, or of the touched tensors, against `bits` a parameter."""
+    """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
     for candidate in workshop.artifact(stage).ratios:
         if candidate.what == of and candidate.denominator.endswith(f"at {bits} bits"):
             return workshop.exact(

@@ -31,7 +31,7 @@ POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 def score(workshop: Workshop, sections: list[str] | None = None, stages: list[str] | None = None) -> Measurement:
     """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
 
-    Rows without a verdict do not count; how many there are stands in the protocol.  Scores are no rows of other scores.
+    Rows without a verdict do not count; their number is in the protocol.  Scores are not rows of other scores.
     A score is not computed from what a small budget leaves over.
     """
     rows = [
@@ -83,7 +83,7 @@ def figures_that_come_back(workshop: Workshop) -> Measurement:
     """Share of the figures in README's table of stages that come back when they are measured again.
 
     Bits and ratios to the last digit that is printed.  Perplexities and divergences within two standard errors, theirs and
-    ours together, where README's were taken on as many tokens as are scored here; else they do not count.
+    ours together, if README's were measured on as many tokens as are scored here; else they do not count.
     """
     readme = CHECKOUT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
@@ -111,7 +111,7 @@ def figures_that_come_back(workshop: Workshop) -> Measurement:
 
 
 def _sizes(workshop: Workshop, stage: str) -> dict[str, Any]:
-    """Bits a weight, ratios against 16 bits, and hash of the model compressed with `stage`, on disk."""
+    """Bits per weight, ratios against 16 bits, and hash of the model compressed with `stage`, on disk."""
     made = workshop.artifact(stage)
     ratios = {r.what: r.ratio for r in made.ratios if r.denominator.endswith("at 16 bits")}
     return {"bits": bits_per_weight(workshop, stage).value, "sha256": made.sha256, **ratios}
@@ -157,7 +157,7 @@ def _mlflow_client(uri: str) -> Any:
 
 
 def _facts_read_back(uri: str, artifact: Artifact, base: str, parent: str | None, accuracy: float) -> list[bool]:
-    """What stands in the registry of both forms of an artifact, a truth value a fact; all false where one is missing."""
+    """What stands in the registry of both forms of an artifact, one truth value per fact; all false if one is missing."""
     found = _mlflow_client(uri).search_model_versions(f"tags.manifest_sha256 = '{artifact.sha256}'")
     forms = {version.tags["form"]: version for version in found}
     if set(forms) != {"packed", "dequantised"}:

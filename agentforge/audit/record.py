@@ -52,10 +52,10 @@ def measure(
 
     A probe with the same parameters runs once, however many claims rest on it.  Scores come last: they are computed from
     the other rows.  say: called with a line of progress for each claim measured, and with "[now] ..." before.
-    before: a record (checked) whose measurements are kept where a claim asks for the same.  last: a record of the same
+    before: a record (checked) whose measurements are kept if a claim asks for the same.  last: a record of the same
     claims; how long its rows took says how much is left.
 
-    Raises BadInput where `before` was made from another model, text or budget.
+    Raises BadInput if `before` was made from another model, text or budget.
     """
     start = time.perf_counter()
     taken = _kept(before, claims, workshop) if before else {}
@@ -176,7 +176,7 @@ def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dic
 def take(workshop: Workshop, claim: Claim) -> Taken:
     """Run a claim's probe, or take what it gave before.
 
-    A probe that fails, in whatever way, says nothing about the claim: the audit goes on, and the row is an error.
+    A probe that fails, in whatever way, says nothing about the claim: the audit continues, and the row is an error.
     """
     assert claim.probe is not None
     name, parameters = claim.probe, claim.parameters
@@ -228,7 +228,7 @@ def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that holds `folder`, or nulls if there is none."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        # What a report writes is no change to what it measures.
+        # What a report writes is not a change to what it measures.
         changes = subprocess.run(
             ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)reports", ":(top,exclude)README.md"],
             cwd=folder,
@@ -308,7 +308,7 @@ def record_sha256(record: dict[str, Any]) -> str:
 
 
 def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
-    """Raise BadInput where a record is not as its schema asks, or a verdict does not follow from its measurement.
+    """Raise BadInput if a record is not as its schema asks, or a verdict does not follow from its measurement.
 
     claims: the file that it was made from; thresholds and claims must be those that stand there.
     """
@@ -346,7 +346,7 @@ def _said_again(row: dict[str, Any]) -> tuple[Claim, Measurement | None]:
 
 
 def _false_discovery(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many verdicts of rows with an error would be undecided if all were held to one rate of false discoveries."""
+    """How many verdicts of rows with an error would be undecided at one rate of false discoveries for all."""
     pairs = [(claim, measured) for claim, measured in map(_said_again, rows) if measured and len({*measured.bounds}) == 2]
     reaches = [reach(claim, measured) for claim, measured in pairs]
     decided, would_flip = sum(r < 1 for r in reaches), false_discoveries(reaches)

@@ -2,8 +2,8 @@
 
 A report is a folder: NAME.json, the record; and drawn from it NAME.ipynb (as it was run), NAME.html (one file, nothing
 fetched), NAME.md with its figures, and NAME.sarif.  It is made in a temporary folder beside the place and moved there
-when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one that its record does not
-give.
+when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one that does not match its
+record.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
 STYLE = Path(__file__).parent / "report.css"
 STYLES = {"GREEN": "green", "YELLOW": "yellow", "RED": "red", "GREY": "bright_black", "ERROR": "bold magenta"}  # terminal
-QUIET = 10  # seconds after which a line says what goes on
+QUIET = 10  # seconds after which a line says what is being done
 # A page runs nothing and fetches nothing: its style and its figures are in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
@@ -70,11 +70,11 @@ def run(
     file's model).  against: the original that `model` was made from, for claims that compare.  text, tokens: what
     likelihoods are measured on (default: the first text that is there, as much as the budget says).  budget: smoke, quick,
     standard or full.  device: cpu or cuda.  out: the folder for reports (default: that of `reports_folder`).
-    fresh: measure everything again, and keep nothing.  Compressed models are made anew, in a temporary folder; what nothing
-    has changed for is taken from the cache of measurements.  keep: what the report in `out` has measured stays, where its
-    claim is the same; the report says how many rows these are, and each names the source that measured it.
+    fresh: measure everything again, and keep nothing.  Compressed models are made again, in a temporary folder; claims
+    whose inputs have not changed are taken from the cache of measurements.  keep: what the report in `out` has measured
+    stays if its claim is the same; the report says how many rows these are, and each names the source that measured it.
 
-    Raises BadInput for an unknown report, unusable settings and a folder in the way that is no report, AgentForgeError where
+    Raises BadInput for an unknown report, unusable settings and a folder in the way that is not a report, AgentForgeError if
     a cell of the notebook fails.
     """
     report = _place(report)
@@ -114,7 +114,7 @@ def run(
 
 
 def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """The record that a template draws: of `record_path` where it is there already, else measured now and written there.
+    """The record that a template draws: of `record_path` if it is there already, else measured now and written there.
 
     Whatever it says came from files that others may have written: every text is returned escaped, fit for Markdown and HTML.
 
@@ -151,7 +151,7 @@ def only(report: str | Path, ids: Sequence[str], settings: dict[str, Any]) -> li
     settings = settings | dict(zip(("model", "against", "text"), _places(claims, settings), strict=True))
     known = {claim.id: claim for claim in claims.claims}
     if unknown := [name for name in ids if name not in known]:
-        raise BadInput(f"claim {unknown[0]!r} is not in {claims.report}; there are {', '.join(sorted(known))}")
+        raise BadInput(f"claim {unknown[0]!r} is not in {claims.report}; choose from {', '.join(sorted(known))}")
     few = dataclasses.replace(claims, claims=tuple(known[name] for name in ids), baselines=())
     with tempfile.TemporaryDirectory() as folder:
         rows: list[dict[str, Any]] = measure(few, _workshop(few, Path(folder), settings), lambda *_, **__: None)["claims"]
@@ -180,10 +180,10 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
 
 
 def check(folder: Path, claims: ClaimsFile | None = None) -> None:
-    """Raise BadInput where a report is not what its record gives: its verdicts, or any of the forms drawn from it.
+    """Raise BadInput if a report is not what its record gives: its verdicts, or any of the forms drawn from it.
 
-    claims: the claims file that the record has to be of (default: the package's of that name, where there is one).
-    Pictures are held to be there; their bytes may differ between machines.
+    claims: the claims file that the record has to be of (default: the package's of that name, if there is one).
+    Pictures have to be there; their bytes may differ between machines.
     """
     record_file = folder / f"{folder.name}.json"
     record: Any = read_json(record_file)
@@ -328,7 +328,7 @@ class _Progress(logging.Handler):
         self.console.print(line)
 
     def wait(self, ended: threading.Event) -> None:
-        """Say what goes on whenever nothing was said for QUIET seconds."""
+        """Say what is being done whenever nothing was said for QUIET seconds."""
         while not ended.wait(1):
             if time.monotonic() - self.said >= QUIET:
                 self.show(Text(f"  {time.monotonic() - self.since:.0f} s: {self.doing}", "dim"))

@@ -1,4 +1,4 @@
-"""A record as SARIF 2.1.0 (OASIS), the form in which editors take findings: a rule a claim, a result a row."""
+"""A record as SARIF 2.1.0 (OASIS), the form in which editors take findings: one rule per claim, one result per row."""
 
 from __future__ import annotations
 

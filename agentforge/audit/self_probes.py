@@ -1,4 +1,4 @@
-"""Probes of the audit itself: each holds a part that other rows rest on against something that shares no code with it.
+"""Probes of the audit itself: each checks a part that other rows rest on against something that shares no code with it.
 
 They run the audit's own code, with inputs of which the right answer is known: texts, repositories, models and scores that
 are made here, or a second computation by hand.
@@ -32,7 +32,7 @@ from ..opening import open_model
 from ..pipeline import compress
 from ..training.phase import Phase
 from . import chain_probes, claims, compression_probes, paper_probes, phase5_probes, record, training_probes
-from . import workshop as room
+from . import workshop as shops
 from .claims import Claim, ClaimsFile
 from .compression_probes import share
 from .documented import coder_of
@@ -43,7 +43,7 @@ PIECE = 100  # characters of a calibration text that are looked for in the score
 
 
 class _Calibrating(Exception):
-    """Stops a probe where it would begin to collect statistics; holds the windows of tokens."""
+    """Stops a probe when it would begin to collect statistics; has the windows of tokens."""
 
 
 def calibration_windows(workshop: Workshop) -> list[torch.Tensor]:
@@ -156,7 +156,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
     changes += [{"tokens": here.tokens - 1}, {"context": here.context + 1}, {"device": "another"}]
     others = [("another", {"a": 1}), ("kind", {"a": 2})]
     right: list[bool] = []
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(room, "cache_dir", return_value=Path(scratch)):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.object(shops, "cache_dir", return_value=Path(scratch)):
 
         def again(shop: Workshop, kind: str = "kind", parameters: dict[str, Any] | None = None) -> bool:
             make = mock.Mock(return_value={})
@@ -167,7 +167,7 @@ def measured_anew(workshop: Workshop) -> Measurement:
         right += [again(dataclasses.replace(here, **change)) is bool(change) for change in changes]
         right += [again(here, *other) for other in others]
         for name in ("source_sha256", "environment"):
-            with mock.patch.object(room, name, return_value="another"):
+            with mock.patch.object(shops, name, return_value="another"):
                 right.append(again(here))
         right.append(not again(here))
     return share(workshop, right, "changes", "measured again after a change, and not without one")
@@ -376,7 +376,7 @@ def kept_rows_told(workshop: Workshop) -> Measurement:
     first["claims"][0]["provenance"] |= {"commit": "1" * 40, "source": "2" * 64}
     again = measured(row("kept", "1 + 0"), row("new", "0 + 1"), before=first)["claims"]
     named = {one["id"]: (one["provenance"]["commit"], one["provenance"]["source"]) for one in again}
-    right = [named["kept"] == ("1" * 40, "2" * 64), named["new"] == (record.git_state()["commit"], room.source_sha256())]
+    right = [named["kept"] == ("1" * 40, "2" * 64), named["new"] == (record.git_state()["commit"], shops.source_sha256())]
     return share(workshop, right, "rows", "commit and source of kept rows")
 
 

@@ -1,6 +1,6 @@
 """Probes for claims about any model: a folder that somebody else compressed, one of our artifacts, a GGUF file.
 
-The subject is the model that is audited; the workshop's model is its original, or the subject itself where none is named.
+The subject is the model that is audited; the workshop's model is its original, or the subject itself if none is named.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .workshop import Unmeasured, Workshop
 def subject_of(workshop: Workshop, compares: bool = True) -> LanguageModel:
     """The model that is audited.  compares: whether it has to be another one than its original.
 
-    Raises BadInput where there is none.
+    Raises BadInput if there is none.
     """
     if workshop.subject is None:
         raise BadInput("this probe is about a model that was made elsewhere; run it with --claims and --model")
@@ -61,7 +61,7 @@ def ratio_on_disk(workshop: Workshop, bits: Count = 16) -> Measurement:
 
 @probe("bits/parameter")
 def bits_on_disk(workshop: Workshop) -> Measurement:
-    """Bits of the subject's weight files over the original's number of parameters (its own, where no original is named)."""
+    """Bits of the subject's weight files over the original's number of parameters (its own, if no original is named)."""
     subject = subject_of(workshop, compares=False)
     count = workshop.model.parameters
     return _size(workshop, 8 * subject.opened_bytes / count, "bits/parameter", f"all {count:,} parameters")
@@ -91,7 +91,7 @@ def perplexity(workshop: Workshop) -> Measurement:
 
 @probe("nats/token", compares=True)
 def kl(workshop: Workshop) -> Measurement:
-    """KL(original || subject), nats a token."""
+    """KL(original || subject), nats per token."""
     return _divergence(workshop).kl
 
 

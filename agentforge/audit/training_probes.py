@@ -222,7 +222,7 @@ def calibration_gain(workshop: Workshop, tokens: Count) -> Measurement:
 @probe("share")
 def fewer_samples(workshop: Workshop) -> Measurement:
     """Output error of the calibrated ternary rule with a quarter of the calibration text, over that with all of it, on text
-    that neither has seen; mean over the sample of matrices, each held against itself."""
+    that neither has seen; mean over the sample of matrices, each checked against itself."""
     tokens = {"smoke": 512, "standard": 2048, "full": 8192}[workshop.effort.name]
     window = min(128, workshop.context)
     seen = {

@@ -83,7 +83,7 @@ class Workshop:
     """What probes share, so that each artifact is made, and each text scored, once.
 
     model: the original.  folder: where artifacts go.  text, tokens, context: how likelihoods are measured.
-    effort: how large samples are.  subject: a compressed model that was made elsewhere, where that is what is audited.
+    effort: how large samples are.  subject: a compressed model that was made elsewhere, if that is what is audited.
     memory: whether measurements are taken from the cache and put there.  rows: of the record, those that are judged already.
     """
 
@@ -102,7 +102,7 @@ class Workshop:
     _divergences: dict[str, Divergence] = field(default_factory=dict)
 
     def artifact(self, stage: str, embeddings: bool = False) -> Artifact:
-        """The model compressed with `stage`, on disk.  Raises Unmeasured where the budget has no time for that."""
+        """The model compressed with `stage`, on disk.  Raises Unmeasured if the budget has no time for that."""
         if not self.has_time_for(stage):
             raise Unmeasured(f"the time to encode a whole language model by {stage}; {LEFT_OUT}")
         parsed = stages.parse(stage)
@@ -173,7 +173,7 @@ class Workshop:
         return model if self.device == "cpu" else model.on(self.device)
 
     def remember(self, kind: str, parameters: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """What `make` gives, an object of JSON, from the cache where nothing that it depends on has changed."""
+        """What `make` gives, an object of JSON, from the cache if nothing that it depends on has changed."""
         kept = self._recall(kind, parameters)
         if kept is None:
             began = time.perf_counter()

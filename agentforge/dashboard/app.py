@@ -42,12 +42,12 @@ COLOURS = {
 WORDS = {
     "running": "its process is at work",
     "pausing": "what is being encoded or measured is finished first",
-    "paused": "Resume goes on from what is finished",
+    "paused": "Resume continues from what is finished",
     "aborting": "its process is being ended",
     "aborted": "ended for good; what was accepted stays",
     "finished": "every step was accepted",
     "stopped": "it came to its end, and not every step passed its gates",
-    "failed": "its process ended before the run did; Resume goes on from what is finished",
+    "failed": "its process ended before the run did; Resume continues from what is finished",
 }
 QUANTITIES = ("bytes", "ratio", "kl", "perplexity", "accuracy", "total_retention")
 HEADS = {
@@ -61,7 +61,7 @@ HEADS = {
 LOG = alt.Scale(type="log", nice=False, padding=8)
 # Told apart from each other, and from the page, in the light and in the dark.
 SERIES = alt.Scale(range=["#4c8bf5", "#e8710a", "#2e9e5b", "#a35bd6", "#d8486b", "#8a8a2a"])
-# A report is shown where it can run nothing and fetch nothing.
+# A report is shown so that it can run nothing and fetch nothing.
 FRAME = """<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-src 'self'">
 <style>:root {{ color-scheme: light dark; }} html, body, iframe {{ margin: 0; border: 0; width: 100%; height: 100%; }}
@@ -157,7 +157,7 @@ def moments(began: Iterable[float]) -> str:
 
 
 def controls(workspace: Path, run: runs.Run) -> None:
-    """Pause, resume and abort, each where it can be done."""
+    """Pause, resume and abort, each if possible."""
     over = run.status in ("finished", "stopped", "aborted")
     active = run.status in runs.ACTIVE
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -202,7 +202,7 @@ def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
 
 
 def state_of(run: runs.Run, tried: list[runs.Done], now: runs.Now | None) -> str:
-    """Where a step stands, in a word."""
+    """The state of a step, in a word."""
     if any(row.decision == "accepted" for row in tried):
         return "accepted"
     if now is not None:
@@ -258,7 +258,7 @@ def falling(sizes: list[runs.Size]) -> None:
 
 
 def measurements(run: runs.Run) -> None:
-    """A row a try, with standard errors; of the one under way, what is known so far."""
+    """One row per try, with standard errors; of the one under way, what is known so far."""
     rows: list[tuple[runs.Attempt, str]] = [(row, row.decision) for row in run.journal.attempts] if run.journal else []
     if run.journal and run.journal.now and run.journal.now.measured:
         rows.append((run.journal.now, "undecided so far"))
@@ -280,7 +280,7 @@ def cells(measured: dict[str, runs.Measured], all_of_them: Iterable[dict[str, ru
 
 
 def ways(rows: Iterable[dict[str, runs.Measured]]) -> str:
-    """How quality was measured, in a sentence; a warning where it was in more ways than one."""
+    """How quality was measured, in a sentence; a warning if it was in more ways than one."""
     found: dict[str, None] = {}
     for measured in rows:
         for name in ("kl", "total_retention"):
@@ -324,7 +324,7 @@ def compare(workspace: Path) -> None:
 
 
 def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> None:
-    """Bytes and accuracy of every try, a colour a run."""
+    """Bytes and accuracy of every try, one colour per run."""
     data = [
         {
             "run": run.name,
@@ -370,7 +370,7 @@ def rate_and_quality(workspace: Path) -> None:
     data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
     scale = LOG if quality == "kl" else alt.Scale(zero=True)
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
-    x = alt.X("bits:Q", title="bits a weight of the encoded tensors (log scale)", scale=LOG)
+    x = alt.X("bits:Q", title="bits per weight of the encoded tensors (log scale)", scale=LOG)
     y = alt.Y("value:Q", title=title, scale=scale)
     tooltip = ["what:N", "source:N", "bits:Q", "value:Q", "low:Q", "high:Q", "way:N"]
     legend = alt.Legend(orient="bottom", title=None, columns=1)
@@ -406,7 +406,7 @@ def rate_and_quality(workspace: Path) -> None:
 
 
 def reports(workspace: Path) -> None:
-    """A report, where it can run nothing and fetch nothing; and as a file."""
+    """A report that can run nothing and fetch nothing; and as a file."""
     found: dict[str, Path] = {}
     for place in (reports_folder(), workspace / "reports"):
         for folder in sorted(place.glob("*")):

@@ -1,6 +1,6 @@
 """Rate against quality: what the reports measured, and what the runs of a workspace did, in one form.
 
-Points lie in one plane only where they were measured in the same way: of the same original, on the same text, windows and
+Points lie in one plane only if they were measured in the same way: of the same original, on the same text, windows and
 number of tokens.  The frontier is taken over those of the reports' way; the others are beside it, and said to be.
 """
 
@@ -20,14 +20,14 @@ from ..evaluation import Measurement
 from . import runs
 
 Quality = Literal["kl", "total_retention"]
-UNITS: dict[Quality, str] = {"kl": "KL from the original (nats a token)", "total_retention": "share of the accuracy kept"}
+UNITS: dict[Quality, str] = {"kl": "KL from the original (nats per token)", "total_retention": "share of the accuracy kept"}
 OWN = "runs of this workspace"
 KEPT = 0.84  # of the accuracy: what the documentation promises at its 280x
 OWN_GRID = 1e-3  # relative error below which a stage has found the grid that the weights lie on already
 
 
 class Point(NamedTuple):
-    """A compressed model.  bits: of the encoded tensors, a weight.  low, high: the value's 95% interval.  way: how it was
+    """A compressed model.  bits: per weight of the encoded tensors.  low, high: the value's 95% interval.  way: how it was
     measured, in words.  original: the fingerprint of what it was made from."""
 
     original: str
@@ -124,7 +124,7 @@ def _finding(best: list[Point], quality: Quality) -> str:
     if quality == "kl":
         for bits in (4, 3, 2):
             if under := [point for point in best if point.bits <= bits]:
-                says += f" At {bits} bits a weight or fewer the lowest KL is {shown(under[-1])} ({_where(under[-1])})."
+                says += f" At {bits} bits per weight or fewer the lowest KL is {shown(under[-1])} ({_where(under[-1])})."
         return says
     holds = [point for point in best if point.low >= KEPT]
     if not holds:
@@ -168,8 +168,8 @@ def _accepted(workspace: Path) -> Iterator[tuple[runs.Run, runs.Done]]:
 
 @contextlib.contextmanager
 def _record(file: Path) -> Iterator[Any]:
-    """What a report's JSON file says, None where there is none; whatever is odd about it is said in a sentence."""
+    """What a report's JSON file says, None if there is none; whatever is odd about it is said in a sentence."""
     try:
         yield json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{file}: is no record of agentforge's reports ({type(error).__name__}: {error})") from None
+        raise BadInput(f"{file}: is not a record of agentforge's reports ({type(error).__name__}: {error})") from None

@@ -1,4 +1,4 @@
-"""Runs of chains in a workspace: started, paused, resumed and aborted; all that is known of them is read from the disk.
+"""Runs of chains in a workspace: started, paused, resumed and aborted; everything known about them is read from disk.
 
     WORKSPACE/NAME/run.json      model, chain, when and as which process it was started, what was asked of it since
                    chain.yaml    the chain as it was then
@@ -12,8 +12,8 @@ A process is not found by its number, which the system gives to others in time: 
 started, and the kernel lifts that when it ends, however it ends.  So a run can be started once only, by whatever number of
 dashboards, and is found again by the next one.
 
-To pause is to interrupt (SIGINT): what is being encoded is finished, the process ends, and holds neither memory nor a core;
-the same command goes on from what is finished.  (SIGSTOP would hold the memory, and end with the next restart.)
+To pause is to interrupt (SIGINT): what is being encoded is finished, the process ends, and uses neither memory nor a core;
+the same command continues from what is finished.  (SIGSTOP would keep the memory, and end with the next restart.)
 
 A workspace may come from anywhere: names lead nowhere else, symbolic links are refused, and what files say is checked.
 """
@@ -113,7 +113,7 @@ class Done(Attempt):
 
 
 class Now(Attempt):
-    """A try that is under way; gates and measured: what is known so far, where more text is asked for.  tokens: of that."""
+    """A try that is under way; gates and measured: what is known so far, if more text is asked for.  tokens: of that."""
 
     doing: Literal["encoding", "measuring"]
     since: float
@@ -136,7 +136,7 @@ class Journal(_Data):
 
 
 class Run(NamedTuple):
-    """A run as it stands on the disk.  reason: why it failed, where it did."""
+    """A run as it stands on the disk.  reason: why it failed, if it did."""
 
     name: str
     folder: Path
@@ -163,7 +163,7 @@ class Run(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the encoding of a try is.  last: the tensor finished last.  rate: tensors a second.  left: seconds."""
+    """How far the encoding of a try is.  last: the tensor finished last.  rate: tensors per second.  left: seconds."""
 
     done: int
     total: int
@@ -184,7 +184,7 @@ class Size(NamedTuple):
 
 
 def open_workspace(path: str | Path) -> Path:
-    """The folder in which all runs live, made where it is not there yet.  Raises BadInput where it cannot be one."""
+    """The folder in which all runs live, made if it is not there yet.  Raises BadInput if it cannot be one."""
     path = Path(path).expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -220,18 +220,18 @@ def chains(workspace: Path) -> dict[str, Path]:
 def chain_named(workspace: Path, name: str) -> Chain:
     """A chain by what it is called here, the text that it measures on being in the workspace or one with a name.
 
-    Raises BadInput for any other, and for a file that is no chain.
+    Raises BadInput for any other, and for a file that is not a chain.
     """
     if name not in (known := chains(workspace)):
         raise BadInput(f"chain {name!r} is none of agentforge's and no .yaml file in the workspace; choose one of the list")
     file = known[name]
     if file.is_symlink() or not file.is_file() or file.stat().st_size > LARGEST:
-        raise BadInput(f"chain {name!r} is no ordinary file of at most {LARGEST:,} bytes; put a copy into the workspace")
+        raise BadInput(f"chain {name!r} is not an ordinary file of at most {LARGEST:,} bytes; put a copy into the workspace")
     return _with_text(workspace, read_chain(file))
 
 
 def _with_text(workspace: Path, chain: Chain) -> Chain:
-    """The chain with the whole path of its text.  Raises BadInput where that is a file outside of the workspace."""
+    """The chain with the whole path of its text.  Raises BadInput if that is a file outside of the workspace."""
     if chain.text is None or chain.text in SPLITS:
         return chain
     text = (workspace / chain.text).resolve()
@@ -243,7 +243,7 @@ def _with_text(workspace: Path, chain: Chain) -> Chain:
 def _model_named(workspace: Path, name: str) -> str:
     """What `open_model` gets for a model by what it is called here."""
     if name not in models(workspace):
-        raise BadInput(f"model {name!r} has no name that is known and is no folder in the workspace; choose one of the list")
+        raise BadInput(f"model {name!r} is neither a known name nor a folder in the workspace; choose one of the list")
     if name in NAMED:
         return name
     folder = plain_file(workspace, name)
@@ -252,7 +252,7 @@ def _model_named(workspace: Path, name: str) -> str:
 
 
 def _folder(workspace: Path, name: str) -> Path:
-    """The folder that a run of this name has.  Raises BadInput where the name could lead anywhere else."""
+    """The folder that a run of this name has.  Raises BadInput if the name could lead anywhere else."""
     if not _NAME.fullmatch(name):
         raise BadInput(f"run name {name[:80]!r}: expected at most 64 letters, digits, '.', '_' and '-', no sign first")
     folder = workspace / name
@@ -270,7 +270,7 @@ def _existing(workspace: Path, name: str) -> Path:
 
 
 def _refuse_links(folder: Path) -> None:
-    """Raise BadInput where a symbolic link in the folder, at any depth, could lead out of the workspace."""
+    """Raise BadInput if a symbolic link in the folder, at any depth, could lead out of the workspace."""
     if folder.is_symlink():
         raise BadInput(f"{folder.name} is a symbolic link, which may lead out of the workspace; put a copy there")
     for root, folders, files in os.walk(folder):
@@ -287,7 +287,7 @@ def _refuse_links(folder: Path) -> None:
 def start(workspace: Path, name: str, model: str, chain: str) -> None:
     """Start a run.  model, chain: as `models` and `chains` call them.
 
-    Raises BadInput where there is a run of that name, or the name, the model or the chain cannot be used.
+    Raises BadInput if there is a run of that name, or the name, the model or the chain cannot be used.
     """
     folder = _folder(workspace, name)
     record = Record(model=_model_named(workspace, model), chain=chain)
@@ -307,7 +307,7 @@ def start(workspace: Path, name: str, model: str, chain: str) -> None:
 
 
 def resume(workspace: Path, name: str) -> None:
-    """Start a run again, which goes on from what is finished.  Raises BadInput where it is running, or came to its end."""
+    """Start a run again, which continues from what is finished.  Raises BadInput if it is running, or came to its end."""
     folder = _existing(workspace, name)
     run = read(workspace, name)
     if run.status not in ("paused", "failed"):
@@ -317,7 +317,7 @@ def resume(workspace: Path, name: str) -> None:
 
 
 def pause(workspace: Path, name: str) -> None:
-    """Interrupt a run: it ends when what it is at is finished.  Raises BadInput where it is not running."""
+    """Interrupt a run: it ends when what it is at is finished.  Raises BadInput if it is not running."""
     folder = _existing(workspace, name)
     with _changing(folder):
         if not _alive(folder):
@@ -328,7 +328,7 @@ def pause(workspace: Path, name: str) -> None:
 
 def abort(workspace: Path, name: str, grace: float = GRACE) -> None:
     """End a run for good: interrupted, killed after `grace` seconds, and what is half-written removed.  What was accepted
-    stays.  Raises BadInput where it came to its end before."""
+    stays.  Raises BadInput if it came to its end before."""
     folder = _existing(workspace, name)
     with _changing(folder):
         status = read(workspace, name).status
@@ -442,7 +442,7 @@ def _say(folder: Path, what: str) -> None:
 
 
 def read(workspace: Path, name: str) -> Run:
-    """A run as it stands on the disk.  Raises BadInput where its files are not those of a run."""
+    """A run as it stands on the disk.  Raises BadInput if its files are not those of a run."""
     folder = _existing(workspace, name)
     record, chain = _record(folder), read_chain(folder / "chain.yaml")
     file, result = folder / "out" / "journal.json", folder / "result.json"
@@ -467,20 +467,20 @@ def _checked(kind: type[_Kind], file: Path) -> _Kind:
         return kind.model_validate(read_json(file, LARGEST))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
-        raise BadInput(f"{file}: {', '.join(map(str, first['loc']))}: {first['msg']}; this is no run's") from None
+        raise BadInput(f"{file}: {', '.join(map(str, first['loc']))}: {first['msg']}; this is not a run's") from None
 
 
 def _finished(result: Path) -> bool | None:
-    """Whether every step was accepted, as the process printed when it came to its end; None where it did not."""
+    """Whether every step was accepted, as the process printed when it came to its end; None if it did not."""
     try:
         found = read_json(result, LARGEST).get("finished")
-    except BadInput:  # not there, empty, or cut off where the process was killed
+    except BadInput:  # not there, empty, or cut off when the process was killed
         return None
     return found if isinstance(found, bool) else None
 
 
 def shown(measured: Measured) -> str:
-    """A measurement as it stands on the page, with its standard error where it has one."""
+    """A measurement as it stands on the page, with its standard error if it has one."""
     value = f"{measured.value:,.0f}" if measured.unit == "bytes" else f"{measured.value:.4g}"
     return value if measured.stderr is None else f"{value} ± {measured.stderr:.2g}"
 
@@ -504,7 +504,7 @@ def _last_words(log: str) -> str:
 
 
 def progress(run: Run) -> Progress | None:
-    """How far the try under way is: the tensors that are finished on disk.  None where nothing is under way."""
+    """How far the try under way is: the tensors that are finished on disk.  None if nothing is under way."""
     if run.journal is None or (now := run.journal.now) is None:
         return None
     tensors, pieces = list(run.journal.original.tensors), _pieces(run)
@@ -521,12 +521,12 @@ def progress(run: Run) -> Progress | None:
 
 def sizes(run: Run) -> list[Size]:
     """The bytes of the model, falling: from `bits` a parameter; try by try as measured on disk, back to the last accepted
-    one where a try was rejected; tensor by tensor in the try that is under way."""
+    one if a try was rejected; tensor by tensor in the try that is under way."""
     if run.journal is None:
         return []
     counts = list(run.journal.original.tensors.values())
     size = sum(counts) * run.chain.bits // 8
-    found, done = [Size(0, size, f"original, {run.chain.bits} bits a parameter")], 0
+    found, done = [Size(0, size, f"original, {run.chain.bits} bits per parameter")], 0
     accepted: int | None = None
     for row in run.journal.attempts:
         measured = row.measured.get("bytes")
@@ -559,7 +559,7 @@ def _pieces(run: Run) -> dict[int, Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name; nothing where it has gone, as a run may move it at any time."""
+    """What is in a folder, by name; nothing if it has gone, as a run may move it at any time."""
     try:
         return sorted(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):

@@ -1,4 +1,4 @@
-"""Serves the page, to this machine alone."""
+"""Serves the page, to this machine only."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ OPTIONS = {
 
 
 def check(port: int) -> None:
-    """Raise BadInput where streamlit is missing, or the port is not to be had."""
+    """Raise BadInput if streamlit is missing, or the port is not available."""
     if importlib.util.find_spec("streamlit") is None:
         raise BadInput("the dashboard needs the package streamlit; install agentforge[dashboard]")
     with socket.socket() as probe:

@@ -35,7 +35,7 @@ def likelihoods(
     model: LanguageModel, questions: Sequence[tuple[str, Sequence[str]]], progress: bool = False
 ) -> list[Scored]:
     """How likely each option is after its prompt.  questions: prompt and options each; a BOS token goes before the prompt
-    where the tokenizer puts one.
+    if the tokenizer puts one.
 
     Options that differ in their last token only share one run of the model.  Raises BadInput for a model without a
     tokenizer, and for a prompt that does not fit.

@@ -16,7 +16,7 @@ DATA = "scikit-learn digits, 450 held out, stratified, random_state 0"
 def accuracy(model: LanguageModel) -> Measurement:
     """Share of the held-out digits that are named rightly, with its exact binomial interval.
 
-    Raises BadInput for a model that is no classifier of digits.
+    Raises BadInput for a model that is not a classifier of digits.
     """
     protocol = {"metric": "accuracy", "data": DATA}
     found = intervals.share(_hits(model))
@@ -26,7 +26,7 @@ def accuracy(model: LanguageModel) -> Measurement:
 def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measurement:
     """Accuracy over the original's, on the same held-out digits, with the error of pairs.
 
-    Raises BadInput for a model that is no classifier of digits.
+    Raises BadInput for a model that is not a classifier of digits.
     """
     inputs = {"model": model.fingerprint, "original": original.fingerprint}
     protocol = {"metric": "accuracy / original accuracy", "data": DATA}
@@ -37,7 +37,7 @@ def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measure
 def _hits(model: LanguageModel) -> torch.Tensor:
     """1 for each held-out digit that is named rightly, else 0: float64[450]."""
     if not model.is_classifier:
-        raise BadInput(f"{model.name} is no classifier; measure its perplexity")
+        raise BadInput(f"{model.name} is not a classifier; measure its perplexity")
     _, _, pixels, labels = digits.data()
     module = model.model  # built outside of inference mode, so that it can still be trained
     device = next(module.parameters()).device

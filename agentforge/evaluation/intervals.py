@@ -61,7 +61,7 @@ def share(hits: torch.Tensor, counts: torch.Tensor | None = None, error: str = "
     """The share of hits among all observations.
 
     The interval is the exact binomial one of as many independent trials as would have the clusters' standard error (Korn and
-    Graubard, Survey Methodology 24, 1998); of all n where each cluster is one trial, and where clusters do not differ, as
+    Graubard, Survey Methodology 24, 1998); of all n if each cluster is one trial, and if clusters do not differ, as
     they cannot at a share of 0 or 1.
     """
     counts = torch.ones_like(hits) if counts is None else counts
@@ -79,8 +79,8 @@ def pairs(
 ) -> dict[str, Any]:
     """sum(top) / sum(bottom), of hits and of hits before on the same questions, or of their differences and 1.
 
-    Where no cluster differs from this value, the interval is a bound on how many observations could: the exact binomial one
-    of none out of n.  NaN where sum(bottom) is 0.
+    If no cluster differs from this value, the interval is a bound on how many observations could: the exact binomial one
+    of none out of n.  NaN if sum(bottom) is 0.
     """
     n = len(top) if counts is None else int(counts.sum())
     found = ratio(top, bottom, n, error)
@@ -111,7 +111,7 @@ def median(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _ratio(top: torch.Tensor, bottom: torch.Tensor) -> tuple[float, float]:
-    """The ratio of the sums, and its standard error, NaN where that is not known."""
+    """The ratio of the sums, and its standard error, NaN if that is not known."""
     clusters, total = len(top), float(bottom.sum())
     if total == 0:
         return math.nan, math.nan

@@ -3,7 +3,7 @@
 A text is tokenised once and cut into windows of `context` tokens that start every `stride` tokens.  Every token is
 scored at most once, by the first window that holds it; a window's first token has nothing before it and is not scored
 (unless bos="window" puts the BOS token there).  With stride = context (the default) windows do not overlap, as in the
-papers; with stride = context - 1 every token but the first is scored, as in lm-eval's rolling log-likelihood where the
+papers; with stride = context - 1 every token but the first is scored, as in lm-eval's rolling log-likelihood if the
 windows come out even (else it gives its last window more to look back at).
 
 `tokens` asks for a sample: windows of the whole text's grid, spread evenly over it.  Tokens of one window are not
@@ -28,7 +28,7 @@ from .measurement import Measurement
 from .texts import Text, find_text
 
 Bos = Literal["none", "text", "window"]
-ROWS = 256  # positions whose distributions are held at once
+ROWS = 256  # positions whose distributions are in memory at once
 LEAST, MOST = 4, 32  # clusters of a measurement
 
 
@@ -97,7 +97,7 @@ def divergence(
 ) -> Divergence:
     """KL divergence, top-1 agreement and both perplexities, in one pass.  Arguments as for `perplexity`.
 
-    Raises BadInput, too, where the two models do not share a tokenizer.
+    Raises BadInput, too, if the two models do not share a tokenizer.
     """
     return divergences([model], original, text, context, stride, tokens, bos, progress)[0]
 
@@ -195,11 +195,11 @@ def plan(
     model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
 ) -> tuple[list[Window], dict[str, Any]]:
     """The windows to score, and the protocol that says how they were made."""
-    room = context - 1 if bos == "window" else context
-    stride = max(room, 1) if stride is None else stride
-    if context < 2 or not 1 <= stride <= room:
+    longest = context - 1 if bos == "window" else context
+    stride = max(longest, 1) if stride is None else stride
+    if context < 2 or not 1 <= stride <= longest:
         raise BadInput(
-            f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(room, 1)}"
+            f"context={context}, stride={stride}; expected a context of 2 or more and 1 <= stride <= {max(longest, 1)}"
         )
     model.check_context(context)
     if tokens is not None and tokens < 2:
@@ -220,7 +220,7 @@ def plan(
     end = start = 0
     while end < len(ids):
         first = max(end, start + (bos != "window"))
-        end = start + room
+        end = start + longest
         if first < min(end, len(ids)):
             spans.append((start, first, min(end, len(ids))))
         start += stride
@@ -265,7 +265,7 @@ def _spread(spans: list[tuple[int, int, int]], tokens: int) -> list[tuple[int, i
 
 
 def _tokenizer_hash(tokenizer: Any) -> str:
-    """What the tokenizer does, in a hash: vocabulary, merges and splitting; its vocabulary alone where it is no fast one."""
+    """What the tokenizer does, in a hash: vocabulary, merges and splitting; its vocabulary alone if it is not a fast one."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     text = backend.to_str() if backend is not None else repr(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Measurement: a number with all that is needed to believe it and to take it again."""
+"""Measurement: a number with all that is needed to trust it and to measure it again."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ class Measurement:
         )
 
     def minus(self, other: Measurement) -> float:
-        """This value less the other.  Raises Incomparable, naming what differs, where the protocols do."""
+        """This value less the other.  Raises Incomparable, naming what differs, if the protocols do."""
         differing = sorted(
             key for key in {*self.protocol, *other.protocol} if self.protocol.get(key) != other.protocol.get(key)
         )
@@ -134,7 +134,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory() -> int:
-    """The most memory that this process has held, in bytes."""
+    """The peak memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

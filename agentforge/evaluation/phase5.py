@@ -9,7 +9,7 @@ are those of its Phase 8, and its Phase 5 has four others, which weigh keywords 
 Here each has situations with two continuations, one that keeps the rule and one that breaks it, written for this project
 (data/eudaimonia.json).  Situations come in twins that share their continuations: what keeps the rule in one breaks it in
 the other.  So neither length nor words decide: whatever does not read the situation scores exactly one half.  The score is
-how often the model finds the keeping one likelier, token for token.  It is no measure of what a model would do, and no
+how often the model finds the keeping one likelier, token for token.  It is not a measure of what a model would do, and no
 certificate of good conduct: most items ask whether a sentence suits a situation, and the items are few, short and plain.
 It serves to see whether compression shifts what a model expects.
 """
@@ -43,9 +43,9 @@ ITEMS = Path(__file__).parent.parent / "data" / "eudaimonia.json"
 class EdgeOfChaos(NamedTuple):
     """Where a model stands.
 
-    level: at which the fitted curve has TARGET right; kept within 1 to 100, and without a standard error (None) where the
+    level: at which the fitted curve has TARGET right; kept within 1 to 100, and without a standard error (None) if the
     curve does not fall through TARGET on the scale.  levels: share of right answers at each level of GRID.
-    at: the whole level nearest to `level`, of the original where there is one.  accuracy: share right of other questions of
+    at: the whole level nearest to `level`, of the original if there is one.  accuracy: share right of other questions of
     that level.  in_band: whether it lies within BAND, both ends included.
     original: its own result; change, retention: accuracy less the original's, and over it, with standard errors of pairs;
     None without an original.
@@ -146,7 +146,7 @@ def edge_of_chaos(
 ) -> EdgeOfChaos:
     """The level at which a model has three of four questions right, and how it does at its original's.
 
-    original: what it was compressed from.  per_level: questions a level of GRID, for the curve.  items: questions at the
+    original: what it was compressed from.  per_level: questions per level of GRID, for the curve.  items: questions at the
     level found, others than those; the documentation asks 1,000.  Raises BadInput for settings out of range, and for a
     model without a tokenizer.
     """

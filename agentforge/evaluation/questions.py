@@ -108,7 +108,7 @@ def _letters(level: int, draw: random.Random) -> _Parts:
         places = [step * i + start for i in range(4) for step, start in ((one, 0), (two, apart))][:7]
     start = draw.randrange(min(26 - max(places), 1 + level // 2))
     *before, right = [start + place for place in places]
-    # The letter after the last one shown is no wrong option: where steps are longer, a weak model would be below chance.
+    # The letter after the last one shown is not a wrong option: if steps are longer, a weak model would be below chance.
     near = [at for at in range(max(0, right - 5), min(26, right + 6)) if at not in (right, before[-1] + 1)]
     wrong = draw.sample(near, OPTIONS - 1)
     text = [string.ascii_uppercase[at] for at in (*before, right, *wrong)]

@@ -2,7 +2,7 @@
 
 Three curves for independent Gaussian weights of unit variance frame every measurement:
 
-* Shannon's bound D = 2**(-2 R) (Shannon 1959, section 6; Cover and Thomas, theorem 10.3.2): no coder of R bits a weight
+* Shannon's bound D = 2**(-2 R) (Shannon 1959, section 6; Cover and Thomas, theorem 10.3.2): no coder of R bits per weight
   has a smaller mean squared error, however long its blocks.  Weights of another distribution and the same variance may
   fall below it: of all distributions, the Gaussian is the hardest.
 * Lloyd and Max (Max 1960, table I): the best quantiser that looks at one weight at a time and spends log2(levels) bits.
@@ -60,7 +60,7 @@ class Row:
 
     @property
     def above_shannon(self) -> float:
-        """Coded bits a weight beyond what Shannon's bound asks for this error on Gaussian weights."""
+        """Coded bits per weight beyond what Shannon's bound asks for this error on Gaussian weights."""
         return self.coded_bits.value + math.log2(max(self.error.value, 1e-300)) / 2
 
     def to_json(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ class Row:
 
 
 def shannon(bits: float) -> float:
-    """The least mean squared error of any coder of unit Gaussian values at this many bits a value."""
+    """The least mean squared error of any coder of unit Gaussian values at this many bits per value."""
     return math.exp2(-2 * bits)
 
 
@@ -147,7 +147,7 @@ def measure(
 ) -> list[Row]:
     """Bits, coded bits and relative squared error of every stage on every weight, float[out, in], decoded from its planes.
 
-    stats: what calibration text told, of the weights that have it.  Planes that a stage shares between weights are
+    stats: input statistics, for the weights that have them.  Planes that a stage shares between weights are
     shared by all of `weights`, and their bits are charged in proportion to a weight's size.
     """
     stats = stats or {}
@@ -196,7 +196,7 @@ def plot(rows: Sequence[Row]) -> Figure:
 
     One colour per stage, one marker per weight.
 
-    Needs matplotlib (pip install "agentforge[lab]"); raises BadInput where it is missing or there is no row.
+    Needs matplotlib (pip install "agentforge[lab]"); raises BadInput if it is missing or there is no row.
     """
     try:
         from matplotlib.figure import Figure
@@ -221,7 +221,7 @@ def plot(rows: Sequence[Row]) -> Figure:
     levels = [k for k in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256) if math.log2(k) <= most]
     best = [lloyd_max(count).error for count in levels]
     curves += axes.plot(np.log2(levels), best, "k--", label="Lloyd and Max (unit Gaussian)")
-    axes.set(xlabel="bits a weight", ylabel="relative squared error", yscale="log", xlim=(0, None))
+    axes.set(xlabel="bits per weight", ylabel="relative squared error", yscale="log", xlim=(0, None))
     handles = [Line2D([], [], color=f"C{i}", marker="o", ls="", label=name) for i, name in enumerate(names)]
     handles += [Line2D([], [], color="grey", marker="osD^vP*X<>"[i % 10], ls="", label=w) for i, w in enumerate(weights)]
     handles.append(Line2D([], [], color="grey", marker="o", mfc="white", ls="", label="entropy coded"))
@@ -235,6 +235,6 @@ def _finding(rows: Sequence[Row], bits: Array, log_error: Array) -> str:
     nearest = min(rows, key=lambda row: row.above_shannon)
     below = [row for row in rows if row.error.value < 2 ** np.interp(row.bits.value, bits, log_error)]
     return (
-        f"Nearest to Shannon's bound, once coded: {nearest.stage} on {nearest.weight}, {nearest.above_shannon:.2f} bits a "
+        f"Nearest to Shannon's bound, once coded: {nearest.stage} on {nearest.weight}, {nearest.above_shannon:.2f} bits per "
         f"weight above it; as stored, {len(below)} of {len(rows)} points lie below Lloyd and Max."
     )

@@ -1,4 +1,4 @@
-"""Run Python that a model wrote, and tell whether it passes its tests, without trusting it.
+"""Run Python that a model wrote, and check whether it passes its tests, without trusting it.
 
 Three processes besides the caller.  This file, run as a script, confines itself and starts the judge; the judge starts
 the candidate.  The tests run in the judge and reach the candidate's function through a pipe, as text of Python
@@ -9,9 +9,9 @@ What the kernel enforces (Linux: namespaces and resource limits):
     network     none, not even the loopback
     files       Python and the system's libraries, read-only; an empty folder of 16 MB; nothing else is visible
     processes   the candidate can start none, and sees none but its own two; whatever is left dies with the judge
-    identity    no environment variables, no capabilities, no new privileges; nobody where the caller is root
+    identity    no environment variables, no capabilities, no new privileges; nobody if the caller is root
     resources   wall and CPU time, address space, size of a file; output is cut
-Where the kernel refuses one of these, nothing runs, unless the caller accepts that and reads in the verdict what was
+If the kernel refuses one of these, nothing runs, unless the caller accepts that and reads in the verdict what was
 not enforced.
 """
 
@@ -77,7 +77,7 @@ def check(
     accept_unenforced: bool = False,
 ) -> Verdict:
     """Run `solution`, Python source that defines the function `entry_point`, against `tests`, source that defines
-    check(candidate) and raises where a test fails.
+    check(candidate) and raises if a test fails.
 
     prelude: source that the tests may use.  seconds: of wall and of CPU time.  memory: address space in bytes, of
     judge and candidate each.  accept_unenforced: run although the kernel refuses a limit; the verdict says which.
@@ -133,7 +133,7 @@ def _inside() -> None:
 
 
 def _isolate() -> None:
-    """Leave the network, the processes and all files but Python's behind.  Raises OSError where the kernel refuses."""
+    """Leave the network, the processes and all files but Python's behind.  Raises OSError if the kernel refuses."""
     root, uid, gid = os.geteuid() == 0, os.geteuid(), os.getegid()
     _call("unshare", NEWNS | NEWIPC | NEWPID | NEWNET | (0 if root else NEWUSER))
     if not root:
@@ -290,7 +290,7 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def _call(function: str, *args: Any) -> None:
-    """A function of the C library.  Raises OSError where it fails, AttributeError where there is none."""
+    """A function of the C library.  Raises OSError if it fails, AttributeError if there is none."""
     libc = ctypes.CDLL(None, use_errno=True)
     if getattr(libc, function)(*(ctypes.c_long(arg) if isinstance(arg, int) else arg for arg in args)) < 0:
         code = ctypes.get_errno()

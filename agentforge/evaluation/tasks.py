@@ -1,11 +1,11 @@
-"""Task suites through lm-eval: accuracy with its 95% interval, and how much of the original's a compressed model keeps.
+"""Task suites through lm-eval: accuracy with its 95% interval, and how much of it a compressed model keeps.
 
-Prompts, scoring and hub data sets are lm-eval's own; the questions come from local files where there are any (see
+Prompts, scoring and hub data sets are lm-eval's own; the questions come from local files if there are any (see
 `taskfiles`), and then no network is asked.  Few-shot examples: as many as the documentation names (mmlu 5, gsm8k 8 with
-chains of thought, hellaswag 10, arc_challenge 25, winogrande 5, others 0), where the data has that many to show, else
+chains of thought, hellaswag 10, arc_challenge 25, winogrande 5, others 0), if the data has that many to show, else
 none: local files have examples for mmlu and arc_easy only, and gsm8k brings its own.  The protocol says how many.
 
-humaneval is scored by running what the model wrote, in `sandbox`, and only where that is allowed.  Decoding is greedy:
+humaneval is scored by running what the model wrote, in `sandbox`, and only if that is allowed.  Decoding is greedy:
 the documentation's temperature of 0.2 would add noise to a comparison of two models.
 """
 
@@ -63,10 +63,10 @@ class TaskResult(NamedTuple):
     """How a model did on a task.
 
     accuracy: share of items answered rightly (truthfulqa_mc2: mean probability of the true answers), with its exact binomial
-    interval.  chance: what guessing gives, averaged over the items; 0 where answers are written freely.
+    interval.  chance: what guessing gives, averaged over the items; 0 if answers are written freely.
     signal: False if the 95% interval of the original (without one: of the model) is not all above chance, so that the row
     says nothing about compression.  original_accuracy, retention: of the original, and accuracy over it, with the error of
-    pairs; None without an original, retention also where it had nothing right.
+    pairs; None without an original, retention also if it had nothing right.
     """
 
     accuracy: Measurement
@@ -76,7 +76,7 @@ class TaskResult(NamedTuple):
     retention: Measurement | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """All fields, ready for json.dump; `note` says in words where there is no signal."""
+        """All fields, ready for json.dump; `note` says in words if there is no signal."""
         fields = {k: v.to_json() if isinstance(v, Measurement) else v for k, v in self._asdict().items()}
         return {**fields, "note": "" if self.signal else NO_SIGNAL}
 
@@ -95,12 +95,12 @@ def evaluate_tasks(
 ) -> dict[str, TaskResult]:
     """Measure a model on tasks by name: any of `SUITES`.
 
-    original: measured on the same items, for `retention`.  limit: items a task, drawn with `seed` (mmlu: evenly over its
+    original: measured on the same items, for `retention`.  limit: items per task, drawn with `seed` (mmlu: evenly over its
     subjects); all by default.  data: folder of local files; by default AGENTFORGE_DATA, ../shared/data, then the hub.
     shots: examples before each question, for all tasks.  unsafe_code: run the code that the model writes for humaneval.
 
-    Raises BadInput for unknown names, settings out of range, data that is not to be had or damaged, a missing lm-eval, and
-    humaneval where code must not, or cannot safely, be run.
+    Raises BadInput for unknown names, settings out of range, unavailable or damaged data, a missing lm-eval, and
+    humaneval if code must not, or cannot safely, be run.
     """
     names = list(dict.fromkeys(names))
     unknown = [name for name in names if name not in SUITES]
@@ -116,7 +116,7 @@ def evaluate_tasks(
         raise BadInput("tasks need lm-eval, which is not installed; run pip install '.[tasks]'")
     results = {}
     with _quiet(progress):
-        # Everything is looked at before anything runs.
+        # Everything is checked before anything runs.
         prepared = {name: _prepared(name, data, shots, context) for name in names}
         for name, (tasks, protocol) in prepared.items():
             protocol |= _draw(tasks, limit, seed)
@@ -162,7 +162,7 @@ def _prepared(name: str, data: str | Path | None, shots: int | None, context: in
             raise
         raise BadInput(
             f"{name}: {taskfiles.looked_for(name)} is neither in AGENTFORGE_DATA nor in ../shared/data, and {suite.hub} is "
-            f"not to be had from the hub ({type(error).__name__}); name a folder that has the file with --data"
+            f"not available from the hub ({type(error).__name__}); name a folder that has the file with --data"
         ) from None
     shown = min(_examples(task) for task in tasks.values())
     if shots is not None and shots > shown:
@@ -260,14 +260,14 @@ def _run(
         ) from None
     hits, chances, truncated, digest = [], [], 0, hashlib.sha256()
     for name, task in tasks.items():
-        room = context - task.config.generation_kwargs["max_gen_toks"] if suite.new_tokens else context + 1
+        allowed = context - task.config.generation_kwargs["max_gen_toks"] if suite.new_tokens else context + 1
         for sample in found["samples"][name]:
             if sample["filter"] != suite.filter:
                 continue
             hits.append(float(sample[suite.metric]))
             chances.append(_chance(task, sample["doc"]))
             texts = ["".join(text for text in request if isinstance(text, str)) for request in sample["arguments"]]
-            truncated += any(len(lm.tok_encode(text)) > room for text in texts)
+            truncated += any(len(lm.tok_encode(text)) > allowed for text in texts)
             digest.update(json.dumps([sample["arguments"], sample["target"]], sort_keys=True).encode())
     return _Run(torch.tensor(hits, dtype=torch.float64), digest.hexdigest(), truncated, sum(chances) / len(chances))
 

@@ -49,7 +49,7 @@ def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
     """A text by name or path; without a name, the first of `CHAIN` that is there.
 
     split: "test" or "validation" of wikitext2, "heldout" or "calibration" of selftext; the first one by default.
-    Raises BadInput where it is not to be had.
+    Raises BadInput if it is not available.
     """
     if isinstance(name, Text):
         return name
@@ -141,7 +141,7 @@ def _wikitext2_from_hub(split: str) -> list[str]:
 
 
 def reach_hub() -> None:
-    """Raise OSError where the hub does not answer; nothing is asked where a proxy, or HF_HUB_OFFLINE, is set."""
+    """Raise OSError if the hub does not answer; nothing is asked if a proxy or HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     # The hub's client tries for most of a minute before it gives up; without a network we want to know at once.

@@ -1,4 +1,4 @@
-"""Packed layers that compute without first becoming dense."""
+"""Packed layers that compute without becoming dense first."""
 
 from .decoding import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, held_bytes
 from .linear import TernaryLinear

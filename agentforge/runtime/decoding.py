@@ -1,6 +1,6 @@
 """Layers that hold a weight as its planes, of any stage, and compute from them.
 
-Nothing dense is kept: a model takes the memory of its planes, and, where no kernel reads them directly, of one decoded part
+Nothing dense is kept: a model takes the memory of its planes, and, if no kernel reads them directly, of one decoded part
 of a weight at a time (of a whole weight with curves, whose segments know no rows).
 State dictionaries name the planes as an artifact does (`...q_proj.weight.codes`), and hold the tensors that are on disk.
 """
@@ -24,13 +24,13 @@ from .ready import Held, Ready
 class PackedWeight(nn.Module):
     """A weight float[out, in] as the planes of a stage, from which products are computed.
 
-    Buffers: a plane each, as stored (`Plane.stored`), under its name; where that has a dot, in modules of their own.
+    Buffers: a plane each, as stored (`Plane.stored`), under its name; if that has a dot, in modules of their own.
 
-    Planes are checked when they are first used, and again after they were loaded or moved.  Where they are entropy-coded or
-    refined, they are kept a second time, as packed integers without that, and `held_bytes` counts both: with the entropy
-    code decoded at each call, SmolLM2 at 4 bits gave 0.19 tokens a second on two cores, and 14 in the same script with this.
+    Planes are checked when they are first used, and again after they were loaded or moved.  If they are entropy-coded or
+    refined, they are kept a second time, as packed integers, and `held_bytes` counts both.  With the entropy code decoded
+    at each call, SmolLM2 at 4 bits gave 0.19 tokens per second on two cores; with this copy, 14.
 
-    Nothing is decoded ahead in another thread: on two cores the next layer's decoding beside this one's product saved 6 to
+    Nothing is decoded ahead in another thread: on two cores decoding the next layer during this one's product saved 6 to
     10% of the linear layers' time for 512 tokens (rounding, trajectory, vptq), for a second decoded weight.
     """
 
@@ -46,7 +46,7 @@ class PackedWeight(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The planes, checked.  Raises BadArtifact where a buffer holds what no stage writes."""
+        """The planes, checked.  Raises BadArtifact if a buffer holds what no stage writes."""
         shape = (self.out_features, self.in_features)
         shared = self._shared[0]
         return Packed(shape, _planes(self, self.stage.layout(shape)), None if shared is None else shared.packed)
@@ -87,7 +87,7 @@ class PackedWeight(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T in x's dtype, x: float[..., in].
 
-        Up to `fused.FEW` vectors are multiplied with the bits themselves where the stage and the machine have a kernel (see
+        Up to `fused.FEW` vectors are multiplied with the bits themselves if the stage and the machine have a kernel (see
         `packed_cpu`; in float32).  Else W is decoded to float32 a part after the other, each rounded to x's dtype.
         """
         ready = self.ready
@@ -161,7 +161,7 @@ class SharedPlanes(nn.Module):
 
 
 class PackedLinear(nn.Module):
-    """x -> x W^T + bias from the planes of W; in the place of torch's Linear or GPT-2's Conv1D.  No gradient."""
+    """x -> x W^T + bias from the planes of W; in place of torch's Linear or GPT-2's Conv1D.  No gradient."""
 
     bias: torch.Tensor | None
 

@@ -1,6 +1,6 @@
 """Which stages' weights are multiplied without being decoded, and how: their planes as the forms of `packed_cpu`.
 
-`product` gives None for everything else: another device, more vectors than pay, settings or sizes that a kernel does not
+`product` gives None for everything else: another device, too many vectors, settings or sizes that a kernel does not
 know, a machine without the instructions.  Then the caller decodes.
 """
 
@@ -25,7 +25,7 @@ EXPONENTS = 60  # the largest power of two beside the weights for which float32 
 
 
 def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
-    """What a kernel needs beside the planes, and what takes too long to make at each call: float32 tensors by name."""
+    """What a kernel needs besides the planes, and what takes too long to make at each call: float32 tensors by name."""
     if isinstance(stage, Trajectory):
         return {"book": stage.book(packed)}
     if isinstance(stage, ECSQ):
@@ -37,7 +37,7 @@ def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
 
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
-    """x W^T, float32[tokens, out] of x: float[tokens, in], or None where W has to be decoded."""
+    """x W^T, float32[tokens, out] of x: float[tokens, in], or None if W has to be decoded."""
     known: Any = {Rounding: _rounding, ECSQ: _ecsq, Vptq: _vptq, Trajectory: _trajectory}.get(type(ready.stage))
     if known is None or not x.is_cpu or not 0 < len(x) <= FEW:
         return None

@@ -1,6 +1,6 @@
 """Embedding and output head in the 16 bits in which an artifact keeps them, and products that read these bits.
 
-A small model's head is its largest matrix, and a product with one vector takes as long as reading it does: 16 bits in place
+A small model's head is its largest matrix, and a product with one vector takes as long as reading it does: 16 bits instead
 of 32 take half as long.  The values are exactly those that the dense runtime turns into float32; products and sums are
 float32, in a fixed order, so that only the rounding of sums differs.
 """
@@ -161,7 +161,7 @@ class HalfLinear(_Half):
 
 
 def adopt(module: Any) -> None:
-    """Put these in the place of a model's embedding and head, where they are plain and their weights have 16 bits."""
+    """Put these in place of a model's embedding and head, if they are plain and their weights have 16 bits."""
     embedding, head = module.get_input_embeddings(), module.get_output_embeddings()
     halves = torch.float16, torch.bfloat16
     tied = head is not None and getattr(head, "weight", None) is embedding.weight

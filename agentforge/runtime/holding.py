@@ -27,7 +27,7 @@ class Holding(nn.Module):
     like: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, with packed tensors decoded to the dtype of the input, or of `like` where that is no float."""
+        """The module's own, with packed tensors decoded to the dtype of the input, or of `like` if that is not a float."""
         inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         dtype = next(inputs, self.like).dtype
         found = dict(_decoded.get())
@@ -53,7 +53,7 @@ def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
 
 
 def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Put `weight` in the place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
+    """Put `weight` in place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
     own: Any = type(module)
     held: dict[str, tuple[int, ...]] = {}
     if isinstance(module, Holding):
@@ -68,7 +68,7 @@ def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int
 
 
 def place(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Put `weight` in the place of the parameter `name` of `module`: torch's linear layers and embeddings, and GPT-2's
+    """Put `weight` in place of the parameter `name` of `module`: torch's linear layers and embeddings, and GPT-2's
     Conv1D, are replaced, any other module becomes a `Holding`."""
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)

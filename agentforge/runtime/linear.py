@@ -1,10 +1,10 @@
-"""A linear layer of ternary weights that stay packed: two bits a weight, and no dense matrix at any time.
+"""A linear layer of ternary weights that stay packed: two bits per weight, and no dense matrix at any time.
 
     y = scale * (W q) / s + bias,   s = 127 / max|x|,   q = round(x * s)
 
-as BitNet b1.58 computes at inference (arXiv 2402.17764; the authors' code): activations of 8 bits, one scale a token, halves
-to even, max|x| at least 1e-5.  W q is an exact integer; the rest is computed in double precision and rounded once.  So the
-result does not depend on the machine, the kernel or the number of threads.  A token that holds NaN or infinity gives NaN.
+as BitNet b1.58 computes at inference (arXiv 2402.17764; the authors' code): activations of 8 bits, one scale per token,
+halves to even, max|x| at least 1e-5.  W q is an exact integer; the rest is in double precision, rounded once.  The
+result depends on neither the machine, the kernel nor the number of threads.  A token with NaN or infinity gives NaN.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from ..planes import Packed, Plane
 from ..stages.ternary import Ternary
 from .ternary_cpu import COLUMNS, LIMIT, ROWS, product
 
-FIELDS = 4  # weights a byte
+FIELDS = 4  # weights per byte
 
 
 class TernaryLinear(nn.Module):
     """x -> x W^T scale + bias for ternary W, with activations of 8 bits; for inference, it has no gradient.
 
     Buffers: `packed`, uint8[ceil(out / 4), ceil(in / 64), 64], laid out as ternary_cpu says.  `scales`: float32[4], four
-    times the same, where the tensor has one scale, or one a row, filled up to a multiple of four.  `biases`: one a row,
+    times the same, if the tensor has one scale, or one per row, filled up to a multiple of four.  `biases`: one per row,
     filled up, or float32[4] of zeros.
     """
 
@@ -44,7 +44,7 @@ class TernaryLinear(nn.Module):
         if scale.shape not in ((1,), (self.out_features,)) or (bias is not None and bias.shape != (self.out_features,)):
             found = [list(t.shape) for t in (scale, bias) if t is not None]
             raise BadInput(
-                f"scale and bias of shape {found}: expected one scale, or one a row, and {self.out_features} biases"
+                f"scale and bias of shape {found}: expected one scale, or one per row, and {self.out_features} biases"
             )
         self.has_bias, self.per_row = bias is not None, scale.shape != (1,)
         self.register_buffer("packed", pack(codes))
@@ -83,7 +83,7 @@ class TernaryLinear(nn.Module):
 
     @property
     def scale(self) -> torch.Tensor:
-        """float32[1], or float32[out] where each row has its own."""
+        """float32[1], or float32[out] if each row has its own."""
         return self.scales[: self.out_features] if self.per_row else self.scales[:1]
 
     @property
@@ -94,7 +94,7 @@ class TernaryLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., out] in x's dtype, computed in float32 from an x of fewer bits.
 
-        Raises BadInput where x has another size, or gradients are asked for.
+        Raises BadInput if x has another size, or gradients are asked for.
         """
         if x.shape[-1] != self.in_features:
             raise BadInput(f"TernaryLinear: expected inputs [..., {self.in_features}], found {list(x.shape)}")
@@ -127,7 +127,7 @@ class TernaryLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, scales={scales}"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Scale and bias follow to another device, and stay float32 where a model is cast to fewer bits."""
+        """Scale and bias follow to another device, and stay float32 if a model is cast to fewer bits."""
         kept = {name: self._buffers[name] for name in ("scales", "biases")}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():

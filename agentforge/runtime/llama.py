@@ -1,4 +1,4 @@
-"""Llama's decoder layer for one new token a sequence, in two calls in place of some sixty.
+"""Llama's decoder layer for one new token per sequence, in two calls instead of some sixty.
 
 At batch 1 the products of a small model take microseconds, and what Python and torch do between them takes longer.  So a
 layer whose weights are all ternary computes a generated token by two kernels of ternary_cpu, up to the new keys and from

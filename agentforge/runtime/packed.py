@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
-    """The torch module of an artifact, on the CPU: TernaryLinear where a weight is ternary, layers around its planes
+    """The torch module of an artifact, on the CPU: TernaryLinear if a weight is ternary, layers around its planes
     for every other stage, embedding and head in the 16 bits in which they were kept, all else in float32."""
     opened.check()
     if not opened.is_classifier:
@@ -50,7 +50,7 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
 
 
 def shared_planes(artifact: Artifact) -> SharedPlanes | None:
-    """The planes that all encoded weights share, None where there are none."""
+    """The planes that all encoded weights share, None if there are none."""
     about = artifact.manifest["shared"]
     if about is None:
         return None
@@ -64,7 +64,7 @@ def _place(
     kept: dict[str, torch.Tensor],
     shared: SharedPlanes | None,
 ) -> None:
-    """Put a row's weight in its place; TernaryLinear takes its bias out of `kept`."""
+    """Put a row's weight into its module; TernaryLinear takes its bias out of `kept`."""
     packed, stage, name = artifact.read(row), stages.from_json(row["stage"]), row["name"]
     assert isinstance(packed, Packed)
     path = name.rpartition(".")[0]
@@ -83,7 +83,7 @@ def _place(
 
 
 def _tie(module: Any, config: Any) -> None:
-    """Give the head the embedding's weight where the configuration says so, packed or not."""
+    """Give the head the embedding's weight if the configuration says so, packed or not."""
     embedding = module.get_input_embeddings()
     if not isinstance(embedding, PackedEmbedding | Holding):
         module.tie_weights()

@@ -82,7 +82,7 @@ def _word(b: Any, base: Value, size: Value, bit: Value) -> Value:
 
 
 def streams(width: int) -> int:
-    """Codes of a byte, where they fill it: x then has to come in so many streams, every n-th column each.  Else 1."""
+    """Codes of a byte, if they fill it: x then has to come in so many streams, every n-th column each.  Else 1."""
     return 8 // width if 8 % width == 0 else 1
 
 
@@ -231,8 +231,8 @@ def grid(
 ) -> torch.Tensor:
     """x W^T, float32[tokens, rows]; see the module.
 
-    x: float32[tokens, columns].  codes: uint8[bytes], as `planes.pack_uint` packs [rows, columns].  group: columns a group.
-    scale, minimum: float16[rows, groups], contiguous; minimum goes with scale.  The caller has asked `fits_grid`.
+    x: float32[tokens, columns].  codes: uint8[bytes], as `planes.pack_uint` packs [rows, columns].  group: columns per
+    group.  scale, minimum: float16[rows, groups], contiguous; minimum goes with scale.  The caller has asked `fits_grid`.
     """
     tokens, columns = x.shape
     x = x.contiguous()

@@ -179,7 +179,7 @@ class _Portable(_Machine):
                 sums[part, token] = b.add(sums[part, token], folded)
 
 
-MANY = 4  # tokens of a tile, where there are as many
+MANY = 4  # tokens of a tile, if there are as many
 MACHINES = {
     "avx512": _Dpbusd(rows=4, few=4, many=4),
     "avxvnni": _Dpbusd(rows=2, few=2, many=1),
@@ -213,8 +213,8 @@ def _tile(
     path, kind: literals.  kind: 0 for a path's `few` groups and one token, 2 for its `many` groups and `MANY` tokens; 1
     and 3 for a single group.
     packed, x: addresses of the first group and token.  runs: of 64 columns.  sums: of each token's activations, int32.
-    factors: of each token, double precision: 1 / s.  scale, bias: float32[4] of the first group; their steps: 1 where each
-    row has its own, 0 where these four serve all groups.  out: address of the first row's and token's result, float32.
+    factors: of each token, double precision: 1 / s.  scale, bias: float32[4] of the first group; their steps: 1 if each
+    row has its own, 0 if these four serve all groups.  out: address of the first row's and token's result, float32.
     stride: bytes from token to token there.  rows: how many of the rows there are; others are not written.
     """
     signature = types.void(path, kind, *([types.int64] * 12))
@@ -631,7 +631,7 @@ def product(
 
 
 def in_parts(kernel: Any, operands: tuple[Any, ...], rows: int, work: int, threads: int | None = None) -> None:
-    """kernel(*operands, first row, last row), shared among threads where `work`, in bytes, is worth it.
+    """kernel(*operands, first row, last row), shared among threads if `work`, in bytes, is worth it.
 
     Each thread takes the next part when it is done with one, the calling thread too: on a busy machine, where another
     thread may come to its turn only after milliseconds, the calling one does most of it, or all.

@@ -1,6 +1,6 @@
 """Products of 2-bit ternary weights with 8-bit activations in Triton, on the planes of ternary_cpu and with its results.
 
-Imported only where Triton is installed, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1.
+Imported only if Triton is installed, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1.
 
 A program computes some rows for some tokens: it reads packed bytes once, and for each of the four fields multiplies the
 codes with the activations of that field (integer tensor cores for batches, plain sums for one token).  Sums are integers,

@@ -14,7 +14,7 @@ FOLDER = Path(__file__).parent
 
 
 def problem(name: str, data: Any) -> str:
-    """What is wrong with `data` under the schema of this name, and where, in one line; "" where nothing is."""
+    """What is wrong with `data` under the schema of this name, and where, in one line; "" if nothing is."""
     validator = _validator(name)
     found = jsonschema.exceptions.best_match(validator.iter_errors(data))
     if found is None:

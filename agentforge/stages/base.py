@@ -1,7 +1,7 @@
 """The Stage contract: settings in, planes out, and back.
 
 A stage is a frozen dataclass of its settings.  `encode` and `decode` here hold what is the same for every stage (the
-checks); a stage file holds `_check`, `_encode` and `_decode`, to be read beside its paper.
+checks); a stage file has `_check`, `_encode` and `_decode`, to be read beside its paper.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Stage:
     ) -> Packed:
         """Encode `weight`, float[out, in], into planes.
 
-        stats: what calibration text told about the layer's inputs, for stages that use it.  seed: for stages that draw
+        stats: the layer's input statistics from calibration text, for stages that use them.  seed: for stages that draw
         random numbers.  name: the tensor's name, for messages.  shared: what `fit_shared` gave, for stages that share
         planes between weights.  Same arguments, same planes, bit for bit, whatever the number of threads.
 
@@ -106,17 +106,17 @@ class Stage:
         if weight.dtype not in FLOAT_DTYPES:
             raise BadInput(f"{name}: expected a float dtype, found {weight.dtype}")
         values = weight.detach().to(weight.device if self.uses_gpu else "cpu", torch.float32).contiguous()
-        low, high = torch.aminmax(values)  # either is NaN where any value is; faster than asking each
+        low, high = torch.aminmax(values)  # either is NaN if any value is; faster than asking each
         if not math.isfinite(float(low)) or not math.isfinite(float(high)):
             nan, inf = int(values.isnan().sum()), int(values.isinf().sum())
             raise BadInput(
                 f"{name}: {nan} NaN and {inf} infinite values among {values.numel()} "
-                "(float32); mend the weight or leave it out"
+                "(float32); fix the weight or leave it out"
             )
         if stats is not None:
             stats.check((weight.shape[0], weight.shape[1]), name)
         if not self.shared_layout():
-            # Handed over, not lent: where the caller keeps no reference either, `_encode` may drop the only one.
+            # Handed over, not lent: if the caller keeps no reference either, `_encode` may drop the only one.
             handed = [values]
             del weight, values
             return self._encode(handed.pop(), stats, seed)
@@ -151,18 +151,18 @@ class Stage:
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What `encode` gives for a weight of this shape: name -> (coding, shape) of each plane, in order.
 
-        A reader holds a file against it before it allocates anything.
+        A reader checks a file against it before it allocates anything.
         """
         raise NotImplementedError
 
     def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
-        """How many rows can be decoded without the others, and how many values of each plane belong to so many; planes that
-        are not named are needed for all.  What is cut out so decodes as a weight of its own.  (0, {}): only all rows can.
+        """How many rows can be decoded without the others, and how many values of each plane belong to them; planes that
+        are not named are needed for all.  Such a part decodes as a weight of its own.  (0, {}): only all rows together can.
         """
         return 0, {}
 
     def shared_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Coding and shape of each plane that all weights of a model share; empty where the stage shares none."""
+        """Coding and shape of each plane that all weights of a model share; empty if the stage shares none."""
         return {}
 
     def check(self) -> None:
@@ -195,7 +195,7 @@ class Stage:
         return self.name + (":" + ",".join(f"{key}={value}" for key, value in pairs) if pairs else "")
 
     def _check(self) -> None:
-        """Ranges and combinations of settings; overridden where there are any."""
+        """Ranges and combinations of settings; overridden if there are any."""
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         raise NotImplementedError

@@ -11,9 +11,9 @@ the orthonormal polynomials and B Bernstein's, it is Q^T, or (Q^T B)^-1 Q^T.  De
 
 A curve of degree d keeps d + 1 of a segment's `length` dimensions, so of weights without order it explains (d + 1) / length
 of the variance and no more.  Sorting makes almost any segment smooth, but the permutation has to be stored, too: here
-ceil(log2(length)) bits a weight, and no code can do with less than log2(length!) / length on average.
+ceil(log2(length)) bits per weight, and no code can do with less than log2(length!) / length on average.
 
-The documentation's own setting, 16 segments a tensor whatever its size, is `segments=16`.
+The documentation's own setting, 16 segments per tensor whatever its size, is `segments=16`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ from .base import Stage, register
 @register
 @dataclass(frozen=True)
 class Curves(Stage):
-    """A curve a segment of the flattened weight.
+    """One curve per segment of the flattened weight.
 
-    kind: "bezier" or "polynomial".  degree: 0 to 15, below the segment's length.  segment: weights a segment.  segments:
+    kind: "bezier" or "polynomial".  degree: 0 to 15, below the segment's length.  segment: weights per segment.  segments:
     cut every tensor into this many instead, 0 for `segment`.  sort: "none", "segment" (each segment's weights by size) or
     "tensor" (all weights, before they are cut).
     """
@@ -128,8 +128,8 @@ def choose(weight: torch.Tensor, bits_per_weight: float, kind: Literal["bezier",
     """The curves of least squared error on `weight`, float[out, in], that take at most `bits_per_weight`.
 
     Tried are every degree with as many segments as the budget allows, and segments of every power of two, sorted, with the
-    highest degree for which the budget has room beside the permutation.  Sorting the whole tensor is not tried: its order
-    takes as many bits as the weights themselves.  Raises BadInput where the budget is too small for any.
+    highest degree that the budget allows beside the permutation.  Sorting the whole tensor is not tried: its order
+    takes as many bits as the weights themselves.  Raises BadInput if the budget is too small for any.
     """
     count = weight.numel()
     budget = int(bits_per_weight * count) - 8  # the exponent's byte
@@ -152,7 +152,7 @@ def choose(weight: torch.Tensor, bits_per_weight: float, kind: Literal["bezier",
 
 
 def _cut(values: np.ndarray, length: int) -> list[np.ndarray]:
-    """Views of the flat `values` as [segments, length], and of what remains as [1, rest] where something does."""
+    """Views of the flat `values` as [segments, length], and of what remains as [1, rest] if something does."""
     whole = values.size - values.size % length
     parts = [values[:whole].reshape(-1, length), values[whole:].reshape(1, -1)]
     return [part for part in parts if part.size]

@@ -47,8 +47,8 @@ class ECSQ(Stage):
 
     step: the geometric mean of all steps, in units of the weight's root mean square; the entropy of Gaussian weights is
     about 2.05 - log2(step) bits.  rounding: what is added before the fraction is cut off, 0.5 to the nearest.  damping:
-    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.  gains: a half
-    float a row that its codes are multiplied by: the factor that leaves least damage, or what training has made of it.
+    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.  gains: one half
+    float per row that its codes are multiplied by: the factor that leaves least damage, or what training has made of it.
     """
 
     name: ClassVar[str] = "ecsq"
@@ -150,7 +150,7 @@ def unzigzag(stored: torch.Tensor) -> torch.Tensor:
 
 def _gains(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics | None) -> torch.Tensor:
     """The factor of each row that leaves least of its outputs' error: w H d^T / d H d^T for w of the weight and d decoded;
-    float16[out], 1 where nothing is left of a row."""
+    float16[out], 1 if nothing is left of a row."""
     through = decoded.double() if stats is None else decoded.double() @ stats.hessian.double()
     found = (through * weight).sum(1) / (through * decoded).sum(1)
     return torch.where(found.isfinite() & (found > 0), found.clamp(2**-10, 2**10), torch.ones_like(found)).to(torch.float16)
@@ -170,7 +170,7 @@ def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarr
     damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean()
     found = unit_factor(damped)
     if found is None:
-        raise BadInput("ecsq: the statistics are no second moments (not positive definite); collect them anew")
+        raise BadInput("ecsq: the statistics are not second moments (not positive definite); collect them again")
     return found
 
 

@@ -20,7 +20,7 @@ from .gpu import kernels_for
 
 CPU = torch.device("cpu")
 SPREAD = 8192  # most centroids that k-means++ places
-CHUNK = 4096  # vectors a task; with the chunk's scores it stays in the cache
+CHUNK = 4096  # vectors per task; with the chunk's scores it stays in the cache
 Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
@@ -28,7 +28,7 @@ def nearest(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1, device
     """Index of the nearest centroid of every vector: int32[n].
 
     vectors: float32[n, v], C-contiguous.  centroids: float32[k, v].  threads: share the vectors among so many.  device:
-    where to compute.  The result does not depend on either.
+    to compute on.  The result does not depend on either.
     """
     if kernels := kernels_for(device):
         on_device = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (vectors, centroids))

@@ -18,7 +18,7 @@ FACTOR = 64  # rows of a factor that are found together
 def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     """M, strictly upper triangular part only, float32[n, n], and D, float64[n], of H = M D M^T.
 
-    None where H is not positive definite.
+    None if H is not positive definite.
 
     hessian: float[n, n], symmetric.  By Cholesky's method in double precision on H read from its end: with J the
     reversal of order, J H J = U^T U gives H = (J U^T J)(J U^T J)^T, whose first factor is upper triangular.

@@ -54,7 +54,7 @@ class Refined(Stage):
         return self.first.needs_sensitivity
 
     def check(self) -> None:
-        """Raise BadInput where a stage is not valid, refines itself, or has planes that all tensors share."""
+        """Raise BadInput if a stage is not valid, refines itself, or has planes that all tensors share."""
         self.first.check()
         for plane, by in self.planes:
             by.check()
@@ -115,7 +115,7 @@ class Refined(Stage):
 
         Planes that have been refined already, by the first of `planes`, stay as they are.
 
-        Raises BadInput where a stage cannot encode a plane.
+        Raises BadInput if a stage cannot encode a plane.
         """
         if packed.shape != (0, 0):  # which planes that weights share have
             self.layout(packed.shape)  # refuses names of planes that are not there

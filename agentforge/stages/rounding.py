@@ -1,4 +1,4 @@
-"""Round to nearest: the baseline that every table carries.
+"""Round to nearest: the baseline of every table.
 
 A weight is cut along its input dimension into groups (the last one may be shorter), and every group gets a grid of
 equally spaced levels:
@@ -11,7 +11,7 @@ clip="none" lays the grid from end to end of the group.  clip="mse" looks for th
 as Lloyd's algorithm does) until the error stops falling; the asymmetric search, with its two unknowns, from every
 start, the symmetric one from the best.  The tests hold the result against the true optimum.
 
-Scales and minima are half floats behind one power of two a tensor; codes are chosen for the grid as it is stored.
+Scales and minima are half floats behind one power of two per tensor; codes are chosen for the grid as it is stored.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ ROUNDS = 6  # most turns of codes and grid from there
 @register
 @dataclass(frozen=True)
 class Rounding(Stage):
-    """Round to nearest on a grid a group.
+    """Round to nearest on one grid per group.
 
-    bits: 2 to 8.  group: weights a grid along the input dimension, 0 for one grid a row (per output channel).
+    bits: 2 to 8.  group: weights per grid along the input dimension, 0 for one grid per row (per output channel).
     symmetric: grids with a level at zero and no minimum to store.  clip: "none" or "mse".
     """
 
@@ -53,7 +53,7 @@ class Rounding(Stage):
         if not 2 <= self.bits <= 8:
             raise BadInput(f"rounding: bits={self.bits}; expected 2 to 8")
         if self.group < 0:
-            raise BadInput(f"rounding: group={self.group}; expected 1 or more, or 0 for one grid a row")
+            raise BadInput(f"rounding: group={self.group}; expected 1 or more, or 0 for one grid per row")
 
     def columns_a_grid(self, columns: int) -> int:
         """Weights a grid in a row of this length."""
@@ -105,7 +105,7 @@ class Rounding(Stage):
         group = self.columns_a_grid(columns)
         scale = floats["scale"].unsqueeze(2)
         codes = packed["codes"].to(scale.device, torch.float32)
-        if columns % group:  # padding copies even where there is nothing to pad
+        if columns % group:  # padding copies even if there is nothing to pad
             codes = torch.nn.functional.pad(codes, (0, -columns % group))
         codes = codes.reshape(rows, -1, group)
         if self.symmetric:
@@ -133,7 +133,7 @@ def _ends(w: np.ndarray) -> tuple[np.float32, np.float32]:  # pragma: no cover  
 def _fit(  # pragma: no cover  (compiled)
     weight: np.ndarray, group: int, bits: int, symmetric: bool, search: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The grid of every group: scale and minimum, float32[out, groups]; the minimum is 0 where symmetric."""
+    """The grid of every group: scale and minimum, float32[out, groups]; the minimum is 0 if symmetric."""
     rows, columns = weight.shape
     groups = (columns + group - 1) // group
     scales = np.zeros((rows, groups), np.float32)

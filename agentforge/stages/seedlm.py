@@ -14,7 +14,7 @@ Where this departs from the print:
 * Section 3.2 prints e = max floor(log2|t_i|), which leaves q in -2..2 and wastes two of its four bits.  The stated range
   of t, up to 7 * 2^7, asks for e = floor(log2 max|t_i|) - 2: exponent="corrected".  exponent="printed" shows what the
   other costs.
-* e is absolute, so that small weights would sink below 2^-8: a power of two a tensor (eight bits, counted) brings their
+* e is absolute, so that small weights would sink below 2^-8: one power of two per tensor (eight bits, counted) brings their
   root mean square to about one.
 * Ties go to the lowest seed; the paper leaves them open.
 
@@ -51,8 +51,8 @@ FLOOR = 0.01  # least weight of an input's error, relative to the mean
 class SeedLM(Stage):
     """Blocks of C weights as P coefficients of a basis that a K-bit shift register makes from a seed.
 
-    bits: 2, 3, 4 or 8 bits a weight by a preset C and P (default 4); 0 where C and P are given.  K: bits of a seed, 2 to
-    20.  C: weights a block.  P: coefficients a block, less than C.  exponent: "corrected" or "printed".  refine: search
+    bits: 2, 3, 4 or 8 bits per weight by a preset C and P (default 4); 0 if C and P are given.  K: bits of a seed, 2 to
+    20.  C: weights per block.  P: coefficients per block, less than C.  exponent: "corrected" or "printed".  refine: search
     exponent and coefficients around the rounded fit.  weighted: weigh errors by the inputs' second moments.
     """
 
@@ -167,19 +167,19 @@ Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarra
 
 def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: torch.device) -> Search:
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
-    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None where all are 1."""
+    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None if all are 1."""
     if kernels := kernels_for(device):
         return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
     tables = tables_of(K, C, P)
     nothing = np.empty((0, P * C + 1), np.float32)
-    room: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
+    buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
 
     def search(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
         groups, others = tables.groups, tables.seeds
         if h is not None:
-            room[:] = room or [np.empty_like(groups), np.empty_like(others)]
-            reweigh(tables.groups, tables.seeds, P, h, *room)
-            groups, others = room
+            buffers[:] = buffers or [np.empty_like(groups), np.empty_like(others)]
+            reweigh(tables.groups, tables.seeds, P, h, *buffers)
+            groups, others = buffers
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
         importance = np.ones(C) if h is None else h
         inverses = nothing if rule[3] or h is not None else tables.inverses  # they know no refinement and no weights

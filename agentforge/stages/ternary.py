@@ -4,15 +4,15 @@ rule="absmean", the paper's: one scale for the whole matrix, gamma = mean|W|, co
 that |W| < gamma / 2 becomes zero.  As the authors' code does it: the mean is clamped at `eps`, the weight is multiplied
 by the float32 reciprocal, and halves go to even.
 
-rule="threshold", the documentation's: a scale a row, alpha = mean|row| (at least 1e-8), and zero where
+rule="threshold", the documentation's: one scale per row, alpha = mean|row| (at least 1e-8), and zero if
 |w| < tau * alpha, else the sign.
 
 rule="calibrated", ours: codes as in "threshold", but a row's scale is the one of least output error, and tau the one of
 `GRID` that suits the layer best.  With H = E[x x^T] the output error of a row is (w - a c) H (w - a c)^T; for given codes c
 it is least at a = c H w / c H c, where it is w H w - (c H w)^2 / c H c.  Without statistics H is the identity.
 
-packing="trits" stores five codes a byte (1.6 bits a weight; the bound for three equally likely values is log2(3) =
-1.585), packing="2bit" four codes a byte.
+packing="trits" stores five codes per byte (1.6 bits per weight; the bound for three equally likely values is log2(3) =
+1.585), packing="2bit" four codes per byte.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def _row_means(weight: torch.Tensor) -> torch.Tensor:
 
 
 def _thresholded(weight: torch.Tensor, alpha: torch.Tensor, tau: float) -> torch.Tensor:
-    """sign(w), or 0 where |w| < tau * alpha of its row: float32[out, in]."""
+    """sign(w), or 0 if |w| < tau * alpha of its row: float32[out, in]."""
     codes = weight.sign()
     codes[weight.abs() < (tau * alpha).to(torch.float32).unsqueeze(1)] = 0
     return codes

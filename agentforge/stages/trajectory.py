@@ -15,7 +15,7 @@ Every such codebook is the set of points of a lattice inside a box: there are in
 stands for the coordinates theta z mod D, the first of which is theta itself.  The nearest point therefore takes no tree
 and constant time: the lattice's basis is reduced once (in the plane by Lagrange and Gauss), rounding the coefficients one
 by one (Babai) leaves a cell about each lattice point, and a short list holds every lattice vector that can be nearer than
-that point to some place in the cell.  Where the nearest point lies outside the box, Schnorr and Euchner's enumeration
+that point to some place in the cell.  If the nearest point lies outside the box, Schnorr and Euchner's enumeration
 finds the nearest inside; on each line of the lattice these are an interval, and the nearest of them is a rounding.
 
 Deviations and errata:
@@ -56,13 +56,13 @@ BLOCK = 512  # vectors that a kernel takes through each of its steps at a time
 @register
 @dataclass(frozen=True)
 class Trajectory(Stage):
-    """K weights a trajectory index.
+    """K weights per trajectory index.
 
     U: points of the trajectory, 2 to 2**24.  M: classes of vectors outside the cube.  l: its side, in units of the
-    weights; 0 searches the side of least squared error on a sample.  K: weights an index, 1 to 4.  variant: "code",
+    weights; 0 searches the side of least squared error on a sample.  K: weights per index, 1 to 4.  variant: "code",
     "printed" (Equation 3, K = 2) or "korobov".  centred: the trajectory's middle at the centroid, not its corner at the
     cube's corner.  select: choose M from 1 .. M by the mean absolute error, stopping at `loss`, as the authors' code
-    does, and U from `U_first` (0: none) and `U`, going on to `U` where the error is above `loss`.
+    does, and U from `U_first` (0: none) and `U`, going on to `U` if the error is above `loss`.
     """
 
     name: ClassVar[str] = "trajectory"
@@ -83,7 +83,7 @@ class Trajectory(Stage):
         if self.U_first and not 2 <= self.U_first < self.U:
             raise BadInput(f"trajectory: U_first={self.U_first}; expected 2 to below U={self.U}, or 0 for none")
         if self.U_first and not self.select:
-            raise BadInput(f"trajectory: U_first={self.U_first}; expected 0 where select=False, which takes U as it is")
+            raise BadInput(f"trajectory: U_first={self.U_first}; expected 0 if select=False, which takes U as it is")
         if self.l and not 1e-30 <= self.l <= 1e30:
             raise BadInput(f"trajectory: l={self.l}; expected 1e-30 to 1e30, or 0 to search it")
         if self.loss < 0:
@@ -198,8 +198,8 @@ def paper_bits_per_weight(packed: Packed) -> float:
 class Lattice(NamedTuple):
     """A codebook as the points of a lattice in a box, in units of side / D, with a reduced basis.
 
-    D: units a side.  z: int64[K], the step of theta, z[0] = 1.  shift: float64[K], from the cube's corner to the first
-    point.  box: int64[K], coordinates run from 0 to below it.  basis: float64[K, K] of integers, a vector a row.
+    D: units per side.  z: int64[K], the step of theta, z[0] = 1.  shift: float64[K], from the cube's corner to the first
+    point.  box: int64[K], coordinates run from 0 to below it.  basis: float64[K, K] of integers, one vector per row.
     dual: float64[K, K], <u, dual[i]> is the coefficient of u along the i-th vector of Gram and Schmidt; mu: float64[K, K],
     their coefficients; norm: float64[K], their squared lengths.  rivals: float64[R, K], every lattice vector that may be
     nearer than 0 to a point of Babai's cell, 0 first; where the point's coefficients are rho (at most 1/2 each), rival r is
@@ -384,11 +384,11 @@ def _assign(  # pragma: no cover  (compiled)
     """
     K, n = points.shape
     U, middle = np.int64(lattice.box[0]), lattice.D / 2 - lattice.shift
-    # Units of the lattice in a unit of the weights, and back; all at the centroid where the cube has no extent.
+    # Units of the lattice in a unit of the weights, and back; all at the centroid if the cube has no extent.
     per_weight = np.array([lattice.D / 2 / reach if reach > 0 else 0.0 for reach in reaches])
     per_unit = reaches * (2 / lattice.D)
     absolute, squared = np.zeros(BLOCK), np.zeros(BLOCK)
-    point, room = np.empty(K), np.empty((5, K + 1))
+    point, scratch = np.empty(K), np.empty((5, K + 1))
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
         offset, u, found = np.empty((K, count)), np.empty((K, count)), np.empty((K, count))
@@ -411,7 +411,7 @@ def _assign(  # pragma: no cover  (compiled)
             if nearer[i] > 0.0 and not inside[i]:
                 for k in range(K):
                     point[k] = u[k, i]
-                inside[i] = _nearest_in_box(point, middle, lattice, room)
+                inside[i] = _nearest_in_box(point, middle, lattice, scratch)
                 for k in range(K):
                     found[k, i] = point[k]
             index = np.int64(0)
@@ -491,15 +491,15 @@ def _add_times(target: np.ndarray, factor: float, values: np.ndarray) -> None:  
 
 @njit(nogil=True, cache=True)
 def _nearest_in_box(  # pragma: no cover  (compiled)
-    point: np.ndarray, middle: np.ndarray, lattice: Lattice, room: np.ndarray
+    point: np.ndarray, middle: np.ndarray, lattice: Lattice, scratch: np.ndarray
 ) -> bool:
-    """Put the point of the box nearest to `point` in its place; False where none is nearer than the centroid, `middle`.
+    """Put the point of the box nearest to `point` in its place; False if none is nearer than the centroid, `middle`.
 
     In Babai's radius first, then in twice as much as long as there is none: Schnorr and Euchner's enumeration, every
     level's integers in order of distance.
     """
     K = len(point)
-    y, centre, x, turn, partial = room[0], room[1], room[2], room[3], room[4]
+    y, centre, x, turn, partial = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
     limit = 0.0
     for level in range(K):
         limit += (point[level] - middle[level]) ** 2
@@ -545,7 +545,7 @@ def _nearest_in_box(  # pragma: no cover  (compiled)
 
 @njit(nogil=True, cache=True)
 def _into_box(x: np.ndarray, lattice: Lattice) -> bool:  # pragma: no cover  (compiled)
-    """Move x[0] along its line to the nearest point inside the box; False where the line has none."""
+    """Move x[0] along its line to the nearest point inside the box; False if the line has none."""
     K = len(lattice.box)
     low, high = -math.inf, math.inf
     for k in range(K):

@@ -29,8 +29,8 @@ from numba import njit
 from .codebook import LANES, Codebook
 from .seedlm_search import LARGEST_Q, LEAST_Q, fit_seed, lfsr, to_unit
 
-ROWS = 128  # vectors a program of the first step
-EXACT_ROWS = 32  # vectors a program of the second
+ROWS = 128  # vectors per program of the first step
+EXACT_ROWS = 32  # vectors per program of the second
 CHUNK = 1 << 21  # vectors at a time: 0.3 GB of split operands for vectors of 8
 FEW = 2048  # centroids for which the second step alone is as fast
 ERROR = 2.0**-16  # of the first step's scores, the CPU's own rounding included; see `_margins`
@@ -261,7 +261,7 @@ def _plain_errors(
 def _bases(values: torch.Tensor, count: int, C: int, P: int, root: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis of the span of diag(root) U for each seed: float64[count, P, C].
 
-    Gram and Schmidt, twice over, which is enough; where a column depends on those before it, it gives zeros.
+    Gram and Schmidt, twice over, which is enough; if a column depends on those before it, it gives zeros.
     """
     at = torch.arange(count, device=values.device).view(-1, 1, 1) + 1
     inner = torch.arange(P, device=values.device).view(1, -1, 1) + P * torch.arange(C, device=values.device)

@@ -24,11 +24,11 @@ The errors are passed on without inverting H.  With H = M D M^T, M upper triangu
 is sum_n D_n |w_n + sum_(m<n) e_m M_mn - q_n|^2 where e_m = w_m - q_m, so column n has the target w_n + sum_(m<n) e_m M_mn:
 the same as the published update with the Cholesky factor of the inverse (section 3.1; Chee et al. 2023, Theorem 6).
 
-shared=True (ours): all layers use the same codebooks, which then cost next to nothing.  In a small model a codebook a
-layer would cost more than its indices.
+shared=True (ours): all layers use the same codebooks, which then cost next to nothing.  In a small model one codebook
+per layer would cost more than its indices.
 
 Deviations from the authors' code: the order of columns is not stored, only which group or outliers a column belongs to,
-and groups may differ by one column in size where the columns do not divide; norm divides by the standard deviation, as
+and groups may differ by one column in size if the columns do not divide; norm divides by the standard deviation, as
 the code did until commit b7304b8; codebooks are half floats, and indices are chosen for those.
 """
 
@@ -54,7 +54,7 @@ from .propagation import add_product, gather, scatter, sweep_block, unit_factor
 
 PRESETS = {2: (6, 4096, 0), 3: (4, 4096, 0), 4: (6, 4096, 4096)}  # bits: v, k, residual (Tables 8 and 10)
 BLOCK = 128  # columns between which errors are passed on one by one
-SAMPLE = 256  # most vectors a centroid that k-means sees
+SAMPLE = 256  # most vectors per centroid that k-means sees
 ITERATIONS = 30  # of k-means
 STEPS = 8  # of conjugate gradients
 ENOUGH = 1e-3  # the least share by which a round of refinement lowers the cost
@@ -97,7 +97,7 @@ class Problem:
 
     @property
     def inverse(self) -> np.ndarray:
-        """1 / scale, and 0 where that is 0: float32[in]."""
+        """1 / scale, and 0 if that is 0: float32[in]."""
         inverse = np.zeros_like(self.scale)
         np.divide(1, self.scale, out=inverse, where=self.scale > 0)
         return inverse
@@ -118,7 +118,7 @@ class Codes:
 class Vptq(Stage):
     """Vector quantisation with second-order error propagation.
 
-    bits: 2, 3 or 4 for the paper's v, k and residual at these bits; 0 where v and k are given.  v: weights a vector.
+    bits: 2, 3 or 4 for the paper's v, k and residual at these bits; 0 if v and k are given.  v: weights per vector.
     k: centroids of the main codebook.  residual: centroids of the second codebook, 0 for none.  parts: into how many
     parts with codebooks of their own a vector falls.  outliers: share of columns with the codebook (outlier_v,
     outlier_k).  groups: of the other columns.  norm: "none" or "std".  permute: process columns by falling H_ii.
@@ -399,7 +399,7 @@ class Vptq(Stage):
         return self.dense(packed, {**packed.floats, **(packed.shared.floats if packed.shared else {})})
 
     def dense(self, packed: Packed, floats: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Centroids in the place of their indices, then scale and mean of each column; `floats` with shared codebooks."""
+        """Centroids in place of their indices, then scale and mean of each column; `floats` with shared codebooks."""
         rows = packed.shape[0]
         segments = self.segments(packed.shape)
         found, pieces = self.columns(packed, segments), []
@@ -504,7 +504,7 @@ def _half(values: np.ndarray) -> np.ndarray:
 def _factor(problem: Problem) -> np.ndarray:
     factor = unit_factor(problem.hessian)
     if factor is None:
-        raise BadInput("vptq: the statistics are no second moments (not positive definite); collect them anew")
+        raise BadInput("vptq: the statistics are not second moments (not positive definite); collect them again")
     return factor[0]
 
 
@@ -602,13 +602,13 @@ def _product(hessian: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
-    """In double precision, and not by BLAS, whose sums depend on the number of threads."""
+    """In double precision, not by BLAS, whose sums depend on the number of threads."""
     return float((a * b).sum(dtype=np.float64))
 
 
 def _places(segments: list[Segment], codes: Codes, shape: tuple[int, int]) -> np.ndarray:
     """For every weight, where the number that stands for it lies among all centroids (`_flat`), int32[levels, in, padded
-    rows]; where there is no residual codebook, at the end."""
+    rows]; if there is no residual codebook, at the end."""
     levels = max(len(s.sizes) for s in segments)
     end = sum(s.v * k for s in segments for k in s.sizes)
     places = np.full((levels, *shape), end, np.int32)

@@ -171,7 +171,7 @@ def without_double_norms(module: nn.Module) -> None:
 
 
 def _linears(module: nn.Module) -> Iterator[str]:
-    """Names of the linear layers inside the blocks of `module`, or anywhere where it has no blocks."""
+    """Names of the linear layers inside the blocks of `module`, or anywhere if it has no blocks."""
     blocks = [name for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
     for name, layer in module.named_modules():
         linear = isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"

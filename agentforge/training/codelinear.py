@@ -119,7 +119,7 @@ def code_linears(module: nn.Module) -> Iterator[tuple[str, CodeLinear]]:
 def to_codes(module: nn.Module, model: LanguageModel, start: Artifact) -> None:
     """Replace the layers of all weights that `start` encodes by CodeLinear, in place.
 
-    Raises BadInput where it encodes one with another stage than ecsq, or outside of linear layers.
+    Raises BadInput if it encodes one with another stage than ecsq, or outside of linear layers.
     """
     weights = {weight.name: weight for weight in model.weights()}
     layers = dict(module.named_modules())
@@ -139,10 +139,10 @@ def to_codes(module: nn.Module, model: LanguageModel, start: Artifact) -> None:
 
 
 def within(layers: Mapping[str, CodeLinear], most: int) -> dict[str, Packed]:
-    """The planes of all layers, of at most `most` bytes together: where training has made them larger, all latent values are
+    """The planes of all layers, of at most `most` bytes together: if training has made them larger, all latent values are
     shrunk by the same factor, as little as it takes to a thousandth.
 
-    Raises BadInput where nine tenths of their size are still too large.
+    Raises BadInput if nine tenths of their size are still too large.
     """
     shrink = 1.0
     while True:

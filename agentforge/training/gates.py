@@ -1,8 +1,8 @@
-"""Gates: what a compressed model has to pass before anybody is handed it.
+"""Gates: what a compressed model has to pass before it is handed over.
 
-A gate is a measurement, its whole 95% interval, held against a limit that was fixed before.  The limits are those of the
+A gate is a measurement, its whole 95% interval, checked against a limit that was fixed before.  The limits are those of the
 documentation of phase 4: gradients flow, accuracy falls by at most 10%, training is triggered from 5% of perplexity on, and
-the two outputs agree at 99.5% of the tokens.
+the two outputs agree on 99.5% of the tokens.
 """
 
 from __future__ import annotations

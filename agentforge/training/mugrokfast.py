@@ -20,7 +20,7 @@ the filter.
 
 AdamW (arXiv 1711.05101, algorithm 2) is torch's own function.
 
-Neither paper says in what order to clip and to filter: whoever clips does so before `step()`, and so before the filter.
+Neither paper says in what order to clip and to filter: clip before `step()`, and so before the filter.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class MuGrokfast(torch.optim.Optimizer):
     then there is no running mean to store.  Gradients are left as they are.  Clipping is the caller's business, before
     `step()`.  Momentum and means are kept in the dtype of their parameter: train float32 weights.
 
-    Raises BadInput where a value is out of range, and where a gradient is sparse.
+    Raises BadInput if a value is out of range, or if a gradient is sparse.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class MuGrokfast(torch.optim.Optimizer):
                 raise BadInput(f"{what}; Muon takes two dimensions or more, put it into a group with muon=False")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a `state_dict()`, its options included.  Raises BadInput where it belongs to other parameters."""
+        """Continue from a `state_dict()`, its options included.  Raises BadInput if it belongs to other parameters."""
         for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
             missing = [key for key in ("muon", *OPTIONS) if key not in saved]
             if missing:
@@ -161,7 +161,7 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     a member of an nn.ModuleList, or a member of an nn.Sequential that has parts of its own.  Embeddings (nn.Embedding, and
     what the model's get_input_embeddings gives), the output head (get_output_embeddings) and all that is tied to them never
     count, wherever they are; norms and biases have too few dimensions.  Frozen parameters are in neither group.
-    Raises BadInput where there is no block: then nobody can tell from the structure which matrices are hidden.
+    Raises BadInput if there is no block: then the structure does not tell which matrices are hidden.
     """
     blocks: list[nn.Module] = []
     for container in module.modules():
@@ -259,7 +259,7 @@ def _name(group: dict[str, Any], i: int) -> str:
 
 
 def _check(options: dict[str, Any]) -> None:
-    """Raise BadInput where an option is out of range."""
+    """Raise BadInput if an option is out of range."""
     betas = options["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise BadInput(f"MuGrokfast: betas={betas!r}; expected two numbers")

@@ -1,6 +1,6 @@
-"""Phase 4 whole: a model comes in, is made ternary, recovers where it has to, and goes out in two forms, with proof.
+"""Phase 4 whole: a model comes in, is made ternary, recovers if it has to, and goes out in two forms, with evidence.
 
-    check the model -> measure -> convert -> measure -> gradient flow -> train where quality fell -> measure
+    check the model -> measure -> convert -> measure -> gradient flow -> train if quality fell -> measure
     -> quantized/ (packed planes) and dequantized/ (float16) -> gates -> hand-off
 
 Everything that is reported is measured here, on what was loaded back from disk.
@@ -36,7 +36,7 @@ from .recover import Settings, block_of, recover, windows
 
 
 class Size(NamedTuple):
-    """A row of the documentation's size-adaptive table: threshold and target ratio (against 32 bits a parameter)."""
+    """A row of the documentation's size-adaptive table: threshold and target ratio (against 32 bits per parameter)."""
 
     name: str
     below: float
@@ -67,7 +67,7 @@ def adaptive(model: LanguageModel) -> Ternary:
 @dataclass(frozen=True)
 class Phase:
     """What a run of the phase gave.  path: the folder.  metrics: the 19 of the documentation, by name.  gates: what was
-    held against limits.  trained: whether training was triggered."""
+    checked against limits.  trained: whether training was triggered."""
 
     path: Path
     metrics: dict[str, float]
@@ -96,12 +96,12 @@ def phase(
 ) -> Phase:
     """Run phase 4 on `model` and write the folder `out`.
 
-    settings: of training, which runs where perplexity (for a classifier, one less accuracy) rose by more than 5%, or
+    settings: of training, which runs if perplexity (for a classifier, one less accuracy) rose by more than 5%, or
     `always_train`.  text, tokens: what quality is measured on.  training_text: what is trained on.
-    device: where is trained and measured (default: cuda where there is one).
+    device: for training and measuring (default: cuda if available).
 
     out holds quantized/, dequantized/, handoff.json, phase.json and tracking/.  Run again after a kill, the parts that
-    are finished are not made again.  Raises BadInput where the model or the settings cannot be used, and never because a
+    are finished are not made again.  Raises BadInput if the model or the settings cannot be used, and never because a
     gate failed: that is in the result.
     """
     device = device or fastest_device()

@@ -91,7 +91,7 @@ def to_planes(
     if not stage.trains_floats():
         able = [name for name in stages.names() if type(stages.get(name)).trains_floats()]
         raise BadInput(
-            f"recovery: {stage.name} has no float planes that can be trained; there are {', '.join(['ternary', *able])}"
+            f"recovery: {stage.name} has no float planes that can be trained; choose from {', '.join(['ternary', *able])}"
         )
     if start is None:
         artifact = compress(model, stage, folder, overwrite=True)

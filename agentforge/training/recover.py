@@ -1,4 +1,4 @@
-"""Recovery: train a compressed model, by distillation, to say again what its original says.
+"""Recovery: train a compressed model by distillation from its original.
 
 The student starts as a copy of the original whose linear layers are ternary with straight-through gradients
 (`bitlinear`), or decode from planes whose floats are trained while their integers stay (`planelinear`), or from the codes
@@ -6,7 +6,7 @@ that `allocation.fit` chose, which are trained, too (`codelinear`).  The origina
 KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
-that was killed goes on from its last checkpoint and, on the CPU, repeats the very same losses.
+that was killed continues from its last checkpoint and, on the CPU, repeats the same losses.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
 class Settings:
     """How to train.
 
-    steps: of the optimizer.  batch: windows (for digits-mlp, pictures) a step.  context: tokens a window.  passes: parts
+    steps: of the optimizer.  batch: windows (for digits-mlp, pictures) per step.  context: tokens per window.  passes: parts
     that a batch is computed in, to save memory.  lr: its peak; it rises over `warmup` (a share of the steps) and falls
     along a cosine to a tenth; so does lambda rise, from the dense to the quantised layer.  weight_decay: decoupled.
     clip: largest norm of all gradients together.  hidden: weight of the hidden states' mean squared error, relative to
@@ -119,7 +119,7 @@ class Look(NamedTuple):
 
 
 class Recovered(NamedTuple):
-    """artifact: the packed model.  history: a row an evaluation (step, tokens, loss, kl, ...).  before, after: the first
+    """artifact: the packed model.  history: one row per evaluation (step, tokens, loss, kl, ...).  before, after: the first
     and the best look."""
 
     artifact: Artifact
@@ -149,12 +149,12 @@ def recover(
     are trained.  text: to train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth
     of any other text.  names: weights to compress (default: all that a stage may touch).  start: for other stages than
     ternary, the artifact whose planes to begin with (default: made here by `stage`).  most_bytes: of all planes together,
-    for stage None: training may make codes larger, and these are kept within it.  device: default cuda where there is one.
+    for stage None: training may make codes larger; they are kept within this limit.  device: default cuda if there is one.
 
-    After a kill, or Ctrl-C, the same call goes on from the last checkpoint.  Raises BadInput where model, stage, text or
+    After a kill, or Ctrl-C, the same call continues from the last checkpoint.  Raises BadInput if model, stage, text or
     settings cannot be used.
     """
-    place = device_named(device or fastest_device())
+    torch_device = device_named(device or fastest_device())
     model = open_model(model) if isinstance(model, str | Path) else model
     stage = stages.parse(stage) if isinstance(stage, str) else stage
     settings = settings or Settings()
@@ -164,7 +164,7 @@ def recover(
     weights = {weight.name: weight for weight in model.weights()}
     chosen = sorted(weights) if names is None else sorted(set(names))
     if odd := [name for name in chosen if name not in weights]:
-        raise BadInput(f"{odd[0]}: is no weight of {model.name} that a stage may touch; `agentforge models` lists them")
+        raise BadInput(f"{odd[0]}: is not a weight of {model.name} that a stage may touch; `agentforge models` lists them")
     begin = _start(stage, start)
     if stage is None and names is not None:
         raise BadInput("recovery: the weights are those that the artifact to start with encodes; expected names=None")
@@ -194,7 +194,7 @@ def recover(
         if writer.finished and history_file.is_file():
             history: Any = read_json(history_file)["history"]
             return _recovered(Artifact(out), history)
-        run = _Run(model, stage, settings, calibration, chosen, work, recipe, place, progress)
+        run = _Run(model, stage, settings, calibration, chosen, work, recipe, torch_device, progress)
         run.prepare(begin, overwrite)
         history = run.train()
         packed, kept = run.result()
@@ -376,10 +376,10 @@ class _Run:
         rows, count = len(self.inputs), self.settings.batch
         picked: list[int] = []
         while len(picked) < count:
-            place = step * count + len(picked)
-            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + place // rows)
+            position = step * count + len(picked)
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + position // rows)
             order = torch.randperm(rows, generator=generator)
-            picked += order[place % rows : place % rows + count - len(picked)].tolist()
+            picked += order[position % rows : position % rows + count - len(picked)].tolist()
         return self.inputs[picked]
 
     def look(self) -> Look:
@@ -447,7 +447,7 @@ class _Run:
         write_sealed(self._checkpoint, tensors, metadata)
 
     def _load(self) -> None:
-        """Go on from the checkpoint, where there is one and it is as it was written; else begin."""
+        """Continue from the checkpoint, if there is one and it is as it was written; else begin."""
         found = read_sealed(self._checkpoint)
         if found is None or (self._best.exists() and read_sealed(self._best) is None):
             self._best.unlink(missing_ok=True)
@@ -530,7 +530,7 @@ class _Distillation(torch.autograd.Function):
 
 
 def _forward(module: Any, inputs: torch.Tensor, hidden: bool = False) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits, [rows, classes], and the hidden states where they are asked for."""
+    """Logits, [rows, classes], and the hidden states if they are asked for."""
     if inputs.is_floating_point():
         return module(inputs), ()
     output = module(input_ids=inputs, use_cache=False, output_hidden_states=hidden)

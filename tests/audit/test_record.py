@@ -312,7 +312,7 @@ def test_only_a_few_claims(tmp_path: Path) -> None:
     settings |= {"device": "cpu", "fresh": True}
     rows = report.only(path, ["bits", "zeros"], settings)
     assert [(row["id"], row["verdict"]) for row in rows] == [("bits", "partly"), ("zeros", "confirmed")]
-    with pytest.raises(BadInput, match="'nought' is not in mine; there are absent, bits"):
+    with pytest.raises(BadInput, match="'nought' is not in mine; choose from absent, bits"):
         report.only(path, ["nought"], settings)
 
 

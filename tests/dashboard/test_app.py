@@ -190,7 +190,7 @@ def test_the_frontier_says_what_its_points_do(made: Path, draw: Draw) -> None:
     kl = next(row["kl"] for row in rows if row["recipe"]["bits"] == 2.6)
     low, high = Measurement(**kl).bounds
     lowest = f"{kl['value']:.3g} ({low:.3g} to {high:.3g}) (fit to 2.6 bits"
-    assert f"At 3 bits a weight or fewer the lowest KL is {lowest}" in text(page)
+    assert f"At 3 bits per weight or fewer the lowest KL is {lowest}" in text(page)
 
 
 def test_reports_can_run_nothing(made: Path, draw: Draw) -> None:

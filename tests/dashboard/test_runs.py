@@ -211,11 +211,11 @@ def test_models_and_chains_are_those_of_the_lists(workspace: Path, tmp_path: Pat
     assert runs.chain_named(workspace, "inside.yaml (workspace)").text == str(workspace / "inside.txt")
     for model, chain, says in [
         ("../model", OWN, "model '../model'"),
-        (str(tmp_path / "model"), OWN, "no folder in the workspace"),
+        (str(tmp_path / "model"), OWN, "nor a folder in the workspace"),
         ("linked", OWN, "leads out of the folder"),
         ("own", OWN, "symbolic link model.safetensors"),
         ("digits-mlp", "../outside.yaml", "chain '../outside.yaml'"),
-        ("digits-mlp", "linked.yaml (workspace)", "no ordinary file"),
+        ("digits-mlp", "linked.yaml (workspace)", "not an ordinary file"),
         ("digits-mlp", "text.yaml (workspace)", "its text '../outside.yaml' is not in the workspace"),
     ]:
         with pytest.raises(BadInput, match=says.replace("(", r"\(").replace(")", r"\)")):
@@ -276,7 +276,8 @@ def test_the_frontier_is_what_nothing_else_beats() -> None:
     assert [p.bits for p in front.best] == [2, 3, 4]
     assert front.beside == [found[-1]] and front.way == "a"
     assert front.says.startswith("3 points are on the frontier: 3 of budgets.")
-    assert "At 3 bits a weight or fewer the lowest KL is 0.5 (0.49 to 0.51) (3 at 3.00 bits, 5.3x against 16)." in front.says
+    lowest = "the lowest KL is 0.5 (0.49 to 0.51) (3 at 3.00 bits, 5.3x against 16)."
+    assert f"At 3 bits per weight or fewer {lowest}" in front.says
     kept = frontier.front([point(4, 0.99), point(3, 0.87), point(2, 0.85)], "o", "total_retention")
     assert [p.bits for p in kept.best] == [2, 3, 4]
     assert "whole 95% interval: 2 at 2.00 bits, 8.0x against 16, 0.85 (0.84 to 0.86)." in kept.says

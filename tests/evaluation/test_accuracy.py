@@ -52,7 +52,7 @@ def test_the_held_out_digits_are_held_out() -> None:
 
 
 def test_a_language_model_has_no_accuracy(tiny_llama: Path) -> None:
-    with pytest.raises(BadInput, match="tiny-llama is no classifier; measure its perplexity"):
+    with pytest.raises(BadInput, match="tiny-llama is not a classifier; measure its perplexity"):
         agentforge.accuracy(agentforge.open_model(tiny_llama))
 
 

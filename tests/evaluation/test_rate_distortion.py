@@ -154,7 +154,7 @@ def test_the_plot_shows_every_row_and_states_the_finding() -> None:
     rows = rd.measure(["rounding:bits=2", "rounding:bits=4", "ternary"], {"gaussian": rd.gaussian(32, 128)})
     figure = rd.plot(rows)
     (axes,) = figure.axes
-    assert axes.get_xlabel() == "bits a weight" and axes.get_yscale() == "log"
+    assert axes.get_xlabel() == "bits per weight" and axes.get_yscale() == "log"
     drawn = {(float(x), float(y)) for line in axes.lines for x, y in zip(line.get_xdata(), line.get_ydata(), strict=True)}
     for row in rows:
         assert (row.bits.value, row.error.value) in drawn and (row.coded_bits.value, row.error.value) in drawn

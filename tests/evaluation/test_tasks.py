@@ -455,11 +455,11 @@ def test_a_missing_lm_eval(tiny: LanguageModel, folder: Path, monkeypatch: pytes
 
 ARC_ROW = json.dumps(ARC[0])
 BAD_FILES = [
-    ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n\n{{", "line 3: is no JSON"),
+    ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n\n{{", "line 3: is not JSON"),
     ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n[]", "line 2: list indices must be integers"),
-    ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n{{}}", "line 2: 'choices' is missing; mend the file"),
-    ("arc_easy", "arc/arc_easy_test.json", "[1, 2", "is no JSON array"),
-    ("arc_easy", "arc/arc_easy_test.json", "[" * 100_000, "is no JSON array"),
+    ("arc_easy", "arc/arc_easy_test.jsonl", f"{ARC_ROW}\n{{}}", "line 2: 'choices' is missing; fix the file"),
+    ("arc_easy", "arc/arc_easy_test.json", "[1, 2", "is not a JSON array"),
+    ("arc_easy", "arc/arc_easy_test.json", "[" * 100_000, "is not a JSON array"),
     ("arc_easy", "arc/arc_easy_test.json", f"[{ARC_ROW}, 3]", "item 2: 'int' object is not subscriptable"),
     ("arc_easy", "arc/arc_easy_test.json", "[]", "is empty; expected questions of arc_easy"),
     (
@@ -479,7 +479,7 @@ BAD_FILES = [
         "hellaswag",
         "hellaswag/hellaswag_val_full.txt",
         "c\n0\n" + "a\nb\nc\nd\nc\n1\na\nb\n",
-        "line 7: expected six lines an item, found 4",
+        "line 7: expected six lines per item, found 4",
     ),
     (
         "hellaswag",
@@ -501,7 +501,7 @@ BAD_FILES = [
         "q,1,2,3,4,A\nq,1,2,3,A\n",
         "line 2: expected six fields (question, four choices, letter), found 5",
     ),
-    ("mmlu", "mmlu/test/anatomy_test.csv", 'q,1,2,3,4,A\n"q', "line 2: is no CSV"),
+    ("mmlu", "mmlu/test/anatomy_test.csv", 'q,1,2,3,4,A\n"q', "line 2: is not CSV"),
     ("mmlu", "mmlu/test/anatomy_test.csv", "q,1,2,3,4,E\n", "expected an answer among ['A', 'B', 'C', 'D'], found 'E'"),
     ("mmlu", "mmlu/test/alchemy_test.csv", "q,1,2,3,4,A\n", "mmlu_alchemy is not among the 57 subjects of mmlu"),
     (

@@ -452,7 +452,7 @@ def test_the_command_line_evaluates_packed(
 
 
 def test_an_unknown_runtime_is_refused(artifact: Path) -> None:
-    with pytest.raises(BadInput, match=r"runtime 'fast' does not exist; there are dense, packed"):
+    with pytest.raises(BadInput, match=r"runtime 'fast' does not exist; choose from dense, packed"):
         af.load(artifact, runtime="fast")
 
 

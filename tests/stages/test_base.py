@@ -34,7 +34,7 @@ def test_a_brief_text_says_what_differs_and_is_taken_back(text: str, brief: str)
 
 
 def test_unknown_stage() -> None:
-    with pytest.raises(BadInput, match=rf"stage 'gptq' does not exist; there are {', '.join(stages.names())}"):
+    with pytest.raises(BadInput, match=rf"stage 'gptq' does not exist; choose from {', '.join(stages.names())}"):
         stages.get("gptq")
 
 
@@ -122,7 +122,7 @@ def test_parse(text: str, expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "stage '' does not exist; there are .*rounding"),
+        ("", "stage '' does not exist; choose from .*rounding"),
         ("gptq:bits=4", "stage 'gptq' does not exist"),
         ("rounding:bits", "expected setting=value, found 'bits'"),
         ("rounding:4", "expected setting=value, found '4'"),

@@ -255,7 +255,7 @@ def test_an_input_that_is_never_used_does_no_harm() -> None:
 
 def test_second_moments_that_are_none_are_refused() -> None:
     hessian = torch.tensor([[1.0, 4.0], [4.0, 1.0]])
-    with pytest.raises(BadInput, match="no second moments"):
+    with pytest.raises(BadInput, match="not second moments"):
         stages.get("ecsq").encode(gaussian((3, 2)), InputStatistics(hessian, 9))
 
 

@@ -353,7 +353,7 @@ def test_one_weight_a_trajectory_is_plain_rounding() -> None:
         ({"l": -0.1}, "l=-0.1; expected 1e-30"),
         ({"loss": -1.0}, "loss=-1.0; expected 0 or more"),
         ({"U_first": 1600}, "U_first=1600; expected 2 to below U=1600"),
-        ({"U_first": 225, "select": False}, "U_first=225; expected 0 where select=False"),
+        ({"U_first": 225, "select": False}, "U_first=225; expected 0 if select=False"),
         ({"variant": "printed", "K": 3}, "K=3; expected 2 with variant=printed"),
         ({"variant": "spiral"}, "expected one of code, printed, korobov"),
     ],

@@ -242,7 +242,7 @@ def test_handoff_refuses_with_a_reason(what: str, done: Path, tmp_path: Path) ->
     path = folder / "handoff.json"
     data = json.loads(path.read_text())
     reason = {
-        "phase": "is no hand-off of phase 5",
+        "phase": "is not a hand-off of phase 5",
         "file": "is not the file that was handed over",
         "missing": "tokenizer.json is missing",
         "token": "special tokens are",

@@ -270,12 +270,12 @@ def test_settings_out_of_range_are_refused(
 def test_what_cannot_be_trained_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = af.open_model(tiny_llama)
     with pytest.raises(
-        BadInput, match="seedlm has no float planes that can be trained; there are ternary, ecsq, rounding, vptq"
+        BadInput, match="seedlm has no float planes that can be trained; choose from ternary, ecsq, rounding, vptq"
     ):
         recover(model, tmp_path / "out", "seedlm:bits=4", QUICK, text=TEXT)
     with pytest.raises(BadInput, match="expected rule=absmean"):
         recover(model, tmp_path / "out", "ternary:rule=threshold", QUICK, text=TEXT)
-    with pytest.raises(BadInput, match="nothing: is no weight of"):
+    with pytest.raises(BadInput, match="nothing: is not a weight of"):
         recover(model, tmp_path / "out", settings=QUICK, text=TEXT, names=["nothing"])
     with pytest.raises(BadInput, match=r"context=129: tiny-llama.* takes at most 128 tokens"):
         recover(model, tmp_path / "out", settings=dataclasses.replace(QUICK, context=129), text=TEXT)
