@@ -282,7 +282,7 @@ def verdicts(own: list[Other], everything: list[Other]) -> list[str]:
     if below:
         text += f"Everything of fewer than {least:.2f} bits loses to it: {_count(len(below))}."
     if more := [o for o in worse if o not in below]:
-        text += f"  So does {_count(len(more))} of as many bits or more, up to {more[0]}."
+        text += f"  So {'does' if len(more) == 1 else 'do'} {_count(len(more))} of as many bits or more, up to {more[0]}."
     text += "**"
     return [*lines, text]
 
