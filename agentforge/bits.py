@@ -87,7 +87,7 @@ def pack_uint(values: torch.Tensor, width: int) -> torch.Tensor:
     """Unsigned integers below 2**width to bytes: value i takes bits i*width to (i+1)*width - 1 of a little-endian stream.
 
     values: integers of any shape.  Returns uint8[ceil(n * width / 8)]; the bits that fill the last byte are zero.
-    Raises BadInput where a value does not fit.
+    Raises BadInput if a value does not fit.
     """
     flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 1 << width):
@@ -128,7 +128,7 @@ def _pack_block(flat: torch.Tensor, width: int) -> torch.Tensor:
 def unpack_uint(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
     """The inverse of `pack_uint`: uint8 for widths up to 8, int32 up to 31 and int64 for 32.
 
-    Raises BadInput where the bits that fill the last byte are not zero.
+    Raises BadInput if the bits that fill the last byte are not zero.
     """
     spare = stored.numel() * 8 - count * width
     if stored.numel() and spare and int(stored[-1]) >> (8 - spare):
@@ -171,7 +171,7 @@ def pack_trits(values: torch.Tensor) -> torch.Tensor:
     """
     flat = _countable(values)
     if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) > 2):
-        raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} are no trits")
+        raise BadInput(f"values from {int(flat.min())} to {int(flat.max())} are not trits")
     flat = torch.nn.functional.pad(flat.to(torch.uint8), (0, -flat.numel() % TRITS_PER_BYTE))
     digits = flat.reshape(-1, TRITS_PER_BYTE)
     packed = digits[:, -1].clone()

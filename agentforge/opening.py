@@ -53,7 +53,7 @@ CONVERSION = 2
 def open_model(name_or_path: str | Path) -> LanguageModel:
     """Open a model: a name from `NAMED`, a Hugging Face folder, an artifact, a GGUF file (Llama family) or a hub id.
 
-    Raises BadInput where it cannot be found or opened; nothing of it is ever executed.
+    Raises BadInput if it cannot be found or opened; nothing of it is ever executed.
     """
     name = str(name_or_path)
     path = Path(name).expanduser()
@@ -118,7 +118,7 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
 
 
 def _smollm2() -> Path:
-    """The default model's folder in the cache, fetched and converted where it is not there yet."""
+    """The default model's folder in the cache, fetched and converted if it is not there yet."""
     target = f"{SMOLLM2['name']}-{CONVERSION}"
     source = {
         "name": SMOLLM2["name"],
@@ -292,7 +292,7 @@ def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
     that is none of ours or damaged.
     """
     if runtime not in RUNTIMES:
-        raise BadInput(f"runtime {runtime!r} does not exist; there are {', '.join(RUNTIMES)}")
+        raise BadInput(f"runtime {runtime!r} does not exist; choose from {', '.join(RUNTIMES)}")
     artifact = Artifact(path)
     artifact.check()
     return _ArtifactModel(artifact, runtime)

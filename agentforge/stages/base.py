@@ -43,7 +43,7 @@ class InputStatistics:
         return self.hessian.diagonal()
 
     def check(self, shape: tuple[int, int], name: str) -> None:
-        """Raise BadInput where this is not what a weight of this shape, [out, in], needs."""
+        """Raise BadInput if this is not what a weight of this shape, [out, in], needs."""
         rows, columns = shape
         if tuple(self.hessian.shape) != (columns, columns):
             raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
@@ -166,7 +166,7 @@ class Stage:
         return {}
 
     def check(self) -> None:
-        """Raise BadInput where a setting has the wrong type or is out of range."""
+        """Raise BadInput if a setting has the wrong type or is out of range."""
         hints = setting_types(type(self))
         for field in dataclasses.fields(self):
             value, hint = getattr(self, field.name), hints[field.name]

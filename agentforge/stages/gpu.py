@@ -10,7 +10,7 @@ from ..errors import BadInput
 
 
 def kernels_for(device: torch.device) -> Any:
-    """The module of Triton kernels for a CUDA device, None for the CPU.  Raises BadInput where Triton is missing."""
+    """The module of Triton kernels for a CUDA device, None for the CPU.  Raises BadInput if Triton is missing."""
     if device.type != "cuda":
         return None
     try:

@@ -23,7 +23,7 @@ def get(name: str, /, **settings: Any) -> Stage:
     Raises BadInput, listing what is valid, for an unknown name or setting, and for a value out of range.
     """
     if name not in REGISTRY:
-        raise BadInput(f"stage {name!r} does not exist; there are {', '.join(names())}")
+        raise BadInput(f"stage {name!r} does not exist; choose from {', '.join(names())}")
     cls = REGISTRY[name]
     valid = [f.name for f in dataclasses.fields(cls)]
     for key in settings:
@@ -46,7 +46,7 @@ def from_json(data: Any) -> Stage:
 def parse(text: str) -> Stage:
     """A stage from the command line's form, `name` or `name:setting=value,setting=value`, and ` | ` before each refinement.
 
-    Raises BadInput where a part is not of that form or `get` refuses it.
+    Raises BadInput if a part is not of that form or `get` refuses it.
     """
     text, refinement, rest = text.partition("|")
     if refinement:
@@ -68,7 +68,7 @@ def parse(text: str) -> Stage:
 def with_refinements(first: Stage, text: str) -> Refined:
     """`first` with the refinements that `text` names, such as "codebook=curves:degree=3 | entropy", after those it has.
 
-    Raises BadInput where a part is neither entropy, at the end, nor plane=stage.
+    Raises BadInput if a part is neither entropy, at the end, nor plane=stage.
     """
     *parts, last = [part.strip() for part in text.split("|")]
     entropy = last == "entropy"

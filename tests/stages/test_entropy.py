@@ -172,7 +172,7 @@ def test_bytes_are_the_same_everywhere() -> None:
 def test_values_that_do_not_fit_are_refused() -> None:
     with pytest.raises(BadInput, match="do not fit into 2 bits"):
         encode(Plane("p", torch.tensor([4]), "uint2"))
-    with pytest.raises(BadInput, match="no trits"):
+    with pytest.raises(BadInput, match="not trits"):
         encode(Plane("p", torch.tensor([3]), "trit"))
 
 
