@@ -136,6 +136,9 @@ def test_the_set_up_is_never_silent_and_fails_with_pips_own_words(
     assert not install.run("installing x", [], optional=True)
     with pytest.raises(SystemExit, match="installing x failed"):
         install.run("installing x", [])
+    monkeypatch.setenv("PIP_CONSTRAINT", "of the machine")
+    slow.write_text("#!/bin/sh\ntest $PIP_CONSTRAINT = /dev/null\n")
+    assert install.run("installing x", [])
     assert first == "installing x"
     assert later[0].endswith("s: 1 of 2, asking the package index")
 

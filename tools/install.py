@@ -164,7 +164,11 @@ def run(what: str, arguments: list[str], total: int = 1, optional: bool = False)
     say(what)
     command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--progress-bar", "off"]
     command += ["--disable-pip-version-check", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    # The pins decide alone: a machine's own constraints know nothing of them, and make pip call any absence a conflict.
+    environment = {**os.environ, "PIP_CONSTRAINT": os.devnull}
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    )
     lines: queue.Queue[str | None] = queue.Queue()
 
     def listen() -> None:
