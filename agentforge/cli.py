@@ -6,6 +6,7 @@ by signal n (Ctrl-C: 130, SIGTERM: 143, SIGHUP: 129).
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import re
@@ -74,6 +75,9 @@ OutDir = Annotated[Path, typer.Option("--out", help="The artifact's folder.", ca
 
 def main() -> None:
     """Run the command line and exit with its code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files that the terminal's encoding does not have
     caught = [signal.SIGINT]
 
     def stop(number: int, _: object) -> None:

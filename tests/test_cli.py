@@ -470,6 +470,15 @@ def test_signals_end_a_command_with_a_true_sentence(
 # In a process of its own
 
 
+def test_names_that_the_terminal_cannot_show_are_shown_escaped(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "agentforge", "compress", "digits-mlp", "--stage", "rounding", "--out", "\xfc"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "\\xfc" in done.stdout
+    assert (tmp_path / "\xfc" / MANIFEST).is_file()
+
+
 def test_python_m_agentforge() -> None:
     done = subprocess.run([sys.executable, "-m", "agentforge", "models"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
