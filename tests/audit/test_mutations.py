@@ -391,10 +391,10 @@ FAULTS: dict[str, Fault] = {
         ("alignment.seedlm", "features.seedlm_generation", "working.seedlm"),
     ),
     "LFSR: shifted the other way": Fault(
-        lambda to: to.setattr(seedlm, "_run", shifts_left), ("alignment.seedlm", "features.seedlm_generation")
+        lambda to: to.setattr(seedlm_search, "_run", shifts_left), ("alignment.seedlm", "features.seedlm_generation")
     ),
     "LFSR: the seed counts as the first state": Fault(
-        wrapped(seedlm, "lfsr", lambda lfsr, K, seed, count: np.concatenate([[seed], lfsr(K, seed, count)[:-1]])),
+        wrapped(seedlm_search, "lfsr", lambda lfsr, K, seed, count: np.concatenate([[seed], lfsr(K, seed, count)[:-1]])),
         ("features.seedlm_lfsr", "features.seedlm_generation"),
     ),
     "SeedLM: the search stops early": Fault(wrapped(seedlm, "_searcher", first_seeds_only), ("features.seedlm_learned",)),
