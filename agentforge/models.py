@@ -468,4 +468,5 @@ def _call(module: nn.Module, method: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
+    """The type of an error and the first line of what it says."""
     return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:160]}"

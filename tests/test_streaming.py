@@ -44,5 +44,7 @@ def test_peak_memory_keeps_to_its_bound(benchmark: ModuleType, tmp_path: Path) -
     assert [row["stage"] for row in rows] == list(benchmark.STAGES)
     for row in rows:
         assert row["model_bytes"] > 0.9e9
-        assert row["peak_bytes"] <= row["bound_bytes"], row
+        # How much of the libraries is mapped is the kernel's affair: 250 MB when the bound was set, 390 in a new folder.
+        assert row["peak_bytes"] - row["mapped_bytes"] <= row["bound_bytes"] - 250e6, row
+        assert 100e6 < row["mapped_bytes"] < 500e6
         assert f"| {row['stage']} | {row['peak_bytes'] / 1e6:,.0f} |" in (tmp_path / "streaming.md").read_text()

@@ -214,6 +214,7 @@ def register(cls: _S) -> _S:
 
 
 def setting_types(cls: Any) -> dict[str, Any]:
+    """The types of a stage's settings, by name."""
     if cls not in _HINTS:  # evaluating annotations takes longer than decoding a small weight
         _HINTS[cls] = typing.get_type_hints(cls)
     return _HINTS[cls]

@@ -65,6 +65,7 @@ def basis(K: int, C: int, P: int, seed: int) -> np.ndarray:
 
 
 def to_unit(states: np.ndarray, K: int) -> np.ndarray:
+    """Entries of U for states of the register (Equation 1): float64, from -1 to 1."""
     half = 2.0 ** (K - 1)
     return (states - half) / max(half - 1, 1.0)
 
@@ -106,6 +107,7 @@ class Tables(NamedTuple):
 
 @lru_cache(maxsize=4)
 def tables_of(K: int, C: int, P: int) -> Tables:
+    """The tables of all bases U(s), C x P, of a register of K bits."""
     count = (1 << K) - 1
     states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
     D = C - P

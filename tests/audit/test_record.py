@@ -372,7 +372,7 @@ def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Pa
     sha256 = record_sha256(json.loads(made["mine.json"]))
     assert all(sha256 in text for name, text in made.items() if name != "mine.json")
     assert str(tmp_path) not in made["mine.ipynb"]
-    assert "<details>" in made["mine.html"] and "agentforge audit mine --only zeros" in made["mine.html"]
+    assert "<details>" in made["mine.html"] and "agentforge audit --claims" in made["mine.html"]
     for name, old, new in (
         ("mine.html", "confirmed", "confirmed!"),
         ("mine.md", "RED refuted", "GREEN confirmed"),

@@ -286,7 +286,7 @@ def test_the_code_is_as_short_typed_and_documented_as_the_probes_say(workshop: p
 
 
 def test_unknown_probes_and_parameters_are_refused(workshop: probes.Workshop) -> None:
-    with pytest.raises(BadInput, match="there are"):
+    with pytest.raises(BadInput, match="choose from"):
         probes.run(workshop, "magic", {})
     with pytest.raises(BadInput, match="ratio"):
         probes.run(workshop, "ratio", {"stage": "ternary", "colour": "red"})

@@ -162,7 +162,7 @@ def test_progress_and_what_is_measured_so_far(made: Path, draw: Draw, tmp_path: 
     now = {key: coarse[key] for key in kept} | {"gates": {"retention >= 0.9": "undecided"}, "tokens": 4088}
     path.write_text(json.dumps({**found, "now": {**now, "doing": "measuring", "since": 1.0}}))
     page = draw(workspace)
-    assert "was measuring when its process ended** on 4,094 tokens" in text(page)
+    assert "was measuring when its process ended** on 4,088 tokens" in text(page)
     assert "6 of 6 tensors finished" in page.get("progress")[0].proto.text
     assert list(page.table[0].value["decision"]) == ["accepted", "undecided so far"]
     assert ":orange[**undecided**]" in text(page)
