@@ -87,23 +87,26 @@ def figures_that_come_back(workshop: Workshop) -> Measurement:
     """
     readme = CHECKOUT / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    rows = re.findall(r"^\| (\w+:[^|]+) \|(.*)\|$", text, re.M)
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line.startswith("| ")]
+    header = next((line for line in lines if line[0] == "Stage"), [])
+    rows = [dict(zip(header, line, strict=True)) for line in lines if ":" in line[0] and len(line) == len(header)]
     if not rows or workshop.model.name != "smollm2-135m":
         raise Unmeasured("README's table of stages, and smollm2-135m, which it is about")
-    likelihoods = f" {workshop.tokens:,} tokens of {workshop.text.name}" in text
+    said = rf"(Likelihoods of stages|all likelihoods): {workshop.tokens:,} tokens of {workshop.text.name}"
+    likelihoods = re.search(said, text) is not None
     came = total = 0
-    for stage, text in rows:
-        cells = [cell.strip() for cell in text.split("|")]
+    for row in rows:
+        stage = row["Stage"]
         sizes = workshop.remember("sizes", {"stage": stage}, partial(_sizes, workshop, stage))
         workshop.used[stage] = sizes["sha256"]
         same = [
-            cells[0] == f"{sizes['bits']:.3f}",
-            cells[1] == f"{sizes['touched tensors']:.2f}x",
-            cells[2] == f"{sizes['whole model']:.2f}x",
+            row["Bits per weight"] == f"{sizes['bits']:.3f}",
+            row["Touched tensors, to 16 bits"] == f"{sizes['touched tensors']:.2f}x",
+            row["Whole model, to 16 bits"] == f"{sizes['whole model']:.2f}x",
         ]
         if likelihoods:
             found = workshop.divergence(stage)
-            same += [_near(cells[3], found.perplexity), _near(cells[4], found.kl)]
+            same += [_near(row["Perplexity"], found.perplexity), _near(row["KL (nats per token)"], found.kl)]
         came, total = came + sum(same), total + len(same)
     return workshop.exact(
         came / total, "share of figures", total, "README's figures measured again", likelihoods=likelihoods

@@ -14,6 +14,7 @@ import threading
 import time
 from html import unescape
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -283,6 +284,31 @@ def test_the_code_is_as_short_typed_and_documented_as_the_probes_say(workshop: p
     assert project_probes.documented_functions(workshop).value == 1.0
     assert project_probes.short_functions(workshop).value > 0.95
     assert project_probes.short_functions(workshop, lines=1).value < 0.1
+
+
+@pytest.mark.parametrize(("said", "share"), [("Likelihoods of stages", 0.8), ("Likelihoods of ratios", 1.0)])
+def test_readmes_figures_are_read_by_their_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, share: float
+) -> None:
+    columns = ("Bits per weight", "Touched tensors, to 16 bits", "Whole model, to 16 bits", "Whole model, to its GGUF file")
+    (tmp_path / "README.md").write_text(
+        f"{said}: 4,088 tokens of wikitext2.\n| Stage | {' | '.join(columns)} | Perplexity | KL (nats per token) |\n"
+        "| original | - | - | - | - | 33 | 0 |\n"
+        "| ternary:tau=1 | 1.600 | 10.00x | 3.45x | 0.84x | 20.0 ± 1.0 | 9.0 ± 0.1 |\n"
+    )
+    monkeypatch.setattr(project_probes, "CHECKOUT", tmp_path)
+    sizes = {"bits": 1.6, "sha256": "", "touched tensors": 10.0, "whole model": 3.449}
+    found = SimpleNamespace(perplexity=SimpleNamespace(value=21.0, stderr=1.0), kl=SimpleNamespace(value=2.0, stderr=1.0))
+    shop: Any = SimpleNamespace(
+        model=SimpleNamespace(name="smollm2-135m"),
+        text=SimpleNamespace(name="wikitext2"),
+        tokens=4088,
+        used={},
+        remember=lambda *_: sizes,
+        divergence=lambda _: found,
+        exact=lambda value, *_, **__: value,
+    )
+    assert project_probes.figures_that_come_back(shop) == pytest.approx(share)  # the KL alone is another
 
 
 def test_unknown_probes_and_parameters_are_refused(workshop: probes.Workshop) -> None:
