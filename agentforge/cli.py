@@ -23,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer import Argument, Option
 
 from .errors import AgentForgeError, BadInput
 from .escaping import printable
@@ -37,18 +38,20 @@ handoff_app = typer.Typer(no_args_is_help=True, help="Write and check what one p
 app.add_typer(handoff_app, name="handoff")
 out = Console(soft_wrap=True)
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-TextName = Annotated[
-    str | None,
-    typer.Option("--text", help="Text: wikitext2, selftext or a text file (default: the first one available)."),
-]
+Model = Annotated[str, Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")]
+ArtifactDir = Annotated[Path, Argument(metavar="DIR", help="An artifact.")]
+Overwrite = Annotated[bool, Option(help="Replace an artifact made with other settings.")]
+Threads = Annotated[int | None, Option(help="Threads (default: one per core); same bytes.")]
+Device = Annotated[str, Option(help="cpu or cuda.")]
+AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
+TextName = Annotated[str | None, Option("--text", help="wikitext2, selftext or a text file (default: the first available).")]
 RegistryURI = Annotated[
     str | None,
-    typer.Option("--registry", help="URI of MLflow's registry (default: AGENTFORGE_REGISTRY, or a file in the cache)."),
+    Option("--registry", help="URI of MLflow's registry (default: AGENTFORGE_REGISTRY, or a file in the cache)."),
 ]
 
-FromPhase = Annotated[int, typer.Option("--from", help="The phase that hands over.")]
-ToPhase = Annotated[str, typer.Option("--to", help="The phase that receives, or deployment.")]
+FromPhase = Annotated[int, Option("--from", help="The phase that hands over.")]
+ToPhase = Annotated[str, Option("--to", help="The phase that receives, or deployment.")]
 
 
 def _checked_out(path: Path | None) -> Path | None:
@@ -70,7 +73,12 @@ def _checked_out(path: Path | None) -> Path | None:
     return path
 
 
-OutDir = Annotated[Path, typer.Option("--out", help="The artifact's folder.", callback=_checked_out)]
+def _out(what: str) -> Any:
+    """The option --out, to a folder that can be written."""
+    return Option("--out", help=what, callback=_checked_out)
+
+
+OutDir = Annotated[Path, _out("The artifact's folder.")]
 
 
 def main() -> None:
@@ -136,13 +144,9 @@ def _again(asked: list[str]) -> str:
 
 @app.command()
 def models(
-    model: Annotated[
-        str | None, typer.Argument(help="Show this model's tensors: which may be touched, and why the others stay.")
-    ] = None,
-    embeddings: Annotated[
-        bool, typer.Option(help="Count the embeddings and output head as tensors that may be touched.")
-    ] = False,
-    registered: Annotated[bool, typer.Option("--registered", help="List the versions in the registry.")] = False,
+    model: Annotated[str | None, Argument(help="Show this model's tensors: which may be touched, why others stay.")] = None,
+    embeddings: Annotated[bool, Option(help="Count the embeddings and output head as tensors that may be touched.")] = False,
+    registered: Annotated[bool, Option("--registered", help="List the versions in the registry.")] = False,
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
@@ -196,27 +200,23 @@ def models(
 
 @app.command()
 def compress(
-    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
-    stage: Annotated[str, typer.Option(help="Stage and settings, such as rounding:bits=4,group=64 or ternary.")],
+    model: Model,
+    stage: Annotated[str, Option(help="Stage and settings, such as rounding:bits=4,group=64 or ternary.")],
     out_dir: OutDir,
-    embeddings: Annotated[bool, typer.Option(help="Encode the token embedding and output head, too.")] = False,
-    seed: Annotated[int, typer.Option(help="Seed for stages that draw random numbers.")] = 0,
-    workers: Annotated[
-        int | None, typer.Option(help="Tensors at a time (default: one per core, as memory allows); same bytes.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="cuda searches on a GPU if the stage can; same bytes.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
+    embeddings: Annotated[bool, Option(help="Encode the token embedding and output head, too.")] = False,
+    seed: Annotated[int, Option(help="Seed for stages that draw random numbers.")] = 0,
+    workers: Annotated[int | None, Option(help="Tensors at a time (default: by cores and memory); same bytes.")] = None,
+    device: Annotated[str, Option(help="cuda searches on a GPU if the stage can; same bytes.")] = "cpu",
+    overwrite: Overwrite = False,
     fallback: Annotated[
-        bool, typer.Option(help="Encode weights that the stage cannot with rounding:bits=8, or keep them; off: refuse them.")
+        bool, Option(help="Encode weights that the stage cannot with rounding:bits=8, or keep them; off: refuse them.")
     ] = False,
     scheduler: Annotated[
         str | None,
-        typer.Option(help="Address of a Dask scheduler, such as tcp://host:8786, whose workers encode; same bytes."),
+        Option(help="Address of a Dask scheduler, such as tcp://host:8786, whose workers encode; same bytes."),
     ] = None,
-    calibration: Annotated[
-        str, typer.Option(help="Text for stages that need input statistics: selftext, wikitext2 or a text file.")
-    ] = "selftext",
-    calibration_tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the calibration text to read.")] = 8192,
+    calibration: Annotated[str, Option(help="Text for input statistics: selftext, wikitext2 or a text file.")] = "selftext",
+    calibration_tokens: Annotated[int, Option(min=1, help="How many tokens of the calibration text to read.")] = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Encode a model's weights and write the artifact; run again after a kill, it resumes where it stopped."""
@@ -269,28 +269,22 @@ def compress(
 
 @app.command()
 def fit(
-    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
+    model: Model,
     out_dir: OutDir,
-    target: Annotated[
-        str | None, typer.Option(help="Ratio of the whole model against 16 bits per parameter, such as 4x.")
-    ] = None,
-    bits: Annotated[float | None, typer.Option(help="Bits per weight of the linear layers, on disk.")] = None,
-    size: Annotated[
-        str | None, typer.Option("--bytes", help="Size of all weight files, such as 60MB (1 MB = 1,000,000 bytes).")
-    ] = None,
-    max_kl: Annotated[float | None, typer.Option(help="Largest KL(original || compressed), in nats per token.")] = None,
+    target: Annotated[str | None, Option(help="Ratio of the whole model against 16 bits per parameter, such as 4x.")] = None,
+    bits: Annotated[float | None, Option(help="Bits per weight of the linear layers, on disk.")] = None,
+    size: Annotated[str | None, Option("--bytes", help="All weight files, such as 60MB (1 MB = 1,000,000 bytes).")] = None,
+    max_kl: Annotated[float | None, Option(help="Largest KL(original || compressed), in nats per token.")] = None,
     embeddings: Annotated[
         str | None,
-        typer.Option(help="Stage for the embedding and output head, such as rounding:bits=8 (default: keep them)."),
+        Option(help="Stage for the embedding and output head, such as rounding:bits=8 (default: keep them)."),
     ] = None,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
-    recover: Annotated[
-        int | None, typer.Option(min=1, help="Train the codes for this many steps of 4,096 tokens, within the same bits.")
-    ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads (default: one per core); same bytes.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option(help="Replace an artifact made with other settings.")] = False,
+    tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
+    recover: Annotated[int | None, Option(min=1, help="Train the codes: steps of 4,096 tokens, in the same bits.")] = None,
+    workers: Threads = None,
+    device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the settings that meet a budget with the least damage, one per weight, and measure the result."""
@@ -341,7 +335,7 @@ def fit(
 
 @app.command()
 def inspect(
-    artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+    artifact_dir: ArtifactDir,
     as_json: AsJson = False,
 ) -> None:
     """Show an artifact's tensors, bits per weight, errors, bytes and ratios, from its manifest."""
@@ -380,7 +374,7 @@ def inspect(
 
 @app.command()
 def verify(
-    artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
+    artifact_dir: ArtifactDir,
     as_json: AsJson = False,
 ) -> None:
     """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 if something is wrong)."""
@@ -404,15 +398,11 @@ def verify(
 
 @app.command()
 def register(
-    artifact_dir: Annotated[Path, typer.Argument(metavar="DIR", help="An artifact.")],
-    name: Annotated[str | None, typer.Option(help="Name of the registered model (default: the base model's).")] = None,
-    record: Annotated[
-        Path | None, typer.Option(help="Measurements of the artifact: an audit's record, or what evaluate --json printed.")
-    ] = None,
-    alias: Annotated[list[str] | None, typer.Option(help="Alias for this version, such as champion.")] = None,
-    handed: Annotated[
-        Path | None, typer.Option("--handoff", help="Folder of a hand-off that includes it, to be checked and recorded.")
-    ] = None,
+    artifact_dir: ArtifactDir,
+    name: Annotated[str | None, Option(help="Name of the registered model (default: the base model's).")] = None,
+    record: Annotated[Path | None, Option(help="Measurements: an audit's record, or what evaluate --json printed.")] = None,
+    alias: Annotated[list[str] | None, Option(help="Alias for this version, such as champion.")] = None,
+    handed: Annotated[Path | None, Option("--handoff", help="Folder of its hand-off, to be checked and recorded.")] = None,
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
@@ -444,13 +434,11 @@ def _registered_table(rows: list[dict[str, Any]]) -> None:
 
 @handoff_app.command("write")
 def handoff_write(
-    folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="Folder with the models as subfolders; from phase 8 on, a chain's folder.")
-    ],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder with models as subfolders; from phase 8 on, a chain's.")],
     phase: FromPhase,
     to: ToPhase,
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(min=2, help="How many tokens to measure quality on.")] = 6132,
+    tokens: Annotated[int, Option(min=2, help="How many tokens to measure quality on.")] = 6132,
     as_json: AsJson = False,
 ) -> None:
     """Measure the models of a folder, and write its handoff.json."""
@@ -463,7 +451,7 @@ def handoff_write(
 
 @handoff_app.command("check")
 def handoff_check(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder that the previous phase left.")],
+    folder: Annotated[Path, Argument(metavar="DIR", help="Folder that the previous phase left.")],
     phase: FromPhase,
     to: ToPhase,
     text: TextName = None,
@@ -482,33 +470,22 @@ def handoff_check(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="An artifact, or any model.")],
-    against: Annotated[str | None, typer.Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
+    model: Annotated[str, Argument(help="An artifact, or any model.")],
+    against: Annotated[str | None, Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
     text: TextName = None,
-    tokens: Annotated[
-        int | None, typer.Option(help="How many tokens to score, in windows spread evenly (default: the whole text).")
-    ] = None,
-    context: Annotated[
-        int, typer.Option(help="Window length in tokens; for a sample, 512 gives a better error estimate.")
-    ] = 2048,
-    stride: Annotated[int | None, typer.Option(help="Distance between windows (default: the context).")] = None,
-    bos: Annotated[str, typer.Option(help="BOS token: none, text (one) or window (one each).")] = "none",
-    runtime: Annotated[str, typer.Option(help="For artifacts: dense, or packed (weights stay packed).")] = "dense",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    tasks: Annotated[
-        str | None,
-        typer.Option(help="Task suites instead of a text, separated by commas: hellaswag,arc_easy,mmlu,gsm8k,..."),
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Items per task, drawn at random (default: all).")] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Folder of the task files (default: AGENTFORGE_DATA, ../shared/data, the hub).")
-    ] = None,
+    tokens: Annotated[int | None, Option(help="Tokens to score, in windows spread evenly (default: all).")] = None,
+    context: Annotated[int, Option(help="Window length in tokens; for a sample, 512 gives a better error estimate.")] = 2048,
+    stride: Annotated[int | None, Option(help="Distance between windows (default: the context).")] = None,
+    bos: Annotated[str, Option(help="BOS token: none, text (one) or window (one each).")] = "none",
+    runtime: Annotated[str, Option(help="For artifacts: dense, or packed (weights stay packed).")] = "dense",
+    device: Device = "cpu",
+    tasks: Annotated[str | None, Option(help="Tasks instead of a text: hellaswag,arc_easy,mmlu,gsm8k,...")] = None,
+    limit: Annotated[int | None, Option(help="Items per task, drawn at random (default: all).")] = None,
+    data: Annotated[Path | None, Option(help="Tasks' folder (default: AGENTFORGE_DATA, ../shared/data, the hub).")] = None,
     allow_generated_code: Annotated[
-        bool, typer.Option("--allow-generated-code", help="Run the code that the model writes for humaneval, in a sandbox.")
+        bool, Option("--allow-generated-code", help="Run the code that the model writes for humaneval, in a sandbox.")
     ] = False,
-    phase5: Annotated[
-        bool, typer.Option("--phase5", help="Phase 5 checks instead of a text: edge of chaos and Eudaimonia.")
-    ] = False,
+    phase5: Annotated[bool, Option("--phase5", help="Phase 5 checks instead of a text: edge of chaos, Eudaimonia.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model as it is loaded back from disk: perplexity, tasks, Phase 5 checks, or accuracy for digits-mlp."""
@@ -640,29 +617,20 @@ def _task_table(results: dict[str, Any]) -> None:
 
 @app.command()
 def recover(
-    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
-    out_dir: Annotated[
-        Path,
-        typer.Option(
-            "--out",
-            help="Folder for both outputs, the hand-off and the metrics; the same folder resumes.",
-            callback=_checked_out,
-        ),
-    ],
-    steps: Annotated[int, typer.Option(help="Training steps, if training is needed.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Windows per step.")] = 8,
-    window: Annotated[int, typer.Option(help="Training tokens per window.")] = 512,
-    lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    optimizer: Annotated[str, typer.Option(help="adamw or mugrokfast.")] = "adamw",
-    train_on: Annotated[str, typer.Option(help="Text to train on: selftext, wikitext2 or a text file.")] = "selftext",
-    always: Annotated[bool, typer.Option(help="Train even if perplexity rose by less than 5%.")] = False,
-    packing: Annotated[str, typer.Option(help="trits (1.6 bits per weight) or 2bit.")] = "trits",
+    model: Model,
+    out_dir: Annotated[Path, _out("Folder for both outputs, the hand-off and the metrics; the same folder resumes.")],
+    steps: Annotated[int, Option(help="Training steps, if training is needed.")] = 1000,
+    batch: Annotated[int, Option(help="Windows per step.")] = 8,
+    window: Annotated[int, Option(help="Training tokens per window.")] = 512,
+    lr: Annotated[float, Option(help="Peak learning rate.")] = 1e-3,
+    optimizer: Annotated[str, Option(help="adamw or mugrokfast.")] = "adamw",
+    train_on: Annotated[str, Option(help="Text to train on: selftext, wikitext2 or a text file.")] = "selftext",
+    always: Annotated[bool, Option(help="Train even if perplexity rose by less than 5%.")] = False,
+    packing: Annotated[str, Option(help="trits (1.6 bits per weight) or 2bit.")] = "trits",
     text: TextName = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens to measure quality on.")] = 6132,
-    device: Annotated[
-        str | None, typer.Option(help="Device to train and measure on: cpu or cuda (default: cuda if available).")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option(help="Discard the output of other settings.")] = False,
+    tokens: Annotated[int, Option(help="How many tokens to measure quality on.")] = 6132,
+    device: Annotated[str | None, Option(help="Train and measure on cpu or cuda (default: cuda if available).")] = None,
+    overwrite: Annotated[bool, Option(help="Discard the output of other settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a model ternary, train it back by distillation, and hand over two outputs (exit code 1 if a gate fails)."""
@@ -706,20 +674,13 @@ def recover(
 
 @app.command()
 def pipeline(
-    model: Annotated[str, typer.Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")],
-    chain: Annotated[Path, typer.Argument(help="A YAML file of steps, settings to try, and gates.")],
-    out_dir: Annotated[
-        Path,
-        typer.Option(
-            "--out", help="Folder for the artifact and the journal; the same folder resumes.", callback=_checked_out
-        ),
-    ],
-    workers: Annotated[int | None, typer.Option(help="Threads (default: one per core).")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda, for measuring, and for searches if the stage can.")] = "cpu",
-    overwrite: Annotated[bool, typer.Option(help="Discard the output of another chain.")] = False,
-    track: Annotated[
-        Path | None, typer.Option(help="Folder for the metrics of every attempt, and a Weights & Biases run (offline).")
-    ] = None,
+    model: Model,
+    chain: Annotated[Path, Argument(help="A YAML file of steps, settings to try, and gates.")],
+    out_dir: Annotated[Path, _out("Folder for the artifact and the journal; the same folder resumes.")],
+    workers: Threads = None,
+    device: Annotated[str, Option(help="cpu or cuda, for measuring, and for searches if the stage can.")] = "cpu",
+    overwrite: Annotated[bool, Option(help="Discard the output of another chain.")] = False,
+    track: Annotated[Path | None, Option(help="Folder for every attempt's metrics, and an offline W&B run.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a model through a chain of stages with gates; a step that fails its gates is rolled back (exit code 1)."""
@@ -766,10 +727,10 @@ def _attempt_cells(row: dict[str, Any]) -> list[str]:
 
 @app.command()
 def dashboard(
-    workspace: Annotated[
-        Path, typer.Option(help="Folder of all runs; the page reads and writes nothing outside it.")
-    ] = Path("agentforge-runs"),
-    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on this machine only (127.0.0.1).")] = 8501,
+    workspace: Annotated[Path, Option(help="Folder of all runs; the page reads and writes nothing outside it.")] = Path(
+        "agentforge-runs"
+    ),
+    port: Annotated[int, Option(min=1, max=65535, help="Port on this machine only (127.0.0.1).")] = 8501,
 ) -> None:
     """Show runs of chains on a page in the browser: start, watch, pause, resume, abort and compare them."""
     from .dashboard import runs, server
@@ -784,27 +745,25 @@ def dashboard(
 
 @app.command()
 def audit(
-    reports: Annotated[list[str] | None, typer.Argument(help="Which reports (default: all).", metavar="[REPORT]...")] = None,
-    claims: Annotated[Path | None, typer.Option(help="A YAML file of your own claims, instead of reports.")] = None,
-    model: Annotated[str | None, typer.Option(help="Measure on this model (default: the claims' own).")] = None,
-    against: Annotated[str | None, typer.Option(help="The original of that model, for claims that compare.")] = None,
+    reports: Annotated[list[str] | None, Argument(help="Which reports (default: all).", metavar="[REPORT]...")] = None,
+    claims: Annotated[Path | None, Option(help="A YAML file of your own claims, instead of reports.")] = None,
+    model: Annotated[str | None, Option(help="Measure on this model (default: the claims' own).")] = None,
+    against: Annotated[str | None, Option(help="The original of that model, for claims that compare.")] = None,
     text: TextName = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens to score for likelihoods (default: set by the budget).")] = None,
+    tokens: Annotated[int | None, Option(help="Tokens to score for likelihoods (default: set by the budget).")] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="smoke, quick, standard or full: how large samples are (default: quick; --only: standard)."),
+        Option(help="smoke, quick, standard or full: how large samples are (default: quick; --only: standard)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: Device = "cpu",
     out_dir: Annotated[
         Path | None,
-        typer.Option("--out", help="Folder for reports (default: build/reports; with the full budget, reports)."),
+        Option("--out", help="Folder for reports (default: build/reports; with the full budget, reports)."),
     ] = None,
-    only: Annotated[list[str] | None, typer.Option(help="A claim's id: measure this one and write no report.")] = None,
-    fresh: Annotated[bool, typer.Option(help="Measure everything again; off: only claims whose inputs changed.")] = False,
-    keep: Annotated[
-        bool, typer.Option(help="Keep what the report has measured; measure only new or changed claims.")
-    ] = False,
-    check: Annotated[bool, typer.Option(help="Measure nothing; check that each report matches its record.")] = False,
+    only: Annotated[list[str] | None, Option(help="A claim's id: measure this one and write no report.")] = None,
+    fresh: Annotated[bool, Option(help="Measure everything again; off: only claims whose inputs changed.")] = False,
+    keep: Annotated[bool, Option(help="Keep what the report has measured; measure only new or changed claims.")] = False,
+    check: Annotated[bool, Option(help="Measure nothing; check that each report matches its record.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON.

@@ -51,8 +51,7 @@ METRICS = (
 class Run:
     """A tracked run: use as a context manager.
 
-    folder: gets metrics.jsonl, one line per call of `log`, artifacts.jsonl if any are logged, and W&B's own offline files
-    if the package wandb is installed.
+    folder: gets metrics.jsonl, one line per call of `log`, and W&B's own offline files if the package wandb is installed.
     config: what the run depends on.
     """
 
@@ -60,12 +59,12 @@ class Run:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (closed with the run)
-        (self.folder / "artifacts.jsonl").unlink(missing_ok=True)
-        self._run: Any = None
+        self._wandb: Any = None
         try:
             import wandb
         except ImportError:
             return  # the plain file has everything
+        self._wandb = wandb
         mode: Any = os.environ.get("WANDB_MODE", "offline")
         settings = wandb.Settings(silent=True, console="off", x_disable_stats=True, disable_git=True, save_code=False)
         self._run = wandb.init(
@@ -77,7 +76,7 @@ class Run:
 
     def __exit__(self, *_: object) -> None:
         self._file.close()
-        if self._run is not None:
+        if self._wandb is not None:
             self._run.finish()
 
     def log(self, metrics: Mapping[str, float]) -> None:
@@ -87,39 +86,31 @@ class Run:
                 raise BadInput(f"metric {name}: {value!r}; expected a finite number, or leave the metric out")
         self._file.write(json.dumps(dict(metrics)) + "\n")
         self._file.flush()
-        if self._run is not None:
+        if self._wandb is not None:
             self._run.log(dict(metrics))
 
     def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         """Log a table, which also goes to NAME.csv; None becomes an empty cell."""
         with open(self.folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([columns, *rows])
-        if self._run is not None:
-            import wandb
-
-            self._run.log({name: wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+        if self._wandb is not None:
+            self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
 
     def image(self, name: str, path: str | Path) -> None:
         """Log a picture file."""
-        if self._run is not None:
-            import wandb
-
-            self._run.log({name: wandb.Image(str(path))})
+        if self._wandb is not None:
+            self._run.log({name: self._wandb.Image(str(path))})
 
     def artifact(self, name: str, artifact: Artifact) -> None:
         """Log an artifact by the hashes that the registry knows it by.
 
         W&B gets its manifest, which holds the hashes of all files, and in the metadata the manifest's own; the weights stay
-        where they are.  The same metadata is a line of artifacts.jsonl.
+        where they are.
         """
         original = artifact.manifest["original"]
         about = {"manifest_sha256": artifact.sha256, "original_sha256": original.get("fingerprint")}
-        with open(self.folder / "artifacts.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"name": name, **about}) + "\n")
-        if self._run is not None:
-            import wandb
-
-            logged = wandb.Artifact(name, type="model", metadata=about)
+        if self._wandb is not None:
+            logged = self._wandb.Artifact(name, type="model", metadata=about)
             logged.add_file(str(artifact.path / "agentforge.json"), policy="immutable")
             self._run.log_artifact(logged)
 
@@ -145,26 +136,26 @@ PHASE8_STAGE_METRICS = (
     "validation/{}/avg_relative_error",
     "compression/{}_ratio",
 )
-PHASE8_METRICS = (
-    "compression/original_size_mb",
-    "compression/num_weight_tensors",
-    "compression/final_model_size_mb",
-    "compression/total_ratio",
-    "quality/final_accuracy",
-    "quality/final_perplexity",
-    "quality/accuracy_vs_phase1",  # over that of the model that came in
-    "size/original_mb",
-    "size/final_mb",
-    "size/total_compression_ratio",
-    "performance/decompression_time_ms",
-    "phase/stages_completed",
-    "phase/duration_seconds",
-    "phase/original_size_mb",
-    "phase/compressed_size_mb",
-    "phase/total_compression_ratio",
-    "phase/validation_passed",
-    "phase/success",
-)
+PHASE8_METRICS = {  # and what a chain calls it
+    "compression/original_size_mb": "original_mb",
+    "compression/num_weight_tensors": "tensors",
+    "size/original_mb": "original_mb",
+    "phase/original_size_mb": "original_mb",
+    "phase/stages_completed": "accepted",
+    "phase/duration_seconds": "seconds",
+    "phase/validation_passed": "finished",
+    "phase/success": "finished",
+    "compression/final_model_size_mb": "mb",
+    "size/final_mb": "mb",
+    "phase/compressed_size_mb": "mb",
+    "compression/total_ratio": "ratio",
+    "size/total_compression_ratio": "ratio",
+    "phase/total_compression_ratio": "ratio",
+    "performance/decompression_time_ms": "decode_ms",
+    "quality/final_accuracy": "accuracy",
+    "quality/final_perplexity": "perplexity",
+    "quality/accuracy_vs_phase1": "total_retention",  # over that of the model that came in
+}
 # Ours, of every attempt: each quantity that was measured as {}/QUANTITY, with {}/QUANTITY_stderr, and these.
 TIMES = ("encode_seconds", "decode_seconds", "seconds", "peak_memory_bytes")
 _HYPER = ("trajectory", "curves")
@@ -233,34 +224,17 @@ def _of_attempt(stage: str, row: Mapping[str, Any], before: float) -> dict[str, 
 def _of_chain(
     model: LanguageModel, attempts: Sequence[Mapping[str, Any]], passed: Mapping[str, Any] | None, finished: bool
 ) -> dict[str, float]:
-    original = model.opened_bytes / 1e6
-    found: dict[str, float] = {
-        "compression/original_size_mb": original,
-        "compression/num_weight_tensors": len(list(model.weights())),
-        "size/original_mb": original,
-        "phase/original_size_mb": original,
-        "phase/stages_completed": sum(row["decision"] == "accepted" for row in attempts),
-        "phase/duration_seconds": sum(row["seconds"] for row in attempts),
-        "phase/validation_passed": int(finished),
-        "phase/success": int(finished),
+    found = {name: m["value"] for name, m in passed["measured"].items()} if passed else {}
+    if passed:
+        found |= {"mb": found["bytes"] / 1e6, "decode_ms": 1e3 * passed["decode_seconds"]}
+    found |= {
+        "original_mb": model.opened_bytes / 1e6,
+        "tensors": len(list(model.weights())),
+        "accepted": sum(row["decision"] == "accepted" for row in attempts),
+        "seconds": sum(row["seconds"] for row in attempts),
+        "finished": int(finished),
     }
-    if passed is None:
-        return found
-    measured = {name: m["value"] for name, m in passed["measured"].items()}
-    size, ratio = measured["bytes"] / 1e6, measured["ratio"]
-    found |= dict.fromkeys(("compression/final_model_size_mb", "size/final_mb", "phase/compressed_size_mb"), size)
-    found |= dict.fromkeys(
-        ("compression/total_ratio", "size/total_compression_ratio", "phase/total_compression_ratio"), ratio
-    )
-    found["performance/decompression_time_ms"] = 1e3 * passed["decode_seconds"]
-    for name, quantity in (
-        ("final_accuracy", "accuracy"),
-        ("final_perplexity", "perplexity"),
-        ("accuracy_vs_phase1", "total_retention"),
-    ):
-        if quantity in measured:
-            found[f"quality/{name}"] = measured[quantity]
-    return {name: value for name, value in found.items() if math.isfinite(value)}
+    return {name: found[key] for name, key in PHASE8_METRICS.items() if math.isfinite(found.get(key, math.nan))}
 
 
 def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:

@@ -1,24 +1,13 @@
 """The stages, one file each, and the registry that knows them by name."""
 
-from . import curves, ecsq, refined, rounding, seedlm, ternary, trajectory, vptq
+import importlib
+import pkgutil
+
 from .base import InputStatistics, Layer, Stage, register
 from .text import from_json, get, names, parse
 
-__all__ = [
-    "InputStatistics",
-    "Layer",
-    "Stage",
-    "curves",
-    "ecsq",
-    "from_json",
-    "get",
-    "names",
-    "parse",
-    "refined",
-    "register",
-    "rounding",
-    "seedlm",
-    "ternary",
-    "trajectory",
-    "vptq",
-]
+__all__ = ["InputStatistics", "Layer", "Stage", "from_json", "get", "names", "parse", "register"]
+
+for _file in pkgutil.iter_modules(__path__):
+    if _file.name != "triton_kernels":  # `gpu` imports it if there is a GPU: it needs Triton
+        importlib.import_module(f"{__name__}.{_file.name}")

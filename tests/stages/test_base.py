@@ -1,18 +1,43 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conformance import checks
 
+import agentforge as af
 from agentforge import stages
 from agentforge.errors import BadInput
+from agentforge.models import LanguageModel
+from agentforge.stages.base import REGISTRY
 
 
 def test_the_registry_lists_its_stages() -> None:
     assert stages.names() == sorted(stages.names())
     assert {"rounding", "ternary"} <= set(stages.names())
     assert all(stages.get(name).name == name for name in stages.names())
+
+
+def test_a_new_stage_is_one_file(digits: LanguageModel, tmp_path: Path) -> None:
+    """As if tests/stages/toy/bfloat16.py lay in agentforge/stages/: no other file names it."""
+    stages.__path__.append(str(Path(__file__).parent / "toy"))
+    try:
+        vars(stages)["__spec__"].loader.exec_module(stages)  # which imports what lies there
+        artifact = af.compress(digits, "bfloat16", tmp_path / "artifact", progress=False)
+        weights = digits.weights()
+        for name in (weight.name for weight in weights):
+            assert torch.equal(af.load(artifact.path).tensor(name), digits.tensor(name).bfloat16().float())
+        assert len([row for row in artifact.rows if row["stage"] == {"stage": "bfloat16"}]) == len(weights) > 0
+        for _, check in checks(stages.parse("bfloat16")):
+            check()
+    finally:
+        stages.__path__.pop()
+        REGISTRY.pop("bfloat16", None)
+        sys.modules.pop("agentforge.stages.bfloat16", None)
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,6 @@ def test_a_run_names_the_artifact_by_the_registrys_hashes(
     with tracking.Run(tmp_path / "run", "test") as run:
         run.artifact("artifact", artifact)
     about = {"manifest_sha256": artifact.sha256, "original_sha256": digits.fingerprint}
-    assert json.loads((tmp_path / "run/artifacts.jsonl").read_text()) == {"name": "artifact", **about}
     pytest.importorskip("wandb")
     (file,) = tmp_path.glob("run/wandb/offline-run-*/run-*.wandb")
     found: list[Any] = []
