@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -172,6 +173,9 @@ def connected(address: str | None) -> Iterator[Executor | None]:
         client = Client(address, timeout=PATIENCE, set_as_default=False)
     except (OSError, ValueError, TypeError, AssertionError) as error:  # the last: its thread did not start in ten seconds
         text = " ".join(str(error).split())[:120]
+        # A client that did not connect closes itself when it is collected.  While another starts, that hangs: so now.
+        error.__traceback__ = error.__context__ = None
+        gc.collect()
         raise BadInput(
             f"scheduler {address!r}: no Dask scheduler answers there ({type(error).__name__}: {text}); expected an address "
             "such as tcp://host:8786"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import multiprocessing
@@ -454,11 +455,13 @@ def test_the_command_with_a_scheduler(command: Callable[..., str], cluster: Any,
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:1", "nonsense", "tcp://", "http://127.0.0.1:1"])
 def test_a_scheduler_that_does_not_answer(address: str, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("distributed")
+    distributed = pytest.importorskip("distributed")
     monkeypatch.setattr(execution, "PATIENCE", 0.5)
     with pytest.raises(BadInput) as error, execution.connected(address):
         pass
     assert_sentence(error, repr(address), "tcp://host:8786")
+    left = [one for one in gc.get_objects() if type(one) is distributed.Client]
+    assert not left  # one that is collected while another starts makes that wait forever
 
 
 def test_a_scheduler_without_workers_or_without_dask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -156,8 +156,11 @@ def judge(claim: Claim, measured: Measurement | None, failure: str = "", missing
     """The verdict on a claim, from the measurement and the claim's own thresholds; an error if its probe failed, or gave
     what is not a number, or one in another unit than the claim's."""
     if claim.probe is not None and measured is not None and not failure:
+        low, high = measured.bounds
         if not math.isfinite(measured.value):
             failure = f"the measured value is {measured.value}"
+        elif not low <= measured.value <= high:  # NaN, too
+            failure = f"the measured value {measured.value:g} is not in its interval, {low:g} to {high:g}"
         elif claim.claimed and claim.claimed["unit"] != measured.unit:
             failure = f"{measured.unit} were measured, {claim.claimed['unit']} are claimed"
     if claim.probe is not None and failure:
@@ -167,7 +170,8 @@ def judge(claim: Claim, measured: Measurement | None, failure: str = "", missing
             claim, "not reproducible here" if claim.not_here else "not tested", None, missing=missing or claim.needs
         )
     verdict, undecided = verdict_of(measured, claim.confirmed, claim.partly, claim.about_other)
-    needed = measured.n * reach(claim, measured) ** 2 if undecided else math.inf
+    far = reach(claim, measured)
+    needed = measured.n * far * far if undecided else math.inf
     return Judged(claim, verdict, measured, undecided, _two_digits(needed) if math.isfinite(needed) else None)
 
 

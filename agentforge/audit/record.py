@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -67,7 +68,8 @@ def measure(
     new = [stage for stage in compared if stage in asked or stage not in stages_before]
     if new:
         say(f"[0/{len(claims.claims)}] scoring the original and {len(new)} compressed models on the text", flush=True)
-        workshop.compare(new)
+        with contextlib.suppress(Exception):  # what fails here fails again in the rows that need it, which say so
+            workshop.compare(new)
     rows = {claim.id: _row(claim, Taken()) for claim in claims.claims if not claim.probe}
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
@@ -90,10 +92,11 @@ def measure(
         say(f"[{done}/{len(probed)}] {row['verdict']}: {claim.title}: {found}{left}", flush=True)
     say("[now] drawing the report", flush=True)
     ordered = [rows[claim.id] for claim in claims.claims]
-    stage_rows = [
-        workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)) if stage in new else stages_before[stage]
-        for stage in compared
-    ]
+    stage_rows = [stages_before[stage] for stage in compared if stage not in new]
+    for stage in new:
+        with contextlib.suppress(Exception):  # likewise
+            stage_rows.append(workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)))
+    stage_rows.sort(key=lambda row: compared.index(row["stage"]))
     artifacts: dict[str, str] = {}
     for row in ordered:
         artifacts |= (row["measured"] or {}).get("inputs", {}).get("artifacts", {})
@@ -152,7 +155,8 @@ def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dic
     """What the record of before has measured and the claims still ask for, with the source and the machine that took it."""
     text = before["text"]
     for what, found, wanted in (
-        ("model", before["model"]["fingerprint"], workshop.model.fingerprint),
+        ("original", before["model"]["fingerprint"], workshop.model.fingerprint),
+        ("model", (before["subject"] or {}).get("fingerprint"), workshop.subject and workshop.subject.fingerprint),
         ("text", text["sha256"], workshop.text.sha256),
         ("tokens", (text["scored_tokens"], text["context"]), (workshop.tokens, workshop.context)),
         ("budget", before["budget"], workshop.effort.name),
@@ -194,7 +198,7 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
 
     began = time.perf_counter()
     try:
-        if name in NEVER_KEPT:
+        if name in NEVER_KEPT or "model" in parameters:  # a folder, whose files may be others by now
             kept = make()
         else:
             kept = workshop.remember(f"probe {name}", parameters, make)
@@ -329,8 +333,21 @@ def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
         raise BadInput(f"report {report}: its summary does not count its rows; make the report again")
     if record["false_discovery"] != _false_discovery(record["claims"]):
         raise BadInput(f"report {report}: its false-discovery count is not that of its rows; make the report again")
-    if claims is not None and record["claims_sha256"] != claims_sha256(claims.claims):
-        raise BadInput(f"report {report}: was made from other claims than those of its file; make the report again")
+    if claims is not None:
+        said = [{key: row[key] for key in _SAID} for row in record["claims"]]
+        if record["claims_sha256"] != claims_sha256(claims.claims) or said != json.loads(json.dumps(_said(claims))):
+            raise BadInput(f"report {report}: was made from other claims than those of its file; make the report again")
+
+
+# What a row has from its claim alone.
+_SAID = (
+    *("id", "stage", "section", "title", "paper", "documentation", "code", "audit", "claimed", "about_other", "measures"),
+    *("probe", "parameters", "protocol", "thresholds", "remark"),
+)
+
+
+def _said(claims: ClaimsFile) -> list[dict[str, Any]]:
+    return [{key: row[key] for key in _SAID} for row in (_row(claim, Taken()) for claim in claims.claims)]
 
 
 def _said_again(row: dict[str, Any]) -> tuple[Claim, Measurement | None]:

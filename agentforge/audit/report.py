@@ -145,13 +145,15 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
 def only(report: str | Path, ids: Sequence[str], settings: dict[str, Any]) -> list[dict[str, Any]]:
     """The rows of a few claims, measured now; nothing is written but the cache.  settings: as for `obtain`.
 
-    Raises BadInput for a claim that the file does not have.
+    Raises BadInput for a claim that the file does not have, and for a score of other rows.
     """
     claims = read_claims(report)
     settings = settings | dict(zip(("model", "against", "text"), _places(claims, settings), strict=True))
     known = {claim.id: claim for claim in claims.claims}
     if unknown := [name for name in ids if name not in known]:
         raise BadInput(f"claim {unknown[0]!r} is not in {claims.report}; choose from {', '.join(sorted(known))}")
+    if scores := [name for name in ids if known[name].probe == "score"]:
+        raise BadInput(f"claim {scores[0]}: counts the verdicts of other rows; measure the whole report instead")
     few = dataclasses.replace(claims, claims=tuple(known[name] for name in ids), baselines=())
     with tempfile.TemporaryDirectory() as folder:
         rows: list[dict[str, Any]] = measure(few, _workshop(few, Path(folder), settings), lambda *_, **__: None)["claims"]

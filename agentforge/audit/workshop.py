@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from ..artifact import Artifact
 from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
-from ..evaluation.texts import CHECKOUT
+from ..evaluation.texts import CHECKOUT, local_data
 from ..models import SAMPLED, SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named
 from ..opening import load, open_model
 from ..pipeline import compress
@@ -31,7 +32,6 @@ from ..statistics import Calibration
 from ..tensorfiles import write_atomic
 
 PACKAGE = Path(__file__).parent.parent
-DRAWING = ("cli.py", "audit/report.py", "audit/record.py", "audit/claims.py")  # no measurement depends on these
 
 
 class Unmeasured(AgentForgeError):
@@ -210,9 +210,18 @@ class Workshop:
             "device": self.device,
             "source": source_sha256(),
             "environment": environment(),
+            "data": local_data(),
+            "others": [_version(package) for package in ("scipy", "lm_eval", "datasets")],
         }
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
         return cache_dir() / "measurements" / f"{key}.json"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _entry(found: dict[str, Any]) -> dict[str, Any]:
@@ -223,9 +232,8 @@ def _entry(found: dict[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def source_sha256() -> str:
-    """The hash of the source that measurements depend on: the package but for what only draws, and the chains."""
-    files = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).as_posix() not in DRAWING]
-    files += [*(PACKAGE / "data").iterdir(), *(CHECKOUT / "chains").glob("*.yaml")]
+    """The hash of the source that measurements depend on: the package, with what judges and draws, and the chains."""
+    files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "data").iterdir(), *(CHECKOUT / "chains").glob("*.yaml")]
     digest = hashlib.sha256()
     for path in sorted(files):
         data = path.read_bytes()

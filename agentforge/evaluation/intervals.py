@@ -84,7 +84,7 @@ def pairs(
     """
     n = len(top) if counts is None else int(counts.sum())
     found = ratio(top, bottom, n, error)
-    if found["stderr"] != 0:
+    if found["stderr"] is None or found["stderr"] > 1e-12 * abs(found["value"]):  # beyond the rounding of the sums
         return found
     wide = binomial(0, n)[1] * n / float(bottom.sum())
     return {**found, "interval": (found["value"] - wide, found["value"] + wide), "error": "binomial"}

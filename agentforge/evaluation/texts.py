@@ -133,6 +133,15 @@ def _data_folders() -> list[tuple[str, Path]]:
     return folders
 
 
+def local_data() -> list[tuple[str, int, int]]:
+    """Path, bytes and time of change of every file in the folders of local data: what may be measured on."""
+    depths = ("*", "*/*", "*/*/*")
+    files = sorted(
+        file for _, folder in _data_folders() for depth in depths for file in folder.glob(depth) if file.is_file()
+    )
+    return [(str(file), (about := file.stat()).st_size, about.st_mtime_ns) for file in files]
+
+
 def _wikitext2_from_hub(split: str) -> list[str]:
     from datasets import load_dataset
 

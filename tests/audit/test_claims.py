@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import statistics
 from pathlib import Path
@@ -59,6 +60,19 @@ def test_another_unit_than_the_claims_is_an_error() -> None:
     claimed = {"by": "paper", "value": 1.0, "unit": "MB"}
     claim = Claim("i", "ternary", "s", "t", probe="p", confirmed=(1.0, math.inf), claimed=claimed)
     assert judge(claim, measured(1.0)).failure == "x were measured, MB are claimed"
+
+
+@pytest.mark.parametrize("interval", [(math.nan, math.nan), (2.0, 3.0)])
+def test_a_value_that_its_own_interval_does_not_hold_is_an_error(interval: tuple[float, float]) -> None:
+    claim = Claim("i", "ternary", "s", "t", probe="ratio", confirmed=(0, 5))
+    judged = judge(claim, dataclasses.replace(measured(1.0), interval=interval))
+    assert judged.verdict == "error" and "is not in its interval" in judged.failure
+
+
+def test_an_interval_of_any_size_is_judged() -> None:
+    claim = Claim("i", "ternary", "s", "t", probe="ratio", confirmed=(0, 1 + 1e-12))
+    judged = judge(claim, dataclasses.replace(measured(1.0), interval=(-1e300, 1e300)))
+    assert (judged.verdict, judged.undecided, judged.decides_at) == ("partly", True, None)
 
 
 @pytest.mark.parametrize(

@@ -314,6 +314,59 @@ def test_only_a_few_claims(tmp_path: Path) -> None:
     assert [(row["id"], row["verdict"]) for row in rows] == [("bits", "partly"), ("zeros", "confirmed")]
     with pytest.raises(BadInput, match="'nought' is not in mine; choose from absent, bits"):
         report.only(path, ["nought"], settings)
+    with pytest.raises(BadInput, match="claim total: counts the verdicts of other rows; measure the whole report"):
+        report.only(path, ["zeros", "total"], settings)
+
+
+def test_what_was_measured_of_another_model_does_not_stay(record: dict[str, Any], tmp_path: Path) -> None:
+    before = {**record, "subject": {**record["model"], "fingerprint": "0" * 64}}
+    with pytest.raises(BadInput, match="report mine: its model is 0000"):
+        measure(read_claims(claims_file(tmp_path)), shop(tmp_path / "a"), quiet, before)
+
+
+def test_a_record_that_says_other_than_its_claims_is_refused(record: dict[str, Any], tmp_path: Path) -> None:
+    """Verdicts that follow from thresholds that the record made up, and rows that it left out."""
+    claims = read_claims(claims_file(tmp_path))
+    check_record(json.loads(json.dumps(record)), claims)
+    wider, fewer = json.loads(json.dumps(record)), json.loads(json.dumps(record))
+    row_of(wider, "small").update(
+        {"thresholds": {"confirmed": [0, 9], "partly": None}, "verdict": "confirmed", "colour": "GREEN"}
+    )
+    fewer["claims"] = [row for row in fewer["claims"] if row["verdict"] != "refuted"]
+    for forged in (wider, fewer):
+        forged["summary"] = {v: sum(row["verdict"] == v for row in forged["claims"]) for v in forged["summary"]}
+        forged["false_discovery"] = record_module._false_discovery(forged["claims"])
+        check_record(forged)
+        with pytest.raises(BadInput, match="was made from other claims than those of its file"):
+            check_record(forged, claims)
+
+
+def test_a_comparison_that_fails_fails_in_its_own_row(tmp_path: Path) -> None:
+    """digits-mlp has no likelihoods; the row beside it is measured all the same."""
+    probe = {"name": "top1_agreement", "parameters": {"stage": "ternary"}}
+    rows = [CLAIMS[0], {"id": "same", "probe": probe, "confirmed": [0, 1]}]
+    record = measure(read_claims(claims_file(tmp_path, rows)), shop(tmp_path / "a"), quiet)
+    assert [row["verdict"] for row in record["claims"]] == ["confirmed", "error"]
+    assert record["stages"] == []
+
+
+def test_measurements_depend_on_all_source_and_all_local_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("cli.py", "audit/claims.py", "data/x"):
+        (tmp_path / "package" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "package" / name).write_text("before")
+    monkeypatch.setattr(workshop, "PACKAGE", tmp_path / "package")
+    hashes = set()
+    for name in ("cli.py", "audit/claims.py", "data/x"):
+        hashes.add(workshop.source_sha256.__wrapped__())
+        (tmp_path / "package" / name).write_text("after")
+    assert len(hashes) == 3
+    made = shop(tmp_path / "a")
+    monkeypatch.setenv("AGENTFORGE_DATA", str(tmp_path / "data"))
+    entries = {made._file("probe", {})}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "arc.jsonl").write_text("{}")
+    entries.add(made._file("probe", {}))
+    assert len(entries) == 2
 
 
 def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

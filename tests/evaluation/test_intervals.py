@@ -99,6 +99,9 @@ def test_pairs_that_do_not_differ_could_have_differed(kept: float) -> None:
 
 
 def test_nothing_right_before_keeps_nothing_that_has_a_share() -> None:
+    # Clusters that do not differ but in the rounding of sums are clusters that do not differ.
+    found = intervals.pairs(torch.full((5,), 1.0).double(), torch.full((5,), 49.0).double())
+    assert found["error"] == "binomial" and found["interval"][1] - found["interval"][0] > 1e-3
     found = intervals.pairs(torch.ones(5).double(), torch.zeros(5).double())
     assert math.isnan(found["value"]) and found["error"] == "unknown"
 
