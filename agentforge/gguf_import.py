@@ -9,6 +9,7 @@ doubles such as 9.999999747378752e-06.
 from __future__ import annotations
 
 import re
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,10 @@ def _tokenizer(source: Path, field: Any) -> Any:
         if 0 <= token < len(tokens):
             special[f"{name}_token"] = tokens[token]
     if kind != "gpt2" or splitting not in ("smollm", "gpt-2", "default"):
-        with quiet_transformers():
-            converted = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
+        # In a folder of its own: a tokenizer_config.json beside the file would be read, and could name code to run.
+        with quiet_transformers(), tempfile.TemporaryDirectory() as alone:
+            (Path(alone) / "model.gguf").symlink_to(source.resolve())
+            converted = AutoTokenizer.from_pretrained(alone, gguf_file="model.gguf", trust_remote_code=False)
         for role, token in special.items():
             setattr(converted, role, token)  # some releases of transformers mix them up
         return converted

@@ -807,6 +807,19 @@ def test_a_sentencepiece_tokenizer(tmp_path: Path, fresh_cache: Path, hf_llama: 
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
 
 
+def test_what_lies_beside_a_gguf_file_is_neither_read_nor_run(
+    tmp_path: Path, fresh_cache: Path, hf_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer_config.json there could name code, which transformers asks about and, at a yes, runs."""
+    write_gguf(tmp_path / "tiny.gguf", hf_llama, sentencepiece=True)
+    config = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'PWNED')!r}, 'w')\nEvil = None\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert open_model(tmp_path / "tiny.gguf").tokenizer.bos_token == "<s>"
+    assert not (tmp_path / "PWNED").exists()
+
+
 def test_transformers_own_reader_agrees(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
     from transformers import AutoModelForCausalLM
 
