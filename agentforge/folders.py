@@ -34,26 +34,32 @@ def foreign(folder: Path) -> str | None:
     if folder.is_symlink() or not folder.is_dir():
         return "is not a folder of agentforge's"
     children = sorted(folder.iterdir())
-    if all(re.fullmatch(r"lock|recipe\.json\..*tmp", child.name) for child in children):
+    if all(_temporary(child) or (child.name == "lock" and not child.stat().st_size) for child in children):
         return None  # empty, or just begun
     mark, pattern = _mark(folder)
     if mark is None:
         return f"holds {children[0].name!a:.80} and nothing that says agentforge made it"
     for child in children:
-        if child.name == mark or re.fullmatch(r".+\.tmp", child.name):
+        if child.name == mark or _temporary(child):
             continue
         if not re.fullmatch(pattern, child.name):
             return f"holds {child.name!a:.80}, which agentforge did not put there"
         if child.is_symlink() or not child.is_dir() or (mark, child.name) == ("recipe.json", "folder"):
             continue
         if mark == "recipe.json":
-            strange = [piece.name for piece in child.iterdir() if not re.fullmatch(PIECES + r"|.+\.tmp", piece.name)]
+            pieces = sorted(child.iterdir())
+            strange = [piece.name for piece in pieces if not (re.fullmatch(PIECES, piece.name) or _temporary(piece))]
             found = f"holds {strange[0]!a:.80}, which agentforge did not put there" if strange else None
         else:
             found = foreign(child)
         if found:
             return f"holds {child.name}, which {found}"
     return None
+
+
+def _temporary(path: Path) -> bool:
+    """Whether it is a file that `write_atomic` had not renamed yet when it was killed."""
+    return re.fullmatch(r".+\.[0-9a-f]{16}\.tmp", path.name) is not None and path.is_file() and not path.is_symlink()
 
 
 def _mark(folder: Path) -> tuple[str | None, str]:

@@ -266,3 +266,21 @@ def test_saving_removes_no_weights_of_others(tiny_llama: Path, tmp_path: Path) -
     model.save_pretrained(tmp_path / "c")
     Artifact(tmp_path / "c").verify()
     assert json.loads((tmp_path / "c" / "generation_config.json").read_text())["max_new_tokens"] == 7
+
+
+@pytest.mark.parametrize("name", ["thesis.tmp/chapter1", "notes.tmp", "x.0123456789abcdef.tmp/y"])
+def test_only_files_that_a_kill_left_are_temporary(tmp_path: Path, name: str) -> None:
+    (made := tmp_path / "made").mkdir()
+    (made / "recipe.json").write_text("{}")
+    (made / "recipe.json.0123456789abcdef.tmp").write_text("{")
+    assert folders.foreign(made) is None
+    (made / name).parent.mkdir(exist_ok=True)
+    (made / name).write_text("mine")
+    assert "which agentforge did not put there" in str(folders.foreign(made))
+
+
+def test_a_lock_that_holds_something_is_no_lock(tmp_path: Path) -> None:
+    (tmp_path / "lock").write_text("")
+    assert folders.foreign(tmp_path) is None
+    (tmp_path / "lock").write_text("combination: 1234")
+    assert "nothing that says agentforge made it" in str(folders.foreign(tmp_path))
