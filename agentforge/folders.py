@@ -21,7 +21,7 @@ MARKS = {
     "agentforge.json": r"history\.json",
     "agentforge-source.json": r"",
     "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.safetensors",
-    "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.old)?",
+    "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.agentforge-old)?",
 }
 # What an artifact can be of, if its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
@@ -98,8 +98,8 @@ def remove(folder: Path) -> None:
 
 
 def old_of(out: Path) -> Path:
-    """Where `replace` keeps the old folder until the new one is there."""
-    return out.with_name(out.name + ".old")
+    """Where `replace` keeps the old folder until the new one is there: a name that nobody gives to a copy of his own."""
+    return out.with_name(out.name + ".agentforge-old")
 
 
 def check_out(out: str | Path, *inputs: Path, replace: bool = False) -> Path:

@@ -73,7 +73,7 @@ COMMANDS: dict[str, Callable[[LanguageModel, Path], object]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("place", ["out", "out.partial", "out.old", "out.training"])
+@pytest.mark.parametrize("place", ["out", "out.partial", "out.agentforge-old", "out.training"])
 @pytest.mark.parametrize("kind", ["a folder of the user's", "an artifact with a file of the user's", "a file", "a link"])
 def test_what_others_made_stays(digits: LanguageModel, tmp_path: Path, command: str, place: str, kind: str) -> None:
     """At the place itself, and at each one where something unfinished or old would lie."""
@@ -96,7 +96,7 @@ def test_what_others_made_stays(digits: LanguageModel, tmp_path: Path, command: 
         COMMANDS[command](digits, tmp_path / "out")
     except BadInput as error:
         refused = str(error)
-    assert refused or place not in ("out", "out.old")
+    assert refused or place not in ("out", "out.agentforge-old")
     assert len(refused.splitlines()) <= 1
     assert before.items() <= hashes(tmp_path).items()
     assert precious.is_symlink() == (kind == "a link")
@@ -182,11 +182,15 @@ def test_a_kill_at_any_step_of_a_replacement_leaves_one_whole(
         except Killed:
             done = False
         killed_at.undo()
-        found = [hashes(path) for path in (place / "out", place / "out.old", place / "scratch" / "out") if path.exists()]
+        found = [
+            hashes(path)
+            for path in (place / "out", place / "out.agentforge-old", place / "scratch" / "out")
+            if path.exists()
+        ]
         assert any(whole in found for whole in wanted)
         folders.check_out(place / "out", replace=True)
         assert hashes(place / "out") in wanted
-        assert not (place / "out.old").exists()
+        assert not (place / "out.agentforge-old").exists()
         if done:
             assert hashes(place / "out") == wanted[1]
             break
@@ -284,3 +288,15 @@ def test_a_lock_that_holds_something_is_no_lock(tmp_path: Path) -> None:
     assert folders.foreign(tmp_path) is None
     (tmp_path / "lock").write_text("combination: 1234")
     assert "nothing that says agentforge made it" in str(folders.foreign(tmp_path))
+
+
+def test_a_copy_that_the_user_called_old_stays(digits: LanguageModel, tmp_path: Path) -> None:
+    for _ in range(2):  # made, and finished already
+        agentforge.compress(digits, "rounding", tmp_path / "a", progress=False)
+        if not (tmp_path / "a.old").exists():
+            shutil.copytree(tmp_path / "a", tmp_path / "a.old")
+    agentforge.compress(digits, "ternary", tmp_path / "a", overwrite=True, progress=False)
+    assert Artifact(tmp_path / "a.old").manifest["recipe"]["stage"]["stage"] == "rounding"
+    shutil.rmtree(tmp_path / "a")
+    agentforge.compress(digits, "ternary", tmp_path / "a", progress=False)
+    assert (tmp_path / "a.old").exists()
