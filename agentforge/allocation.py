@@ -38,7 +38,7 @@ from .artifact import Artifact
 from .errors import BadInput
 from .evaluation import Divergence, Text
 from .folders import check_out, remove, replace
-from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named
+from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress
 from .statistics import Calibration, InputStatistics, collect
@@ -147,6 +147,7 @@ def candidates(
     or a run after a kill, does not encode again.  device: "cuda" searches on a GPU in the stages that can.
     Raises BadInput if a stage cannot encode a weight, or shares planes.
     """
+    check_workers(workers)
     for stage in ladder:
         stage.check()
         if stage.shared_layout():

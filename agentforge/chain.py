@@ -34,7 +34,7 @@ from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
 from .folders import check_out, foreign, remove, replace
-from .models import SAMPLED_TOKENS, LanguageModel, device_named
+from .models import SAMPLED_TOKENS, LanguageModel, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
@@ -188,6 +188,7 @@ def run_chain(
     or `out` cannot be used; a gate that fails is no error, it is in the result.
     """
     device_named(device)
+    check_workers(workers)  # before the journal: there it would be an attempt that was rejected
     model = open_model(model) if isinstance(model, str | Path) else model
     chain = chain if isinstance(chain, Chain) else read_chain(chain)
     model.check()

@@ -121,6 +121,8 @@ def _unexpected(error: BaseException) -> tuple[str, int]:
     """The message for an unexpected error, and the exit code."""
     if isinstance(error, MemoryError) or re.search(_NO_MEMORY, str(error)):
         return "out of memory; free some or raise the limit (--workers 1 needs the least, if the command has it)", 2
+    if "home directory" in str(error):  # of Path.expanduser
+        return "a path begins with ~ and a name that is no user's here; write it in full, or as ./~name", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'input or output'}: {error.strerror or error}", 2
     last = traceback.extract_tb(error.__traceback__)[-1]

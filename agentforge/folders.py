@@ -23,6 +23,8 @@ MARKS = {
     "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.safetensors",
     "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.agentforge-old)?",
 }
+# What a mark says in any case, if others may use its name, too.
+MARKED: dict[str, set[str]] = {"recipe.json": set(), "journal.json": {"recipe", "original", "attempts"}}
 # What an artifact can be of, if its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
 PIECES = r"(\d{5,}|shared)\.safetensors"
@@ -69,6 +71,8 @@ def _mark(folder: Path) -> tuple[str | None, str]:
             data: Any = {}
             with contextlib.suppress(BadInput):
                 data = read_json(folder / name)
+            if name in MARKED and not (data and data.keys() >= MARKED[name]):
+                continue  # somebody else's file of that name
             files = data.get("files")
             listed = map(re.escape, files) if isinstance(files, dict) else [USUAL]
             return name, "|".join([pattern, *listed] if name.startswith("agentforge") else [pattern])

@@ -117,6 +117,12 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
         raise BadInput(
             f"{source}: architecture {architecture!r}; expected 'llama' (convert others to a Hugging Face folder)"
         )
+    end = reader.data_offset
+    for tensor in sorted(reader.tensors, key=lambda t: int(t.data_offset)):
+        start = int(tensor.data_offset)  # an offset of 2**64 - 32 wraps around to before the data
+        if start < end or (start - reader.data_offset) % reader.alignment:
+            raise BadInput(f"{source}: tensor {tensor.name!a:.80} overlaps another or is not aligned; fetch the file again")
+        end = start + int(tensor.n_bytes)
     names = {tensor.name for tensor in reader.tensors}
     if "rope_freqs.weight" in names:
         raise BadInput(

@@ -36,6 +36,7 @@ SAMPLED = 512  # context of samples: short, so that a few thousand tokens are en
 SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
 SOURCE_FILE = "agentforge-source.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
+LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters a second (they take 100,000 and more)
 
 
@@ -289,6 +290,9 @@ class LanguageModel:
     def _hf_config(self) -> Any:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+        labels = self.config.get("num_labels")
+        if isinstance(labels, int) and labels > LABELS:
+            raise BadInput(f"{self.path}/config.json: num_labels is above {LABELS:,}, and each takes memory; lower it")
         try:
             config = AutoConfig.from_pretrained(self.path, trust_remote_code=False)
         except Exception as error:
@@ -436,8 +440,16 @@ def device_named(name: str) -> torch.device:
         found = torch.device(name)
         torch.empty(1, device=found)
     except (RuntimeError, AssertionError):
-        raise BadInput(f"device {name!r}: torch has no such device here; use cpu") from None
+        found = None
+    if found is None or found.type not in ("cpu", "cuda"):
+        raise BadInput(f"device {name!r}: torch has no such device here; use cpu")
     return found
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise BadInput for a number of workers that is not 1 or more; None is the default number."""
+    if workers is not None and workers < 1:
+        raise BadInput(f"workers={workers}; expected 1 or more")
 
 
 def cache_dir() -> Path:

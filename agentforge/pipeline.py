@@ -20,7 +20,7 @@ from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, 
 from .errors import AgentForgeError, BadInput
 from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
 from .folders import check_out
-from .models import LanguageModel, Weight, device_named
+from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
 from .planes import Packed
 from .stages.text import with_refinements
@@ -69,8 +69,7 @@ def compress(
     """
     model = open_model(model) if isinstance(model, str | Path) else model
     plan = _plan(model, stages.parse(stage) if isinstance(stage, str) else stage, embeddings)
-    if workers is not None and workers < 1:
-        raise BadInput(f"workers={workers}; expected 1 or more")
+    check_workers(workers)
     if executor is None:
         device_named(device)
     out = check_out(out, model.path)

@@ -195,7 +195,7 @@ def _talking(uri: str) -> Iterator[None]:
         message = (
             f"registry {uri:.200}: {' '.join(str(error).split())[:300]}; check the registry and run the same command again"
         )
-        raise BadInput(re.sub(r"//[^/@ ]*@", "//", message)) from None  # no user and password on the screen
+        raise BadInput(re.sub(r"//[^@ ]*@", "//", message)) from None  # no user and password on the screen
 
 
 @contextlib.contextmanager

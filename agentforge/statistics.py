@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from . import digits
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
-from .models import LanguageModel, device_named
+from .models import LanguageModel, check_workers, device_named
 from .stages.base import InputStatistics as InputStatistics
 from .stages.base import Stage
 
@@ -79,6 +79,7 @@ def collect(
     settings out of range.
     """
     calibration = calibration or Calibration()
+    check_workers(workers)
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
     module = model.on(calibration.device).model

@@ -467,6 +467,30 @@ def test_signals_end_a_command_with_a_true_sentence(
     assert list(tmp_path.iterdir()) == []
 
 
+CHAIN = "name: c\nsteps: [{name: s, try: ['rounding:bits=8'], gates: []}]\non_failure: stop\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["pipeline", "digits-mlp", "chain.yaml", "--out", "out", "--workers", "-3"], "workers=-3; expected 1 or more"),
+        (
+            ["compress", "digits-mlp", "--stage", "ternary", "--out", "out", "--device", "meta"],
+            "device 'meta': torch has no",
+        ),
+        (["compress", "~nobody-of-that-name/m", "--stage", "ternary", "--out", "out"], "begins with ~"),
+        (["inspect", "~nobody-of-that-name"], "begins with ~"),
+    ],
+)
+def test_odd_arguments_are_refused_before_anything_is_written(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "chain.yaml").write_text(CHAIN)
+    assert_refused(run(*command), 2, words)
+    assert [path.name for path in tmp_path.iterdir()] == ["chain.yaml"]
+
+
 # In a process of its own
 
 

@@ -275,12 +275,24 @@ def test_saving_removes_no_weights_of_others(tiny_llama: Path, tmp_path: Path) -
 @pytest.mark.parametrize("name", ["thesis.tmp/chapter1", "notes.tmp", "x.0123456789abcdef.tmp/y"])
 def test_only_files_that_a_kill_left_are_temporary(tmp_path: Path, name: str) -> None:
     (made := tmp_path / "made").mkdir()
-    (made / "recipe.json").write_text("{}")
+    (made / "recipe.json").write_text('{"stage": "ternary"}')
     (made / "recipe.json.0123456789abcdef.tmp").write_text("{")
     assert folders.foreign(made) is None
     (made / name).parent.mkdir(exist_ok=True)
     (made / name).write_text("mine")
     assert "which agentforge did not put there" in str(folders.foreign(made))
+
+
+MARKS = [("journal.json", '{"diary": 1}'), ("journal.json", "[1]"), ("recipe.json", "two eggs"), ("recipe.json", "{}")]
+
+
+@pytest.mark.parametrize(("name", "text"), MARKS)
+def test_a_file_of_that_name_alone_marks_nothing(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert "nothing that says agentforge made it" in str(folders.foreign(tmp_path))
+    with pytest.raises(BadInput, match="is not removed"):
+        folders.remove(tmp_path)
+    assert (tmp_path / name).read_text() == text
 
 
 def test_a_lock_that_holds_something_is_no_lock(tmp_path: Path) -> None:

@@ -1031,6 +1031,27 @@ def test_gguf_files_that_lie(tmp_path: Path, fresh_cache: Path, name: str) -> No
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # in KiB
 
 
+@pytest.mark.parametrize("offset", [(1 << 64) - 32, 33, 0], ids=["before the data", "not aligned", "upon another"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_gguf_tensors_in_odd_places(tmp_path: Path, fresh_cache: Path, hf_llama: Any, offset: int) -> None:
+    write_gguf(tmp_path / "evil.gguf", hf_llama)
+    raw = bytearray((tmp_path / "evil.gguf").read_bytes())
+    at = raw.index(text("output_norm.weight")) + len(text("output_norm.weight")) + 4 + 8 + 4  # one dimension, and the type
+    raw[at : at + 8] = u64(offset)
+    (tmp_path / "evil.gguf").write_bytes(raw)
+    with refused("evil.gguf: ", "overlaps another or is not aligned"):
+        open_model(tmp_path / "evil.gguf")
+    assert left_in(fresh_cache) == []
+
+
+def test_labels_that_would_fill_the_memory(llama_copy: Path) -> None:
+    config = json.loads((llama_copy / "config.json").read_text())
+    for labels in (10**12, 10**400):
+        (llama_copy / "config.json").write_text(json.dumps({**config, "num_labels": labels}))
+        with refused("config.json: num_labels is above 1,000,000"):
+            open_model(llama_copy)
+
+
 @pytest.mark.usefixtures("bounded")
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 def test_gguf_truncated_anywhere(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
