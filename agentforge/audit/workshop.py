@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -211,17 +210,9 @@ class Workshop:
             "source": source_sha256(),
             "environment": environment(),
             "data": local_data(),
-            "others": [_version(package) for package in ("scipy", "lm_eval", "datasets")],
         }
         key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:32]
         return cache_dir() / "measurements" / f"{key}.json"
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _entry(found: dict[str, Any]) -> dict[str, Any]:

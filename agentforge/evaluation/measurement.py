@@ -18,7 +18,10 @@ from typing import Any, Literal
 from ..errors import Incomparable
 
 Within = Literal["inside", "outside", "undecided"]
-PACKAGES = ("agentforge", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "gguf")
+PACKAGES = (
+    *("agentforge", "torch", "transformers", "tokenizers", "safetensors", "numpy", "numba", "gguf"),
+    *("scipy", "lm_eval", "datasets"),
+)
 
 
 @dataclass(frozen=True)
