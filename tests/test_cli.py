@@ -532,3 +532,4 @@ def test_a_registry_without_a_driver_is_refused(run: Run) -> None:
     result = run("models", "--registered", "--registry", "mysql://someone:secret@127.0.0.1/x")
     assert_refused(result, 2, "registry mysql://127.0.0.1/x", "MySQLdb")
     assert "secret" not in result.err
+    assert "cret" not in run("models", "--registered", "--registry", "mysql://someone:se/cret@127.0.0.1/x").err

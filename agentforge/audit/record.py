@@ -22,7 +22,7 @@ from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
 from .probes import bits_per_weight, run
-from .workshop import LEFT_OUT, SLOW, Unmeasured, Workshop, source_sha256
+from .workshop import EFFORTS, LEFT_OUT, SLOW, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 SCHEMA = Path(__file__).parent / "record.schema.json"
@@ -140,10 +140,12 @@ def _key(claim: Claim) -> str:
 
 
 def expected_seconds(claims: ClaimsFile, budget: str, last: dict[str, Any]) -> dict[str, float]:
-    """How long each probe of the claims takes at a budget, as far as a record (of this budget or of a larger one) says."""
+    """About how long each probe of the claims takes at a budget, as far as a record says: of this budget, or of another one,
+    whose seconds are scaled as the tokens that the two score."""
     rows = {f"{row['probe']} {json.dumps(row['parameters'], sort_keys=True)}": row["seconds"] for row in last["claims"]}
     wanted = [claim for claim in claims.claims if claim.probe and not (budget == "quick" and claim.probe in SLOW)]
-    return {key: max(rows.get(key, 0.0), 0.01) for key in map(_key, wanted)}
+    scale = EFFORTS[budget].tokens / EFFORTS[last.get("budget", budget)].tokens
+    return {key: max(rows.get(key, 0.0) * scale, 0.01) for key in map(_key, wanted)}
 
 
 def duration(seconds: float) -> str:
@@ -272,32 +274,25 @@ def _row(claim: Claim, taken: Taken) -> dict[str, Any]:
         if provenance["environment"] == environment():
             del provenance["environment"]  # the record's own; what was taken elsewhere keeps its own
     return {
-        "id": claim.id,
-        "stage": claim.stage,
-        "section": claim.section,
-        "title": claim.title,
-        "paper": claim.paper,
-        "documentation": claim.documentation,
-        "code": claim.code,
-        "audit": claim.audit,
-        "claimed": claim.claimed,
-        "about_other": claim.about_other,
-        "measures": claim.measures,
+        **_said(claim),
         "verdict": judged.verdict,
         "colour": judged.colour,
         "undecided": judged.undecided,
         "decides_at": judged.decides_at,
-        "probe": claim.probe,
-        "parameters": claim.parameters,
-        "protocol": claim.protocol,
-        "thresholds": {"confirmed": _interval(claim.confirmed), "partly": _interval(claim.partly)} if claim.probe else None,
         "measured": measured,
         "provenance": provenance,
         "failure": judged.failure,
         "seconds": round(taken.seconds, 2),
         "needs": judged.missing,
-        "remark": claim.remark,
     }
+
+
+def _said(claim: Claim) -> dict[str, Any]:
+    """What a row has from its claim alone."""
+    about = ("id", "stage", "section", "title", "paper", "documentation", "code", "audit", "claimed", "about_other")
+    thresholds = {"confirmed": _interval(claim.confirmed), "partly": _interval(claim.partly)} if claim.probe else None
+    how = ("measures", "probe", "parameters", "protocol", "remark")
+    return {name: getattr(claim, name) for name in (*about, *how)} | {"thresholds": thresholds}
 
 
 def _interval(interval: tuple[float, float] | None) -> list[float | None] | None:
@@ -334,20 +329,10 @@ def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
     if record["false_discovery"] != _false_discovery(record["claims"]):
         raise BadInput(f"report {report}: its false-discovery count is not that of its rows; make the report again")
     if claims is not None:
-        said = [{key: row[key] for key in _SAID} for row in record["claims"]]
-        if record["claims_sha256"] != claims_sha256(claims.claims) or said != json.loads(json.dumps(_said(claims))):
+        said = json.loads(json.dumps([_said(claim) for claim in claims.claims]))
+        found = [{key: row[key] for key in said[0]} for row in record["claims"]]
+        if record["claims_sha256"] != claims_sha256(claims.claims) or found != said:
             raise BadInput(f"report {report}: was made from other claims than those of its file; make the report again")
-
-
-# What a row has from its claim alone.
-_SAID = (
-    *("id", "stage", "section", "title", "paper", "documentation", "code", "audit", "claimed", "about_other", "measures"),
-    *("probe", "parameters", "protocol", "thresholds", "remark"),
-)
-
-
-def _said(claims: ClaimsFile) -> list[dict[str, Any]]:
-    return [{key: row[key] for key in _SAID} for row in (_row(claim, Taken()) for claim in claims.claims)]
 
 
 def _said_again(row: dict[str, Any]) -> tuple[Claim, Measurement | None]:

@@ -263,9 +263,9 @@ def foreseen(reports: Sequence[str | Path], budget: str) -> str:
     if len(last) < len(claims):
         return words
     seconds = sum(sum(expected_seconds(*pair).values()) for pair in zip(claims, [budget] * len(last), last, strict=True))
-    most = "" if all(record["budget"] == budget for record in last) else "at most "
+    said = "as rows took last time" if all(record["budget"] == budget for record in last) else "by rows of larger samples"
     size = max(sum(stage["ratios"][0]["bytes"] for stage in record["stages"]) for record in last) / 1e6
-    return f"{words}: {most}{duration(seconds)}, as rows took last time, and {size:,.0f} MB of compressed models meanwhile"
+    return f"{words}: {duration(seconds)}, {said}, and {size:,.0f} MB of compressed models meanwhile"
 
 
 def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool) -> None:

@@ -491,6 +491,8 @@ def test_what_is_left_is_weighed_by_how_long_rows_took(tmp_path: Path, monkeypat
         "claims": [{"probe": c.probe, "parameters": c.parameters, "seconds": seconds[str(c.probe)]} for c in claims.claims]
     }
     assert sum(expected_seconds(claims, "quick", last).values()) == 20.0
+    larger = expected_seconds(claims, "quick", {**last, "budget": "full"})
+    assert sum(larger.values()) == pytest.approx(20 * 1022 / 6132, abs=0.02)
     lines: list[str] = []
     made = shop(tmp_path / "a", effort="quick")
     now = {"time": 0.0}
