@@ -124,7 +124,7 @@ def test_abort_kills_what_does_not_end_by_itself_and_leaves_nothing_half_written
     record = json.loads((workspace / "one" / "run.json").read_text()) | {"pid": deaf.pid, "asked": None}
     (workspace / "one" / "run.json").write_text(json.dumps(record))
     (workspace / "one" / "out" / "step-1.partial" / "tensors").mkdir(parents=True)
-    (workspace / "one" / "out" / "step-1.partial" / "recipe.json").write_text("{}")
+    (workspace / "one" / "out" / "step-1.partial" / "recipe.json").write_text('{"recipe": "rounding:bits=4"}')
     assert status(workspace) == "running"
     runs.abort(workspace, "one", grace=0.3)
     assert deaf.wait(5) == -signal.SIGKILL
