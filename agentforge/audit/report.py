@@ -296,6 +296,7 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
             progress_bar=False,
             kernel_name="python3",
             config=Config(KernelManager={"transport_encryption": "auto"}),  # else the kernel warns of plain TCP
+            extra_arguments=["--IPKernelApp.log_level=50"],  # else it calls the interrupt that ends it an error
         )
     except PapermillExecutionError as error:
         if error.ename == "BadInput":
