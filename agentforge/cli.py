@@ -748,7 +748,9 @@ def dashboard(
 @app.command()
 def audit(
     reports: Annotated[list[str] | None, Argument(help="Which reports (default: all).", metavar="[REPORT]...")] = None,
-    claims: Annotated[Path | None, Option(help="A YAML file of your own claims, instead of reports.")] = None,
+    claims: Annotated[
+        Path | None, Option(help="A YAML file of your own claims, or a folder with one, whose probes and template are run.")
+    ] = None,
     model: Annotated[str | None, Option(help="Measure on this model (default: the claims' own).")] = None,
     against: Annotated[str | None, Option(help="The original of that model, for claims that compare.")] = None,
     text: TextName = None,
@@ -775,7 +777,7 @@ def audit(
 
     if claims is not None and reports:
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
-    names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.REPORTS)]
+    names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.NAMES)]
     if check:
         _check_reports(names, out_dir, as_json)
         return

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from agentforge.audit.dashboard_probes import CHAIN
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from reports.phase8_compression.dashboard import CHAIN
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 SMOLLM2 = """name: small SmolLM2

@@ -8,18 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import (  # noqa: F401  (their probes register themselves)
-    chain_probes,
-    compression_probes,
-    dashboard_probes,
-    paper_probes,
-    phase5_probes,
-    project_probes,
-    self_probes,
-    subject_probes,
-    task_probes,
-    training_probes,
-)
+from . import subject_probes, task_probes  # noqa: F401  (their probes register themselves)
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
 from .probes import PROBES
 from .record import measure

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -25,9 +26,8 @@ from .. import stages
 from ..errors import BadInput
 from ..evaluation.measurement import Measurement
 from ..yamlfiles import read_yaml
-from .probes import mistake
+from .probes import REPORTS, import_probes, mistake
 
-CLAIMS = Path(__file__).parent / "claims"
 Verdict = Literal["confirmed", "partly", "refuted", "does not carry over", "not reproducible here", "not tested", "error"]
 COLOURS: dict[str, str] = {
     "confirmed": "GREEN",
@@ -75,7 +75,8 @@ class Claim:
 class ClaimsFile:
     """All claims of one report.  source: the audit they were taken from.  model: what they are measured on.  against: the
     original that it was made from, for claims that compare the two.  baselines: stages that are measured beside those of
-    the claims, to read them against.  file: its name.  places: file and line of each claim, for messages."""
+    the claims, to read them against.  file: its name.  folder: that of the report, if it has one, with probes.py and
+    template.ipynb.  places: file and line of each claim, for messages."""
 
     report: str
     title: str
@@ -86,6 +87,7 @@ class ClaimsFile:
     baselines: tuple[str, ...] = ()
     against: str | None = None
     file: str = ""
+    folder: Path | None = None
     places: dict[str, str] = field(default_factory=dict)
 
 
@@ -109,16 +111,25 @@ class Judged:
 
 
 def read_claims(name_or_path: str | Path) -> ClaimsFile:
-    """A claims file by its report's name, or by path.
+    """The claims of a report: by its name, if it is one of the checkout's, by the path of its folder, or by the path of a
+    YAML file alone.  The probes of a folder are imported, which runs them; of a file nothing is run.
 
     Raises BadInput, naming the place, for a file that is missing, no YAML, or not as the schema asks.
     """
-    path = Path(name_or_path)
+    path, folder = Path(name_or_path).absolute(), None
     if path.suffix not in (".yaml", ".yml"):
-        path = CLAIMS / f"{name_or_path}.yaml"
+        folder = path if isinstance(name_or_path, Path) or is_path(name_or_path) else REPORTS / name_or_path
+    elif path.parent.parent == REPORTS:
+        folder = path.parent
+    path = folder / "claims.yaml" if folder else Path(name_or_path)
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in CLAIMS.glob("*.yaml")))
-        raise BadInput(f"report {str(name_or_path)!r} does not exist; expected a .yaml file of claims or one of {known}")
+        known = ", ".join(sorted(p.parent.name for p in REPORTS.glob("*/claims.yaml"))) or "none (there is no checkout here)"
+        raise BadInput(
+            f"report {str(name_or_path)!r} does not exist; expected a .yaml file of claims, a folder with claims.yaml, "
+            f"or one of {known}"
+        )
+    if folder:
+        import_probes(folder)
     data, line = read_yaml(path, "a file of claims")
     schema = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
     problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(data))
@@ -143,7 +154,12 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
         except BadInput as error:
             raise BadInput(f"{path}, line {line(['baselines', number])}: {error}") from None
     rest = {key: value for key, value in data.items() if key not in ("claims", "baselines")}
-    return ClaimsFile(claims=claims, baselines=baselines, file=path.name, places=places, **rest)
+    return ClaimsFile(claims=claims, baselines=baselines, file=path.name, folder=folder, places=places, **rest)
+
+
+def is_path(report: str) -> bool:
+    """Whether a report is asked for by a path and not by its name."""
+    return os.sep in report or report.endswith((".yaml", ".yml"))
 
 
 def claims_sha256(claims: Iterable[Claim]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..escaping import markdown
 from ..models import converted_bytes
-from .claims import CLAIMS
+from .probes import REPORTS
 
 MARKS = {
     "confirmed": "🟢",
@@ -189,7 +189,7 @@ def _again(record: dict[str, Any], only: str = "") -> str:
         return markdown(shlex.quote(html.unescape(text)))
 
     asked, against = str(record["report"]), record["model"]
-    if not (CLAIMS / f"{asked}.yaml").is_file():
+    if not (REPORTS / asked / "claims.yaml").is_file():
         model = record["subject"] or against
         asked = f"--claims {word(record.get('claims_file') or f'{asked}.yaml')} --model {word(model['name'])}"
         if against["fingerprint"] != model["fingerprint"]:

@@ -7,26 +7,40 @@ measures is always loaded back from disk.
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import hashlib
+import importlib
 import inspect
 import math
+import operator
+import sys
+import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 
 from .. import evaluation, stages
+from ..digits import data as digits_data
 from ..errors import BadInput
-from ..evaluation import Measurement, Text
-from ..opening import open_model
+from ..evaluation import Measurement, Text, intervals
+from ..evaluation.texts import CHECKOUT
+from ..opening import load, open_model
 from ..pipeline import compress
 from ..stages.ternary import zero_fraction
-from .workshop import Workshop
+from .workshop import LEFT_OUT, Unmeasured, Workshop
 
 Probe = Callable[..., Measurement]
 PROBES: dict[str, Probe] = {}
+POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 UNITS: dict[str, str] = {}  # of what a probe measures, unless its parameters say it
 COMPARES: set[str] = set()  # the probes that need an original to compare with
+SLOW: set[str] = set()  # those that take longer than the quick budget has for everything
+UNKEPT: set[str] = set()  # those that read what no hash covers: other rows, the coverage data, the README
+REPORTS = CHECKOUT / "reports"
 
 
 def _stage(text: str) -> str:
@@ -42,10 +56,11 @@ Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
-def probe(unit: str = "", compares: bool = False) -> Callable[[Probe], Probe]:
+def probe(unit: str = "", compares: bool = False, slow: bool = False, kept: bool = True) -> Callable[[Probe], Probe]:
     """Decorator: makes a probe known under its function's name, which no other has.
 
-    unit: of what it measures; "" if that depends on its parameters.  compares: whether it needs an original.
+    unit: of what it measures; "" if that depends on its parameters.  compares: whether it needs an original.  slow: whether
+    the quick budget leaves it out.  kept: whether what it measured once can be taken from the cache.
     """
 
     def know(function: Probe) -> Probe:
@@ -54,9 +69,30 @@ def probe(unit: str = "", compares: bool = False) -> Callable[[Probe], Probe]:
         PROBES[name] = function
         UNITS[name] = unit
         COMPARES.update([name] * compares)
+        SLOW.update([name] * slow)
+        UNKEPT.update([name] * (not kept))
         return function
 
     return know
+
+
+def import_probes(folder: Path) -> types.ModuleType | None:
+    """Import `probes.py` of a report's folder, which registers its probes; None if it has none.
+
+    This runs code, so the folder has to be trusted.  Reports of one folder are one package, and can share probes; those
+    of the checkout are the package `reports`.  Raises BadInput if the import fails.
+    """
+    file, parent = folder / "probes.py", folder.parent
+    if not file.is_file():
+        return None
+    package = "reports" if parent == REPORTS else f"reports_{hashlib.sha256(str(parent).encode()).hexdigest()[:16]}"
+    if package not in sys.modules:
+        sys.modules[package] = module = types.ModuleType(package)
+        module.__path__ = [str(parent)]
+    try:
+        return importlib.import_module(f"{package}.{folder.name}.probes")
+    except Exception as error:
+        raise BadInput(f"{file}: cannot be imported ({type(error).__name__}: {error})") from None
 
 
 def mistake(name: str, parameters: dict[str, Any], unit: str | None = None) -> tuple[tuple[str, ...], str] | None:
@@ -91,6 +127,77 @@ def run(workshop: Workshop, name: str, parameters: dict[str, Any]) -> Measuremen
     if found := mistake(name, parameters):
         raise BadInput(found[1])
     return PROBES[name](workshop, **parameters)
+
+
+def share(workshop: Workshop, right: list[bool], what: str, metric: str, **protocol: Any) -> Measurement:
+    """The share of cases that came out right."""
+    return workshop.exact(sum(right) / len(right), f"share of {what}", len(right), metric, **protocol)
+
+
+def whole_model(workshop: Workshop) -> Workshop:
+    """The workshop for whole models: digits-mlp's in smoke effort, in which there is no time for a language model."""
+    if workshop.effort.name != "smoke":
+        return workshop
+    return dataclasses.replace(workshop, model=open_model("digits-mlp"))
+
+
+@probe()
+def arithmetic(workshop: Workshop, expression: str, unit: str) -> Measurement:
+    """An expression of numbers, + - * / **, log2, min and max: what follows from a claim's own figures."""
+    try:
+        value = _evaluate(ast.parse(expression, mode="eval").body, expression)
+    except BadInput:
+        raise
+    except (SyntaxError, ArithmeticError, ValueError, TypeError) as error:
+        raise BadInput(f"arithmetic: {expression!r} has no value ({error})") from None
+    return Measurement(value, unit, None, 1, {"metric": "arithmetic", "expression": expression})
+
+
+_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+_FUNCTIONS: dict[str, Callable[..., float]] = {"log2": math.log2, "min": min, "max": max}
+
+
+def _evaluate(node: ast.expr, text: str) -> float:
+    match node:
+        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
+            return float(value)
+        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+            return float(_OPERATORS[type(op)](_evaluate(left, text), _evaluate(right, text)))
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_evaluate(operand, text)
+        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
+            return float(_FUNCTIONS[name](*(_evaluate(argument, text) for argument in arguments)))
+    raise BadInput(f"arithmetic: {text!r} holds {ast.unparse(node)!r}; expected numbers, + - * / **, log2, min and max")
+
+
+@probe("share of points", kept=False)
+def score(workshop: Workshop, sections: list[str] | None = None, stages: list[str] | None = None) -> Measurement:
+    """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
+
+    Rows without a verdict do not count; their number is in the protocol.  Scores are not rows of other scores.
+    A score is not computed from what a small budget leaves over.
+    """
+    rows = [
+        row
+        for row in workshop.rows
+        if row["probe"] != "score"
+        and (sections is None or row["section"] in sections)
+        and (stages is None or row["stage"] in stages)
+    ]
+    if left_out := sum(row["needs"].endswith(LEFT_OUT) for row in rows):
+        raise Unmeasured(f"the {left_out} of its rows that a small budget leaves out; {LEFT_OUT}")
+    points = [POINTS[row["verdict"]] for row in rows if row["verdict"] in POINTS]
+    if not points:
+        raise Unmeasured("at least one row with a verdict among those that the score counts")
+    counted = {"sections": sections or "all", "stages": stages or "all", "without a verdict": len(rows) - len(points)}
+    return workshop.exact(sum(points) / len(points), "share of points", len(points), "points over rows", **counted)
 
 
 @probe("share of weights")
@@ -221,6 +328,28 @@ def perplexity_formula(workshop: Workshop, tokens: Count = 511) -> Measurement:
         "perplexity against transformers' loss",
         text=workshop.text.name,
     )
+
+
+@probe("share")
+def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "perplexity"]) -> Measurement:
+    """Accuracy over the original's, or the original's perplexity over this one's, of the same tokens or pictures."""
+    whole = whole_model(workshop)
+    if not whole.model.is_classifier:
+        found = whole.divergence(stage)
+        measured = found.retention if of == "accuracy" else found.perplexity_retention
+    else:
+        candidate = load(whole.artifact(stage).path)
+        measured = evaluation.accuracy_retention(candidate, whole.model)
+        if of == "perplexity":
+            _, _, pixels, labels = digits_data()
+            modules = [model.model for model in (whole.model, candidate)]  # built outside of inference mode
+            with torch.inference_mode():
+                logits = [module(pixels).double() for module in modules]
+            base, losses = (torch.nn.functional.cross_entropy(one, labels, reduction="none") for one in logits)
+            protocol = {**measured.protocol, "metric": "original exp(loss) / exp(loss)"}
+            found_loss = intervals.mean(base - losses, error="pairs", log=True)
+            measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
+    return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})
 
 
 def short_text(workshop: Workshop, tokens: int) -> tuple[Text, list[int]]:

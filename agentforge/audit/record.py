@@ -21,15 +21,15 @@ from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
-from .probes import bits_per_weight, run
-from .workshop import EFFORTS, LEFT_OUT, SLOW, Unmeasured, Workshop, source_sha256
+from .probes import SLOW, UNKEPT, bits_per_weight, run
+from .workshop import EFFORTS, LEFT_OUT, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 SCHEMA = Path(__file__).parent / "record.schema.json"
+# What reports and benchmarks write, for git.
+WRITTEN = [f":(top,exclude,glob)reports/**/*.{end}" for end in ("json", "ipynb", "html", "md", "sarif", "png")]
 # Probes of how a stage changes predictions: all their stages are scored in one pass over the text.
 COMPARING = ("perplexity_factor", "retention", "top1_agreement")
-# What these read lies outside of the package: other rows, the coverage data, the README.
-NEVER_KEPT = ("score", "coverage", "figures_that_come_back")
 
 
 class Taken(NamedTuple):
@@ -172,7 +172,7 @@ def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dic
     taken: dict[str, Taken] = {}
     for claim in claims.claims:
         row = rows.get((claim.probe, json.dumps(claim.parameters, sort_keys=True)))
-        if row and claim.probe not in NEVER_KEPT:
+        if row and claim.probe not in UNKEPT:
             provenance = {"environment": before["environment"], **row["provenance"]}
             measured = Measurement(**row["measured"], environment=provenance["environment"])
             taken[_key(claim)] = Taken(measured, provenance, row["seconds"])
@@ -196,11 +196,11 @@ def take(workshop: Workshop, claim: Claim) -> Taken:
         if measured.stderr is not None and not math.isfinite(measured.stderr):
             found |= {"stderr": None, "error": "unknown"}  # of a single observation nothing is known of the error
         created = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        return {"measured": found, "provenance": {**git_state(), "source": source_sha256(), "created": created}}
+        return {"measured": found, "provenance": {**git_state(), "source": source_sha256(workshop.own), "created": created}}
 
     began = time.perf_counter()
     try:
-        if name in NEVER_KEPT or "model" in parameters:  # a folder, whose files may be others by now
+        if name in UNKEPT or "model" in parameters:  # a folder, whose files may be others by now
             kept = make()
         else:
             kept = workshop.remember(f"probe {name}", parameters, make)
@@ -236,7 +236,7 @@ def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
         # What a report writes is not a change to what it measures.
         changes = subprocess.run(
-            ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)reports", ":(top,exclude)README.md"],
+            ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)README.md", *WRITTEN],
             cwd=folder,
             capture_output=True,
             text=True,

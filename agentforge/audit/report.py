@@ -1,9 +1,10 @@
 """From a template notebook to a report: papermill runs it, nbconvert draws it, and the record says what is true.
 
-A report is a folder: NAME.json, the record; and drawn from it NAME.ipynb (as it was run), NAME.html (one file, nothing
-fetched), NAME.md with its figures, and NAME.sarif.  It is made in a temporary folder beside the place and moved there
-when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one that does not match its
-record.
+A report is made from claims.yaml in its folder, and, if they are there, probes.py and template.ipynb.  What is made lies
+beside these, or in a folder of its own: NAME.json, the record; and drawn from it NAME.ipynb (as it was run), NAME.html (one
+file, nothing fetched), NAME.md with its figures, and NAME.sarif.  It is made in a temporary folder beside the place and
+moved there when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one that does not
+match its record.
 """
 
 from __future__ import annotations
@@ -33,16 +34,15 @@ from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import check_out, replace
 from ..opening import NAMED
 from ..tensorfiles import read_json, write_json
-from .claims import CLAIMS, COLOURS, ClaimsFile, read_claims
+from .claims import COLOURS, ClaimsFile, is_path, read_claims
 from .drawing import MARKS, SHAPES, measured_text
-from .figures import FIGURES
-from .probes import COMPARES
+from .probes import COMPARES, REPORTS, import_probes
 from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
 from .workshop import Workshop, check_settings, workshop_for
 
-TEMPLATES = Path(__file__).parent / "templates"
-REPORTS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
+TEMPLATE = Path(__file__).parent / "template.ipynb"  # of a report without one of its own
+NAMES = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
 STYLE = Path(__file__).parent / "report.css"
 STYLES = {"GREEN": "green", "YELLOW": "yellow", "RED": "red", "GREY": "bright_black", "ERROR": "bold magenta"}  # terminal
 QUIET = 10  # seconds after which a line says what is being done
@@ -66,13 +66,14 @@ def run(
 ) -> Path:
     """Run a report's notebook and write the report; returns its folder.
 
-    report: the name of a report, or the path of a claims file of your own.  model: what is measured (default: the claims
-    file's model).  against: the original that `model` was made from, for claims that compare.  text, tokens: what
-    likelihoods are measured on (default: the first text that is there, as much as the budget says).  budget: smoke, quick,
-    standard or full.  device: cpu or cuda.  out: the folder for reports (default: that of `reports_folder`).
-    fresh: measure everything again, and keep nothing.  Compressed models are made again, in a temporary folder; claims
-    whose inputs have not changed are taken from the cache of measurements.  keep: what the report in `out` has measured
-    stays if its claim is the same; the report says how many rows these are, and each names the source that measured it.
+    report: the name of a report, or the path of a claims file of your own, or of a folder with one (see `read_claims`).
+    model: what is measured (default: the claims file's model).  against: the original that `model` was made from, for
+    claims that compare.  text, tokens: what likelihoods are measured on (default: the first text that is there, as much as
+    the budget says).  budget: smoke, quick, standard or full.  device: cpu or cuda.  out: the folder for reports (default:
+    that of `reports_folder`).  fresh: measure everything again, and keep nothing.  Compressed models are made again, in a
+    temporary folder; claims whose inputs have not changed are taken from the cache of measurements.  keep: what the report
+    in `out` has measured stays if its claim is the same; the report says how many rows these are, and each names the source
+    that measured it.
 
     Raises BadInput for an unknown report, unusable settings and a folder in the way that is not a report, AgentForgeError if
     a cell of the notebook fails.
@@ -82,7 +83,8 @@ def run(
     check_settings(tokens, budget, device)
     model, against, text = _places(claims, {"model": model, "against": against, "text": text})
     folder = (Path(out).expanduser().absolute() if out is not None else reports_folder(budget)) / claims.report
-    check_out(folder, replace=True)
+    beside = folder == claims.folder  # the report lies beside its own claims and probes, which stay
+    check_out(folder, replace=not beside)
     before = folder / f"{claims.report}.json"
     if keep and not before.is_file():
         raise BadInput(f"{before}: there is no report to keep anything of; run without --keep")
@@ -106,11 +108,24 @@ def run(
             "artifacts": str((Path(scratch) / "artifacts").resolve()),
         }
         with _lines_of_progress(progress):
-            _execute(claims.report, made, parameters, progress)
+            _execute(claims.report, made, parameters, progress, _template(claims))
         check_record(read_json(made / f"{claims.report}.json"), claims)
         render(made, claims.report)
-        replace(made, folder)
+        if beside:
+            _put(made, folder)
+        else:
+            replace(made, folder)
     return folder
+
+
+def _put(made: Path, folder: Path) -> None:
+    """Rename the files of a report into a folder that has others, too; the record last: all that is drawn names its hash.
+    Figures that the report of before shows, and this one does not, are removed."""
+    with contextlib.suppress(OSError):
+        for name in re.findall(r"\((figure-\d+\.png)\)", (folder / f"{made.name}.md").read_text(encoding="utf-8")):
+            (folder / name).unlink(missing_ok=True)
+    for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".json"):
+        os.replace(file, folder / file.name)
 
 
 def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +144,7 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
         workshop = _workshop(claims, folder, settings)
         before: Any = read_json(Path(settings["keep"])) if settings.get("keep") else None
         record = measure(claims, workshop, before=before, last=last_record(claims.report, settings["budget"]))
-        for figure in FIGURES.get(claims.report, ()):
+        for figure in getattr(claims.folder and import_probes(claims.folder), "FIGURES", ()):
             name = figure.__name__
             if before and name in before["figures"]:
                 record["figures"][name] = before["figures"][name]
@@ -170,8 +185,9 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
         progress=False,
         effort=settings["budget"],
         device=settings["device"],
-        subject=None if claims.report in REPORTS else model,
+        subject=None if claims.report in NAMES else model,
         memory=not settings["fresh"],
+        own=claims.folder,
     )
     for claim in claims.claims:
         if claim.probe in COMPARES and (made.subject is None or made.subject.fingerprint == made.model.fingerprint):
@@ -189,7 +205,7 @@ def check(folder: Path, claims: ClaimsFile | None = None) -> None:
     """
     record_file = folder / f"{folder.name}.json"
     record: Any = read_json(record_file)
-    if claims is None and (CLAIMS / f"{folder.name}.yaml").is_file():
+    if claims is None and (REPORTS / folder.name / "claims.yaml").is_file():
         claims = read_claims(folder.name)
     check_record(record, claims)
     with tempfile.TemporaryDirectory(prefix="agentforge-check-") as scratch:
@@ -197,7 +213,8 @@ def check(folder: Path, claims: ClaimsFile | None = None) -> None:
         again.mkdir()
         write_json(again / record_file.name, record)
         name = record["report"]
-        _execute(name, again, {"report": name, "record_path": str(again / record_file.name)}, progress=False)
+        drawn = {"report": name, "record_path": str(again / record_file.name)}
+        _execute(name, again, drawn, progress=False, template=_template(claims))
         render(again, name)
         for file in sorted(again.iterdir()):
             if not (folder / file.name).is_file():
@@ -220,7 +237,8 @@ def _comparable(file: Path) -> str:
 
 def _place(report: str | Path) -> str | Path:
     """A report's name as it is; a path made absolute, because the notebook runs elsewhere."""
-    return Path(report).expanduser().absolute() if Path(report).suffix in (".yaml", ".yml") else report
+    path = Path(report).expanduser()
+    return path.absolute() if isinstance(report, Path) or is_path(report) else report
 
 
 def _places(claims: ClaimsFile, settings: dict[str, Any]) -> list[str | None]:
@@ -268,7 +286,13 @@ def foreseen(reports: Sequence[str | Path], budget: str) -> str:
     return f"{words}: {duration(seconds)}, {said}, and {size:,.0f} MB of compressed models meanwhile"
 
 
-def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool) -> None:
+def _template(claims: ClaimsFile | None) -> Path:
+    """The notebook that draws a report: that of its folder, or the package's."""
+    own = claims and claims.folder and claims.folder / "template.ipynb"
+    return own if own and own.is_file() else TEMPLATE
+
+
+def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool, template: Path = TEMPLATE) -> None:
     """Run a report's template in a kernel, into `folder`/NAME.ipynb."""
     try:
         import papermill
@@ -277,8 +301,6 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
     except ImportError:
         raise BadInput("reports need papermill and nbconvert: pip install 'agentforge[lab]'") from None
 
-    template = TEMPLATES / f"{name}.ipynb"
-    template = template if template.is_file() else TEMPLATES / "claims.ipynb"
     logging.getLogger("blib2to3").setLevel(logging.ERROR)
     before = dict(os.environ)
     # The kernel's own folder is an empty one, in which no relative path leads anywhere; so it is told where this package is.
@@ -393,7 +415,7 @@ def render(folder: Path, name: str) -> None:
     markdown = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in markdown.splitlines())).strip()
     (folder / f"{name}.md").write_text(f"{markdown}\n\n<!-- record sha256: {sha256} -->\n", encoding="utf-8")
     nbformat.write(notebook, folder / f"{name}.ipynb")
-    claims_file = f"agentforge/audit/claims/{name}.yaml" if (CLAIMS / f"{name}.yaml").is_file() else f"{name}.yaml"
+    claims_file = f"reports/{name}/claims.yaml" if (REPORTS / name / "claims.yaml").is_file() else f"{name}.yaml"
     findings = sarif(record, claims_file, lambda row: re.sub(r"<[^>]+>|\*\*", "", measured_text(row)))
     findings["runs"][0].setdefault("properties", {})["record_sha256"] = sha256
     write_json(folder / f"{name}.sarif", findings)

@@ -34,7 +34,7 @@ TaskName = Annotated[str, pydantic.AfterValidator(_task)]
 QUESTIONS = {"smoke": 8, "standard": 12, "full": 200}
 
 
-@probe("share of suites")
+@probe("share of suites", slow=True)
 def suites_that_measure(workshop: Workshop, tasks: list[TaskName]) -> Measurement:
     """Share of the suites that give the original's accuracy with a finite standard error, from two questions each; what
     the others lack stands in the protocol.  Those that cannot be tried here may be either: the interval holds both."""
@@ -62,7 +62,7 @@ def suites_that_measure(workshop: Workshop, tasks: list[TaskName]) -> Measuremen
     )
 
 
-@probe("share")
+@probe("share", slow=True)
 def suite_retention(workshop: Workshop, task: TaskName, stage: StageText) -> Measurement:
     """Accuracy on a suite that the model compressed with `stage` keeps, in pairs; as many questions as the effort says."""
     compressed = load(workshop.artifact(stage).path)

@@ -62,19 +62,6 @@ EFFORTS = {
 # What takes longer than the quick budget has for everything: it leaves such rows untested, and says so.
 LEFT_OUT = "the budgets standard and full measure it"
 PLAIN = ("rounding", "ternary")  # stages that encode a language model in seconds
-SLOW = (
-    "activation_cost",
-    "calibration_gain",
-    "dual_agreement",
-    "edge_accuracy",
-    "edge_of_what_passes",
-    "fewer_samples",
-    "figures_that_come_back",
-    "phase5_checks",
-    "recovery",
-    "suite_retention",
-    "suites_that_measure",
-)
 
 
 @dataclass
@@ -83,7 +70,8 @@ class Workshop:
 
     model: the original.  folder: where artifacts go.  text, tokens, context: how likelihoods are measured.
     effort: how large samples are.  subject: a compressed model that was made elsewhere, if that is what is audited.
-    memory: whether measurements are taken from the cache and put there.  rows: of the record, those that are judged already.
+    memory: whether measurements are taken from the cache and put there.  own: the folder of a report with probes of its own.
+    rows: of the record, those that are judged already.
     """
 
     model: LanguageModel
@@ -96,6 +84,7 @@ class Workshop:
     device: str = "cpu"
     subject: LanguageModel | None = None
     memory: bool = False
+    own: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     used: dict[str, str] = field(default_factory=dict)
     _divergences: dict[str, Divergence] = field(default_factory=dict)
@@ -207,7 +196,7 @@ class Workshop:
             "context": self.context,
             "effort": dataclasses.asdict(self.effort),
             "device": self.device,
-            "source": source_sha256(),
+            "source": source_sha256(self.own),
             "environment": environment(),
             "data": local_data(),
         }
@@ -222,9 +211,11 @@ def _entry(found: dict[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def source_sha256() -> str:
-    """The hash of the source that measurements depend on: the package, with what judges and draws, and the chains."""
+def source_sha256(own: Path | None = None) -> str:
+    """The hash of the source that measurements depend on: the package, with what judges and draws, the chains, and the
+    probes of reports.  own: the folder of a report outside of the checkout."""
     files = [*PACKAGE.rglob("*.py"), *(PACKAGE / "data").iterdir(), *(CHECKOUT / "chains").glob("*.yaml")]
+    files += [*CHECKOUT.glob("reports/*/*.py"), *([] if own is None else own.glob("*.py"))]
     digest = hashlib.sha256()
     for path in sorted(files):
         data = path.read_bytes()
@@ -253,6 +244,7 @@ def workshop_for(
     device: str = "cpu",
     subject: str | None = None,
     memory: bool = False,
+    own: Path | None = None,
 ) -> Workshop:
     """A workshop around a model by name, with a text by name (or the first of the chain that is there).
 
@@ -264,4 +256,5 @@ def workshop_for(
     tokens = EFFORTS[effort].tokens if tokens is None else tokens
     context = min(context, opened.context or context, tokens + 1)
     other = open_model(subject) if subject else None
-    return Workshop(opened, folder, found, tokens, context, progress, EFFORTS[effort], device, subject=other, memory=memory)
+    size = EFFORTS[effort]
+    return Workshop(opened, folder, found, tokens, context, progress, size, device, subject=other, memory=memory, own=own)

@@ -22,7 +22,7 @@ from numba import njit
 
 from agentforge import audit, chain, entropy, evaluation, registry, stages, tensorfiles
 from agentforge.artifact import Artifact, Ratio
-from agentforge.audit import chain_probes, claims, paper_probes, phase5_probes, probes, record, training_probes
+from agentforge.audit import claims, probes, record
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.claims import Claim
 from agentforge.bits import FLOATS
@@ -33,6 +33,9 @@ from agentforge.planes import Packed, Plane
 from agentforge.stages import curves, rounding, seedlm, seedlm_search, ternary, trajectory, vptq
 from agentforge.statistics import Calibration
 from agentforge.training import bitlinear, mugrokfast, recover
+from reports.claims_vs_measurements import paper, phase5
+from reports.phase4_bitnet import training
+from reports.phase8_compression import chain as chain_probes
 
 CLAIMS: dict[str, Claim] = {
     claim.id: claim
@@ -298,7 +301,7 @@ FAULTS: dict[str, Fault] = {
         lambda to: to.setitem(texts.SPLITS, "selftext", ("calibration", "heldout")), ("self.calibration",)
     ),
     "audit: the highest is picked for the lowest": Fault(
-        lambda to: to.setattr(phase5_probes, "min", max, raising=False), ("self.lowest",)
+        lambda to: to.setattr(phase5, "min", max, raising=False), ("self.lowest",)
     ),
     "audit: git is never dirty": Fault(
         wrapped(record, "git_state", lambda state, *args: {**state(*args), "dirty": False}), ("self.commit",)
@@ -363,7 +366,7 @@ FAULTS: dict[str, Fault] = {
     "verdicts: what fails is refuted": Fault(wrapped(claims, "judge", as_errors_are_refuted), ("self.verdicts",)),
     "record: kept rows get the last commit": Fault(wrapped(record, "_kept", relabelled), ("self.kept",)),
     "seeds: every draw is the first": Fault(
-        wrapped(paper_probes, "gaussian", lambda gaussian, rows, columns, seed: gaussian(rows, columns, 0)), ("self.seeds",)
+        wrapped(paper, "gaussian", lambda gaussian, rows, columns, seed: gaussian(rows, columns, 0)), ("self.seeds",)
     ),
     "seeds: training ignores its seed": Fault(
         wrapped(recover.Settings, "__init__", lambda init, *args, **more: init(*args, **{**more, "seed": 0})),
@@ -383,7 +386,7 @@ FAULTS: dict[str, Fault] = {
         lambda to: to.setattr(chain_probes, "bits_per_weight", bits_of_settings), ("bytes.counted",)
     ),
     "speed: ours over theirs": Fault(
-        wrapped(training_probes, "_faster", lambda faster, shop, ours, theirs, *args: faster(shop, theirs, ours, *args)),
+        wrapped(training, "_faster", lambda faster, shop, ours, theirs, *args: faster(shop, theirs, ours, *args)),
         ("self.speed",),
     ),
     "LFSR: a wrong tap": Fault(

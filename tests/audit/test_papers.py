@@ -15,9 +15,8 @@ import torch
 from sklearn.cluster import KMeans
 
 from agentforge import audit, evaluation, stages
-from agentforge.audit import paper_probes, probes, training_probes
+from agentforge.audit import probes
 from agentforge.audit.claims import ClaimsFile
-from agentforge.audit.documented import DOCUMENTED, coder_of
 from agentforge.audit.probes import PROBES
 from agentforge.audit.workshop import Effort, Workshop
 from agentforge.errors import BadInput
@@ -26,6 +25,9 @@ from agentforge.evaluation.rate_distortion import gaussian
 from agentforge.stages import seedlm_search
 from agentforge.statistics import Calibration, collect
 from agentforge.training.recover import Look, Recovered
+from reports.claims_vs_measurements import paper
+from reports.claims_vs_measurements.documented import DOCUMENTED, coder_of
+from reports.phase4_bitnet import training
 
 QUICK = Effort("quick", 255, 1, 2)
 ABSMEAN, THRESHOLD = "ternary:rule=absmean", "ternary:rule=threshold,tau=0.1"
@@ -340,7 +342,7 @@ def test_shift_registers(workshop: Workshop, monkeypatch: pytest.MonkeyPatch) ->
     assert value(workshop, "lfsr_states", K=3, seed=4, states=[2, 5, 6, 7, 3, 1, 4, 2]) == 1.0
     assert value(workshop, "lfsr_states", K=3, seed=4, states=[2, 5, 6, 7, 3, 1, 4, 3]) == 7 / 8
     some = {K: taps for K, taps in seedlm_search.TAPS.items() if K <= 16}
-    monkeypatch.setattr(paper_probes, "TAPS", some)
+    monkeypatch.setattr(paper, "TAPS", some)
     assert value(workshop, "full_periods") == 1.0
     monkeypatch.setitem(seedlm_search.TAPS, 4, (0, 2))  # x^4 + x^2 + 1 is a square: its cycles have 6 states at most
     assert value(workshop, "full_periods") == (len(some) - 1) / len(some)
@@ -479,7 +481,7 @@ def test_muon_against_its_definition(workshop: Workshop) -> None:
     assert 0.68 * exact < value(workshop, "step_size", rows=64, columns=256) < 1.14 * exact
     assert value(workshop, "muon_shapes", shapes=[[64, 128], [4, 8, 16]]) == 1.0
     assert value(workshop, "step_at_zero_rate") == 0.0
-    assert paper_probes._step_norm([torch.Size((4, 4))], [True], lr=0.1) > 0
+    assert paper._step_norm([torch.Size((4, 4))], [True], lr=0.1) > 0
 
 
 def test_decoding_with_other_lengths(workshop: Workshop) -> None:
@@ -498,8 +500,8 @@ def test_what_is_worse_than_unigrams_has_recovered_nothing(workshop: Workshop, m
     p = logits.double().log_softmax(-1).flatten(0, 1).numpy()
     counts = np.bincount(ids[0][: 512 * 64], minlength=p.shape[1]) + 1
     unigrams = float((np.exp(p) * (p - np.log(counts / counts.sum()))).sum(1).mean())
-    assert training_probes._kl_of_unigrams(workshop) == pytest.approx(unigrams, rel=1e-4)
+    assert training._kl_of_unigrams(workshop) == pytest.approx(unigrams, rel=1e-4)
     for after, share in ((0.5 * unigrams, 0.5), (1.1 * unigrams, -0.1)):  # from three times as bad as unigrams
         runs = Recovered(None, [], Look(3 * unigrams, 0.01, 0.0, 512), Look(after, 0.01, 0.0, 512))  # type: ignore[arg-type]
-        monkeypatch.setattr(training_probes, "_recovered", lambda *_, found=runs: found)
+        monkeypatch.setattr(training, "_recovered", lambda *_, found=runs: found)
         assert value(workshop, "recovery", steps=1) == pytest.approx(share, abs=1e-3)

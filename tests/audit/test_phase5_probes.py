@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from agentforge import audit
-from agentforge.audit import judge, phase5_probes, probes
+from agentforge.audit import judge, probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.audit.workshop import Workshop
 from agentforge.evaluation import Measurement
+from reports.claims_vs_measurements import phase5
 
 RIGHT = {
     "original": 30,
@@ -42,14 +43,14 @@ def workshop(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     level = Measurement(19.0, "level", 2.0, 80, {"on_scale": True})
     found = type("Found", (), {"level": level, "at": 19})
     monkeypatch.setattr(Workshop, "artifact", lambda _, stage: Named(stage))
-    monkeypatch.setattr(phase5_probes, "load", Named)
-    monkeypatch.setattr(phase5_probes, "edge_of_chaos", lambda *_, **__: found)
+    monkeypatch.setattr(phase5, "load", Named)
+    monkeypatch.setattr(phase5, "edge_of_chaos", lambda *_, **__: found)
 
     def answers(model: Named, asked: list[Any], progress: bool) -> torch.Tensor:
         assert len(asked) == 40 and {question.level for question in asked} == {19}
         return (torch.arange(40) < RIGHT[model.name]).double()
 
-    monkeypatch.setattr(phase5_probes, "right_answers", answers)
+    monkeypatch.setattr(phase5, "right_answers", answers)
     return made
 
 

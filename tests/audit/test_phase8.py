@@ -14,7 +14,7 @@ import torch
 import agentforge as af
 from agentforge import audit, stages
 from agentforge.artifact import Artifact
-from agentforge.audit import PROBES, chain_probes, compression_probes, judge, probes
+from agentforge.audit import PROBES, judge, probes
 from agentforge.audit import workshop as workshop_room
 from agentforge.chain import Result
 from agentforge.digits import data as digits_data
@@ -24,6 +24,8 @@ from agentforge.evaluation.likelihood import plan
 from agentforge.models import LanguageModel
 from agentforge.statistics import Calibration, _windows
 from agentforge.training import recover
+from reports.phase8_compression import chain
+from reports.phase8_compression import stages as compression
 
 LATER = {"score", "coverage", "figures_that_come_back"}  # computed from the other rows, or from files of a test run
 CLAIMS = audit.read_claims("phase8_compression").claims
@@ -127,7 +129,7 @@ def test_rows_of_one_probe_have_one_unit(workshop: probes.Workshop) -> None:
 def test_registers_and_blocks(workshop: probes.Workshop) -> None:
     found = probes.run(workshop, "lfsr_conformance", {})
     assert (found.value, found.n) == (1.0, 3 + 2 * 19)
-    assert compression_probes._register(3, 4, 7) == [2, 5, 6, 7, 3, 1, 4]
+    assert compression._register(3, 4, 7) == [2, 5, 6, 7, 3, 1, 4]
     for name in ("bases_from_seeds", "decoded_by_seed", "block_independence"):
         assert value(workshop, name) == 1.0, name
 
@@ -163,8 +165,8 @@ def test_codebooks(workshop: probes.Workshop) -> None:
 
 def test_bits_of_table_10_agree_with_the_papers_formula(workshop: probes.Workshop) -> None:
     by_formula = [
-        abs(stages.vptq.paper_bits(compression_probes.LLAMA_2_13B, v, k, r, share, groups=g) - bits)
-        for share, v, k, r, g, bits in compression_probes.TABLE_10
+        abs(stages.vptq.paper_bits(compression.LLAMA_2_13B, v, k, r, share, groups=g) - bits)
+        for share, v, k, r, g, bits in compression.TABLE_10
     ]
     assert value(workshop, "table_10_bits") == pytest.approx(max(by_formula), abs=0.005)
 
@@ -215,7 +217,7 @@ def test_explained_variance_of_what_has_no_order(workshop: probes.Workshop) -> N
 
 
 def test_trajectories(workshop: probes.Workshop) -> None:
-    entries = compression_probes._trajectory_entries(4, 2.0, torch.tensor([5.0, 7.0]).numpy())
+    entries = compression._trajectory_entries(4, 2.0, torch.tensor([5.0, 7.0]).numpy())
     assert entries.tolist() == [[5, 7], [4, 6], [4.5, 7], [5, 6], [5.5, 7]]  # N = 2: theta / 2 and theta mod 2
     assert value(workshop, "trajectory_points") < 1e-6
     assert abs(value(workshop, "trajectory_excess")) < 1e-9
@@ -320,7 +322,7 @@ def test_nothing_accepted_is_the_original(
 ) -> None:
     """Rollback ends there: 1x, and all of the quality."""
     nothing = Result(None, [{"decision": "rejected", "setting": {"stage": ROUNDING}}], False)
-    monkeypatch.setattr(chain_probes, "run_chain", lambda *_, **__: nothing)
+    monkeypatch.setattr(chain, "run_chain", lambda *_, **__: nothing)
     assert value(workshop, "documented_chain", chain="to the end", quantity="touched_ratio") == 1.0
     assert value(workshop, "documented_chain", chain="gated", quantity="total_retention") == 1.0
     assert value(workshop, "documented_chain", chain="to the end", quantity="steps") == 0
@@ -364,4 +366,4 @@ def test_training_codebooks(workshop: probes.Workshop, digits: LanguageModel) ->
     assert gain.value == pytest.approx(sum(ratios) / 2, abs=1e-3)
     assert gain.n == 2 and gain.value != 1.0
     assert recover.MuGrokfast is optimizer
-    assert torch.equal(chain_probes._kl(digits), torch.zeros(450, dtype=torch.float64))
+    assert torch.equal(chain._kl(digits), torch.zeros(450, dtype=torch.float64))

@@ -26,6 +26,7 @@ from agentforge.cli import app
 from agentforge.errors import AgentForgeError, BadInput
 from agentforge.evaluation import Measurement
 from agentforge.pipeline import compress
+from agentforge.tensorfiles import read_json
 
 HEAD = {"report": "mine", "title": "Mine", "about": "About.", "source": "nobody", "model": "digits-mlp"}
 CLAIMS: list[dict[str, Any]] = [
@@ -239,16 +240,23 @@ def test_audits_that_share_a_cache_do_not_disturb_each_other(tmp_path: Path, cou
 def test_the_cache_hash_follows_the_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     copied = tmp_path / "agentforge"
     shutil.copytree(workshop.PACKAGE, copied, ignore=shutil.ignore_patterns("__pycache__", "*.xz"))
+    shutil.copytree(workshop.CHECKOUT / "reports" / "phase4_bitnet", tmp_path / "reports" / "phase4_bitnet")
+    (own := tmp_path / "elsewhere" / "mine").mkdir(parents=True)
+    (own / "probes.py").write_text("")
     monkeypatch.setattr(workshop, "PACKAGE", copied)
+    monkeypatch.setattr(workshop, "CHECKOUT", tmp_path)
     workshop.source_sha256.cache_clear()
     try:
-        before = workshop.source_sha256()
-        # What judges and draws, too: probes measure these as well.
-        for name in ("cli.py", "audit/report.py", "audit/claims.py", "stages/ternary.py", "audit/probes.py"):
+        before = workshop.source_sha256(own)
+        # What judges and draws, too: probes measure these as well.  And probes of reports, a user's own included.
+        for name in (
+            *("cli.py", "audit/report.py", "audit/claims.py", "stages/ternary.py", "audit/probes.py"),
+            *("../reports/phase4_bitnet/training.py", "../elsewhere/mine/probes.py"),
+        ):
             with open(copied / name, "a") as file:
                 file.write("# other\n")
             workshop.source_sha256.cache_clear()
-            after = workshop.source_sha256()
+            after = workshop.source_sha256(own)
             assert after != before, name
             before = after
     finally:
@@ -445,8 +453,49 @@ def test_settings_are_refused_before_anything_runs(tmp_path: Path) -> None:
     assert not (tmp_path / "reports").exists()
 
 
+OWN = """from agentforge.audit.probes import probe
+from agentforge.evaluation import Measurement
+
+
+@probe("fingers")
+def fingers(workshop, hands: int) -> Measurement:
+    return Measurement(5 * hands, "fingers", None, 1, {"metric": "count"})
+
+
+FIGURES = ()
+"""
+
+
+def test_a_folder_of_own_is_a_report_with_its_own_probes_beside_its_sources(tmp_path: Path) -> None:
+    (mine := tmp_path / "mine").mkdir()
+    rows = [{"id": "hands", "probe": {"name": "fingers", "parameters": {"hands": 2}}, "confirmed": [10, 10]}]
+    claims_file(mine, rows).rename(mine / "claims.yaml")
+    (mine / "probes.py").write_text(OWN)
+    with pytest.raises(BadInput, match=r"probe 'fingers' does not exist"):  # of a file alone, nothing beside it is run
+        read_claims(mine / "claims.yaml")
+    template = json.loads(report.TEMPLATE.read_text())
+    template["cells"].append({"cell_type": "markdown", "id": "end", "metadata": {}, "source": "The end of mine."})
+    (mine / "template.ipynb").write_text(json.dumps(template))
+    sources = {name: (mine / name).read_bytes() for name in ("claims.yaml", "probes.py", "template.ipynb")}
+    (mine / "mine.md").write_text("![](figure-7.png)")
+    for name in ("figure-7.png", "figure-8.png"):  # one of a report before, one of the user's
+        (mine / name).write_bytes(b"")
+    (mine / "notes.txt").write_text("the user's")
+    folder = report.run(mine, text="selftext", tokens=127, out=tmp_path, fresh=True, progress=False)
+    assert folder == mine and {name: (mine / name).read_bytes() for name in sources} == sources
+    made = {f"mine.{end}" for end in ("html", "ipynb", "json", "md", "sarif")}
+    assert {file.name for file in mine.iterdir()} - {"__pycache__"} == made | sources.keys() | {"notes.txt", "figure-8.png"}
+    (row,) = read_json(mine / "mine.json")["claims"]
+    assert (row["verdict"], row["measured"]["value"]) == ("confirmed", 10)
+    assert "The end of mine." in (mine / "mine.html").read_text()
+    report.check(mine, read_claims(mine))
+    shutil.copytree(mine, other := tmp_path / "elsewhere" / "mine")
+    (other / "probes.py").write_text("1 / 0\n")
+    with pytest.raises(BadInput, match=r"elsewhere/mine/probes\.py: cannot be imported \(ZeroDivisionError"):
+        read_claims(other)
+
+
 def test_the_quick_budget_leaves_slow_rows_untested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert set(workshop.SLOW) <= set(probes.PROBES)
     monkeypatch.setattr("agentforge.audit.record.SLOW", ("zero_share",))
     claims = read_claims(claims_file(tmp_path))
     quick = measure(claims, shop(tmp_path / "a", effort="quick"), quiet)

@@ -23,12 +23,13 @@ from rich.console import Console
 
 import agentforge as af
 from agentforge import audit
-from agentforge.audit import probes, project_probes
+from agentforge.audit import probes
 from agentforge.audit.claims import COLOURS
 from agentforge.audit.drawing import MARKS, SHAPES, is_own, measured_text, totals, verdict_table
 from agentforge.audit.report import _Progress, render, reports_folder
 from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import AgentForgeError, BadInput
+from reports.phase4_bitnet import project
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -280,10 +281,10 @@ def test_likelihood_probes_rest_on_one_pass(workshop: probes.Workshop) -> None:
 
 
 def test_the_code_is_as_short_typed_and_documented_as_the_probes_say(workshop: probes.Workshop) -> None:
-    assert project_probes.typed_functions(workshop).value == 1.0
-    assert project_probes.documented_functions(workshop).value == 1.0
-    assert project_probes.short_functions(workshop).value > 0.95
-    assert project_probes.short_functions(workshop, lines=1).value < 0.1
+    assert project.typed_functions(workshop).value == 1.0
+    assert project.documented_functions(workshop).value == 1.0
+    assert project.short_functions(workshop).value > 0.95
+    assert project.short_functions(workshop, lines=1).value < 0.1
 
 
 @pytest.mark.parametrize(("said", "share"), [("Likelihoods of stages", 0.8), ("Likelihoods of ratios", 1.0)])
@@ -296,7 +297,7 @@ def test_readmes_figures_are_read_by_their_columns(
         "| original | - | - | - | - | 33 | 0 |\n"
         "| ternary:tau=1 | 1.600 | 10.00x | 3.45x | 0.84x | 20.0 ± 1.0 | 9.0 ± 0.1 |\n"
     )
-    monkeypatch.setattr(project_probes, "CHECKOUT", tmp_path)
+    monkeypatch.setattr(project, "CHECKOUT", tmp_path)
     sizes = {"bits": 1.6, "sha256": "", "touched tensors": 10.0, "whole model": 3.449}
     found = SimpleNamespace(perplexity=SimpleNamespace(value=21.0, stderr=1.0), kl=SimpleNamespace(value=2.0, stderr=1.0))
     shop: Any = SimpleNamespace(
@@ -308,7 +309,7 @@ def test_readmes_figures_are_read_by_their_columns(
         divergence=lambda _: found,
         exact=lambda value, *_, **__: value,
     )
-    assert project_probes.figures_that_come_back(shop) == pytest.approx(share)  # the KL alone is another
+    assert project.figures_that_come_back(shop) == pytest.approx(share)  # the KL alone is another
 
 
 def test_unknown_probes_and_parameters_are_refused(workshop: probes.Workshop) -> None:

@@ -24,7 +24,7 @@ def record_of(name: str) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("name", report.REPORTS)
+@pytest.mark.parametrize("name", report.NAMES)
 def test_no_verdict_without_a_measurement_and_no_measurement_without_its_circumstances(name: str) -> None:
     record = record_of(name)
     check_record(record, read_claims(name))
@@ -45,7 +45,7 @@ def test_no_verdict_without_a_measurement_and_no_measurement_without_its_circums
         assert row["protocol"], row["id"]
 
 
-@pytest.mark.parametrize("name", report.REPORTS)
+@pytest.mark.parametrize("name", report.NAMES)
 def test_every_probe_of_a_report_exists_and_is_documented(name: str) -> None:
     for claim in read_claims(name).claims:
         if claim.probe is not None:

@@ -10,9 +10,8 @@ from typing import Any, cast
 import pytest
 
 from agentforge import audit, evaluation
-from agentforge.audit import probes, training_probes
+from agentforge.audit import probes
 from agentforge.audit import workshop as room
-from agentforge.audit.self_probes import PIECE, calibration_windows
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation import Text, find_text
 from agentforge.evaluation.texts import selftexts
@@ -20,6 +19,8 @@ from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
 from agentforge.statistics import Calibration
 from agentforge.training.phase import Phase
+from reports.claims_vs_measurements.own import PIECE, calibration_windows
+from reports.phase4_bitnet import training
 
 CLAIMS = [claim for claim in audit.read_claims("claims_vs_measurements").claims if claim.id.startswith("self.")]
 
@@ -80,7 +81,7 @@ def test_a_drop_of_accuracy_is_no_constant(workshop: room.Workshop, tmp_path: Pa
         made = compress(model, stage, tmp_path / name / "quantized", progress=False)
         kept = evaluation.accuracy(load(made.path)).value / evaluation.accuracy(model).value
         done = Phase(tmp_path / name, {}, [], True)
-        monkeypatch.setattr(training_probes, "_digits_phase", lambda _, done=done: done)
+        monkeypatch.setattr(training, "_digits_phase", lambda _, done=done: done)
         drops.append(probes.run(workshop, "accuracy_drop", {}).value)
         assert drops[-1] == pytest.approx(1 - kept, abs=1e-12)
     assert drops[0] < 0.02 and drops[1] > 0.1

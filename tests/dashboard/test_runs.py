@@ -16,12 +16,12 @@ from typing import Any
 
 import pytest
 
-from agentforge.audit.dashboard_probes import CHAIN
 from agentforge.chain import run_chain
 from agentforge.dashboard import frontier, runs
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel
+from reports.phase8_compression.dashboard import CHAIN
 
 OWN = "digits.yaml (workspace)"
 

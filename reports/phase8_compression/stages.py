@@ -7,7 +7,6 @@ weights use the first rows of sampled matrices.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import random
 from typing import Any, Literal
@@ -16,17 +15,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from .. import evaluation, stages
-from ..bits import stored_bytes
-from ..digits import data as digits_data
-from ..evaluation import Measurement, intervals
-from ..opening import load, open_model
-from ..planes import Packed, Plane
-from ..stages import Stage, curves, seedlm_search
-from ..statistics import Calibration, InputStatistics, collect
-from ..tensorfiles import write_tensors
-from .probes import Count, Positive, StageText, kept_in_16_bits, probe, ratio
-from .workshop import Workshop
+from agentforge import stages
+from agentforge.audit.probes import Count, Positive, StageText, kept_in_16_bits, probe, ratio, share, whole_model
+from agentforge.audit.workshop import Workshop
+from agentforge.bits import stored_bytes
+from agentforge.evaluation import Measurement, intervals
+from agentforge.planes import Packed, Plane
+from agentforge.stages import Stage, curves, seedlm_search
+from agentforge.statistics import Calibration, InputStatistics, collect
+from agentforge.tensorfiles import write_tensors
 
 Data = Literal["smooth", "weights"]
 ROWS = 64  # of a sampled matrix that slow probes look at
@@ -50,13 +47,6 @@ TABLE_10 = (
     (0.0, 6, 4096, 4096, 1, 4.02),
 )
 LLAMA_2_13B = ((5120, 5120),) * 4 + ((13824, 5120),) * 2 + ((5120, 13824),)
-
-
-def _whole_model(workshop: Workshop) -> Workshop:
-    """The workshop for whole models: digits-mlp's in smoke effort, in which there is no time for a language model."""
-    if workshop.effort.name != "smoke":
-        return workshop
-    return dataclasses.replace(workshop, model=open_model("digits-mlp"))
 
 
 def _parts(workshop: Workshop, rows: int = ROWS, matrices: int | None = None) -> list[torch.Tensor]:
@@ -94,11 +84,6 @@ def _squared_error(stage: Stage, weight: torch.Tensor, stats: InputStatistics | 
     """sum (w - decoded)^2; with statistics tr((W - Q) H (W - Q)^T), which is what a layer's output loses."""
     gap = weight.double() - stage.decode(stage.encode(weight, stats)).double()
     return float(((gap if stats is None else gap @ stats.hessian.double()) * gap).sum())
-
-
-def share(workshop: Workshop, right: list[bool], what: str, metric: str, **protocol: Any) -> Measurement:
-    """The share of cases that came out right."""
-    return workshop.exact(sum(right) / len(right), f"share of {what}", len(right), metric, **protocol)
 
 
 # ---- SeedLM
@@ -491,32 +476,10 @@ def stage_ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
     """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
-    return ratio(_whole_model(workshop), stage, of, bits)
+    return ratio(whole_model(workshop), stage, of, bits)
 
 
 @probe("share of parameters")
 def kept_share(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of the parameters that no stage touches which are stored with 16 bits or more."""
-    return kept_in_16_bits(_whole_model(workshop), stage)
-
-
-@probe("share")
-def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "perplexity"]) -> Measurement:
-    """Accuracy over the original's, or the original's perplexity over this one's, of the same tokens or pictures."""
-    whole = _whole_model(workshop)
-    if not whole.model.is_classifier:
-        found = whole.divergence(stage)
-        measured = found.retention if of == "accuracy" else found.perplexity_retention
-    else:
-        candidate = load(whole.artifact(stage).path)
-        measured = evaluation.accuracy_retention(candidate, whole.model)
-        if of == "perplexity":
-            _, _, pixels, labels = digits_data()
-            modules = [model.model for model in (whole.model, candidate)]  # built outside of inference mode
-            with torch.inference_mode():
-                logits = [module(pixels).double() for module in modules]
-            base, losses = (torch.nn.functional.cross_entropy(one, labels, reduction="none") for one in logits)
-            protocol = {**measured.protocol, "metric": "original exp(loss) / exp(loss)"}
-            found_loss = intervals.mean(base - losses, error="pairs", log=True)
-            measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
-    return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})
+    return kept_in_16_bits(whole_model(workshop), stage)

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from ..artifact import Artifact
-from ..chain import run_chain
-from ..dashboard import runs, server
-from ..errors import AgentForgeError
-from ..evaluation import Measurement
-from .compression_probes import share
-from .probes import probe
-from .workshop import PACKAGE, Unmeasured, Workshop
+from agentforge.artifact import Artifact
+from agentforge.audit.probes import probe, share
+from agentforge.audit.workshop import PACKAGE, Unmeasured, Workshop
+from agentforge.chain import run_chain
+from agentforge.dashboard import runs, server
+from agentforge.errors import AgentForgeError
+from agentforge.evaluation import Measurement
 
 CHAIN = """name: digits
 steps:

@@ -21,19 +21,19 @@ from unittest import mock
 import torch
 from torch import nn
 
-from .. import evaluation, handoff, tracking
-from ..artifact import dequantize
-from ..errors import BadInput
-from ..evaluation import Measurement, intervals, texts
-from ..opening import load, open_model
-from ..stages import parse
-from ..statistics import Calibration, collect
-from ..training import gates
-from ..training.bitlinear import BitLinear, bit_linears, convert, quantize_activations
-from ..training.phase import Phase, adaptive, phase, size_of
-from ..training.recover import Recovered, Settings, block_of, recover, windows
-from .probes import Count, Positive, Share, probe
-from .workshop import Workshop
+from agentforge import evaluation, handoff, tracking
+from agentforge.artifact import dequantize
+from agentforge.audit.probes import Count, Positive, Share, probe
+from agentforge.audit.workshop import Workshop
+from agentforge.errors import BadInput
+from agentforge.evaluation import Measurement, intervals, texts
+from agentforge.opening import load, open_model
+from agentforge.stages import parse
+from agentforge.statistics import Calibration, collect
+from agentforge.training import gates
+from agentforge.training.bitlinear import BitLinear, bit_linears, convert, quantize_activations
+from agentforge.training.phase import Phase, adaptive, phase, size_of
+from agentforge.training.recover import Recovered, Settings, block_of, recover, windows
 
 DIGITS = Settings(steps=150, batch=128, lr=5e-3, evaluate=50)
 
@@ -144,7 +144,7 @@ def _kl_of_unigrams(workshop: Workshop) -> float:
         return float((theirs.exp() * (theirs - (counts / counts.sum()).log())).sum(-1).mean())
 
 
-@probe("share of KL")
+@probe("share of KL", slow=True)
 def recovery(workshop: Workshop, steps: Count, lr: Positive = 1e-3, optimizer: str = "adamw") -> Measurement:
     """Share of the KL divergence that training takes back, the model's last two blocks being ternary; held-out selftext.
 
@@ -177,7 +177,7 @@ def recovery(workshop: Workshop, steps: Count, lr: Positive = 1e-3, optimizer: s
 @probe("nats")
 def resume_difference(workshop: Workshop) -> Measurement:
     """Largest difference between the losses of a run that was killed and went on, and one that was not (digits-mlp)."""
-    from ..training import recover as module
+    from agentforge.training import recover as module
 
     model, folder = open_model("digits-mlp"), workshop.folder / "resumed"
     settings = Settings(steps=20, batch=64, lr=5e-3, evaluate=5)
@@ -201,7 +201,7 @@ def resume_difference(workshop: Workshop) -> Measurement:
     return workshop.exact(worst, "nats", len(losses[0]), "killed at step 13 against not killed", model="digits-mlp")
 
 
-@probe("share")
+@probe("share", slow=True)
 def calibration_gain(workshop: Workshop, tokens: Count) -> Measurement:
     """Output error of the calibrated ternary rule over that of the paper's, summed over the sample of matrices, on
     H = E[x x^T]."""
@@ -219,7 +219,7 @@ def calibration_gain(workshop: Workshop, tokens: Count) -> Measurement:
     )
 
 
-@probe("share")
+@probe("share", slow=True)
 def fewer_samples(workshop: Workshop) -> Measurement:
     """Output error of the calibrated ternary rule with a quarter of the calibration text, over that with all of it, on text
     that neither has seen; mean over the sample of matrices, each checked against itself."""
@@ -254,8 +254,8 @@ def recovery_gain_of_filter(
 ) -> Measurement:
     """KL after recovery with another setting of Grokfast's filter (by default none), over that with this one; digits-mlp,
     MuGrokfast, pairs of runs of one seed."""
-    from ..training import mugrokfast
-    from ..training import recover as module
+    from agentforge.training import mugrokfast
+    from agentforge.training import recover as module
 
     model, gains = open_model("digits-mlp"), []
     for seed in range(max(3, workshop.effort.seeds)):
@@ -275,7 +275,7 @@ def recovery_gain_of_filter(
     return Measurement(unit="x", protocol=protocol, seed=0, inputs={"model": model.fingerprint}, **found)
 
 
-@probe("share of tokens")
+@probe("share of tokens", slow=True)
 def dual_agreement(workshop: Workshop, tokens: Count = 511) -> Measurement:
     """Share of tokens at which the packed model and the dequantised float16 one have the same most likely next token."""
     artifact = workshop.artifact("ternary")
@@ -382,7 +382,7 @@ def adaptive_ratio(workshop: Workshop) -> Measurement:
 @probe("x")
 def kernel_speed(workshop: Workshop, size: Count = 4096, against: str = "float32") -> Measurement:
     """How many times faster TernaryLinear multiplies one vector than torch does, medians of runs taken in turns."""
-    from ..runtime import TernaryLinear
+    from agentforge.runtime import TernaryLinear
 
     dense = nn.Linear(size, size, bias=False)
     packed = TernaryLinear.from_linear(dense)

@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from ..evaluation import Measurement, edge_of_chaos, eudaimonia, intervals
-from ..evaluation.choices import likelihoods
-from ..evaluation.phase5 import RULES, eudaimonia_items, right_answers
-from ..evaluation.questions import CHANCE, questions
-from ..models import LanguageModel
-from ..opening import load
-from .probes import Share, StageText, probe
-from .workshop import Unmeasured, Workshop
+from agentforge.audit.probes import Share, StageText, probe
+from agentforge.audit.workshop import Unmeasured, Workshop
+from agentforge.evaluation import Measurement, edge_of_chaos, eudaimonia, intervals
+from agentforge.evaluation.choices import likelihoods
+from agentforge.evaluation.phase5 import RULES, eudaimonia_items, right_answers
+from agentforge.evaluation.questions import CHANCE, questions
+from agentforge.models import LanguageModel
+from agentforge.opening import load
 
 ASKED = {"smoke": (4, 40), "standard": (8, 160), "full": (12, 400)}  # questions per level, and at the level found
 TOLERANCE = 1e-3  # nats, between likelihoods of one text computed in two ways
 
 
-@probe("share of checks")
+@probe("share of checks", slow=True)
 def phase5_checks(workshop: Workshop) -> Measurement:
     """Share of the five checks, edge of chaos and four rules, that give a value with its error and whose log-likelihoods a
     second computation, one text at a time by transformers' own loss, gives as well."""
@@ -39,7 +39,7 @@ def phase5_checks(workshop: Workshop) -> Measurement:
     )
 
 
-@probe("share of answers")
+@probe("share of answers", slow=True)
 def edge_accuracy(workshop: Workshop, stage: StageText | None = None) -> Measurement:
     """Share of answers right at the original's edge of chaos: of the original, or of the model compressed with `stage`."""
     found = _edge(workshop, stage)
@@ -52,7 +52,7 @@ def edge_kept(workshop: Workshop, stage: StageText) -> Measurement:
     return Measurement(**_edge(workshop, stage)["retention"])
 
 
-@probe("share of answers")
+@probe("share of answers", slow=True)
 def edge_of_what_passes(workshop: Workshop, stages: list[StageText], least: Share) -> Measurement:
     """Lowest share of answers right at the original's edge of chaos, among the stages that keep at least `least` of the
     original's; what each of them keeps stands in the protocol."""

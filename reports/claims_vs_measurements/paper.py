@@ -5,12 +5,10 @@ A coder in a claim is the text of a stage, or the name of one that the documenta
 
 from __future__ import annotations
 
-import ast
 import copy
 import dataclasses
 import itertools
 import math
-import operator
 import re
 import shutil
 import time
@@ -22,25 +20,26 @@ import pydantic
 import torch
 from torch import nn
 
-from .. import evaluation, stages
-from ..artifact import relative_error
-from ..chain import Condition
-from ..errors import BadInput
-from ..evaluation import Measurement, intervals
-from ..evaluation.rate_distortion import gaussian
-from ..models import quiet_transformers
-from ..opening import load, open_model
-from ..stages.seedlm_search import TAPS, lfsr
-from ..stages.trajectory import paper_bits_per_weight
-from ..stages.vptq import paper_bits
-from ..statistics import Calibration, InputStatistics, collect, first_tokens
-from ..training import mugrokfast
-from ..training.bitlinear import quantize_activations
-from ..training.mugrokfast import MuGrokfast, muon_scale, newton_schulz
-from ..training.phase import size_of
+from agentforge import evaluation, stages
+from agentforge.artifact import relative_error
+from agentforge.audit.probes import Count, Natural, Positive, Share, StageText, probe
+from agentforge.audit.workshop import Workshop
+from agentforge.chain import Condition
+from agentforge.errors import BadInput
+from agentforge.evaluation import Measurement, intervals
+from agentforge.evaluation.rate_distortion import gaussian
+from agentforge.models import quiet_transformers
+from agentforge.opening import load, open_model
+from agentforge.stages.seedlm_search import TAPS, lfsr
+from agentforge.stages.trajectory import paper_bits_per_weight
+from agentforge.stages.vptq import paper_bits
+from agentforge.statistics import Calibration, InputStatistics, collect, first_tokens
+from agentforge.training import mugrokfast
+from agentforge.training.bitlinear import quantize_activations
+from agentforge.training.mugrokfast import MuGrokfast, muon_scale, newton_schulz
+from agentforge.training.phase import size_of
+
 from .documented import Coder, Shape, coder_of
-from .probes import Count, Natural, Positive, Share, StageText, probe
-from .workshop import Workshop
 
 Source = Literal["sample", "gaussian"]
 
@@ -59,42 +58,6 @@ STATISTICS_TOKENS = 1024
 
 
 # Arithmetic
-
-
-@probe()
-def arithmetic(workshop: Workshop, expression: str, unit: str) -> Measurement:
-    """An expression of numbers, + - * / **, log2, min and max: what follows from a claim's own figures."""
-    try:
-        value = _evaluate(ast.parse(expression, mode="eval").body, expression)
-    except BadInput:
-        raise
-    except (SyntaxError, ArithmeticError, ValueError, TypeError) as error:
-        raise BadInput(f"arithmetic: {expression!r} has no value ({error})") from None
-    return Measurement(value, unit, None, 1, {"metric": "arithmetic", "expression": expression})
-
-
-_OPERATORS: dict[type[ast.AST], Callable[..., float]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.Pow: operator.pow,
-    ast.USub: operator.neg,
-}
-_FUNCTIONS: dict[str, Callable[..., float]] = {"log2": math.log2, "min": min, "max": max}
-
-
-def _evaluate(node: ast.expr, text: str) -> float:
-    match node:
-        case ast.Constant(value=int() | float() as value) if not isinstance(value, bool):
-            return float(value)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return float(_OPERATORS[type(op)](_evaluate(left, text), _evaluate(right, text)))
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_evaluate(operand, text)
-        case ast.Call(func=ast.Name(id=name), args=arguments, keywords=[]) if name in _FUNCTIONS:
-            return float(_FUNCTIONS[name](*(_evaluate(argument, text) for argument in arguments)))
-    raise BadInput(f"arithmetic: {text!r} holds {ast.unparse(node)!r}; expected numbers, + - * / **, log2, min and max")
 
 
 @probe("names")
@@ -538,7 +501,7 @@ def activation_zeros(workshop: Workshop, layers: str) -> Measurement:
     return dataclasses.replace(found, error="unknown")  # of the one window
 
 
-@probe("x")
+@probe("x", slow=True)
 def activation_cost(workshop: Workshop) -> Measurement:
     """Perplexity with 8-bit inputs of every touched layer, over the original's, in pairs, window by window."""
     changed = copy.copy(workshop.model)

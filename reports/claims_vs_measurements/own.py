@@ -23,21 +23,24 @@ from unittest import mock
 import numpy as np
 import torch
 
-from .. import evaluation, statistics
-from ..digits import data as digits_data
-from ..errors import AgentForgeError
-from ..evaluation import Measurement, likelihood
-from ..models import LanguageModel, quiet_transformers
-from ..opening import open_model
-from ..pipeline import compress
-from ..training.phase import Phase
-from . import chain_probes, claims, compression_probes, paper_probes, phase5_probes, record, training_probes
-from . import workshop as shops
-from .claims import Claim, ClaimsFile
-from .compression_probes import share
+from agentforge import evaluation, statistics
+from agentforge.audit import claims, record
+from agentforge.audit import workshop as shops
+from agentforge.audit.claims import Claim, ClaimsFile
+from agentforge.audit.probes import StageText, probe, run, share, short_text
+from agentforge.audit.workshop import Unmeasured, Workshop
+from agentforge.digits import data as digits_data
+from agentforge.errors import AgentForgeError
+from agentforge.evaluation import Measurement, likelihood
+from agentforge.models import LanguageModel, quiet_transformers
+from agentforge.opening import open_model
+from agentforge.pipeline import compress
+from agentforge.training.phase import Phase
+
+from ..phase4_bitnet import training
+from ..phase8_compression import chain, stages
+from . import paper, phase5
 from .documented import coder_of
-from .probes import StageText, probe, run, short_text
-from .workshop import Unmeasured, Workshop
 
 PIECE = 100  # characters of a calibration text that are looked for in the scored one
 
@@ -60,7 +63,7 @@ def calibration_windows(workshop: Workshop) -> list[torch.Tensor]:
     def stop(*args: Any) -> None:
         raise _Calibrating(windows(*args))
 
-    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(paper_probes._COLLECTED, clear=True):
+    with tempfile.TemporaryDirectory() as scratch, mock.patch.dict(paper._COLLECTED, clear=True):
         for ask in asks:
             try:
                 with mock.patch.object(statistics, "_windows", stop):
@@ -100,8 +103,8 @@ def picks_of_probes(workshop: Workshop) -> Measurement:
             for name, value in zip(names, values, strict=True)
         }
         with (
-            mock.patch.object(phase5_probes, "_rules", lambda *_, scores=scores: scores),
-            mock.patch.object(phase5_probes, "_edge", lambda _, stage, edges=edges: edges[stage]),
+            mock.patch.object(phase5, "_rules", lambda *_, scores=scores: scores),
+            mock.patch.object(phase5, "_edge", lambda _, stage, edges=edges: edges[stage]),
         ):
             lowest = run(workshop, "lowest_rule", {})
             passes = run(workshop, "edge_of_what_passes", {"stages": [*names], "least": 0.6})
@@ -183,7 +186,7 @@ def drop_counted(workshop: Workshop) -> Measurement:
             made = compress(model, stage, Path(scratch) / "quantized", progress=False)
             after, before = (_right_by_hand(folder) for folder in (made.path, model.path))
             done = Phase(Path(scratch), {}, [], True)
-            with mock.patch.object(training_probes, "_digits_phase", lambda _, done=done: done):
+            with mock.patch.object(training, "_digits_phase", lambda _, done=done: done):
                 worst = max(worst, abs(run(workshop, "accuracy_drop", {}).value - (1 - after / before)))
     return workshop.exact(worst, "share of accuracy", 450, "drop of accuracy against counted pictures", model="digits-mlp")
 
@@ -237,8 +240,8 @@ def speed_by_a_clock(workshop: Workshop) -> Measurement:
     def takes(seconds: float) -> None:
         clock[0] += seconds
 
-    with mock.patch.object(training_probes, "time", SimpleNamespace(perf_counter=lambda: clock[0])):
-        return training_probes._faster(workshop, lambda: takes(1), lambda: takes(3), 5, "float32", "made-up seconds")
+    with mock.patch.object(training, "time", SimpleNamespace(perf_counter=lambda: clock[0])):
+        return training._faster(workshop, lambda: takes(1), lambda: takes(3), 5, "float32", "made-up seconds")
 
 
 @probe("relative deviation")
@@ -385,10 +388,10 @@ def seeds_heard(workshop: Workshop) -> Measurement:
     """Share of draws that are the same for the same seed, and others for another: Gaussian weights of three kinds, and a
     step of training."""
     draws: list[Callable[[int], torch.Tensor]] = [
-        lambda seed: compression_probes.gaussian(4, 8, seed=seed),
-        lambda seed: list(paper_probes._weights(workshop, "gaussian", 4, 8))[seed][0],
+        lambda seed: stages.gaussian(4, 8, seed=seed),
+        lambda seed: list(paper._weights(workshop, "gaussian", 4, 8))[seed][0],
         lambda seed: coder_of("c8_seedlm").approximate(torch.linspace(-1, 1, 640).reshape(10, 64), seed),
-        lambda seed: chain_probes._trained(workshop, 1, True, seed),
+        lambda seed: chain._trained(workshop, 1, True, seed),
     ]
     right = [torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1)) for draw in draws]
     return share(workshop, right, "draws", "draws by their seeds")

@@ -19,24 +19,25 @@ from unittest import mock
 
 import torch
 
-from .. import chain as chains
-from .. import stages, tracking
-from ..artifact import MANIFEST, Artifact
-from ..chain import Chain, Result, run_chain
-from ..digits import data as digits_data
-from ..errors import AgentForgeError, BadInput
-from ..evaluation import Measurement, intervals
-from ..evaluation.texts import CHECKOUT
-from ..models import LanguageModel
-from ..opening import load, open_model
-from ..pipeline import compress
-from ..planes import Packed
-from ..stages import Stage
-from ..training import mugrokfast
-from ..training import recover as recovery
-from .compression_probes import gaussian, share
-from .probes import Count, bits_per_weight, probe
-from .workshop import Unmeasured, Workshop
+from agentforge import chain as chains
+from agentforge import stages, tracking
+from agentforge.artifact import MANIFEST, Artifact
+from agentforge.audit.probes import Count, bits_per_weight, probe, share
+from agentforge.audit.workshop import Unmeasured, Workshop
+from agentforge.chain import Chain, Result, run_chain
+from agentforge.digits import data as digits_data
+from agentforge.errors import AgentForgeError, BadInput
+from agentforge.evaluation import Measurement, intervals
+from agentforge.evaluation.texts import CHECKOUT
+from agentforge.models import LanguageModel
+from agentforge.opening import load, open_model
+from agentforge.pipeline import compress
+from agentforge.planes import Packed
+from agentforge.stages import Stage
+from agentforge.training import mugrokfast
+from agentforge.training import recover as recovery
+
+from .stages import gaussian
 
 Which = Literal["gated", "to the end"]
 

@@ -1,13 +1,17 @@
-"""What the reports' pictures are drawn from: measured once, kept in the record."""
+"""The probes that the claims of this report name, and what its pictures are drawn from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from .. import stages
-from ..stages.ternary import zero_fraction
-from .workshop import Workshop
+from agentforge import stages
+from agentforge.audit.workshop import Workshop
+from agentforge.stages.ternary import zero_fraction
+
+from ..phase8_compression import dashboard
+from . import project, training
+
+__all__ = ["FIGURES", "dashboard", "project", "training"]
 
 TAUS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 
@@ -34,6 +38,4 @@ def bytes_by_part(workshop: Workshop) -> dict[str, Any]:
     return {"parts": parts, "encoded_weights": encoded}
 
 
-FIGURES: dict[str, tuple[Callable[[Workshop], dict[str, Any]], ...]] = {
-    "phase4_bitnet": (zeros_by_threshold, bytes_by_part),
-}
+FIGURES = (zeros_by_threshold, bytes_by_part)

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..bits import bits_per_value
-from ..stages import parse
-from ..stages.kmeans import kmeans
+from agentforge.bits import bits_per_value
+from agentforge.stages import parse
+from agentforge.stages.kmeans import kmeans
 
 Shape = tuple[int, int]
 

@@ -1,4 +1,4 @@
-"""Probes of the project itself: its code, its tests' coverage, the figures that it prints, and the scores of a report."""
+"""Probes of the project itself: its code, its tests' coverage, and the figures that it prints."""
 
 from __future__ import annotations
 
@@ -13,44 +13,19 @@ from typing import Any
 
 import torch
 
-from .. import evaluation, registry
-from ..artifact import Artifact
-from ..errors import BadInput
-from ..evaluation import Measurement
-from ..evaluation.texts import CHECKOUT
-from ..opening import load, open_model
-from ..pipeline import compress
-from ..tensorfiles import write_json
-from .probes import Count, bits_per_weight, probe
-from .workshop import LEFT_OUT, PACKAGE, Unmeasured, Workshop
-
-POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
+from agentforge import evaluation, registry
+from agentforge.artifact import Artifact
+from agentforge.audit.probes import Count, bits_per_weight, probe
+from agentforge.audit.workshop import PACKAGE, Unmeasured, Workshop
+from agentforge.errors import BadInput
+from agentforge.evaluation import Measurement
+from agentforge.evaluation.texts import CHECKOUT
+from agentforge.opening import load, open_model
+from agentforge.pipeline import compress
+from agentforge.tensorfiles import write_json
 
 
-@probe("share of points")
-def score(workshop: Workshop, sections: list[str] | None = None, stages: list[str] | None = None) -> Measurement:
-    """Share of points over the rows of some sections (default: all), about some stages: confirmed 1, partly 1/2, refuted 0.
-
-    Rows without a verdict do not count; their number is in the protocol.  Scores are not rows of other scores.
-    A score is not computed from what a small budget leaves over.
-    """
-    rows = [
-        row
-        for row in workshop.rows
-        if row["probe"] != "score"
-        and (sections is None or row["section"] in sections)
-        and (stages is None or row["stage"] in stages)
-    ]
-    if left_out := sum(row["needs"].endswith(LEFT_OUT) for row in rows):
-        raise Unmeasured(f"the {left_out} of its rows that a small budget leaves out; {LEFT_OUT}")
-    points = [POINTS[row["verdict"]] for row in rows if row["verdict"] in POINTS]
-    if not points:
-        raise Unmeasured("at least one row with a verdict among those that the score counts")
-    counted = {"sections": sections or "all", "stages": stages or "all", "without a verdict": len(rows) - len(points)}
-    return workshop.exact(sum(points) / len(points), "share of points", len(points), "points over rows", **counted)
-
-
-@probe("share of lines")
+@probe("share of lines", kept=False)
 def coverage(workshop: Workshop, files: str = "") -> Measurement:
     """Share of the package's lines that the last whole test run executed, from coverage.py's data (`make test` writes it).
 
@@ -78,7 +53,7 @@ def coverage(workshop: Workshop, files: str = "") -> Measurement:
     return workshop.exact(1 - missing / lines, "share of lines", lines, "lines executed by the tests", files=files or "all")
 
 
-@probe("share of figures")
+@probe("share of figures", slow=True, kept=False)
 def figures_that_come_back(workshop: Workshop) -> Measurement:
     """Share of the figures in README's table of stages that come back when they are measured again.
 

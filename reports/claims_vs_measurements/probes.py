@@ -1,0 +1,6 @@
+"""The probes that the claims of this report name."""
+
+from ..phase4_bitnet import training
+from . import own, paper, phase5
+
+__all__ = ["own", "paper", "phase5", "training"]
