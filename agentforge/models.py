@@ -37,7 +37,7 @@ SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
 SOURCE_FILE = "agentforge-source.json"
 SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
-PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters a second (they take 100,000 and more)
+PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)
 
 
 @dataclass(frozen=True)

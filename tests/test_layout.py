@@ -60,3 +60,17 @@ def test_every_import_points_down() -> None:
     layer = {name: i for i, names in enumerate(LAYERS) for name in names}
     ranks = {name: layer[f"{name}.".split(".")[1]] for name in graph()}
     assert [(a, b) for a, imported in graph().items() for b in imported if ranks[b] > ranks[a]] == []
+
+
+def test_the_documentation_draws_these_layers() -> None:
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    drawn = page.partition("```text\n")[2].partition("```")[0]
+    rows = [line for line in drawn.splitlines() if line.strip(" |")]
+    merged: list[list[str]] = []
+    for line in rows:
+        names = [word.rstrip("/:") for word in line[15:].partition(": ")[0].split()]
+        if line[:15].strip(" |"):
+            merged.append(names)
+        else:  # a layer of two lines
+            merged[-1] += names
+    assert merged == [[name for name in layer if name not in ("__main__", "")] for layer in LAYERS]

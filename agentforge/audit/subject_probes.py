@@ -121,14 +121,14 @@ def perplexity_kept(workshop: Workshop) -> Measurement:
 
 @probe("tokens/s")
 def tokens_a_second(workshop: Workshop, tokens: Count = 32, runs: Count = 6) -> Measurement:
-    """Tokens that the subject generates a second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
+    """Tokens that the subject generates per second, batch 1, greedy, as it is loaded (float32 on a CPU); median of runs."""
     rates = _rates(workshop, subject_of(workshop, compares=False), tokens, runs)
     return _speed(workshop, rates, "tokens/s", tokens)
 
 
 @probe("x", compares=True)
 def times_as_fast(workshop: Workshop, tokens: Count = 32, runs: Count = 6) -> Measurement:
-    """Tokens a second of the subject over those of its original, both as they are loaded; median of pairs of runs."""
+    """Tokens per second of the subject over those of its original, both as they are loaded; median of pairs of runs."""
     subject, original = subject_of(workshop), workshop.on_device(workshop.model)
     pairs = [(_rates(workshop, subject, tokens, 1)[0], _rates(workshop, original, tokens, 1)[0]) for _ in range(runs)]
     return _speed(workshop, [ours / theirs for ours, theirs in pairs], "x", tokens)
