@@ -141,7 +141,7 @@ def candidates(
     device: str = "cpu",
     progress: bool = True,
 ) -> dict[str, list[Candidate]]:
-    """Bytes and damage of each stage of `ladder` on each weight that has statistics, by the weight's name.
+    """Bytes and damage of each stage of `ladder` on each weight that has statistics, sensitivity included, by its name.
 
     The result is kept in the cache folder, under a hash of all its inputs, one line per weight: a second budget,
     or a run after a kill, does not encode again.  device: "cuda" searches on a GPU in the stages that can.
@@ -161,7 +161,7 @@ def candidates(
                 found.update(json.loads(line))
             except ValueError:  # the end of a line that a kill cut off
                 continue
-    weights = [weight for weight in model.weights() if weight.name in statistics]
+    weights = [w for w in model.weights() if w.name in statistics and statistics[w.name].sensitivity is not None]
     todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
 
     def measure(weight: Weight) -> tuple[str, list[tuple[int, float]]]:
@@ -286,6 +286,7 @@ def fit(
     model.check()
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
+    model.check_causal()
     out = check_out(out, model.path, replace=True)
     if budget.bits is None and not overwrite and out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
@@ -293,7 +294,7 @@ def fit(
     if recovery is not None and (budget.bits is None or embeddings is not None):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
     stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
-    calibration = dataclasses.replace(calibration or Calibration(), device=device)
+    calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device)
     for stage in ladder:
         calibration = calibration.for_stage(stage)
     statistics = statistics or collect(model, calibration, workers, progress)

@@ -476,9 +476,15 @@ def evaluate(
     against: Annotated[str | None, Option(help="The original: adds KL divergence and top-1 agreement.")] = None,
     text: TextName = None,
     tokens: Annotated[int | None, Option(help="Tokens to score, in windows spread evenly (default: all).")] = None,
-    context: Annotated[int, Option(help="Window length in tokens; for a sample, 512 gives a better error estimate.")] = 2048,
+    context: Annotated[
+        int | None,
+        Option(help="Tokens per window (default: 2048, or the model's limit); for a sample, 512 gives a better error."),
+    ] = None,
     stride: Annotated[int | None, Option(help="Distance between windows (default: the context).")] = None,
-    bos: Annotated[str, Option(help="BOS token: none, text (one) or window (one each).")] = "none",
+    bos: Annotated[
+        str | None,
+        Option(help="BOS token: none, text (one) or window (one each; the default if the tokenizer adds one)."),
+    ] = None,
     runtime: Annotated[str, Option(help="For artifacts: dense, or packed (weights stay packed).")] = "dense",
     device: Device = "cpu",
     tasks: Annotated[str | None, Option(help="Tasks instead of a text: hellaswag,arc_easy,mmlu,gsm8k,...")] = None,

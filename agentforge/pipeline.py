@@ -81,8 +81,9 @@ def compress(
         "embeddings": embeddings,
         "seed": seed,
     }
+    torch.set_num_threads(torch.get_num_threads())  # in a process that was forked, two threads at once would fail to do it
     if any(one.needs_statistics for one in plan.values()):
-        calibration = calibration or Calibration()
+        calibration = (calibration or Calibration()).for_model(model)
         for one in plan.values():
             calibration = calibration.for_stage(one)
         recipe["calibration"] = calibration.to_json()

@@ -62,6 +62,10 @@ class Calibration:
             about["sensitivity_tokens"] = self.sensitivity_tokens
         return about if self.device == "cpu" else about | {"device": self.device}
 
+    def for_model(self, model: LanguageModel) -> Calibration:
+        """The same, with windows of at most as many tokens as the model takes at once."""
+        return replace(self, context=min(self.context, model.context or self.context))
+
     def for_stage(self, stage: Stage) -> Calibration:
         """The same, with the backward passes that `stage` needs, at least."""
         if stage.needs_sensitivity and not self.sensitivity_tokens:
@@ -78,7 +82,7 @@ def collect(
     is moved to `calibration.device`; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for
     settings out of range.
     """
-    calibration = calibration or Calibration()
+    calibration = (calibration or Calibration()).for_model(model)
     check_workers(workers)
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
@@ -143,13 +147,13 @@ def collect(
     if not calibration.sensitivity_tokens:
         return found
     curvatures = _sensitivities(model, calibration, {name: owners[name] for name in found}, windows, progress)
-    return {name: replace(about, sensitivity=curvatures[name]) for name, about in found.items()}
+    return {name: replace(about, sensitivity=curvatures.get(name)) for name, about in found.items()}
 
 
 def _sensitivities(
     model: LanguageModel, calibration: Calibration, owners: dict[str, Any], windows: list[torch.Tensor], progress: bool
 ) -> dict[str, torch.Tensor]:
-    """`InputStatistics.sensitivity` of each weight: float32[out].
+    """`InputStatistics.sensitivity` of each weight: float32[out]; none of one whose module gives more than its output.
 
     For each window, log p(y) is differentiated for one token y per position, drawn from the model's own prediction: scores
     of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
@@ -157,17 +161,17 @@ def _sensitivities(
     """
     module = model.model
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    sums = {
-        name: torch.zeros(owner.weight.shape[0], dtype=torch.float64, device=owner.weight.device)
-        for name, owner in owners.items()
-    }
+    sums: dict[str, torch.Tensor] = {}
     seen = 0
 
-    def note(name: str) -> Callable[..., torch.Tensor]:
+    def note(name: str) -> Callable[..., Any]:
         def add(gradient: torch.Tensor) -> None:
-            sums[name] += gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+            squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+            sums[name] = sums[name] + squares if name in sums else squares
 
-        def hook(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        def hook(_: Any, __: Any, output: Any) -> Any:
+            if not isinstance(output, torch.Tensor):  # of a router that gives several, which one the weight made is unknown
+                return output
             output = output if output.requires_grad else output.detach().requires_grad_()
             output.register_hook(add)
             return output
@@ -187,6 +191,7 @@ def _sensitivities(
                 break
             output = module(window)
             logits = getattr(output, "logits", output)
+            model.check_logits(logits)
             scores = logits.reshape(-1, logits.shape[-1]).to(torch.float32).log_softmax(-1)
             drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
             scores.gather(1, drawn).sum().backward()
@@ -206,13 +211,15 @@ def _windows(model: LanguageModel, calibration: Calibration) -> list[torch.Tenso
     """The model's inputs, one window each: int[1, context] of tokens, or all training pictures for a classifier."""
     if model.is_classifier:
         return [digits.data()[0]]
-    if calibration.tokens < 1 or calibration.context < 1:
-        raise BadInput(f"calibration: tokens={calibration.tokens}, context={calibration.context}; expected 1 or more")
+    if calibration.tokens < 1 or calibration.context < 2:
+        raise BadInput(f"calibration: tokens={calibration.tokens}, context={calibration.context}; expected 1 and 2 or more")
     text = calibration.find()
-    ids = first_tokens(model, text.text, calibration.tokens, special=True)
+    ids = first_tokens(model, text.text, calibration.tokens)
     if len(ids) < calibration.tokens:
         raise BadInput(f"text {text.name}/{text.split} has {len(ids)} tokens; {calibration.tokens} were asked for")
-    return [torch.tensor([ids[i : i + calibration.context]]) for i in range(0, len(ids), calibration.context)]
+    first = model.first_ids
+    step = calibration.context - len(first)
+    return [torch.tensor([first + ids[i : i + step]]) for i in range(0, len(ids), step)]
 
 
 def first_tokens(model: LanguageModel, text: str, count: int, special: bool = False) -> list[int]:

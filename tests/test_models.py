@@ -403,18 +403,6 @@ def test_types_matter_and_names_do_not(tmp_path: Path) -> None:
     assert set(kept) | {w.name for w in opened.weights()} == set(state)
 
 
-def test_a_linear_layer_of_integers_is_left_alone(llama_copy: Path) -> None:
-    name = "model.layers.0.mlp.up_proj.weight"
-
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[name] = tensors[name].to(torch.int8)
-
-    edit_tensors(llama_copy, change)
-    opened = open_model(llama_copy)
-    assert opened.kept()[name] == "Linear of int8: already quantised"
-    assert len(opened.weights()) == 13
-
-
 def test_a_bfloat16_folder(llama_copy: Path, tmp_path: Path) -> None:
     edit_tensors(llama_copy, lambda tensors: tensors.update({k: t.to(torch.bfloat16) for k, t in tensors.items()}))
     edit_config(llama_copy, dtype="bfloat16")
@@ -767,6 +755,60 @@ def test_gguf_of_floats_is_the_same_model(tmp_path: Path, fresh_cache: Path, hf_
     before = {p: p.stat().st_mtime_ns for p in opened.path.iterdir()}
     again = open_model(tmp_path / "tiny.gguf")
     assert {p: p.stat().st_mtime_ns for p in again.path.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.scaling.type", "yarn"),
+        ("llama.rope.dimension_count", 8),
+        ("llama.attention.scale", 0.5),
+        ("llama.logit_scale", 0.25),
+        ("llama.attention.sliding_window", 32),
+        ("llama.expert_count", 4),
+        ("llama.attention.value_length", 32),
+        ("llama.what_comes_next", 1.5),
+    ],
+)
+def test_gguf_metadata_that_change_the_computation_are_named(
+    tmp_path: Path, fresh_cache: Path, hf_llama: Any, key: str, value: Any
+) -> None:
+    add = {str: "add_string", int: "add_uint32", float: "add_float32"}[type(value)]
+    write_gguf(tmp_path / "tiny.gguf", hf_llama, change=lambda writer: getattr(writer, add)(key, value))
+    with refused(f"asks for {key} = {value!r}, which is not supported"):
+        open_model(tmp_path / "tiny.gguf")
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_gguf_rotary_embeddings_that_are_scaled_linearly_are_followed(
+    tmp_path: Path, fresh_cache: Path, hf_llama: Any, old: bool
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    def scale(writer: Any) -> None:
+        if old:
+            writer.add_float32("llama.rope.scale_linear", 4.0)
+        else:
+            writer.add_string("llama.rope.scaling.type", "linear")
+            writer.add_float32("llama.rope.scaling.factor", 4.0)
+
+    write_gguf(tmp_path / "tiny.gguf", hf_llama, change=scale)
+    config = hf_llama.config.to_dict() | {"rope_parameters": {"rope_type": "linear", "rope_theta": 5000.0, "factor": 4.0}}
+    scaled = LlamaForCausalLM(type(hf_llama.config)(**config)).eval()
+    scaled.load_state_dict(hf_llama.state_dict())
+    found = logits(open_model(tmp_path / "tiny.gguf").model)
+    torch.testing.assert_close(found, logits(scaled), atol=1e-5, rtol=0)
+    assert not torch.allclose(found, logits(hf_llama), atol=1e-2)
+
+
+def test_a_part_of_a_gguf_file_is_told_from_a_whole(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
+    def split(writer: Any) -> None:
+        writer.add_uint16("split.no", 1)
+        writer.add_uint16("split.count", 3)
+
+    write_gguf(tmp_path / "tiny.gguf", hf_llama, change=split)
+    with refused("is part 2 of a file that was split into 3", "llama-gguf-split --merge"):
+        open_model(tmp_path / "tiny.gguf")
 
 
 def test_an_artifact_is_held_against_the_file_that_the_user_has(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:

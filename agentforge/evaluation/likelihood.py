@@ -61,19 +61,21 @@ class Window(NamedTuple):
 def perplexity(
     model: LanguageModel,
     text: str | Text | None = None,
-    context: int = 2048,
+    context: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
-    bos: Bos = "none",
+    bos: Bos | None = None,
     progress: bool = True,
 ) -> Measurement:
     """exp of the mean negative log-likelihood of a text's tokens.
 
-    text: as for `find_text`.  context: window length in tokens.  stride: how far windows are apart (default: such that they
-    do not overlap).  tokens: how many tokens to score, in windows spread evenly over the text (default: all of it).  bos: no
-    BOS token ("none"), one before the text ("text"), or one in each window ("window").
+    text: as for `find_text`.  context: window length in tokens (default: 2048, or as many as the model takes).  stride: how
+    far windows are apart (default: such that they do not overlap).  tokens: how many tokens to score, in windows spread
+    evenly over the text (default: all of it).  bos: no BOS token ("none"), one before the text ("text"), or one in each
+    window ("window"; default: that if the tokenizer puts one before a text, else none).
 
-    Raises BadInput for a text that is too short, and for settings out of range.
+    Raises BadInput for a text that is too short, for settings out of range, for logits that are not finite, and for a model
+    that sees the tokens that it is to predict.
     """
     found = find_text(text)
     windows, protocol = plan(model, found, context, stride, tokens, bos)
@@ -89,10 +91,10 @@ def divergence(
     model: LanguageModel,
     original: LanguageModel,
     text: str | Text | None = None,
-    context: int = 2048,
+    context: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
-    bos: Bos = "none",
+    bos: Bos | None = None,
     progress: bool = True,
 ) -> Divergence:
     """KL divergence, top-1 agreement and both perplexities, in one pass.  Arguments as for `perplexity`.
@@ -106,10 +108,10 @@ def divergences(
     models: Sequence[LanguageModel],
     original: LanguageModel,
     text: str | Text | None = None,
-    context: int = 2048,
+    context: int | None = None,
     stride: int | None = None,
     tokens: int | None = None,
-    bos: Bos = "none",
+    bos: Bos | None = None,
     progress: bool = True,
 ) -> list[Divergence]:
     """`divergence` for several models at once: the original runs over the text only once."""
@@ -192,9 +194,11 @@ def _clusters(windows: list[torch.Tensor]) -> tuple[torch.Tensor, str]:
 
 
 def plan(
-    model: LanguageModel, text: Text, context: int, stride: int | None, tokens: int | None, bos: Bos
+    model: LanguageModel, text: Text, context: int | None, stride: int | None, tokens: int | None, bos: Bos | None
 ) -> tuple[list[Window], dict[str, Any]]:
     """The windows to score, and the protocol that says how they were made."""
+    context = model.usual_context if context is None else context
+    bos = ("window" if model.first_ids else "none") if bos is None else bos
     longest = context - 1 if bos == "window" else context
     stride = max(longest, 1) if stride is None else stride
     if context < 2 or not 1 <= stride <= longest:
@@ -206,6 +210,7 @@ def plan(
         raise BadInput(f"tokens={tokens}; expected 2 or more, for a standard error")
     if bos not in ("none", "text", "window"):
         raise BadInput(f"bos={bos!r}; expected none, text or window")
+    model.check_causal()
     tokenizer = model.tokenizer
     ids = model.encode(text.text)
     first_id: list[int] = []
@@ -278,6 +283,7 @@ def _rows(model: LanguageModel, window: Window) -> Iterator[tuple[torch.Tensor, 
     ids = torch.tensor([window.ids], device=device)
     with torch.inference_mode():
         logits = module(input_ids=ids, use_cache=False).logits[0, window.first - 1 : -1]
+    model.check_logits(logits)
     targets = ids[0, window.first :]
     for part, ids_part in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
         yield part.float(), ids_part

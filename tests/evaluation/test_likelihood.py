@@ -330,7 +330,6 @@ def test_bos_window_works_without_a_stride(tiny: LanguageModel) -> None:
         ({"context": 16, "stride": 17}, r"stride=17; .* 1 <= stride <= 16"),
         ({"context": 16, "stride": 16, "bos": "window"}, r"stride=16; .* 1 <= stride <= 15"),
         ({"context": 129}, r"context=129: tiny-llama.* takes at most 128 tokens"),
-        ({}, r"context=2048: tiny-llama.* takes at most 128 tokens"),
         ({"context": 16, "tokens": 0}, "tokens=0; expected"),
         ({"context": 16, "tokens": -1}, "tokens=-1; expected"),
         ({"context": 16, "tokens": 1}, "tokens=1; expected 2 or more"),

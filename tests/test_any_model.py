@@ -1,0 +1,172 @@
+"""Models of any architecture come out right, or are refused in a sentence: kinds of faults that were silent once."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import agentforge as af
+from agentforge.allocation import Budget, fit
+from agentforge.errors import BadInput
+from agentforge.evaluation import Text, likelihood
+from agentforge.models import LanguageModel
+from agentforge.opening import open_model
+from agentforge.statistics import Calibration, collect
+from tests.conftest import make_tiny_llama
+
+TEXT = Text("counting", "test", " ".join(str(i) for i in range(400)))
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 258, "initializer_range": 0.2}
+CONFIGS = {
+    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=258, initializer_range=0.2),
+    "bert": transformers.BertConfig(**SIZES, intermediate_size=64, max_position_embeddings=64),
+    "llama4": transformers.Llama4TextConfig(
+        **SIZES,
+        intermediate_size=32,
+        intermediate_size_mlp=64,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_local_experts=2,
+        num_experts_per_tok=1,
+        max_position_embeddings=64,
+    ),
+}
+
+
+@pytest.fixture
+def made(tmp_path: Path, request: pytest.FixtureRequest) -> LanguageModel:
+    """A tiny model of the architecture that the test names, one token per byte."""
+    folder = make_tiny_llama(tmp_path / request.param)
+    (folder / "model.safetensors").unlink()
+    config = CONFIGS[request.param]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return open_model(folder)
+
+
+@pytest.mark.parametrize("made", ["gpt2"], indirect=True)
+def test_sensitivities_of_conv1d_are_of_its_outputs(made: LanguageModel) -> None:
+    """GPT-2 stores [in, out]; by hand, with a gradient for each output."""
+    found = collect(made, Calibration(TEXT, 48, 48, 48), progress=False)
+    (window,) = ([*made.encode(TEXT.text)[:48]],)
+    outputs: dict[str, torch.Tensor] = {}
+    module = made.model
+    for name in found:
+        layer = module.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.setdefault(name, output))
+    logp = module(torch.tensor([window])).logits[0].log_softmax(-1)
+    drawn = torch.multinomial(logp.exp(), 1, generator=torch.Generator().manual_seed(0))
+    gradients = torch.autograd.grad(logp.gather(1, drawn).sum(), list(outputs.values()))
+    for name, gradient in zip(outputs, gradients, strict=True):
+        shape = next(weight.shape for weight in made.weights() if weight.name == name)
+        assert found[name].sensitivity is not None and found[name].sensitivity.shape == (shape[0],)
+        torch.testing.assert_close(found[name].sensitivity, gradient[0].square().mean(0), rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("made", ["gpt2"], indirect=True)
+def test_windows_are_no_longer_than_the_model_takes(made: LanguageModel, tmp_path: Path) -> None:
+    """64 positions; calibration asks for 1024 and evaluation for 2048 if nothing else is said."""
+    assert af.perplexity(made, TEXT, progress=False).protocol["context"] == 64
+    compressed = af.compress(made, "vptq:v=4,k=16", tmp_path / "v", progress=False)
+    assert compressed.manifest["recipe"]["calibration"]["context"] == 64
+    fitted = fit(made, tmp_path / "f", Budget(bits=4), text=TEXT, tokens=128, progress=False)
+    assert fitted.measured.kl.protocol["context"] == 64 and fitted.bits <= 4
+
+
+@pytest.mark.parametrize("made", ["llama4"], indirect=True)
+def test_a_router_that_gives_several_outputs_has_no_sensitivity(made: LanguageModel) -> None:
+    found = collect(made, Calibration(TEXT, 64, 64, 64), progress=False)
+    without = [name for name, stats in found.items() if stats.sensitivity is None]
+    assert without == [name for name in found if name.endswith("router.weight")] != []
+    assert all(stats.sensitivity is None or stats.sensitivity.any() for stats in found.values())
+
+
+@pytest.mark.parametrize("made", ["bert"], indirect=True)
+def test_what_sees_later_tokens_has_no_perplexity(made: LanguageModel, tmp_path: Path) -> None:
+    for ask in (
+        lambda: af.perplexity(made, TEXT, tokens=64, progress=False),
+        lambda: af.divergence(made, made, TEXT, tokens=64, progress=False),
+        lambda: fit(made, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=64, progress=False),
+    ):
+        with pytest.raises(BadInput, match=r"is no causal model: it sees the tokens"):
+            ask()
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
+    sound = open_model(make_tiny_llama(tmp_path / "sound"))
+    folder, name = make_tiny_llama(tmp_path / "broken"), "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][3, 4] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    broken = open_model(folder)
+    for ask in (
+        lambda: af.perplexity(broken, TEXT, tokens=64, progress=False),
+        lambda: af.divergence(broken, sound, TEXT, tokens=64, progress=False),
+        lambda: fit(broken, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=64, progress=False),
+    ):
+        with pytest.raises(BadInput, match=rf"(logits are not finite \(its tensor )?{name}"):
+            ask()
+
+
+def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
+    from tokenizers import processors
+
+    folder = make_tiny_llama(tmp_path / "with-bos")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 0)]
+    )
+    tokenizer.save_pretrained(folder)
+    model, ids = open_model(folder), open_model(folder).encode(TEXT.text)
+    assert model.first_ids == [0] and ids[0] != 0
+    windows, protocol = likelihood.plan(model, TEXT, None, None, 300, None)
+    assert protocol["bos"] == "window" and len(windows) > 1
+    assert all(window.ids[0] == 0 and window.first == 1 and len(window.ids) <= 128 for window in windows)
+    assert likelihood.plan(model, TEXT, None, None, 300, "none")[1]["bos"] == "none"
+    found = af.perplexity(model, TEXT, tokens=127, progress=False)
+    (window,) = likelihood.plan(model, TEXT, None, None, 127, None)[0]
+    with torch.inference_mode():
+        logits = model.model(torch.tensor([window.ids])).logits[0, :-1]
+    by_hand = torch.nn.functional.cross_entropy(logits, torch.tensor(window.ids[1:])).exp()
+    assert found.value == pytest.approx(float(by_hand), rel=1e-5)
+    seen: list[Any] = []
+    model.model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(args or kwargs), with_kwargs=True)
+    layer = model.model.get_submodule("model")
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0]) if args else None)
+    collect(model, Calibration(TEXT, 100, 40), workers=1, progress=False)
+    windows_seen = [ids for ids in seen if isinstance(ids, torch.Tensor) and ids.shape[1] > 4]
+    assert [w.shape[1] for w in windows_seen] == [40, 40, 23] and all(w[0, 0] == 0 for w in windows_seen)
+    assert [i for w in windows_seen for i in w[0, 1:].tolist()] == ids[:100]
+
+
+def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/base"}))
+    with pytest.raises(BadInput, match=r"holds an adapter \(PEFT\) for 'somebody/base', not a model; merge"):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["gptq, no config", "int8 weights", "MLX"])
+def test_what_another_tool_quantised_is_not_taken_for_weights(tmp_path: Path, kind: str) -> None:
+    folder, name = make_tiny_llama(tmp_path / "m"), "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(folder / "model.safetensors")
+    weight = tensors.pop(name)
+    if kind == "gptq, no config":
+        tensors |= {name.replace("weight", "qweight"): torch.zeros(8, 128, dtype=torch.int32)}
+    elif kind == "int8 weights":
+        tensors[name] = (20 * weight).round().clamp(-127, 127).to(torch.int8)
+    else:
+        tensors[name] = weight
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "quantization": {"bits": 4, "group_size": 32}}))
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(BadInput, match=r"already quantised by another tool"):
+        open_model(folder)
