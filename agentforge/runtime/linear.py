@@ -113,14 +113,6 @@ class TernaryLinear(nn.Module):
             out = ternary_triton.product(*layer)
         return out if dtype == torch.float32 else out.to(dtype)
 
-    def address(self) -> tuple[int, ...]:
-        """The layer as kernels of ternary_cpu take it; it must stay alive, and on the CPU, while they run."""
-        buffers: Any = self._buffers
-        packed, scales, biases = buffers["packed"], buffers["scales"], buffers["biases"]
-        steps = int(scales.numel() > ROWS), int(biases.numel() > ROWS)
-        layer = packed.data_ptr(), scales.data_ptr(), steps[0], biases.data_ptr(), steps[1]
-        return (*layer, self.out_features, self.in_features)
-
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         scales = "one a row" if self.per_row else "one"

@@ -25,7 +25,7 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
     for every other stage, embedding and head in the 16 bits in which they were kept, all else in float32."""
     opened.check()
     if not opened.is_classifier:
-        from . import half, llama  # only here: it imports transformers
+        from . import half
 
         opened._hf_config.dtype = torch.float32  # of the rest of the module
     with _EmptyOnMeta():
@@ -45,7 +45,6 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
     if not opened.is_classifier:
         _tie(module, opened._hf_config)
         half.adopt(module)
-        llama.adopt(module)
     return module.float().requires_grad_(False).eval()
 
 

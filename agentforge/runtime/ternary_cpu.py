@@ -37,7 +37,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import carray, literally, njit, types
+from numba import literally, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -52,7 +52,6 @@ PARTS = 2  # a thread
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32, f64 = ir.FloatType(), ir.DoubleType()
-Address = tuple[int, ...]  # a layer, as TernaryLinear.address gives it
 Value = Any  # an ir.Value
 
 
@@ -447,162 +446,6 @@ def _portable(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
 
 
 KERNELS: dict[str, Any] = {"avx512": _avx512, "avxvnni": _avxvnni, "avx2": _avx2, "portable": _portable}
-
-
-# One token through a decoder layer (Llama's), so that what lies between two products does not cost more than they do.
-FASTEST = PATHS.index(available()[0])  # numba compiles it in; its cache tells machines of different paths apart
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """out = weight * x / sqrt(mean(x**2) + eps), for each token."""
-    for t in range(len(x)):
-        square = np.float32(0)
-        for i in range(x.shape[1]):
-            square += x[t, i] * x[t, i]
-        factor = np.float32(1) / np.sqrt(square / np.float32(x.shape[1]) + np.float32(eps))
-        for i in range(x.shape[1]):
-            out[t, i] = weight[i] * (x[t, i] * factor)
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _rotate(x, cos, sin):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """Rotary positions, in place: x[heads, size] by cos[size], sin[size]."""
-    half = x.shape[1] // 2
-    for h in range(len(x)):
-        for i in range(half):
-            a, b = x[h, i], x[h, half + i]
-            x[h, i], x[h, half + i] = a * cos[i] - b * sin[i], b * cos[half + i] + a * sin[half + i]
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _attend(q, keys, values, scaling, scores, out):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """Softmax attention of one token: q, out [heads, size], keys and values [key heads, length, size]."""
-    heads, size = q.shape
-    shared, length = heads // len(keys), keys.shape[1]
-    for h in range(heads):
-        k, v = keys[h // shared], values[h // shared]
-        largest = np.float32(-np.inf)
-        for j in range(length):
-            score = np.float32(0)
-            for i in range(size):
-                score += q[h, i] * k[j, i]
-            scores[j] = score * np.float32(scaling)
-            largest = max(largest, scores[j])
-        total = np.float32(0)
-        for j in range(length):
-            scores[j] = np.exp(scores[j] - largest)
-            total += scores[j]
-        out[h] = 0
-        for j in range(length):
-            weight = scores[j] / total
-            for i in range(size):
-                out[h, i] += weight * v[j, i]
-
-
-@njit(fastmath={"contract"})
-def _swiglu(gate, up):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """gate becomes silu(gate) * up."""
-    for i in range(len(gate)):
-        gate[i] = gate[i] / (np.float32(1) + np.exp(-gate[i])) * up[i]
-
-
-@intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
-    """An address as a pointer to float32."""
-    kind = types.CPointer(types.float32)
-    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], f32.as_pointer())
-
-
-@njit
-def _apply(layer, x, out, tokens):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """All rows of a layer, given as `address` gives it, for the tokens at address x."""
-    packed, scale, scale_step, bias, bias_step, rows, columns = layer
-    _product(FASTEST, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, 0, rows)
-
-
-@njit(nogil=True, cache=True)
-def decode_projections(  # pragma: no cover  (compiled)
-    x: int,
-    norm: int,
-    eps: float,
-    q: Address,
-    k: Address,
-    v: Address,
-    angles: Address,
-    q_out: int,
-    k_out: int,
-    v_out: int,
-    tokens: int,
-    size: int,
-) -> None:
-    """Norm, query, key and value of one new token of each of `tokens` sequences, with rotary positions.
-
-    x, norm, angles (cos, sin), q_out, k_out, v_out: addresses of float32.  q, k, v: layers.  size: of a head.
-    """
-    columns = q[6]
-    normed = np.empty((tokens, columns), np.float32)
-    _rms_norm(carray(_pointer(x), (tokens, columns)), carray(_pointer(norm), columns), eps, normed)
-    at = normed.ctypes.data
-    _apply(q, at, q_out, tokens)
-    _apply(k, at, k_out, tokens)
-    _apply(v, at, v_out, tokens)
-    _keep(normed)
-    for t in range(tokens):
-        cos = carray(_pointer(angles[0] + 4 * t * size * angles[2]), size)
-        sin = carray(_pointer(angles[1] + 4 * t * size * angles[2]), size)
-        _rotate(carray(_pointer(q_out + 4 * t * q[5]), (q[5] // size, size)), cos, sin)
-        _rotate(carray(_pointer(k_out + 4 * t * k[5]), (k[5] // size, size)), cos, sin)
-
-
-@njit(nogil=True, cache=True)
-def decode_rest(  # pragma: no cover  (compiled)
-    x: int,
-    q_at: int,
-    keys: int,
-    values: int,
-    length: tuple[int, int],
-    size: int,
-    scaling: float,
-    norm: int,
-    eps: float,
-    o: Address,
-    gate: Address,
-    up: Address,
-    down: Address,
-    out: int,
-    tokens: int,
-) -> None:
-    """Attention, its output layer, norm and feed-forward network, with both residual sums; see `decode_projections`.
-
-    keys, values: addresses of float32[tokens, key heads, length, size], the new token's included; their heads: length[1].
-    """
-    hidden, wide, inner = o[5], o[6], gate[5]
-    positions, key_heads = length
-    attended, scores = np.empty((tokens, wide), np.float32), np.empty(positions, np.float32)
-    for t in range(tokens):
-        shape = key_heads, positions, size
-        start = 4 * t * key_heads * positions * size
-        _attend(
-            carray(_pointer(q_at + 4 * t * wide), (wide // size, size)),
-            carray(_pointer(keys + start), shape),
-            carray(_pointer(values + start), shape),
-            scaling,
-            scores,
-            attended[t].reshape(wide // size, size),
-        )
-    before, after = carray(_pointer(x), (tokens, hidden)), carray(_pointer(out), (tokens, hidden))
-    middle, normed = np.empty((tokens, hidden), np.float32), np.empty((tokens, hidden), np.float32)
-    _apply(o, attended.ctypes.data, middle.ctypes.data, tokens)
-    middle += before
-    _rms_norm(middle, carray(_pointer(norm), hidden), eps, normed)
-    a, b = np.empty(tokens * inner, np.float32), np.empty(tokens * inner, np.float32)
-    _apply(gate, normed.ctypes.data, a.ctypes.data, tokens)
-    _apply(up, normed.ctypes.data, b.ctypes.data, tokens)
-    _swiglu(a, b)
-    _apply(down, a.ctypes.data, out, tokens)
-    after += middle
-    _keep(attended, normed, a, b)
 
 
 def product(

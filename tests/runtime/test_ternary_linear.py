@@ -25,7 +25,7 @@ import agentforge as af
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.models import LanguageModel
 from agentforge.planes import Packed, Plane
-from agentforge.runtime import TernaryLinear, half, linear, llama, ternary_cpu
+from agentforge.runtime import TernaryLinear, half, linear, ternary_cpu
 from agentforge.stages.ternary import Ternary
 
 SHAPES = [(1, 1), (1, 64), (3, 65), (4, 63), (16, 256), (17, 100), (70, 1000), (1, 2500), (129, 1)]
@@ -322,26 +322,7 @@ def test_a_packed_model_is_measured(artifact: Path, tmp_path: Path) -> None:
     assert found.value == pytest.approx(expected.value, rel=0.2)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_a_generated_token_is_that_of_the_modules(artifact: Path, batch: int) -> None:
-    model = af.load(artifact, runtime="packed").model
-    assert all(type(layer) is llama.PackedLlamaLayer for layer in model.model.layers)
-    modules = copy.deepcopy(model)
-    for layer in modules.model.layers:
-        layer.__class__ = llama.LlamaDecoderLayer
-    ids = torch.randint(2, 250, (batch, 20), generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        caches = [m(ids[:, :9], use_cache=True).past_key_values for m in (model, modules)]
-        for position in range(9, 20):
-            token = ids[:, position : position + 1]
-            found, expected = (m(token, past_key_values=c).logits for m, c in zip((model, modules), caches, strict=True))
-            assert ((found - expected).norm() / expected.norm()) < 2e-2  # one activation at an edge, see above
-            if position == 9:
-                first = float((found - expected).norm() / expected.norm())
-    assert first < 1e-5
-
-
-def test_what_the_kernels_do_not_compute_goes_through_the_modules(artifact: Path) -> None:
+def test_padding_and_casts_of_a_packed_model(artifact: Path) -> None:
     model = af.load(artifact, runtime="packed").model
     ids = torch.randint(2, 250, (2, 6), generator=torch.Generator().manual_seed(2))
     mask = torch.ones_like(ids)
