@@ -1,9 +1,9 @@
-"""Artifacts in transformers: `AutoModelForCausalLM.from_pretrained(folder)` after `import agentforge`.
+"""Artifacts in transformers: `AutoModelForCausalLM.from_pretrained(folder)` after `import agentforge.huggingface`.
 
-Importing this module registers a quantizer under the name that an artifact's config.json has; `agentforge.registration`
-does so.  transformers builds the model without memory and loads the weight files itself, sharded or not, to whatever
-device; the quantizer puts packed layers (`agentforge.runtime`) where the manifest has encoded weights, so that the planes
-are what is loaded.  Before that, manifest, configuration and the headers of the weight files are checked against each other.
+Importing this module registers a quantizer under the name that an artifact's config.json has.  transformers builds the
+model without memory and loads the weight files itself, sharded or not, to whatever device; the quantizer puts packed layers
+(`agentforge.runtime`) where the manifest has encoded weights, so that the planes are what is loaded.  Before that, manifest,
+configuration and the headers of the weight files are checked against each other.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python examples/transformers_only.py FOLDER ["A prompt"]
 
-All that transformers needs is `import agentforge`.  Prints the text of both, which are the same, and whether the folder that
-`save_pretrained` writes is the same artifact.
+All that transformers needs is `import agentforge.huggingface`.  Prints the text of both, which are the same, and whether the
+folder that `save_pretrained` writes is the same artifact.
 """
 
 import sys
@@ -12,7 +12,7 @@ import tempfile
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import agentforge
+import agentforge.huggingface  # registers the format
 from agentforge.artifact import Artifact
 
 folder, prompt = sys.argv[1], (sys.argv[2:] or ["The capital of France is"])[0]

@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 import agentforge as af
+import agentforge.huggingface
 from agentforge import artifact as artifact_module
 from agentforge import lm_eval
 from agentforge.artifact import MANIFEST, Artifact, write_manifest
@@ -314,9 +315,9 @@ def test_a_missing_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert stop.value.code == 2 and "not installed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", ["agentforge", "transformers.quantizers.auto"])
+@pytest.mark.parametrize("first", ["agentforge.huggingface", "transformers.quantizers.auto"])
 def test_registered_in_either_order(first: str) -> None:
-    second = ({"agentforge", "transformers.quantizers.auto"} - {first}).pop()
+    second = ({"agentforge.huggingface", "transformers.quantizers.auto"} - {first}).pop()
     code = f"import {first}, {second}\nimport transformers.quantizers.auto as auto\n"
     code += "print(*(found['agentforge'].__name__ for found in "
     code += "(auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)))"
