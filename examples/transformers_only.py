@@ -1,4 +1,4 @@
-"""Load an artifact with transformers alone, and compare it with `agentforge.load`.
+"""Load an artifact with transformers alone, and compare it with `agentforge.load(FOLDER, "packed")`.
 
     python examples/transformers_only.py FOLDER ["A prompt"]
 
@@ -23,7 +23,7 @@ asked = {**inputs, "max_new_tokens": 12, "do_sample": False, "pad_token_id": tok
 ids = model.generate(**asked)
 print("transformers:", repr(tokenizer.decode(ids[0])))
 
-expected = agentforge.load(folder).model.generate(**asked)
+expected = agentforge.load(folder, "packed").model.generate(**asked)
 print("agentforge:  ", repr(tokenizer.decode(expected[0])))
 
 with tempfile.TemporaryDirectory() as scratch:

@@ -25,7 +25,8 @@ import agentforge as af
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.models import LanguageModel
 from agentforge.planes import Packed, Plane
-from agentforge.runtime import TernaryLinear, half, linear, ternary_cpu
+from agentforge.runtime import TernaryLinear, linear, packed_cpu, ternary_cpu
+from agentforge.runtime.layers import HalfEmbedding, HalfLinear
 from agentforge.stages.ternary import Ternary
 
 SHAPES = [(1, 1), (1, 64), (3, 65), (4, 63), (16, 256), (17, 100), (70, 1000), (1, 2500), (129, 1)]
@@ -349,18 +350,18 @@ def test_a_packed_model_holds_two_bits_a_weight(artifact: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "columns"), [(4, 16), (5, 64), (1000, 48), (3, 16), (9, 30)])
 def test_a_head_of_16_bits(dtype: torch.dtype, rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(half, "CHUNK", 300)
+    monkeypatch.setattr(packed_cpu, "CHUNK", 300)
     weight = torch.randn(rows, columns).to(dtype)
     for tokens in (1, 4, 5):
         x = torch.randn(1, tokens, columns)
-        found, exact = half.product(x, weight), x.double() @ weight.double().T
+        found, exact = packed_cpu.half(x, weight), x.double() @ weight.double().T
         assert ((found - exact).abs() <= 1e-6 * (x.abs().double() @ weight.abs().double().T)).all()
         monkeypatch.setattr(ternary_cpu, "WORTH_THREADS", 1)
-        assert torch.equal(half.product(x, weight), found)
-        monkeypatch.setattr(half, "available", lambda: False)
-        assert ((half.product(x, weight) - exact).abs() <= 1e-6 * (x.abs().double() @ weight.abs().double().T)).all()
+        assert torch.equal(packed_cpu.half(x, weight), found)
+        monkeypatch.setattr(packed_cpu, "available", lambda: False)
+        assert ((packed_cpu.half(x, weight) - exact).abs() <= 1e-6 * (x.abs().double() @ weight.abs().double().T)).all()
         monkeypatch.undo()
-    head, embedding = half.HalfLinear(weight), half.HalfEmbedding(weight)
+    head, embedding = HalfLinear(weight), HalfEmbedding(weight)
     assert torch.equal(embedding(torch.tensor([[2, 0]])), weight[[2, 0]].float()[None])
     for module in (head, embedding):
         module.to(torch.float64)

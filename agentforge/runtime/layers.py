@@ -7,8 +7,10 @@ State dictionaries name the planes as an artifact does (`...q_proj.weight.codes`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,11 +19,28 @@ from ..bits import FLOATS
 from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
 from ..stages.refined import Refined
-from . import fused
-from .ready import Held, Ready
+from . import forms, packed_cpu
+from .forms import Held, Ready
+
+# What modules that compute in this thread have decoded, by the module's id and the tensor's name.
+_decoded: ContextVar[Mapping[tuple[int, str], torch.Tensor]] = ContextVar("decoded", default={})  # noqa: B039 (never changed)
 
 
-class PackedWeight(nn.Module):
+class Fixed(nn.Module):
+    """A module whose buffers follow to another device, and never to another dtype (but `like`, which holds the model's)."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype and name != "like":
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, tensor.to(moved.device))
+        return self
+
+
+class PackedWeight(Fixed):
     """A weight float[out, in] as the planes of a stage, from which products are computed.
 
     Buffers: a plane each, as stored (`Plane.stored`), under its name; if that has a dot, in modules of their own.
@@ -69,7 +88,7 @@ class PackedWeight(nn.Module):
                     held[plane.name] = Held(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
                 else:
                     held[plane.name] = _held(plane)
-            prepared = fused.prepare(stage, packed)
+            prepared = forms.prepare(stage, packed)
             self._ready = Ready(stage, packed.shape, held, plain, *stage.row_blocks(packed.shape), prepared)
         return self._ready
 
@@ -87,11 +106,11 @@ class PackedWeight(nn.Module):
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T in x's dtype, x: float[..., in].
 
-        Up to `fused.FEW` vectors are multiplied with the bits themselves if the stage and the machine have a kernel (see
+        Up to `forms.FEW` vectors are multiplied with the bits themselves if the stage and the machine have a kernel (see
         `packed_cpu`; in float32).  Else W is decoded to float32 a part after the other, each rounded to x's dtype.
         """
         ready = self.ready
-        found = fused.product(ready, x.reshape(-1, self.in_features))
+        found = forms.product(ready, x.reshape(-1, self.in_features))
         if found is not None:
             return found.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
         parts = ready.parts()
@@ -114,7 +133,7 @@ class PackedWeight(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._ready = None
-        return _keeping_dtypes(self, fn, super()._apply, recurse)
+        return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._ready = None
@@ -125,7 +144,7 @@ class PackedWeight(nn.Module):
         return f"{self.out_features} x {self.in_features}, {self.stage.brief()}"
 
 
-class SharedPlanes(nn.Module):
+class SharedPlanes(Fixed):
     """The planes that all weights of a model share."""
 
     def __init__(self, stage: Stage, stored: Mapping[str, torch.Tensor]) -> None:
@@ -157,7 +176,7 @@ class SharedPlanes(nn.Module):
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         self._plain = None
-        return _keeping_dtypes(self, fn, super()._apply, recurse)
+        return super()._apply(fn, recurse)
 
 
 class PackedLinear(nn.Module):
@@ -201,6 +220,128 @@ class PackedEmbedding(nn.Module):
         return self.weight.lines(ids, self.like.dtype)
 
 
+class Half(Fixed):
+    """Holds a matrix in 16 bits.  dtype: what the model computes in, which `like` holds."""
+
+    weight: torch.Tensor
+    like: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T in x's dtype.  x: float[..., in]."""
+        return packed_cpu.half(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """Shape and dtype, for `print(model)`."""
+        return f"{list(self.weight.shape)}, {str(self.weight.dtype).removeprefix('torch.')}"
+
+
+class HalfEmbedding(Half):
+    """A token embedding of 16 bits that gives float32."""
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids: int[...].  Returns [..., size]."""
+        return nn.functional.embedding(ids, self.weight).to(self.like.dtype)
+
+
+class HalfLinear(Half):
+    """An output head of 16 bits: float32 products and sums."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float[..., in].  Returns [..., out] in x's dtype."""
+        return self.product(x)
+
+
+class TiedHead(nn.Module):
+    """The output head whose weight is that of a packed embedding, which alone holds it."""
+
+    def __init__(self, embedding: nn.Module) -> None:
+        super().__init__()
+        self._embedding = (embedding,)  # in a tuple, so that state dictionaries have its planes once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float[..., in].  Returns [..., vocabulary] in x's dtype."""
+        (embedding,) = self._embedding
+        weight = embedding if isinstance(embedding, Half) else embedding.get_submodule("weight")
+        assert isinstance(weight, Half | PackedWeight)
+        return weight.product(x.to(next(weight.buffers()).device)).to(x.device)
+
+
+class Holding(nn.Module):
+    """A module with packed tensors.  held: their names and shapes.  like: holds the dtype that the model computes in."""
+
+    held: dict[str, tuple[int, ...]]
+    like: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with packed tensors decoded to the dtype of the input, or of `like` if that is not a float."""
+        inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+        dtype = next(inputs, self.like).dtype
+        found = dict(_decoded.get())
+        for name, shape in self.held.items():
+            weight = self._modules[name]
+            assert isinstance(weight, PackedWeight)
+            found[id(self), name] = weight.dense(dtype).reshape(shape)
+        token = _decoded.set(found)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _decoded.reset(token)
+
+
+@cache
+def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """`own` with these tensors packed."""
+
+    def tensor(name: str) -> property:
+        return property(lambda self: _decoded.get().get((id(self), name), self._modules[name]))
+
+    return type(f"Packed{own.__name__}", (Holding, own), {name: tensor(name) for name in names})
+
+
+def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Put `weight` in place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
+    own: Any = type(module)
+    held: dict[str, tuple[int, ...]] = {}
+    if isinstance(module, Holding):
+        own, held = type(module).__bases__[1], module.held
+    else:
+        module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+    del module._parameters[name]
+    module._modules[name] = weight
+    held = {**held, name: tuple(shape)}
+    module.__class__ = _class_of(own, tuple(held))
+    cast(Holding, module).held = held
+
+
+def place(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Put `weight` in place of the parameter `name` of `module`: torch's linear layers and embeddings, and GPT-2's
+    Conv1D, are replaced, any other module becomes a `Holding`."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    layer: nn.Module
+    if leaf == "weight" and type(owner) is nn.Embedding:
+        layer = PackedEmbedding(weight, dtype)
+    elif leaf == "weight" and is_linear(owner):
+        bias = owner.bias
+        assert bias is None or isinstance(bias, torch.Tensor)
+        layer = PackedLinear(weight, bias)
+    else:
+        hold(owner, leaf, weight, shape, dtype)
+        return
+    parent, _, own = path.rpartition(".")
+    setattr(module.get_submodule(parent), own, layer)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is torch's Linear or GPT-2's Conv1D, which a packed layer can replace."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
 def held_bytes(model: nn.Module) -> int:
     """Bytes that a model holds between two calls: parameters, buffers, and what packed weights keep beside their buffers."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
@@ -235,15 +376,3 @@ def _held(plane: Plane) -> Held:
         kind = f"uint{max(1, int(plane.values.max()).bit_length())}"
     plane = Plane(plane.name, plane.values, kind)
     return Held(kind, tuple(plane.values.shape), plane.stored())
-
-
-def _keeping_dtypes(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], apply: Any, recurse: bool) -> Any:
-    """nn.Module._apply that lets buffers follow to another device, and never to another dtype: planes are not numbers."""
-    kept = dict(module.named_buffers())
-    apply(fn, recurse)
-    for name, tensor in kept.items():
-        moved = module.get_buffer(name)
-        if moved.dtype != tensor.dtype:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, tensor.to(moved.device))
-    return module
