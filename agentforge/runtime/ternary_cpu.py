@@ -37,7 +37,7 @@ import numba
 import numpy as np
 import torch
 from llvmlite import ir
-from numba import literally, njit, types
+from numba import carray, literally, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -185,15 +185,14 @@ MACHINES = {
     "avx2": _Maddubsw(rows=2, few=2, many=1),
     "portable": _Portable(rows=1, few=1, many=1),
 }
-FEW_GROUPS = tuple(MACHINES[path].few for path in PATHS)
-MANY_GROUPS = tuple(MACHINES[path].many for path in PATHS)
 
 
 @intrinsic(prefer_literal=True)
 def _tile(
     typing: Any,
     path: Any,
-    kind: Any,
+    groups: Any,
+    tokens: Any,
     packed: Any,
     x: Any,
     runs: Any,
@@ -209,19 +208,18 @@ def _tile(
 ) -> Any:
     """Multiply groups of rows with tokens.
 
-    path, kind: literals.  kind: 0 for a path's `few` groups and one token, 2 for its `many` groups and `MANY` tokens; 1
-    and 3 for a single group.
+    path, groups, tokens: literals.
     packed, x: addresses of the first group and token.  runs: of 64 columns.  sums: of each token's activations, int32.
     factors: of each token, double precision: 1 / s.  scale, bias: float32[4] of the first group; their steps: 1 if each
     row has its own, 0 if these four serve all groups.  out: address of the first row's and token's result, float32.
     stride: bytes from token to token there.  rows: how many of the rows there are; others are not written.
     """
-    signature = types.void(path, kind, *([types.int64] * 12))
+    signature = types.void(path, groups, tokens, *([types.int64] * 12))
     machine = MACHINES[PATHS[path.literal_value]]
-    G, T = [(machine.few, 1), (1, 1), (machine.many, MANY), (1, MANY)][kind.literal_value]
+    G, T = groups.literal_value, tokens.literal_value
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        packed, x, runs, sums_at, factors, scale, scale_step, bias, bias_step, out, stride, rows = args[2:]
+        packed, x, runs, sums_at, factors, scale, scale_step, bias, bias_step, out, stride, rows = args[3:]
         length = b.mul(runs, _int(RUN))  # of a group, and of a token
         registers = ROWS // machine.rows
         parts = [(g, r) for g in range(G) for r in range(registers)]
@@ -271,95 +269,35 @@ def _tile(
     return signature, emit
 
 
-LANES = 16  # of the float vectors below
-MAGIC = 12582912.0  # 1.5 * 2**23: a float32 of less than 2**22 that is added to it is rounded to an integer, halves to even
-MAGIC_BITS = int(np.float32(MAGIC).view(np.int32))
+MAGIC = np.float32(12582912)  # 1.5 * 2**23: a float32 below 2**22 to which it is added is rounded, halves to even
+INFINITY = 0x7F800000  # the bits of a float32
 
 
 @intrinsic
-def _largest(typing: Any, x: Any, count: Any) -> Any:
-    """max|x| of float32[count] at an address, count a multiple of 16: the bits of it, in which NaN is above infinity."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        lanes = _vector(i32, LANES)
-        place = cgutils.alloca_once(b, lanes)
-        b.store(_splat(0, lanes), place)
-        with cgutils.for_range(b, b.sdiv(args[1], _int(LANES))) as loop:
-            bits = _load(b, b.add(args[0], b.mul(loop.index, _int(4 * LANES))), lanes)
-            bits = b.and_(bits, _splat(0x7FFFFFFF, lanes))
-            so_far = b.load(place)
-            b.store(b.select(b.icmp_signed(">", bits, so_far), bits, so_far), place)
-        v = b.load(place)
-        for half in (8, 4, 2, 1):
-            low, high = _shuffle(b, v, list(range(half))), _shuffle(b, v, list(range(half, 2 * half)))
-            v = b.select(b.icmp_signed(">", low, high), low, high)
-        return b.extract_element(v, ir.Constant(i32, 0))
-
-    return types.int32(types.int64, types.int64), emit
-
-
-@intrinsic
-def _round(typing: Any, x: Any, q: Any, count: Any, factor: Any) -> Any:
-    """int8[count] at address q becomes round(x * factor), x: float32[count], count a multiple of 16.  Returns their sum."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, q, count, factor = args
-        lanes, floats = _vector(i32, LANES), _vector(f32, LANES)
-        factors = b.insert_element(ir.Constant(floats, ir.Undefined), factor, ir.Constant(i32, 0))
-        factors = _shuffle(b, factors, [0] * LANES)
-        place = cgutils.alloca_once(b, lanes)
-        b.store(_splat(0, lanes), place)
-        with cgutils.for_range(b, b.sdiv(count, _int(LANES))) as loop:
-            product = b.fmul(_load(b, b.add(x, b.mul(loop.index, _int(4 * LANES))), floats), factors)
-            bits = b.bitcast(b.fadd(product, _splat(MAGIC, floats)), lanes)
-            rounded = b.sub(bits, _splat(MAGIC_BITS, lanes))
-            b.store(b.add(b.load(place), rounded), place)
-            _store(b, b.trunc(rounded, _vector(i8, LANES)), b.add(q, b.mul(loop.index, _int(LANES))))
-        v = b.load(place)
-        for half in (8, 4, 2, 1):
-            v = b.add(_shuffle(b, v, list(range(half))), _shuffle(b, v, list(range(half, 2 * half))))
-        return b.extract_element(v, ir.Constant(i32, 0))
-
-    return types.int32(types.int64, types.int64, types.int64, types.float32), emit
-
-
-@intrinsic
-def _copy(typing: Any, to: Any, from_: Any, count: Any) -> Any:
-    """Copy bytes from one address to another."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        cgutils.raw_memcpy(b, *(b.inttoptr(a, i8.as_pointer()) for a in args[:2]), args[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def _float(typing: Any, bits: Any) -> Any:
-    """The float32 of these bits."""
-    return types.float32(types.int32), lambda context, b, signature, args: b.bitcast(args[0], f32)
+def _floats(typing: Any, address: Any) -> Any:
+    """An address as a pointer to float32."""
+    kind = types.CPointer(types.float32)
+    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], f32.as_pointer())
 
 
 @njit
-def _quantize(x, columns, q, sums, factors, token, end):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """One token: int8 activations at address q, filled up with zeros to whole runs; their sum, and 1 / s.
-
-    end: float32[COLUMNS], zeros beyond columns % COLUMNS.
-    """
-    whole = columns // COLUMNS * COLUMNS
-    if whole < columns:
-        _copy(end.ctypes.data, x + 4 * whole, 4 * (columns - whole))
-    largest = _float(max(_largest(x, whole), _largest(end.ctypes.data, COLUMNS)))
-    if largest < np.inf:
+def _quantize(x, q, sums, factors, token):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    """x: float32[columns] of one token, rounded to int8 at the beginning of q; their sum, and 1 / s."""
+    bits, largest = x.view(np.int32), 0
+    for i in range(len(x)):
+        largest = max(largest, bits[i] & 0x7FFFFFFF)  # |x|, in whose order NaN is above infinity
+    total = 0
+    if largest < INFINITY:
         # As torch computes 127 / t: the reciprocal, rounded, times 127.
-        scale = np.float32(1) / max(largest, np.float32(1e-5)) * np.float32(127)
+        scale = np.float32(1) / max(np.int32(largest).view(np.float32), np.float32(1e-5)) * np.float32(127)
+        for i in range(len(x)):
+            rounded = np.int32((x[i] * scale + MAGIC) - MAGIC)
+            q[i] = rounded
+            total += rounded
         factors[token] = 1 / np.float64(scale)
     else:
-        scale = np.float32(0)
+        q[: len(x)] = 0
         factors[token] = np.nan  # so every result of this token is NaN
-    total = _round(x, q, whole, scale)
-    if whole < columns:
-        total += _round(end.ctypes.data, q + whole, COLUMNS, scale)
     sums[token] = total
 
 
@@ -370,82 +308,47 @@ def _keep(*arrays):  # type: ignore[no-untyped-def]  # pragma: no cover  (compil
 
 
 @njit
-def _product(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    path, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    """Rows first .. last - 1 of the product, for all tokens; see `product`."""
+def _tokens(path, groups, step, begin, end, q, sums, factors, runs, layer, out, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    """Rows first .. last - 1 of tokens begin .. end - 1, `step` at a time; `groups` groups of rows together, then single."""
     path = literally(path)
-    runs = (columns + COLUMNS - 1) // COLUMNS
-    length = runs * RUN
-    q = np.empty(min(tokens, TOKENS) * length, np.int8)
-    sums, factors = np.empty(TOKENS, np.int32), np.empty(TOKENS, np.float64)
-    end = np.zeros(COLUMNS, np.float32)
-    q_at, sums_at, factors_at = q.ctypes.data, sums.ctypes.data, factors.ctypes.data
-    for start in range(0, tokens, TOKENS):
-        count = min(TOKENS, tokens - start)
-        for t in range(count):
-            _quantize(x + 4 * (start + t) * columns, columns, q_at + t * length, sums, factors, t, end)
-        fours = count // MANY * MANY
-        row = first
-        while row < last and fours:
-            p, s, b = packed + row // ROWS * length, scale + 4 * row * scale_step, bias + 4 * row * bias_step
-            to = out + 4 * (start * rows + row)
-            if last - row > ROWS * (MANY_GROUPS[path] - 1):
-                for t in range(0, fours, MANY):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 2, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS * MANY_GROUPS[path]
+    groups = literally(groups)
+    step = literally(step)
+    packed, scale, scale_step, bias, bias_step = layer
+    length, row = runs * RUN, first
+    while row < last and begin < end:
+        p, s, b = packed + row // ROWS * length, scale + 4 * row * scale_step, bias + 4 * row * bias_step
+        together = last - row > ROWS * (groups - 1)
+        for t in range(begin, end, step):
+            x, total, factor, to = q + t * length, sums + 4 * t, factors + 8 * t, out + 4 * (t * rows + row)
+            if together:
+                _tile(path, groups, step, p, x, runs, total, factor, s, scale_step, b, bias_step, to, 4 * rows, last - row)
             else:
-                for t in range(0, fours, MANY):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 3, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS
-        row = first
-        while row < last and fours < count:
-            p, s, b = packed + row // ROWS * length, scale + 4 * row * scale_step, bias + 4 * row * bias_step
-            to = out + 4 * (start * rows + row)
-            if last - row > ROWS * (FEW_GROUPS[path] - 1):
-                for t in range(fours, count):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 0, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS * FEW_GROUPS[path]
-            else:
-                for t in range(fours, count):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 1, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS
-    _keep(q, sums, factors, end)
+                _tile(path, 1, step, p, x, runs, total, factor, s, scale_step, b, bias_step, to, 4 * rows, last - row)
+        row += ROWS * groups if together else ROWS
 
 
-@njit(nogil=True, cache=True)
-def _avx512(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(0, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
+@cache
+def _kernel(path: str) -> Any:
+    """Rows first .. last - 1 of the product, for all tokens; see `product`."""
+    number, few, many = PATHS.index(path), MACHINES[path].few, MACHINES[path].many
 
+    @njit(nogil=True, cache=True)
+    def kernel(x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+        runs = (columns + COLUMNS - 1) // COLUMNS
+        q = np.zeros((min(tokens, TOKENS), runs * RUN), np.int8)
+        sums, factors = np.empty(TOKENS, np.int32), np.empty(TOKENS, np.float64)
+        a, b, c = q.ctypes.data, sums.ctypes.data, factors.ctypes.data
+        for start in range(0, tokens, TOKENS):
+            count = min(TOKENS, tokens - start)
+            for t in range(count):
+                _quantize(carray(_floats(x + 4 * (start + t) * columns), columns), q[t], sums, factors, t)
+            fours, to = count // MANY * MANY, out + 4 * start * rows
+            layer = packed, scale, scale_step, bias, bias_step
+            _tokens(number, many, MANY, 0, fours, a, b, c, runs, layer, to, rows, first, last)
+            _tokens(number, few, 1, fours, count, a, b, c, runs, layer, to, rows, first, last)
+        _keep(q, sums, factors)
 
-@njit(nogil=True, cache=True)
-def _avxvnni(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(1, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
-
-
-@njit(nogil=True, cache=True)
-def _avx2(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(2, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
-
-
-@njit(nogil=True, cache=True)
-def _portable(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(3, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
-
-
-KERNELS: dict[str, Any] = {"avx512": _avx512, "avxvnni": _avxvnni, "avx2": _avx2, "portable": _portable}
+    return kernel
 
 
 def product(
@@ -469,7 +372,7 @@ def product(
     layer = packed.data_ptr(), scales.data_ptr(), per_row, biases.data_ptr(), with_bias
     # Each part rounds the activations for itself: that takes less than to wait for one that does it for all.
     operands = (x.data_ptr(), columns, *layer, out.data_ptr(), tokens, rows)
-    in_parts(KERNELS[path or _fastest()], operands, rows, tokens * packed.numel(), threads)
+    in_parts(_kernel(path or _fastest()), operands, rows, tokens * packed.numel(), threads)
     return out
 
 
