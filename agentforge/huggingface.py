@@ -30,7 +30,7 @@ from .bits import tensor_bytes
 from .errors import BadArtifact, BadInput
 from .planes import Packed
 from .runtime import TernaryLinear
-from .runtime.packed import finish, has, name_in, replace
+from .runtime.packed import finish, name_in, replace
 from .tensorfiles import (
     WEIGHTS_INDEX,
     Entry,
@@ -231,7 +231,7 @@ def _rows_now(
 
     Raises BadInput if planes were changed, or the model lacks something.
     """
-    state = model.state_dict()
+    state, modules = model.state_dict(), dict(model.named_modules())
 
     def held(name: str) -> torch.Tensor:
         found = state.get(name_in(model, name))
@@ -243,8 +243,7 @@ def _rows_now(
 
     for row in artifact.rows:
         name = row["name"]
-        path = name_in(model, name).rpartition(".")[0]
-        layer = model.get_submodule(path) if has(model, path) else None
+        layer = modules.get(name_in(model, name).rpartition(".")[0])
         if row["stage"] is not None:
             if isinstance(layer, TernaryLinear):
                 packed = artifact.read(row)

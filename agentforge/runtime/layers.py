@@ -27,9 +27,19 @@ _decoded: ContextVar[Mapping[tuple[int, str], torch.Tensor]] = ContextVar("decod
 
 
 class Fixed(nn.Module):
-    """A module whose buffers follow to another device, and never to another dtype (but `like`, which holds the model's)."""
+    """A module whose buffers follow to another device, and never to another dtype (but `like`, which holds the model's).
+
+    _ready: what was made of the buffers; they are looked at again after they were loaded or moved.
+    """
+
+    _ready: Any = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._ready = None
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
@@ -61,7 +71,6 @@ class PackedWeight(Fixed):
         self.stage, self.out_features, self.in_features = stage, shape[0], shape[1]
         _hang(self, stored)
         self._shared = (shared,)  # in a tuple: it belongs to the model, not to each weight
-        self._ready: Ready | None = None
 
     @property
     def packed(self) -> Packed:
@@ -90,17 +99,13 @@ class PackedWeight(Fixed):
                     held[plane.name] = _held(plane)
             prepared = forms.prepare(stage, packed)
             self._ready = Ready(stage, packed.shape, held, plain, *stage.row_blocks(packed.shape), prepared)
-        return self._ready
+        return self._ready  # type: ignore[no-any-return]
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The decoded weight: dtype[out, in]."""
-        ready = self.ready
-        parts = ready.parts()
-        if len(parts) == 1:
-            return ready.rows(*parts[0]).to(dtype)
-        out = torch.empty(ready.shape, dtype=dtype, device=next(self.buffers()).device)
-        for first, last in parts:
-            out[first:last] = ready.rows(first, last)
+        out = torch.empty(self.ready.shape, dtype=dtype, device=next(self.buffers()).device)
+        for first, last in self.ready.parts():
+            out[first:last] = self.ready.rows(first, last)
         return out
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,13 +118,7 @@ class PackedWeight(Fixed):
         found = forms.product(ready, x.reshape(-1, self.in_features))
         if found is not None:
             return found.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-        parts = ready.parts()
-        if len(parts) == 1:
-            return nn.functional.linear(x, ready.rows(*parts[0]).to(x.dtype))
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        for first, last in parts:
-            out[..., first:last] = nn.functional.linear(x, ready.rows(first, last).to(x.dtype))
-        return out
+        return torch.cat([nn.functional.linear(x, ready.rows(*part).to(x.dtype)) for part in ready.parts()], dim=-1)
 
     def lines(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight, dtype[..., in] for ids: int[...]; only the parts that hold some of them are decoded."""
@@ -130,14 +129,6 @@ class PackedWeight(Fixed):
             if here.any():
                 out[here] = ready.rows(first, last).to(dtype)[ids[here] - first]
         return out
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._ready = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._ready = None
-        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """Sizes and stage, for `print(model)`."""
@@ -150,7 +141,6 @@ class SharedPlanes(Fixed):
     def __init__(self, stage: Stage, stored: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.stage = stage
-        self._plain: Packed | None = None
         _hang(self, stored)
 
     @property
@@ -161,22 +151,14 @@ class SharedPlanes(Fixed):
     @property
     def plain(self) -> Packed:
         """The planes without refinements, floats as float32, checked once."""
-        if self._plain is None:
+        if self._ready is None:
             packed = self.packed
             if isinstance(self.stage, Refined):
                 packed = self.stage.unrefine(packed, self.stage.first.shared_layout())
             floats = packed.floats
             planes = (Plane(p.name, floats[p.name], "float32") if p.name in floats else p for p in packed)
-            self._plain = Packed(packed.shape, tuple(planes))
-        return self._plain
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._plain = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._plain = None
-        return super()._apply(fn, recurse)
+            self._ready = Packed(packed.shape, tuple(planes))
+        return self._ready  # type: ignore[no-any-return]
 
 
 class PackedLinear(nn.Module):
@@ -221,7 +203,7 @@ class PackedEmbedding(nn.Module):
 
 
 class Half(Fixed):
-    """Holds a matrix in 16 bits.  dtype: what the model computes in, which `like` holds."""
+    """A token embedding or an output head whose matrix stays in 16 bits.  dtype: what the model computes in."""
 
     weight: torch.Tensor
     like: torch.Tensor
@@ -231,8 +213,12 @@ class Half(Fixed):
         self.register_buffer("weight", weight.detach())
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix for ids, x: int[...]; their products with vectors, in x's dtype, for x: float[..., in]."""
+        return self.product(x) if x.is_floating_point() else nn.functional.embedding(x, self.weight).to(self.like.dtype)
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """x W^T in x's dtype.  x: float[..., in]."""
+        """x W^T in x's dtype, x: float[..., in]."""
         return packed_cpu.half(x, self.weight)
 
     def extra_repr(self) -> str:
@@ -240,34 +226,16 @@ class Half(Fixed):
         return f"{list(self.weight.shape)}, {str(self.weight.dtype).removeprefix('torch.')}"
 
 
-class HalfEmbedding(Half):
-    """A token embedding of 16 bits that gives float32."""
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids: int[...].  Returns [..., size]."""
-        return nn.functional.embedding(ids, self.weight).to(self.like.dtype)
-
-
-class HalfLinear(Half):
-    """An output head of 16 bits: float32 products and sums."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: float[..., in].  Returns [..., out] in x's dtype."""
-        return self.product(x)
-
-
 class TiedHead(nn.Module):
-    """The output head whose weight is that of a packed embedding, which alone holds it."""
+    """The output head whose weight is that of an embedding, which alone holds it."""
 
-    def __init__(self, embedding: nn.Module) -> None:
+    def __init__(self, weight: PackedWeight | Half) -> None:
         super().__init__()
-        self._embedding = (embedding,)  # in a tuple, so that state dictionaries have its planes once
+        self._weight = (weight,)  # in a tuple, so that state dictionaries have its planes once
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., vocabulary] in x's dtype."""
-        (embedding,) = self._embedding
-        weight = embedding if isinstance(embedding, Half) else embedding.get_submodule("weight")
-        assert isinstance(weight, Half | PackedWeight)
+        (weight,) = self._weight
         return weight.product(x.to(next(weight.buffers()).device)).to(x.device)
 
 
@@ -318,38 +286,14 @@ def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int
     cast(Holding, module).held = held
 
 
-def place(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Put `weight` in place of the parameter `name` of `module`: torch's linear layers and embeddings, and GPT-2's
-    Conv1D, are replaced, any other module becomes a `Holding`."""
-    path, _, leaf = name.rpartition(".")
-    owner = module.get_submodule(path)
-    layer: nn.Module
-    if leaf == "weight" and type(owner) is nn.Embedding:
-        layer = PackedEmbedding(weight, dtype)
-    elif leaf == "weight" and is_linear(owner):
-        bias = owner.bias
-        assert bias is None or isinstance(bias, torch.Tensor)
-        layer = PackedLinear(weight, bias)
-    else:
-        hold(owner, leaf, weight, shape, dtype)
-        return
-    parent, _, own = path.rpartition(".")
-    setattr(module.get_submodule(parent), own, layer)
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether it is torch's Linear or GPT-2's Conv1D, which a packed layer can replace."""
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
 def held_bytes(model: nn.Module) -> int:
     """Bytes that a model holds between two calls: parameters, buffers, and what packed weights keep beside their buffers."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, PackedWeight) and module._ready is not None:
             tensors += [*(held.stored for held in module._ready.planes.values()), *module._ready.prepared.values()]
-        elif isinstance(module, SharedPlanes) and module._plain is not None:
-            tensors += [plane.values for plane in module._plain]
+        elif isinstance(module, SharedPlanes) and module._ready is not None:
+            tensors += [plane.values for plane in module._ready]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 

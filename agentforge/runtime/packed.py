@@ -17,7 +17,7 @@ from ..artifact import SHARED, Artifact, oriented
 from ..errors import BadArtifact
 from ..stages.ternary import Ternary
 from ..tensorfiles import read_tensor
-from .layers import HalfEmbedding, HalfLinear, Holding, PackedLinear, PackedWeight, SharedPlanes, TiedHead, place
+from .layers import Fixed, Half, PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, TiedHead, hold
 from .linear import TernaryLinear
 
 if TYPE_CHECKING:
@@ -56,38 +56,46 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
         stage = stages.from_json(about["stage"])
         shared = SharedPlanes(stage, stored(SHARED, stage.shared_layout()))
         model.add_module("agentforge", nn.Module())
-        model.agentforge.add_module("shared", _initialized(shared))
+        model.agentforge.add_module("shared", shared)
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     embedding, head = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
-    packed: dict[str, nn.Module] = {}
+    modules = dict(model.named_modules())
+    placed: dict[str, PackedWeight | Half] = {}
     for row in artifact.rows:
         name = name_in(model, row["name"])
-        path = name.rpartition(".")[0]
-        if not has(model, path):
-            continue
-        owner = model.get_submodule(path)
-        if row["stage"] is not None:
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        if row["stage"] is not None and owner is not None:
             stage, shape = stages.from_json(row["stage"]), oriented(row)
             planes = stored(row["name"], stage.layout(shape))
             weight = PackedWeight(stage, shape, planes, shared if stage.shared_layout() else None)
-            place(model, name, weight, row["shape"], dtype)
-        elif row["dtype"] in ("float16", "bfloat16") and _is_plain(owner) and owner in (embedding, head):
-            if name in tied.values() and not _is_plain(head):
-                continue
-            half = HalfEmbedding if owner is embedding else HalfLinear
-            _put(model, path, half(_without_memory(entries[row["name"]]), dtype))
-        else:
-            continue
-        owner = model.get_submodule(path)
-        _initialized(weight if isinstance(owner, Holding) else owner)
-        packed[name] = owner
+            if leaf == "weight" and type(owner) is nn.Embedding:
+                _put(model, path, PackedEmbedding(weight, dtype))
+            elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):
+                _put(model, path, PackedLinear(weight, owner.bias))
+            else:
+                hold(owner, leaf, weight, row["shape"], dtype)
+            placed[name] = weight
+        elif (
+            row["dtype"] in ("float16", "bfloat16")
+            and owner in (embedding, head)
+            and _is_plain(owner)
+            and (name not in tied.values() or _is_plain(head))
+        ):
+            placed[name] = Half(_without_memory(entries[row["name"]]), dtype)
+            _put(model, path, placed[name])
     for target, source in list(tied.items()):
-        if source in packed and target not in packed:
-            _put(model, target.rpartition(".")[0], _initialized(TiedHead(packed[source])))
-        if source in packed or target in packed:
+        if source in placed and target not in placed:
+            _put(model, target.rpartition(".")[0], TiedHead(placed[source]))
+        if source in placed or target in placed:
             del tied[target]
     if isinstance(getattr(model, "_tied_weights_keys", None), dict):  # from which transformers would tie again
-        model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if not {t, s} & set(packed)}
+        model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if not {t, s} & set(placed)}
+    for module in model.modules():
+        if isinstance(module, Fixed | PackedEmbedding | PackedLinear | TiedHead):
+            for inner in module.modules():
+                # Nothing that transformers is to fill with random numbers.
+                inner._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def finish(model: nn.Module) -> None:
@@ -115,15 +123,6 @@ def name_in(model: Any, name: str) -> str:
     return name if hasattr(model, prefix) else name.removeprefix(f"{prefix}.")
 
 
-def has(model: nn.Module, path: str) -> bool:
-    """Whether there is a module of this name."""
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, module)
@@ -136,13 +135,6 @@ def _is_plain(module: Any) -> bool:
 
 def _without_memory(entry: Any) -> torch.Tensor:
     return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
-
-
-def _initialized(module: nn.Module) -> nn.Module:
-    """Mark modules as none that transformers is to fill with random numbers."""
-    for inner in module.modules():
-        inner._is_hf_initialized = True  # type: ignore[assignment]
-    return module
 
 
 class _EmptyOnMeta(TorchFunctionMode):

@@ -283,10 +283,11 @@ def _floats(typing: Any, address: Any) -> Any:
 @njit
 def _quantize(x, q, sums, factors, token):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
     """x: float32[columns] of one token, rounded to int8 at the beginning of q; their sum, and 1 / s."""
-    bits, largest = x.view(np.int32), 0
+    bits: Any = x.view(np.int32)
+    largest = 0
     for i in range(len(x)):
         largest = max(largest, bits[i] & 0x7FFFFFFF)  # |x|, in whose order NaN is above infinity
-    total = 0
+    total: Any = 0
     if largest < INFINITY:
         # As torch computes 127 / t: the reciprocal, rounded, times 127.
         scale = np.float32(1) / max(np.int32(largest).view(np.float32), np.float32(1e-5)) * np.float32(127)

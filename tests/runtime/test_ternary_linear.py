@@ -26,7 +26,7 @@ from agentforge.errors import BadArtifact, BadInput
 from agentforge.models import LanguageModel
 from agentforge.planes import Packed, Plane
 from agentforge.runtime import TernaryLinear, linear, packed_cpu, ternary_cpu
-from agentforge.runtime.layers import HalfEmbedding, HalfLinear
+from agentforge.runtime.layers import Half
 from agentforge.stages.ternary import Ternary
 
 SHAPES = [(1, 1), (1, 64), (3, 65), (4, 63), (16, 256), (17, 100), (70, 1000), (1, 2500), (129, 1)]
@@ -361,7 +361,7 @@ def test_a_head_of_16_bits(dtype: torch.dtype, rows: int, columns: int, monkeypa
         monkeypatch.setattr(packed_cpu, "available", lambda: False)
         assert ((packed_cpu.half(x, weight) - exact).abs() <= 1e-6 * (x.abs().double() @ weight.abs().double().T)).all()
         monkeypatch.undo()
-    head, embedding = HalfLinear(weight), HalfEmbedding(weight)
+    head, embedding = Half(weight), Half(weight)
     assert torch.equal(embedding(torch.tensor([[2, 0]])), weight[[2, 0]].float()[None])
     for module in (head, embedding):
         module.to(torch.float64)
