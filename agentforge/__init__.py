@@ -6,7 +6,6 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from . import registration
 from .version import __version__ as __version__
 
 # torch and transformers load when a name is first used, so that `import agentforge` takes milliseconds.
@@ -99,6 +98,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_HOMES, *_MODULES})
-
-
-registration.register()

@@ -1,9 +1,9 @@
-"""Artifacts in transformers: `AutoModelForCausalLM.from_pretrained(folder)` after `import agentforge`.
+"""Artifacts in transformers: `AutoModelForCausalLM.from_pretrained(folder)` after `import agentforge.huggingface`.
 
-Importing this module registers a quantizer under the name that an artifact's config.json has; `agentforge.registration`
-does so.  transformers builds the model without memory and loads the weight files itself, sharded or not, to whatever
-device; the quantizer puts packed layers (`agentforge.runtime`) where the manifest has encoded weights, so that the planes
-are what is loaded.  Before that, manifest, configuration and the headers of the weight files are checked against each other.
+Importing this module registers a quantizer under the name that an artifact's config.json has.  transformers builds the
+model without memory and loads the weight files itself, sharded or not, to whatever device; the quantizer puts packed layers
+(`agentforge.runtime`) where the manifest has encoded weights, so that the planes are what is loaded.  Before that, manifest,
+configuration and the headers of the weight files are checked against each other.
 """
 
 from __future__ import annotations
@@ -13,26 +13,34 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
-from torch import nn
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import stages
-from .artifact import FORMAT, MANIFEST, SHARED, Artifact, oriented, relative_error, write_manifest
+from .artifact import FORMAT, MANIFEST, Artifact, oriented, relative_error, write_manifest
 from .bits import tensor_bytes
 from .errors import BadArtifact, BadInput
-from .planes import Packed, Plane
-from .runtime.decoding import PackedWeight, SharedPlanes
-from .runtime.holding import Holding, place
-from .tensorfiles import WEIGHTS_INDEX, Entry, describe_files, plain_file, read_json, write_json, write_safetensors
+from .planes import Packed
+from .runtime import TernaryLinear
+from .runtime.packed import finish, name_in, replace
+from .tensorfiles import (
+    WEIGHTS_INDEX,
+    Entry,
+    describe_files,
+    plain_file,
+    read_json,
+    read_tensor,
+    write_json,
+    write_safetensors,
+)
 
 if TYPE_CHECKING:
     from .evaluation import Measurement
@@ -70,17 +78,18 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         if {Path(file) for file in checkpoint_files} != {entry.file for entry in entries.values()}:
             raise BadArtifact(f"{folder}: transformers reads other weight files here than those that the manifest has")
         _check_shapes(model, self.artifact)
-        _replace(model, self.artifact, entries)
+        replace(model, self.artifact, model.dtype)
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
-        kept = {row["name"] for row in self.artifact.rows if row["stage"] is None}
         # A model may ask for float32 by parts of names (`_keep_in_fp32_modules`); planes are never to be converted.
+        buffers = dict(model.named_buffers())
         for name, entry in self.artifact.entries().items():
-            path, _dot, leaf = _name_in(model, name).rpartition(".")
-            owner = model.get_submodule(path) if name not in kept and _has(model, path) else None
-            if owner is not None and owner.get_buffer(leaf).dtype != entry.dtype:
-                setattr(owner, leaf, owner.get_buffer(leaf).to(entry.dtype))
+            found = buffers.get(own := name_in(model, name))
+            if found is not None and found.dtype != entry.dtype:
+                path, _dot, leaf = own.rpartition(".")
+                setattr(model.get_submodule(path), leaf, found.to(entry.dtype))
+        finish(model)
         self.loaded_config = _config_of(model)
         self.loaded_generation = _generation_of(model)
         model.save_pretrained = MethodType(_save_pretrained, model)
@@ -102,20 +111,6 @@ if METHOD not in AUTO_QUANTIZER_MAPPING:
     register_quantizer(METHOD)(AgentForgeQuantizer)
 
 
-class TiedHead(nn.Module):
-    """The output head whose weight is that of a packed embedding, which alone holds it."""
-
-    def __init__(self, embedding: nn.Module) -> None:
-        super().__init__()
-        self._embedding = (embedding,)  # in a tuple, so that state dictionaries have its planes once
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x: float[..., in].  Returns [..., vocabulary]."""
-        weight = self._embedding[0].get_submodule("weight")
-        assert isinstance(weight, PackedWeight)
-        return nn.functional.linear(x, weight.dense(x.dtype).to(x.device))
-
-
 def _fetch(config: Any, folder: Path, name: str) -> Path:
     """A file of the artifact; if it came from the hub, transformers has fetched only those that it knows."""
     path = plain_file(folder, name)
@@ -129,26 +124,12 @@ def _fetch(config: Any, folder: Path, name: str) -> Path:
     return path
 
 
-def _name_in(model: Any, name: str) -> str:
-    """The name in `model` of what the artifact calls `name`: a model without its head has no prefix for the rest."""
-    prefix = f"{model.base_model_prefix}."
-    return name if hasattr(model, model.base_model_prefix) else name.removeprefix(prefix)
-
-
-def _has(model: nn.Module, path: str) -> bool:
-    try:
-        model.get_submodule(path)
-    except AttributeError:
-        return False
-    return True
-
-
 def _check_shapes(model: Any, artifact: Artifact) -> None:
     """Check the manifest against the model that config.json asked for.  Raises BadArtifact if they differ."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {_name_in(model, row["name"]): tuple(row["shape"]) for row in artifact.rows}
+    found = {name_in(model, row["name"]): tuple(row["shape"]) for row in artifact.rows}
     for name, shape in found.items():
         if name in asked and asked[name] != shape:
             raise BadArtifact(f"{artifact.path}: tensor {name} is {list(shape)}; config.json asks for {list(asked[name])}")
@@ -161,54 +142,6 @@ def _check_shapes(model: Any, artifact: Artifact) -> None:
     if odd := sorted(set(found) - set(asked)):
         kind = type(model).__name__
         raise BadArtifact(f"{artifact.path}: tensor {odd[0]} is not part of a {kind}; is config.json its own?")
-
-
-def _replace(model: Any, artifact: Artifact, entries: Mapping[str, Entry]) -> None:
-    """Put packed layers without memory in place of encoded weights, each plane of the size that it has on disk."""
-
-    def stored(name: str, layout: Mapping[str, object]) -> dict[str, torch.Tensor]:
-        found = {plane: entries[f"{name}.{plane}"] for plane in layout}
-        return {plane: torch.empty(entry.shape, dtype=entry.dtype, device="meta") for plane, entry in found.items()}
-
-    dtype = model.dtype
-    shared = None
-    if about := artifact.manifest["shared"]:
-        stage = stages.from_json(about["stage"])
-        shared = SharedPlanes(stage, stored(SHARED, stage.shared_layout()))
-        model.add_module(METHOD, nn.Module())
-        model.get_submodule(METHOD).add_module("shared", shared)
-        _initialized(shared)
-    packed = {}
-    for row in artifact.rows:
-        name = _name_in(model, row["name"])
-        if row["stage"] is None or not _has(model, name.rpartition(".")[0]):
-            continue
-        stage, shape = stages.from_json(row["stage"]), oriented(row)
-        with torch.device("meta"):
-            weight = PackedWeight(
-                stage, shape, stored(row["name"], stage.layout(shape)), shared if stage.shared_layout() else None
-            )
-            place(model, name, weight, row["shape"], dtype)
-        owner = model.get_submodule(name.rpartition(".")[0])
-        _initialized(weight if isinstance(owner, Holding) else owner)
-        packed[name] = owner
-    tied = model.all_tied_weights_keys
-    for target, source in list(tied.items()):
-        if source in packed and target not in packed:
-            head, _, _ = target.rpartition(".")
-            parent, _, leaf = head.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _initialized(TiedHead(packed[source])))
-        if source in packed or target in packed:
-            del tied[target]
-    if isinstance(model._tied_weights_keys, dict):  # from which transformers would tie again
-        model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if not {t, s} & set(packed)}
-
-
-def _initialized(module: nn.Module) -> nn.Module:
-    """Mark modules as none that transformers is to fill with random numbers."""
-    for inner in module.modules():
-        inner._is_hf_initialized = True  # type: ignore[assignment]
-    return module
 
 
 def _config_of(model: Any) -> dict[str, Any]:
@@ -260,30 +193,25 @@ def _save_pretrained(
 def _write(model: Any, out: Path) -> None:
     """Write the artifact that `model` was loaded from, as it is in memory, into the empty folder `out`."""
     artifact: Artifact = model.hf_quantizer.artifact
-    entries, state = artifact.entries(), model.state_dict()
-    held = {}
-    for name in entries:
-        tensor = state.get(_name_in(model, name))
-        if tensor is None:
-            raise BadInput(f"save_pretrained: the model has no {name}; load the whole artifact to save it")
-        if tensor.device.type == "meta":
-            raise BadInput(f"save_pretrained: {name} is offloaded; load the artifact into memory to save it")
-        held[name] = tensor.detach()
-    rows = [_row_now(artifact, row, held) for row in artifact.rows]
-    now = {row["name"]: row for row in rows}
-    weight_files = [name for name in artifact.manifest["files"] if name.endswith(".safetensors")]
-    for file in weight_files:
-        with safe_open(artifact.path / file, framework="pt") as old:
+    entries = artifact.entries()
+    rows, changed = [], {}
+    for row, now in _rows_now(model, artifact, entries):
+        rows.append(row)
+        if now is not None:
+            changed[row["name"]] = now
+    for file in artifact.manifest["files"]:
+        source = _fetch(model.config, artifact.path, file)
+        if not any(entries[name].file.name == file for name in changed):
+            shutil.copyfile(source, out / file)
+            continue
+        with safe_open(source, framework="pt") as old:
             names = old.offset_keys()  # the order in which they lie there
-        dtypes = {name: getattr(torch, now[name]["dtype"]) if name in now else entries[name].dtype for name in names}
+        about = {name: changed.get(name, entries[name]) for name in names}
         write_safetensors(
             out / file,
-            [(name, dtypes[name], tuple(held[name].shape)) for name in names],
-            (tensor_bytes(held[name].to("cpu", dtypes[name])) for name in names),
+            [(name, of.dtype, tuple(of.shape)) for name, of in about.items()],
+            (tensor_bytes(read_tensor(n, of) if isinstance(of, Entry) else of) for n, of in about.items()),
         )
-    for file in artifact.manifest["files"]:
-        if file not in weight_files:
-            shutil.copyfile(_fetch(model.config, artifact.path, file), out / file)
     config, before = _config_of(model), model.hf_quantizer.loaded_config
     if changed := {key: value for key, value in config.items() if key not in before or before[key] != value}:
         write_json(out / "config.json", {**read_json(out / "config.json"), **changed})
@@ -296,39 +224,56 @@ def _write(model: Any, out: Path) -> None:
         write_manifest(out, {**artifact.manifest, "files": files, "tensors": rows})
 
 
-def _row_now(artifact: Artifact, row: dict[str, Any], held: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The row of a tensor as it is in memory; if it was only rounded for memory, `held` gets the one on disk."""
-    name = row["name"]
-    if row["stage"] is not None:
-        stage, shape = stages.from_json(row["stage"]), oriented(row)
-        layout = stage.layout(shape)
-        # The hash takes a plane's shape from its values and its bytes from what is stored: nothing has to be unpacked.
-        planes = (Plane(plane, torch.empty(size, device="meta"), coding) for plane, (coding, size) in layout.items())
-        if Packed(shape, tuple(planes)).hash_of(held[f"{name}.{plane}"].cpu() for plane in layout) != row["sha256"]:
-            raise BadInput(f"save_pretrained: planes of {name} are not the artifact's; compress the model again")
-        return row
-    values = held[name].cpu()
-    if _sha256(values.to(getattr(torch, row["dtype"]))) == row["sha256"]:
-        return row
-    kept = artifact.read(row)
-    assert isinstance(kept, torch.Tensor)
-    if torch.equal(kept.to(values.dtype), values):
-        held[name] = kept
-        return row
-    held[name] = values
-    return {
-        **row,
-        "reason": "changed after it was loaded",
-        "dtype": str(values.dtype).removeprefix("torch."),
-        "bits": 8 * values.nbytes,
-        "bytes": values.nbytes,
-        "relative_error": relative_error(kept, values),  # against the one that it replaces
-        "sha256": _sha256(values),
-    }
+def _rows_now(
+    model: Any, artifact: Artifact, entries: Mapping[str, Entry]
+) -> Iterator[tuple[dict[str, Any], torch.Tensor | None]]:
+    """The row of each tensor as it is in memory, and the tensor if it was kept and changed since it was loaded.
 
+    Raises BadInput if planes were changed, or the model lacks something.
+    """
+    state, modules = model.state_dict(), dict(model.named_modules())
 
-def _sha256(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor_bytes(tensor)).hexdigest()
+    def held(name: str) -> torch.Tensor:
+        found = state.get(name_in(model, name))
+        if found is None:
+            raise BadInput(f"save_pretrained: the model has no {name}; load the whole artifact to save it")
+        if found.device.type == "meta":
+            raise BadInput(f"save_pretrained: {name} is offloaded; load the artifact into memory to save it")
+        return found.detach().cpu()  # type: ignore[no-any-return]
+
+    for row in artifact.rows:
+        name = row["name"]
+        layer = modules.get(name_in(model, name).rpartition(".")[0])
+        if row["stage"] is not None:
+            if isinstance(layer, TernaryLinear):
+                packed = artifact.read(row)
+                assert isinstance(packed, Packed)
+                own = TernaryLinear.from_packed(packed)
+                pairs = [(own.packed, layer.packed.cpu()), (own.scales, layer.scales.cpu())]
+            else:
+                planes = [f"{name}.{plane}" for plane in stages.from_json(row["stage"]).layout(oriented(row))]
+                pairs = [(read_tensor(plane, entries[plane]), held(plane)) for plane in planes]
+            if not all(torch.equal(disk, memory) for disk, memory in pairs):
+                raise BadInput(f"save_pretrained: planes of {name} are not the artifact's; compress the model again")
+            yield row, None
+            continue
+        kept = read_tensor(name, entries[name])
+        now = layer.bias.cpu() if isinstance(layer, TernaryLinear) and layer.bias is not None else held(name)
+        if torch.equal(kept.to(now.dtype), now):  # what was only rounded for memory is not changed
+            yield row, None
+            continue
+        yield (
+            {
+                **row,
+                "reason": "changed after it was loaded",
+                "dtype": str(now.dtype).removeprefix("torch."),
+                "bits": 8 * now.nbytes,
+                "bytes": now.nbytes,
+                "relative_error": relative_error(kept, now),  # against the one that it replaces
+                "sha256": hashlib.sha256(tensor_bytes(now)).hexdigest(),
+            },
+            now,
+        )
 
 
 def _push_to_hub(

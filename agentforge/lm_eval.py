@@ -1,6 +1,6 @@
 """lm-eval's own command line, which then opens artifacts: python -m agentforge.lm_eval run --model hf --model_args ...
 
-lm-eval 0.4 has no entry points for plugins; importing agentforge is all that is added to it.
+lm-eval 0.4 has no entry points for plugins; importing agentforge.huggingface is all that is added to it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ def main() -> None:
         print("lm-eval is not installed; run pip install '.[tasks]'", file=sys.stderr)
         sys.exit(2)
     from lm_eval.__main__ import cli_evaluate
+
+    from . import huggingface  # noqa: F401  (registers artifacts with transformers)
 
     cli_evaluate()
 

@@ -75,7 +75,7 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         "## Use",
         "",
         "```python",
-        "import agentforge  # tells transformers of the format",
+        "import agentforge.huggingface  # tells transformers of the format",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         f"model = AutoModelForCausalLM.from_pretrained({quoted})",

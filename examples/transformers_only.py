@@ -1,9 +1,9 @@
-"""Load an artifact with transformers alone, and compare it with `agentforge.load`.
+"""Load an artifact with transformers alone, and compare it with `agentforge.load(FOLDER, "packed")`.
 
     python examples/transformers_only.py FOLDER ["A prompt"]
 
-All that transformers needs is `import agentforge`.  Prints the text of both, which are the same, and whether the folder that
-`save_pretrained` writes is the same artifact.
+All that transformers needs is `import agentforge.huggingface`.  Prints the text of both, which are the same, and whether the
+folder that `save_pretrained` writes is the same artifact.
 """
 
 import sys
@@ -12,7 +12,7 @@ import tempfile
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import agentforge
+import agentforge.huggingface  # registers the format
 from agentforge.artifact import Artifact
 
 folder, prompt = sys.argv[1], (sys.argv[2:] or ["The capital of France is"])[0]
@@ -23,7 +23,7 @@ asked = {**inputs, "max_new_tokens": 12, "do_sample": False, "pad_token_id": tok
 ids = model.generate(**asked)
 print("transformers:", repr(tokenizer.decode(ids[0])))
 
-expected = agentforge.load(folder).model.generate(**asked)
+expected = agentforge.load(folder, "packed").model.generate(**asked)
 print("agentforge:  ", repr(tokenizer.decode(expected[0])))
 
 with tempfile.TemporaryDirectory() as scratch:

@@ -21,14 +21,15 @@ from markdown_it import MarkdownIt
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TextIteratorStreamer, pipeline
 
 import agentforge as af
+import agentforge.huggingface
 from agentforge import artifact as artifact_module
 from agentforge import lm_eval
 from agentforge.artifact import MANIFEST, Artifact, write_manifest
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.evaluation import Measurement
 from agentforge.modelcard import licence, model_card
-from agentforge.runtime.decoding import PackedEmbedding, PackedLinear, PackedWeight
-from agentforge.runtime.holding import Holding
+from agentforge.runtime import TernaryLinear
+from agentforge.runtime.layers import Holding, PackedEmbedding, PackedLinear, PackedWeight
 from agentforge.tensorfiles import (
     describe_files,
     index_folder,
@@ -101,19 +102,25 @@ def assert_same_folder(one: Path, other: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "embeddings"), [*((stage, False) for stage in STAGES), (STAGES[1], True), (STAGES[5], True)]
+    ("stage", "embeddings"),
+    [*((s, False) for s in STAGES), *((s, True) for s in (STAGES[1], STAGES[5], "ternary:rule=threshold,packing=2bit"))],
 )
 def test_every_stage_loads_runs_and_is_saved_again(stage: str, embeddings: bool, tiny_llama: Path, tmp_path: Path) -> None:
     made = af.compress(tiny_llama, stage, tmp_path / "a", embeddings=embeddings, progress=False)
-    model, dense = opened(made.path), af.load(made.path).model
-    assert torch.equal(logits(model), logits(dense))
-    assert generated(model) == generated(dense)
-    assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
+    model, packed = opened(made.path), af.load(made.path, "packed").model
+    expected = logits(packed)
+    assert torch.equal(logits(model), expected)
+    assert generated(model) == generated(packed)
+    if stage.startswith("ternary"):  # with activations of 8 bits
+        assert isinstance(model.model.layers[0].mlp.up_proj, TernaryLinear)
+    else:
+        assert torch.equal(expected, logits(af.load(made.path).model))
+        assert isinstance(model.model.layers[0].mlp.up_proj, PackedLinear)
     assert isinstance(model.get_input_embeddings(), PackedEmbedding) == embeddings
     model.save_pretrained(tmp_path / "b")
     assert_same_folder(made.path, tmp_path / "b")
     Artifact(tmp_path / "b").verify()
-    assert torch.equal(logits(opened(tmp_path / "b")), logits(dense))
+    assert torch.equal(logits(opened(tmp_path / "b")), expected)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
@@ -314,9 +321,9 @@ def test_a_missing_lm_eval(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     assert stop.value.code == 2 and "not installed" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("first", ["agentforge", "transformers.quantizers.auto"])
+@pytest.mark.parametrize("first", ["agentforge.huggingface", "transformers.quantizers.auto"])
 def test_registered_in_either_order(first: str) -> None:
-    second = ({"agentforge", "transformers.quantizers.auto"} - {first}).pop()
+    second = ({"agentforge.huggingface", "transformers.quantizers.auto"} - {first}).pop()
     code = f"import {first}, {second}\nimport transformers.quantizers.auto as auto\n"
     code += "print(*(found['agentforge'].__name__ for found in "
     code += "(auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING)))"
@@ -352,6 +359,29 @@ def test_changed_planes_are_not_saved(rounded: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match=r"layers\.0\.mlp\.up_proj\.weight are not the artifact's"):
         model.save_pretrained(tmp_path / "b")
     assert not any((tmp_path / "b").iterdir())
+
+
+def test_ternary_layers_with_biases_are_saved_as_they_were_read(tmp_path: Path) -> None:
+    """They hold their codes and biases otherwise than the artifact does."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        original = AutoModelForCausalLM.from_config(FAMILIES["llama"])
+        torch.nn.init.normal_(original.model.layers[0].self_attn.q_proj.bias)
+        original.save_pretrained(tmp_path / "model")
+    made = af.compress(tmp_path / "model", "ternary", tmp_path / "a", progress=False)
+    model = opened(made.path)
+    assert torch.equal(logits(model), logits(af.load(made.path, "packed").model))
+    model.save_pretrained(tmp_path / "b")
+    assert_same_folder(made.path, tmp_path / "b")
+    layer = model.model.layers[0].self_attn.q_proj
+    layer.biases[0] += 1
+    model.save_pretrained(tmp_path / "c")
+    changed = [row["name"] for row in Artifact(tmp_path / "c").rows if row.get("reason") == "changed after it was loaded"]
+    assert changed == ["model.layers.0.self_attn.q_proj.bias"]
+    assert torch.equal(logits(opened(tmp_path / "c")), logits(model))
+    layer.packed[0] ^= 1
+    with pytest.raises(BadInput, match=r"q_proj\.weight are not the artifact's"):
+        model.save_pretrained(tmp_path / "d")
 
 
 def test_unknown_options_of_saving_are_refused(rounded: Path, tmp_path: Path) -> None:

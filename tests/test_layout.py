@@ -17,7 +17,7 @@ LAYERS = (
     ("runtime",),
     ("opening",),
     ("evaluation", "statistics"),
-    ("execution", "pipeline", "tracking", "modelcard", "huggingface", "registration"),
+    ("execution", "pipeline", "tracking", "modelcard", "huggingface"),
     ("chain",),
     ("training", "handoff", "registry", "allocation"),
     ("cli", "audit", "dashboard", "lm_eval", "__main__", ""),

@@ -9,7 +9,6 @@ result depends on neither the machine, the kernel nor the number of threads.  A 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,12 +17,13 @@ from torch import nn
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane
 from ..stages.ternary import Ternary
+from .layers import Fixed
 from .ternary_cpu import COLUMNS, LIMIT, ROWS, product
 
 FIELDS = 4  # weights per byte
 
 
-class TernaryLinear(nn.Module):
+class TernaryLinear(Fixed):
     """x -> x W^T scale + bias for ternary W, with activations of 8 bits; for inference, it has no gradient.
 
     Buffers: `packed`, uint8[ceil(out / 4), ceil(in / 64), 64], laid out as ternary_cpu says.  `scales`: float32[4], four
@@ -113,29 +113,10 @@ class TernaryLinear(nn.Module):
             out = ternary_triton.product(*layer)
         return out if dtype == torch.float32 else out.to(dtype)
 
-    def address(self) -> tuple[int, ...]:
-        """The layer as kernels of ternary_cpu take it; it must stay alive, and on the CPU, while they run."""
-        buffers: Any = self._buffers
-        packed, scales, biases = buffers["packed"], buffers["scales"], buffers["biases"]
-        steps = int(scales.numel() > ROWS), int(biases.numel() > ROWS)
-        layer = packed.data_ptr(), scales.data_ptr(), steps[0], biases.data_ptr(), steps[1]
-        return (*layer, self.out_features, self.in_features)
-
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         scales = "one a row" if self.per_row else "one"
         return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.has_bias}, scales={scales}"
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        """Scale and bias follow to another device, and stay float32 if a model is cast to fewer bits."""
-        kept = {name: self._buffers[name] for name in ("scales", "biases")}
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, tensor in kept.items():
-            moved = self._buffers[name]
-            assert tensor is not None and moved is not None
-            if moved.dtype != tensor.dtype:
-                self._buffers[name] = tensor.to(moved.device)
-        return self
 
 
 def pack(codes: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,11 @@
-"""An artifact as a model whose weights stay packed: built around the planes, never from dense matrices."""
+"""The loader of artifacts whose weights stay packed: layers around the planes, never made from dense matrices.
+
+`build` makes the model of an artifact; transformers' `from_pretrained` makes it by the same `replace` and `finish`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,14 +13,14 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .. import stages
+from ..artifact import SHARED, Artifact, oriented
 from ..errors import BadArtifact
-from ..planes import Packed
-from .decoding import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes
-from .holding import Holding, is_linear, place
+from ..stages.ternary import Ternary
+from ..tensorfiles import read_tensor
+from .layers import Fixed, Half, PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, TiedHead, hold
 from .linear import TernaryLinear
 
 if TYPE_CHECKING:
-    from ..artifact import Artifact
     from ..models import LanguageModel
 
 
@@ -25,72 +29,112 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
     for every other stage, embedding and head in the 16 bits in which they were kept, all else in float32."""
     opened.check()
     if not opened.is_classifier:
-        from . import half, llama  # only here: it imports transformers
-
         opened._hf_config.dtype = torch.float32  # of the rest of the module
     with _EmptyOnMeta():
-        module = opened.skeleton(device="cpu")
-    kept: dict[str, torch.Tensor] = {}
-    for row in artifact.rows:
-        if row["stage"] is None:
-            kept[row["name"]] = artifact.decode(row)
-    shared = shared_planes(artifact)
-    if shared is not None:
-        module.add_module("agentforge", nn.Module())
-        module.get_submodule("agentforge").add_module("shared", shared)
-    for row in artifact.rows:
-        if row["stage"] is not None:
-            _place(module, artifact, row, kept, shared)
-    module.load_state_dict(kept, strict=False, assign=True)
+        module: Any = opened.skeleton(device="cpu")
+    replace(module, artifact, torch.float32)
+    state = {name: read_tensor(name, entry) for name, entry in artifact.entries().items()}
+    module.load_state_dict(state, strict=False, assign=True)
     if not opened.is_classifier:
-        _tie(module, opened._hf_config)
-        half.adopt(module)
-        llama.adopt(module)
-    return module.float().requires_grad_(False).eval()
-
-
-def shared_planes(artifact: Artifact) -> SharedPlanes | None:
-    """The planes that all encoded weights share, None if there are none."""
-    about = artifact.manifest["shared"]
-    if about is None:
-        return None
-    return SharedPlanes(stages.from_json(about["stage"]), {plane.name: plane.stored() for plane in artifact.shared})
-
-
-def _place(
-    module: nn.Module,
-    artifact: Artifact,
-    row: dict[str, Any],
-    kept: dict[str, torch.Tensor],
-    shared: SharedPlanes | None,
-) -> None:
-    """Put a row's weight into its module; TernaryLinear takes its bias out of `kept`."""
-    packed, stage, name = artifact.read(row), stages.from_json(row["stage"]), row["name"]
-    assert isinstance(packed, Packed)
-    path = name.rpartition(".")[0]
-    if stage.name == "ternary" and is_linear(module.get_submodule(path)):
-        parent, _, leaf = path.rpartition(".")
-        try:
-            layer = TernaryLinear.from_packed(packed, kept.pop(f"{path}.bias", None))
-        except BadArtifact as error:
-            raise BadArtifact(f"{artifact.path}: tensor {name}: {error}") from None
-        setattr(module.get_submodule(parent), leaf, layer)
-        return
-    weight = PackedWeight(
-        stage, packed.shape, {plane.name: plane.stored() for plane in packed}, shared if stage.shared_layout() else None
-    )
-    place(module, name, weight, row["shape"], torch.float32)
-
-
-def _tie(module: Any, config: Any) -> None:
-    """Give the head the embedding's weight if the configuration says so, packed or not."""
-    embedding = module.get_input_embeddings()
-    if not isinstance(embedding, PackedEmbedding | Holding):
         module.tie_weights()
-    elif config.get_text_config().tie_word_embeddings:
-        weight = embedding.get_submodule("weight")
-        assert isinstance(weight, PackedWeight)
-        module.set_output_embeddings(PackedLinear(weight))
+    finish(module.float())
+    return module.eval()  # type: ignore[no-any-return]
+
+
+def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
+    """Put layers without memory in place of those whose weights are encoded, or are an embedding or head of 16 bits.
+
+    Each plane has the size that it has on disk.  dtype: what the model computes in.
+    """
+    entries = artifact.entries()
+
+    def stored(name: str, layout: Mapping[str, object]) -> dict[str, torch.Tensor]:
+        return {plane: _without_memory(entries[f"{name}.{plane}"]) for plane in layout}
+
+    shared = None
+    if about := artifact.manifest["shared"]:
+        stage = stages.from_json(about["stage"])
+        shared = SharedPlanes(stage, stored(SHARED, stage.shared_layout()))
+        model.add_module("agentforge", nn.Module())
+        model.agentforge.add_module("shared", shared)
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    embedding, head = (getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+    modules = dict(model.named_modules())
+    placed: dict[str, PackedWeight | Half] = {}
+    for row in artifact.rows:
+        name = name_in(model, row["name"])
+        path, _, leaf = name.rpartition(".")
+        owner = modules.get(path)
+        if row["stage"] is not None and owner is not None:
+            stage, shape = stages.from_json(row["stage"]), oriented(row)
+            planes = stored(row["name"], stage.layout(shape))
+            weight = PackedWeight(stage, shape, planes, shared if stage.shared_layout() else None)
+            if leaf == "weight" and type(owner) is nn.Embedding:
+                _put(model, path, PackedEmbedding(weight, dtype))
+            elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):
+                _put(model, path, PackedLinear(weight, owner.bias))
+            else:
+                hold(owner, leaf, weight, row["shape"], dtype)
+            placed[name] = weight
+        elif (
+            row["dtype"] in ("float16", "bfloat16")
+            and owner in (embedding, head)
+            and _is_plain(owner)
+            and (name not in tied.values() or _is_plain(head))
+        ):
+            placed[name] = Half(_without_memory(entries[row["name"]]), dtype)
+            _put(model, path, placed[name])
+    for target, source in list(tied.items()):
+        if source in placed and target not in placed:
+            _put(model, target.rpartition(".")[0], TiedHead(placed[source]))
+        if source in placed or target in placed:
+            del tied[target]
+    if isinstance(getattr(model, "_tied_weights_keys", None), dict):  # from which transformers would tie again
+        model._tied_weights_keys = {t: s for t, s in model._tied_weights_keys.items() if not {t, s} & set(placed)}
+    for module in model.modules():
+        if isinstance(module, Fixed | PackedEmbedding | PackedLinear | TiedHead):
+            for inner in module.modules():
+                # Nothing that transformers is to fill with random numbers.
+                inner._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def finish(model: nn.Module) -> None:
+    """What is left to do once the planes are there: ternary layers take the form that is multiplied.
+
+    Raises BadArtifact for codes that are none.
+    """
+    for path, layer in list(model.named_modules()):
+        if not isinstance(layer, PackedLinear) or type(layer.weight.stage) is not Ternary:
+            continue
+        device = next(layer.weight.buffers()).device
+        if device.type == "meta":
+            continue  # offloaded: decoded when it comes back
+        try:
+            ternary = TernaryLinear.from_packed(layer.cpu().weight.packed, layer.bias)
+        except BadArtifact as error:
+            raise BadArtifact(f"tensor {path}.weight: {error}") from None
+        _put(model, path, ternary.to(device))
+    model.requires_grad_(False)
+
+
+def name_in(model: Any, name: str) -> str:
+    """The name in `model` of what the artifact calls `name`: a model without its head has no prefix for the rest."""
+    prefix = getattr(model, "base_model_prefix", "")
+    return name if hasattr(model, prefix) else name.removeprefix(f"{prefix}.")
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether its weight is all that there is to an embedding or a head."""
+    return (type(module) is nn.Embedding and module.max_norm is None) or (type(module) is nn.Linear and module.bias is None)
+
+
+def _without_memory(entry: Any) -> torch.Tensor:
+    return torch.empty(entry.shape, dtype=entry.dtype, device="meta")
 
 
 class _EmptyOnMeta(TorchFunctionMode):

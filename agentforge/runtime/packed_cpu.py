@@ -16,16 +16,18 @@ Functions take addresses.  What they inline is in this file, because numba's cac
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from typing import Any
 
+import llvmlite.binding
+import numba
 import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from . import half
 from .ternary_cpu import in_parts
 
 ROWS = 4
@@ -34,8 +36,21 @@ WORD_BITS = 57  # that a word of 64 holds at any offset in a byte
 WIDEST = 32  # bits of an index
 WIDEST_CODE = 14  # of which a word holds four, wherever in a byte they begin
 
+HALF_FEW = 4  # vectors up to which a matrix of 16 bits is multiplied by our kernel, not torch's
+CHUNK = 4096  # rows of such a matrix that are converted at a time for more of them
+
 i8, i16, i32, i64, f32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
 Value = Any  # an ir.Value
+
+
+@cache  # asking takes longer than a small product
+def available() -> bool:
+    """Whether the machine turns half floats into float32 by an instruction."""
+    if platform.machine() in ("aarch64", "arm64"):
+        return True
+    if numba.config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES, or "" for NUMBA_CPU_NAME=generic
+        return "+f16c" in str(numba.config.CPU_FEATURES).split(",")
+    return bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
 
 
 def _int(value: int) -> Value:
@@ -44,6 +59,10 @@ def _int(value: int) -> Value:
 
 def _load(b: Any, address: Value, kind: ir.Type) -> Value:
     return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
+
+
+def _store(b: Any, value: Value, address: Value) -> None:
+    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
 def _splat(b: Any, value: Value, lanes: int) -> Value:
@@ -179,7 +198,7 @@ def _grid_rows(
                     b.store(_accumulate(b, b.load(offsets[r]), low, share), offsets[r])
         for r in range(ROWS):
             result = b.fadd(_sum(b, b.load(totals[r])), b.load(offsets[r]))
-            b.store(result, b.inttoptr(b.add(out, _int(4 * r)), f32.as_pointer()), align=1)
+            _store(b, result, b.add(out, _int(4 * r)))
         return context.get_dummy_value()
 
     return signature, emit
@@ -215,7 +234,7 @@ def fits_grid(width: int, rows: int, columns: int, group: int) -> bool:
     """Whether `grid` computes a weight of this form on this machine."""
     bytes_ = rows * columns * width // 8
     enough = rows >= ROWS and bytes_ >= 8 and width <= WIDEST_CODE
-    return half.available() and enough and not (columns % group or group % step(width))
+    return available() and enough and not (columns % group or group % step(width))
 
 
 def grid(
@@ -309,8 +328,7 @@ def _vector_lines(
                 b.store(total, place)
         for r, place in enumerate(places):
             result = _sum(b, b.load(place)) if in_row else b.load(place)
-            to = b.add(out, _int(4 * r * (1 if in_row else length)))
-            b.store(result, b.inttoptr(to, result.type.as_pointer()), align=1)
+            _store(b, result, b.add(out, _int(4 * r * (1 if in_row else length))))
         return context.get_dummy_value()
 
     return signature, emit
@@ -351,4 +369,66 @@ def vectors(
     operands = (indices.data_ptr(), indices.numel(), count, x.data_ptr(), columns, book.data_ptr(), len(book) - 1)
     kernel = _vector_kernel(v, width, int(along), 4 if count % 4 == 0 and 4 * width <= WORD_BITS else 1)
     in_parts(kernel, (*operands, out.data_ptr(), tokens, lines), lines, tokens * lines * count * v)
+    return out
+
+
+@intrinsic(prefer_literal=True)
+def _half_rows(typing: Any, brain: Any, weights: Any, x: Any, columns: Any, out: Any) -> Any:
+    """Products of four rows of 16 bits with one vector.
+
+    brain: 1 for bfloat16, 0 for float16, a literal.  Addresses: weights [4, columns], x and out float32.
+    """
+
+    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+        _, weights, x, columns, out = args
+        floats, words = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
+        stored = ir.VectorType(i16 if brain.literal_value else ir.HalfType(), LANES)
+        sums = [cgutils.alloca_once(b, floats) for _ in range(ROWS)]
+        for place in sums:
+            b.store(_all(0.0, floats), place)
+        with cgutils.for_range(b, b.sdiv(columns, _int(LANES))) as loop:
+            at = b.mul(loop.index, _int(2 * LANES))
+            value = _load(b, b.add(x, b.add(at, at)), floats)
+            for row, place in enumerate(sums):
+                weight = _load(b, b.add(weights, b.add(b.mul(columns, _int(2 * row)), at)), stored)
+                if brain.literal_value:
+                    weight = b.bitcast(b.shl(b.zext(weight, words), _all(16, words)), floats)
+                else:
+                    weight = b.fpext(weight, floats)
+                b.store(b.fadd(b.load(place), b.fmul(weight, value)), place)
+        for row, place in enumerate(sums):
+            _store(b, _sum(b, b.load(place)), b.add(out, _int(4 * row)))
+        return context.get_dummy_value()
+
+    return types.void(brain, *([types.int64] * 4)), emit
+
+
+@cache
+def _half_kernel(brain: int) -> Any:
+    @njit(nogil=True, cache=True)
+    def kernel(weights, x, columns, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+        for row in range(first, last, ROWS):
+            r = min(row, rows - ROWS)
+            for t in range(tokens):
+                _half_rows(brain, weights + 2 * r * columns, x + 4 * t * columns, columns, out + 4 * (t * rows + r))
+
+    return kernel
+
+
+def half(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x W^T in x's dtype.  x: float[..., in].  weight: float16 or bfloat16 [out, in], contiguous.
+
+    Up to `HALF_FEW` vectors are multiplied in float32; for more a chunk of W after the other is converted to x's dtype.
+    """
+    rows, columns = weight.shape
+    tokens = x.numel() // columns
+    if x.is_cpu and tokens <= HALF_FEW and columns % LANES == 0 and rows >= ROWS and available():
+        out = torch.empty((*x.shape[:-1], rows))
+        dtype, x = x.dtype, x.to(torch.float32).contiguous()
+        operands = weight.data_ptr(), x.data_ptr(), columns, out.data_ptr(), tokens, rows
+        in_parts(_half_kernel(int(weight.dtype == torch.bfloat16)), operands, rows, weight.nbytes)
+        return out.to(dtype)
+    out = x.new_empty(*x.shape[:-1], rows)
+    for first in range(0, rows, CHUNK):
+        out[..., first : first + CHUNK] = x @ weight[first : first + CHUNK].to(x.dtype).T
     return out

@@ -52,7 +52,6 @@ PARTS = 2  # a thread
 
 i1, i8, i16, i32, i64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 f32, f64 = ir.FloatType(), ir.DoubleType()
-Address = tuple[int, ...]  # a layer, as TernaryLinear.address gives it
 Value = Any  # an ir.Value
 
 
@@ -186,15 +185,14 @@ MACHINES = {
     "avx2": _Maddubsw(rows=2, few=2, many=1),
     "portable": _Portable(rows=1, few=1, many=1),
 }
-FEW_GROUPS = tuple(MACHINES[path].few for path in PATHS)
-MANY_GROUPS = tuple(MACHINES[path].many for path in PATHS)
 
 
 @intrinsic(prefer_literal=True)
 def _tile(
     typing: Any,
     path: Any,
-    kind: Any,
+    groups: Any,
+    tokens: Any,
     packed: Any,
     x: Any,
     runs: Any,
@@ -210,19 +208,18 @@ def _tile(
 ) -> Any:
     """Multiply groups of rows with tokens.
 
-    path, kind: literals.  kind: 0 for a path's `few` groups and one token, 2 for its `many` groups and `MANY` tokens; 1
-    and 3 for a single group.
+    path, groups, tokens: literals.
     packed, x: addresses of the first group and token.  runs: of 64 columns.  sums: of each token's activations, int32.
     factors: of each token, double precision: 1 / s.  scale, bias: float32[4] of the first group; their steps: 1 if each
     row has its own, 0 if these four serve all groups.  out: address of the first row's and token's result, float32.
     stride: bytes from token to token there.  rows: how many of the rows there are; others are not written.
     """
-    signature = types.void(path, kind, *([types.int64] * 12))
+    signature = types.void(path, groups, tokens, *([types.int64] * 12))
     machine = MACHINES[PATHS[path.literal_value]]
-    G, T = [(machine.few, 1), (1, 1), (machine.many, MANY), (1, MANY)][kind.literal_value]
+    G, T = groups.literal_value, tokens.literal_value
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        packed, x, runs, sums_at, factors, scale, scale_step, bias, bias_step, out, stride, rows = args[2:]
+        packed, x, runs, sums_at, factors, scale, scale_step, bias, bias_step, out, stride, rows = args[3:]
         length = b.mul(runs, _int(RUN))  # of a group, and of a token
         registers = ROWS // machine.rows
         parts = [(g, r) for g in range(G) for r in range(registers)]
@@ -272,95 +269,36 @@ def _tile(
     return signature, emit
 
 
-LANES = 16  # of the float vectors below
-MAGIC = 12582912.0  # 1.5 * 2**23: a float32 of less than 2**22 that is added to it is rounded to an integer, halves to even
-MAGIC_BITS = int(np.float32(MAGIC).view(np.int32))
+MAGIC = np.float32(12582912)  # 1.5 * 2**23: a float32 below 2**22 to which it is added is rounded, halves to even
+INFINITY = 0x7F800000  # the bits of a float32
 
 
 @intrinsic
-def _largest(typing: Any, x: Any, count: Any) -> Any:
-    """max|x| of float32[count] at an address, count a multiple of 16: the bits of it, in which NaN is above infinity."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        lanes = _vector(i32, LANES)
-        place = cgutils.alloca_once(b, lanes)
-        b.store(_splat(0, lanes), place)
-        with cgutils.for_range(b, b.sdiv(args[1], _int(LANES))) as loop:
-            bits = _load(b, b.add(args[0], b.mul(loop.index, _int(4 * LANES))), lanes)
-            bits = b.and_(bits, _splat(0x7FFFFFFF, lanes))
-            so_far = b.load(place)
-            b.store(b.select(b.icmp_signed(">", bits, so_far), bits, so_far), place)
-        v = b.load(place)
-        for half in (8, 4, 2, 1):
-            low, high = _shuffle(b, v, list(range(half))), _shuffle(b, v, list(range(half, 2 * half)))
-            v = b.select(b.icmp_signed(">", low, high), low, high)
-        return b.extract_element(v, ir.Constant(i32, 0))
-
-    return types.int32(types.int64, types.int64), emit
-
-
-@intrinsic
-def _round(typing: Any, x: Any, q: Any, count: Any, factor: Any) -> Any:
-    """int8[count] at address q becomes round(x * factor), x: float32[count], count a multiple of 16.  Returns their sum."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        x, q, count, factor = args
-        lanes, floats = _vector(i32, LANES), _vector(f32, LANES)
-        factors = b.insert_element(ir.Constant(floats, ir.Undefined), factor, ir.Constant(i32, 0))
-        factors = _shuffle(b, factors, [0] * LANES)
-        place = cgutils.alloca_once(b, lanes)
-        b.store(_splat(0, lanes), place)
-        with cgutils.for_range(b, b.sdiv(count, _int(LANES))) as loop:
-            product = b.fmul(_load(b, b.add(x, b.mul(loop.index, _int(4 * LANES))), floats), factors)
-            bits = b.bitcast(b.fadd(product, _splat(MAGIC, floats)), lanes)
-            rounded = b.sub(bits, _splat(MAGIC_BITS, lanes))
-            b.store(b.add(b.load(place), rounded), place)
-            _store(b, b.trunc(rounded, _vector(i8, LANES)), b.add(q, b.mul(loop.index, _int(LANES))))
-        v = b.load(place)
-        for half in (8, 4, 2, 1):
-            v = b.add(_shuffle(b, v, list(range(half))), _shuffle(b, v, list(range(half, 2 * half))))
-        return b.extract_element(v, ir.Constant(i32, 0))
-
-    return types.int32(types.int64, types.int64, types.int64, types.float32), emit
-
-
-@intrinsic
-def _copy(typing: Any, to: Any, from_: Any, count: Any) -> Any:
-    """Copy bytes from one address to another."""
-
-    def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        cgutils.raw_memcpy(b, *(b.inttoptr(a, i8.as_pointer()) for a in args[:2]), args[2], 1)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def _float(typing: Any, bits: Any) -> Any:
-    """The float32 of these bits."""
-    return types.float32(types.int32), lambda context, b, signature, args: b.bitcast(args[0], f32)
+def _floats(typing: Any, address: Any) -> Any:
+    """An address as a pointer to float32."""
+    kind = types.CPointer(types.float32)
+    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], f32.as_pointer())
 
 
 @njit
-def _quantize(x, columns, q, sums, factors, token, end):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """One token: int8 activations at address q, filled up with zeros to whole runs; their sum, and 1 / s.
-
-    end: float32[COLUMNS], zeros beyond columns % COLUMNS.
-    """
-    whole = columns // COLUMNS * COLUMNS
-    if whole < columns:
-        _copy(end.ctypes.data, x + 4 * whole, 4 * (columns - whole))
-    largest = _float(max(_largest(x, whole), _largest(end.ctypes.data, COLUMNS)))
-    if largest < np.inf:
+def _quantize(x, q, sums, factors, token):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    """x: float32[columns] of one token, rounded to int8 at the beginning of q; their sum, and 1 / s."""
+    bits: Any = x.view(np.int32)
+    largest = 0
+    for i in range(len(x)):
+        largest = max(largest, bits[i] & 0x7FFFFFFF)  # |x|, in whose order NaN is above infinity
+    total: Any = 0
+    if largest < INFINITY:
         # As torch computes 127 / t: the reciprocal, rounded, times 127.
-        scale = np.float32(1) / max(largest, np.float32(1e-5)) * np.float32(127)
+        scale = np.float32(1) / max(np.int32(largest).view(np.float32), np.float32(1e-5)) * np.float32(127)
+        for i in range(len(x)):
+            rounded = np.int32((x[i] * scale + MAGIC) - MAGIC)
+            q[i] = rounded
+            total += rounded
         factors[token] = 1 / np.float64(scale)
     else:
-        scale = np.float32(0)
+        q[: len(x)] = 0
         factors[token] = np.nan  # so every result of this token is NaN
-    total = _round(x, q, whole, scale)
-    if whole < columns:
-        total += _round(end.ctypes.data, q + whole, COLUMNS, scale)
     sums[token] = total
 
 
@@ -371,238 +309,47 @@ def _keep(*arrays):  # type: ignore[no-untyped-def]  # pragma: no cover  (compil
 
 
 @njit
-def _product(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    path, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    """Rows first .. last - 1 of the product, for all tokens; see `product`."""
+def _tokens(path, groups, step, begin, end, q, sums, factors, runs, layer, out, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    """Rows first .. last - 1 of tokens begin .. end - 1, `step` at a time; `groups` groups of rows together, then single."""
     path = literally(path)
-    runs = (columns + COLUMNS - 1) // COLUMNS
-    length = runs * RUN
-    q = np.empty(min(tokens, TOKENS) * length, np.int8)
-    sums, factors = np.empty(TOKENS, np.int32), np.empty(TOKENS, np.float64)
-    end = np.zeros(COLUMNS, np.float32)
-    q_at, sums_at, factors_at = q.ctypes.data, sums.ctypes.data, factors.ctypes.data
-    for start in range(0, tokens, TOKENS):
-        count = min(TOKENS, tokens - start)
-        for t in range(count):
-            _quantize(x + 4 * (start + t) * columns, columns, q_at + t * length, sums, factors, t, end)
-        fours = count // MANY * MANY
-        row = first
-        while row < last and fours:
-            p, s, b = packed + row // ROWS * length, scale + 4 * row * scale_step, bias + 4 * row * bias_step
-            to = out + 4 * (start * rows + row)
-            if last - row > ROWS * (MANY_GROUPS[path] - 1):
-                for t in range(0, fours, MANY):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 2, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS * MANY_GROUPS[path]
+    groups = literally(groups)
+    step = literally(step)
+    packed, scale, scale_step, bias, bias_step = layer
+    length, row = runs * RUN, first
+    while row < last and begin < end:
+        p, s, b = packed + row // ROWS * length, scale + 4 * row * scale_step, bias + 4 * row * bias_step
+        together = last - row > ROWS * (groups - 1)
+        for t in range(begin, end, step):
+            x, total, factor, to = q + t * length, sums + 4 * t, factors + 8 * t, out + 4 * (t * rows + row)
+            if together:
+                _tile(path, groups, step, p, x, runs, total, factor, s, scale_step, b, bias_step, to, 4 * rows, last - row)
             else:
-                for t in range(0, fours, MANY):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 3, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS
-        row = first
-        while row < last and fours < count:
-            p, s, b = packed + row // ROWS * length, scale + 4 * row * scale_step, bias + 4 * row * bias_step
-            to = out + 4 * (start * rows + row)
-            if last - row > ROWS * (FEW_GROUPS[path] - 1):
-                for t in range(fours, count):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 0, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS * FEW_GROUPS[path]
-            else:
-                for t in range(fours, count):
-                    a = q_at + t * length, sums_at + 4 * t, factors_at + 8 * t, to + 4 * t * rows
-                    _tile(path, 1, p, a[0], runs, a[1], a[2], s, scale_step, b, bias_step, a[3], 4 * rows, last - row)
-                row += ROWS
-    _keep(q, sums, factors, end)
+                _tile(path, 1, step, p, x, runs, total, factor, s, scale_step, b, bias_step, to, 4 * rows, last - row)
+        row += ROWS * groups if together else ROWS
 
 
-@njit(nogil=True, cache=True)
-def _avx512(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(0, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
+@cache
+def _kernel(path: str) -> Any:
+    """Rows first .. last - 1 of the product, for all tokens; see `product`."""
+    number, few, many = PATHS.index(path), MACHINES[path].few, MACHINES[path].many
 
+    @njit(nogil=True, cache=True)
+    def kernel(x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+        runs = (columns + COLUMNS - 1) // COLUMNS
+        q = np.zeros((min(tokens, TOKENS), runs * RUN), np.int8)
+        sums, factors = np.empty(TOKENS, np.int32), np.empty(TOKENS, np.float64)
+        a, b, c = q.ctypes.data, sums.ctypes.data, factors.ctypes.data
+        for start in range(0, tokens, TOKENS):
+            count = min(TOKENS, tokens - start)
+            for t in range(count):
+                _quantize(carray(_floats(x + 4 * (start + t) * columns), columns), q[t], sums, factors, t)
+            fours, to = count // MANY * MANY, out + 4 * start * rows
+            layer = packed, scale, scale_step, bias, bias_step
+            _tokens(number, many, MANY, 0, fours, a, b, c, runs, layer, to, rows, first, last)
+            _tokens(number, few, 1, fours, count, a, b, c, runs, layer, to, rows, first, last)
+        _keep(q, sums, factors)
 
-@njit(nogil=True, cache=True)
-def _avxvnni(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(1, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
-
-
-@njit(nogil=True, cache=True)
-def _avx2(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(2, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
-
-
-@njit(nogil=True, cache=True)
-def _portable(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last
-):
-    _product(3, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last)
-
-
-KERNELS: dict[str, Any] = {"avx512": _avx512, "avxvnni": _avxvnni, "avx2": _avx2, "portable": _portable}
-
-
-# One token through a decoder layer (Llama's), so that what lies between two products does not cost more than they do.
-FASTEST = PATHS.index(available()[0])  # numba compiles it in; its cache tells machines of different paths apart
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _rms_norm(x, weight, eps, out):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """out = weight * x / sqrt(mean(x**2) + eps), for each token."""
-    for t in range(len(x)):
-        square = np.float32(0)
-        for i in range(x.shape[1]):
-            square += x[t, i] * x[t, i]
-        factor = np.float32(1) / np.sqrt(square / np.float32(x.shape[1]) + np.float32(eps))
-        for i in range(x.shape[1]):
-            out[t, i] = weight[i] * (x[t, i] * factor)
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _rotate(x, cos, sin):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """Rotary positions, in place: x[heads, size] by cos[size], sin[size]."""
-    half = x.shape[1] // 2
-    for h in range(len(x)):
-        for i in range(half):
-            a, b = x[h, i], x[h, half + i]
-            x[h, i], x[h, half + i] = a * cos[i] - b * sin[i], b * cos[half + i] + a * sin[half + i]
-
-
-@njit(fastmath={"reassoc", "contract"})
-def _attend(q, keys, values, scaling, scores, out):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """Softmax attention of one token: q, out [heads, size], keys and values [key heads, length, size]."""
-    heads, size = q.shape
-    shared, length = heads // len(keys), keys.shape[1]
-    for h in range(heads):
-        k, v = keys[h // shared], values[h // shared]
-        largest = np.float32(-np.inf)
-        for j in range(length):
-            score = np.float32(0)
-            for i in range(size):
-                score += q[h, i] * k[j, i]
-            scores[j] = score * np.float32(scaling)
-            largest = max(largest, scores[j])
-        total = np.float32(0)
-        for j in range(length):
-            scores[j] = np.exp(scores[j] - largest)
-            total += scores[j]
-        out[h] = 0
-        for j in range(length):
-            weight = scores[j] / total
-            for i in range(size):
-                out[h, i] += weight * v[j, i]
-
-
-@njit(fastmath={"contract"})
-def _swiglu(gate, up):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """gate becomes silu(gate) * up."""
-    for i in range(len(gate)):
-        gate[i] = gate[i] / (np.float32(1) + np.exp(-gate[i])) * up[i]
-
-
-@intrinsic
-def _pointer(typing: Any, address: Any) -> Any:
-    """An address as a pointer to float32."""
-    kind = types.CPointer(types.float32)
-    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], f32.as_pointer())
-
-
-@njit
-def _apply(layer, x, out, tokens):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """All rows of a layer, given as `address` gives it, for the tokens at address x."""
-    packed, scale, scale_step, bias, bias_step, rows, columns = layer
-    _product(FASTEST, x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, 0, rows)
-
-
-@njit(nogil=True, cache=True)
-def decode_projections(  # pragma: no cover  (compiled)
-    x: int,
-    norm: int,
-    eps: float,
-    q: Address,
-    k: Address,
-    v: Address,
-    angles: Address,
-    q_out: int,
-    k_out: int,
-    v_out: int,
-    tokens: int,
-    size: int,
-) -> None:
-    """Norm, query, key and value of one new token of each of `tokens` sequences, with rotary positions.
-
-    x, norm, angles (cos, sin), q_out, k_out, v_out: addresses of float32.  q, k, v: layers.  size: of a head.
-    """
-    columns = q[6]
-    normed = np.empty((tokens, columns), np.float32)
-    _rms_norm(carray(_pointer(x), (tokens, columns)), carray(_pointer(norm), columns), eps, normed)
-    at = normed.ctypes.data
-    _apply(q, at, q_out, tokens)
-    _apply(k, at, k_out, tokens)
-    _apply(v, at, v_out, tokens)
-    _keep(normed)
-    for t in range(tokens):
-        cos = carray(_pointer(angles[0] + 4 * t * size * angles[2]), size)
-        sin = carray(_pointer(angles[1] + 4 * t * size * angles[2]), size)
-        _rotate(carray(_pointer(q_out + 4 * t * q[5]), (q[5] // size, size)), cos, sin)
-        _rotate(carray(_pointer(k_out + 4 * t * k[5]), (k[5] // size, size)), cos, sin)
-
-
-@njit(nogil=True, cache=True)
-def decode_rest(  # pragma: no cover  (compiled)
-    x: int,
-    q_at: int,
-    keys: int,
-    values: int,
-    length: tuple[int, int],
-    size: int,
-    scaling: float,
-    norm: int,
-    eps: float,
-    o: Address,
-    gate: Address,
-    up: Address,
-    down: Address,
-    out: int,
-    tokens: int,
-) -> None:
-    """Attention, its output layer, norm and feed-forward network, with both residual sums; see `decode_projections`.
-
-    keys, values: addresses of float32[tokens, key heads, length, size], the new token's included; their heads: length[1].
-    """
-    hidden, wide, inner = o[5], o[6], gate[5]
-    positions, key_heads = length
-    attended, scores = np.empty((tokens, wide), np.float32), np.empty(positions, np.float32)
-    for t in range(tokens):
-        shape = key_heads, positions, size
-        start = 4 * t * key_heads * positions * size
-        _attend(
-            carray(_pointer(q_at + 4 * t * wide), (wide // size, size)),
-            carray(_pointer(keys + start), shape),
-            carray(_pointer(values + start), shape),
-            scaling,
-            scores,
-            attended[t].reshape(wide // size, size),
-        )
-    before, after = carray(_pointer(x), (tokens, hidden)), carray(_pointer(out), (tokens, hidden))
-    middle, normed = np.empty((tokens, hidden), np.float32), np.empty((tokens, hidden), np.float32)
-    _apply(o, attended.ctypes.data, middle.ctypes.data, tokens)
-    middle += before
-    _rms_norm(middle, carray(_pointer(norm), hidden), eps, normed)
-    a, b = np.empty(tokens * inner, np.float32), np.empty(tokens * inner, np.float32)
-    _apply(gate, normed.ctypes.data, a.ctypes.data, tokens)
-    _apply(up, normed.ctypes.data, b.ctypes.data, tokens)
-    _swiglu(a, b)
-    _apply(down, a.ctypes.data, out, tokens)
-    after += middle
-    _keep(attended, normed, a, b)
+    return kernel
 
 
 def product(
@@ -626,7 +373,7 @@ def product(
     layer = packed.data_ptr(), scales.data_ptr(), per_row, biases.data_ptr(), with_bias
     # Each part rounds the activations for itself: that takes less than to wait for one that does it for all.
     operands = (x.data_ptr(), columns, *layer, out.data_ptr(), tokens, rows)
-    in_parts(KERNELS[path or _fastest()], operands, rows, tokens * packed.numel(), threads)
+    in_parts(_kernel(path or _fastest()), operands, rows, tokens * packed.numel(), threads)
     return out
 
 

@@ -15,8 +15,8 @@ import agentforge as af
 from agentforge import stages
 from agentforge.bits import pack_uint
 from agentforge.errors import BadArtifact
-from agentforge.runtime import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, fused, held_bytes, packed_cpu
-from agentforge.runtime.ready import PART
+from agentforge.runtime import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, forms, held_bytes, packed_cpu
+from agentforge.runtime.forms import PART
 from agentforge.stages.base import Layer
 
 TOLERANCE = 1e-6  # of |x| |W|^T: what packed_cpu promises
@@ -60,16 +60,16 @@ def test_products_are_those_of_the_decoded_weight(text: str, monkeypatch: pytest
         weight, dense = weight_of(text, rows, columns)
         for tokens in (1, 3):
             x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
-            found = fused.product(weight.ready, x)
+            found = forms.product(weight.ready, x)
             assert found is not None
             assert_near(found, x, dense)
             assert torch.equal(weight.product(x[None])[0], found)
-            assert torch.equal(weight.product(x.bfloat16()), fused.product(weight.ready, x.bfloat16().float()).bfloat16())  # type: ignore[union-attr]
+            assert torch.equal(weight.product(x.bfloat16()), forms.product(weight.ready, x.bfloat16().float()).bfloat16())  # type: ignore[union-attr]
         monkeypatch.setattr("agentforge.runtime.ternary_cpu.WORTH_THREADS", 1)
-        assert torch.equal(fused.product(weight.ready, x), found)  # type: ignore[arg-type]
+        assert torch.equal(forms.product(weight.ready, x), found)  # type: ignore[arg-type]
         monkeypatch.undo()
-        many = torch.randn(fused.FEW + 1, columns)
-        assert fused.product(weight.ready, many) is None
+        many = torch.randn(forms.FEW + 1, columns)
+        assert forms.product(weight.ready, many) is None
         assert_near(weight.product(many), many, dense)
         assert torch.equal(weight.dense(), dense)
 
@@ -103,18 +103,18 @@ def test_what_no_kernel_computes_is_decoded() -> None:
     for text, shape in [("rounding:bits=4,group=48", (8, 96)), ("rounding:bits=4", (3, 64)), ("trajectory", (8, 65))]:
         weight, dense = weight_of(text, *shape)
         x = torch.randn(1, shape[1])
-        assert fused.product(weight.ready, x) is None
+        assert forms.product(weight.ready, x) is None
         assert_near(weight.product(x), x, dense)
     weight, dense = weight_of("rounding:bits=4,group=64", 8, 64)
     huge = PackedWeight(weight.stage, (8, 64), {name: t.clone() for name, t in weight.named_buffers()})
     huge.exponent.fill_(28)  # type: ignore[operator, union-attr]
-    assert fused.product(huge.ready, torch.randn(1, 64)) is None
+    assert forms.product(huge.ready, torch.randn(1, 64)) is None
     assert torch.equal(huge.product(torch.eye(64)[:1]), huge.dense()[:, 0][None])
 
 
 @pytest.mark.parametrize("text", FUSED + OTHERS)
 def test_parts_are_those_of_the_whole(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("agentforge.runtime.ready.PART", 1)
+    monkeypatch.setattr("agentforge.runtime.forms.PART", 1)
     for rows, columns in [(250, 36), (41, 35)]:
         weight, dense = weight_of(text, rows, columns)
         parts = weight.ready.parts()

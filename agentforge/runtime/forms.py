@@ -1,27 +1,83 @@
-"""Which stages' weights are multiplied without being decoded, and how: their planes as the forms of `packed_cpu`.
+"""How the planes of a stage are multiplied: straight from their bits where `packed_cpu` has a form for them, else decoded.
 
-`product` gives None for everything else: another device, too many vectors, settings or sizes that a kernel does not
-know, a machine without the instructions.  Then the caller decodes.
+`product` gives None for everything that no kernel knows: another device, too many vectors, settings or sizes, a machine
+without the instructions.  Then the caller decodes, a part after the other (`Ready.rows`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ..planes import FLOAT32_MAX, Packed, times_power_of_two
+from ..bits import FLOATS, unpack_trits, unpack_uint
+from ..planes import FLOAT32_MAX, Packed, Plane, times_power_of_two
 from ..stages import Stage
 from ..stages.ecsq import ECSQ, factors
 from ..stages.rounding import Rounding
 from ..stages.trajectory import Trajectory
 from ..stages.vptq import LEVELS, Vptq
 from . import packed_cpu
-from .ready import Ready
 
+PART = 1 << 18  # weights that are decoded at a time, a megabyte of float32: what is decoded is still in the cache
 FEW = 16  # vectors up to which the kernels are used: for more, decoding once is faster
 EXPONENTS = 60  # the largest power of two beside the weights for which float32 sums keep their range
+
+
+class Held(NamedTuple):
+    """A plane that products read: `stored` is what `Plane.stored` gives for a coding that is not entropy-coded."""
+
+    coding: str
+    shape: tuple[int, ...]
+    stored: torch.Tensor
+
+    def values(self, first: int, count: int) -> torch.Tensor:
+        """Some of the values, flat; `first` begins a whole byte."""
+        if self.coding in FLOATS:
+            return self.stored.reshape(-1)[first : first + count]
+        if self.coding == "trit":
+            return unpack_trits(self.stored[first // 5 : -(-(first + count) // 5)], count)
+        width = int(self.coding[4:])
+        return unpack_uint(self.stored[first * width // 8 : -(-(first + count) * width // 8)], width, count)
+
+
+class Ready(NamedTuple):
+    """What products need of a weight: the stage that decodes it, its planes, and the planes that weights share."""
+
+    stage: Stage
+    shape: tuple[int, int]
+    planes: dict[str, Held]
+    shared: Packed | None
+    block: int  # rows that can be decoded by themselves, 0 where only all can
+    sizes: dict[str, int]  # values of a plane that belong to a block; the planes that are not named serve all rows
+    prepared: dict[str, torch.Tensor]  # what `prepare` gave
+
+    def rows(self, first: int, last: int) -> torch.Tensor:
+        """float32[last - first, in], decoded; both are places where a part begins or ends."""
+        shape = (last - first, self.shape[1])
+        layout, planes = self.stage.layout(shape), []
+        for name, held in self.planes.items():
+            size = held.shape
+            if name in self.sizes:
+                size = layout[name][1]
+                values = held.values(first // self.block * self.sizes[name], math.prod(size))
+            else:
+                values = held.values(0, math.prod(size))
+            planes.append(Plane(name, values.reshape(size), held.coding))
+        return self.stage.decode(Packed(shape, tuple(planes), self.shared))
+
+    def parts(self) -> list[tuple[int, int]]:
+        """The first and last row of each part that is decoded at a time: some `PART` weights, and whole bytes of planes.
+
+        On a GPU all rows are one part: there starting a kernel takes as long as decoding so much.
+        """
+        rows, columns = self.shape
+        if not self.block or not next(iter(self.planes.values())).stored.is_cpu:
+            return [(0, rows)]
+        least = 40 * self.block  # whole bytes of any width, and of trits
+        size = least * max(1, PART // (least * columns))
+        return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
 def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:

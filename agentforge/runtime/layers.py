@@ -7,8 +7,10 @@ State dictionaries name the planes as an artifact does (`...q_proj.weight.codes`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
+from functools import cache
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -17,11 +19,38 @@ from ..bits import FLOATS
 from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
 from ..stages.refined import Refined
-from . import fused
-from .ready import Held, Ready
+from . import forms, packed_cpu
+from .forms import Held, Ready
+
+# What modules that compute in this thread have decoded, by the module's id and the tensor's name.
+_decoded: ContextVar[Mapping[tuple[int, str], torch.Tensor]] = ContextVar("decoded", default={})  # noqa: B039 (never changed)
 
 
-class PackedWeight(nn.Module):
+class Fixed(nn.Module):
+    """A module whose buffers follow to another device, and never to another dtype (but `like`, which holds the model's).
+
+    _ready: what was made of the buffers; they are looked at again after they were loaded or moved.
+    """
+
+    _ready: Any = None
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        self._ready = None
+        kept = dict(self.named_buffers())
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in kept.items():
+            moved = self.get_buffer(name)
+            if moved.dtype != tensor.dtype and name != "like":
+                owner, _, leaf = name.rpartition(".")
+                setattr(self.get_submodule(owner), leaf, tensor.to(moved.device))
+        return self
+
+
+class PackedWeight(Fixed):
     """A weight float[out, in] as the planes of a stage, from which products are computed.
 
     Buffers: a plane each, as stored (`Plane.stored`), under its name; if that has a dot, in modules of their own.
@@ -42,7 +71,6 @@ class PackedWeight(nn.Module):
         self.stage, self.out_features, self.in_features = stage, shape[0], shape[1]
         _hang(self, stored)
         self._shared = (shared,)  # in a tuple: it belongs to the model, not to each weight
-        self._ready: Ready | None = None
 
     @property
     def packed(self) -> Packed:
@@ -69,38 +97,28 @@ class PackedWeight(nn.Module):
                     held[plane.name] = Held(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
                 else:
                     held[plane.name] = _held(plane)
-            prepared = fused.prepare(stage, packed)
+            prepared = forms.prepare(stage, packed)
             self._ready = Ready(stage, packed.shape, held, plain, *stage.row_blocks(packed.shape), prepared)
-        return self._ready
+        return self._ready  # type: ignore[no-any-return]
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The decoded weight: dtype[out, in]."""
-        ready = self.ready
-        parts = ready.parts()
-        if len(parts) == 1:
-            return ready.rows(*parts[0]).to(dtype)
-        out = torch.empty(ready.shape, dtype=dtype, device=next(self.buffers()).device)
-        for first, last in parts:
-            out[first:last] = ready.rows(first, last)
+        out = torch.empty(self.ready.shape, dtype=dtype, device=next(self.buffers()).device)
+        for first, last in self.ready.parts():
+            out[first:last] = self.ready.rows(first, last)
         return out
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T in x's dtype, x: float[..., in].
 
-        Up to `fused.FEW` vectors are multiplied with the bits themselves if the stage and the machine have a kernel (see
+        Up to `forms.FEW` vectors are multiplied with the bits themselves if the stage and the machine have a kernel (see
         `packed_cpu`; in float32).  Else W is decoded to float32 a part after the other, each rounded to x's dtype.
         """
         ready = self.ready
-        found = fused.product(ready, x.reshape(-1, self.in_features))
+        found = forms.product(ready, x.reshape(-1, self.in_features))
         if found is not None:
             return found.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
-        parts = ready.parts()
-        if len(parts) == 1:
-            return nn.functional.linear(x, ready.rows(*parts[0]).to(x.dtype))
-        out = x.new_empty(*x.shape[:-1], self.out_features)
-        for first, last in parts:
-            out[..., first:last] = nn.functional.linear(x, ready.rows(first, last).to(x.dtype))
-        return out
+        return torch.cat([nn.functional.linear(x, ready.rows(*part).to(x.dtype)) for part in ready.parts()], dim=-1)
 
     def lines(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight, dtype[..., in] for ids: int[...]; only the parts that hold some of them are decoded."""
@@ -112,26 +130,17 @@ class PackedWeight(nn.Module):
                 out[here] = ready.rows(first, last).to(dtype)[ids[here] - first]
         return out
 
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._ready = None
-        return _keeping_dtypes(self, fn, super()._apply, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._ready = None
-        super()._load_from_state_dict(*args, **kwargs)
-
     def extra_repr(self) -> str:
         """Sizes and stage, for `print(model)`."""
         return f"{self.out_features} x {self.in_features}, {self.stage.brief()}"
 
 
-class SharedPlanes(nn.Module):
+class SharedPlanes(Fixed):
     """The planes that all weights of a model share."""
 
     def __init__(self, stage: Stage, stored: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.stage = stage
-        self._plain: Packed | None = None
         _hang(self, stored)
 
     @property
@@ -142,22 +151,14 @@ class SharedPlanes(nn.Module):
     @property
     def plain(self) -> Packed:
         """The planes without refinements, floats as float32, checked once."""
-        if self._plain is None:
+        if self._ready is None:
             packed = self.packed
             if isinstance(self.stage, Refined):
                 packed = self.stage.unrefine(packed, self.stage.first.shared_layout())
             floats = packed.floats
             planes = (Plane(p.name, floats[p.name], "float32") if p.name in floats else p for p in packed)
-            self._plain = Packed(packed.shape, tuple(planes))
-        return self._plain
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._plain = None
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        self._plain = None
-        return _keeping_dtypes(self, fn, super()._apply, recurse)
+            self._ready = Packed(packed.shape, tuple(planes))
+        return self._ready  # type: ignore[no-any-return]
 
 
 class PackedLinear(nn.Module):
@@ -201,14 +202,98 @@ class PackedEmbedding(nn.Module):
         return self.weight.lines(ids, self.like.dtype)
 
 
+class Half(Fixed):
+    """A token embedding or an output head whose matrix stays in 16 bits.  dtype: what the model computes in."""
+
+    weight: torch.Tensor
+    like: torch.Tensor
+
+    def __init__(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight.detach())
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Rows of the matrix for ids, x: int[...]; their products with vectors, in x's dtype, for x: float[..., in]."""
+        return self.product(x) if x.is_floating_point() else nn.functional.embedding(x, self.weight).to(self.like.dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T in x's dtype, x: float[..., in]."""
+        return packed_cpu.half(x, self.weight)
+
+    def extra_repr(self) -> str:
+        """Shape and dtype, for `print(model)`."""
+        return f"{list(self.weight.shape)}, {str(self.weight.dtype).removeprefix('torch.')}"
+
+
+class TiedHead(nn.Module):
+    """The output head whose weight is that of an embedding, which alone holds it."""
+
+    def __init__(self, weight: PackedWeight | Half) -> None:
+        super().__init__()
+        self._weight = (weight,)  # in a tuple, so that state dictionaries have its planes once
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x: float[..., in].  Returns [..., vocabulary] in x's dtype."""
+        (weight,) = self._weight
+        return weight.product(x.to(next(weight.buffers()).device)).to(x.device)
+
+
+class Holding(nn.Module):
+    """A module with packed tensors.  held: their names and shapes.  like: holds the dtype that the model computes in."""
+
+    held: dict[str, tuple[int, ...]]
+    like: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own, with packed tensors decoded to the dtype of the input, or of `like` if that is not a float."""
+        inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
+        dtype = next(inputs, self.like).dtype
+        found = dict(_decoded.get())
+        for name, shape in self.held.items():
+            weight = self._modules[name]
+            assert isinstance(weight, PackedWeight)
+            found[id(self), name] = weight.dense(dtype).reshape(shape)
+        token = _decoded.set(found)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _decoded.reset(token)
+
+
+@cache
+def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
+    """`own` with these tensors packed."""
+
+    def tensor(name: str) -> property:
+        return property(lambda self: _decoded.get().get((id(self), name), self._modules[name]))
+
+    return type(f"Packed{own.__name__}", (Holding, own), {name: tensor(name) for name in names})
+
+
+def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Put `weight` in place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
+    own: Any = type(module)
+    held: dict[str, tuple[int, ...]] = {}
+    if isinstance(module, Holding):
+        own, held = type(module).__bases__[1], module.held
+    else:
+        module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+    del module._parameters[name]
+    module._modules[name] = weight
+    held = {**held, name: tuple(shape)}
+    module.__class__ = _class_of(own, tuple(held))
+    cast(Holding, module).held = held
+
+
 def held_bytes(model: nn.Module) -> int:
     """Bytes that a model holds between two calls: parameters, buffers, and what packed weights keep beside their buffers."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, PackedWeight) and module._ready is not None:
             tensors += [*(held.stored for held in module._ready.planes.values()), *module._ready.prepared.values()]
-        elif isinstance(module, SharedPlanes) and module._plain is not None:
-            tensors += [plane.values for plane in module._plain]
+        elif isinstance(module, SharedPlanes) and module._ready is not None:
+            tensors += [plane.values for plane in module._ready]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
 
 
@@ -235,15 +320,3 @@ def _held(plane: Plane) -> Held:
         kind = f"uint{max(1, int(plane.values.max()).bit_length())}"
     plane = Plane(plane.name, plane.values, kind)
     return Held(kind, tuple(plane.values.shape), plane.stored())
-
-
-def _keeping_dtypes(module: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], apply: Any, recurse: bool) -> Any:
-    """nn.Module._apply that lets buffers follow to another device, and never to another dtype: planes are not numbers."""
-    kept = dict(module.named_buffers())
-    apply(fn, recurse)
-    for name, tensor in kept.items():
-        moved = module.get_buffer(name)
-        if moved.dtype != tensor.dtype:
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, tensor.to(moved.device))
-    return module
