@@ -58,10 +58,10 @@ def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measureme
     folder = Path(folder)
     about = {}
     for name, measured in models.items():
-        about[name] = _about(open_model(plain_file(folder, name))) | {
-            "files": describe_files(folder / name),
-            "quality": measured.to_json(),
-        }
+        model = open_model(plain_file(folder, name))
+        about[name] = _about(model) | {"files": describe_files(folder / name), "quality": measured.to_json()}
+        if _is_packed(model):
+            about[name]["ratios"] = _ratios(model)
     to = contract(phase).to
     data = {"format": FORMAT, "phase": phase, "to": to, "models": about, "facts": facts}
     if wrong := schemas.problem(f"handoff-{phase}-{to}", _finite(data, 1.0)):
@@ -150,16 +150,16 @@ def check_handoff(
             raise refuse(f"{name}/{odd[0]} was not handed over")
         model = models[name] = open_model(where)
         found = [f"{len(about['files'])} files, each as it was written"]
+        for key, value in _about(model).items():
+            if about[key] != value:
+                raise refuse(f"{name}: {key} is {value!s:.200}, handed over was {about[key]!s:.80}")
         if _is_packed(model):
             found += Artifact(model.path).verify()
-        found += check_model(model)
-        for key, value in _about(model).items():
-            if key == "ratios" and about.get(key) in (value, _older_ratios(Artifact(model.path))):
-                found += [f"{r['what']}: {r['bytes']:,} bytes, {r['ratio']:.3f}x against {r['denominator']}" for r in value]
-            elif key == "ratios" and about["form"] == "packed":
+            if about["ratios"] not in (_ratios(model), _ratios(model, older=True)):
                 raise refuse(f"{name}: the ratios are not those of the bytes on disk")
-            elif about.get(key) != value:
-                raise refuse(f"{name}: {key} is {value!s:.200}, handed over was {about.get(key)!s:.80}")
+            text_of = "{what}: {bytes:,} bytes, {ratio:.3f}x against {denominator}"
+            found += [text_of.format_map(ratio) for ratio in _ratios(model)]
+        found += check_model(model)
         found.append(_quality(model, name, about["quality"], text, refuse, progress))
         checks += [f"{name}: {check}" for check in found]
     if phase == 4:
@@ -191,14 +191,23 @@ def _is_packed(model: LanguageModel) -> bool:
 
 def _about(model: LanguageModel) -> dict[str, Any]:
     """What a hand-off says of a model, beside its files and its quality."""
-    packed, rows = _is_packed(model), model.config.get("vocab_size")
+    rows = model.config.get("vocab_size")
     return {
-        "form": "packed" if packed else "dense",
+        "form": "packed" if _is_packed(model) else "dense",
         "dtypes": model.dtypes,
         "vocabulary": rows if isinstance(rows, int) and not model.is_classifier else None,
         "special_tokens": None if model.is_classifier else _special_tokens(model),
-        **({"ratios": [ratio.to_json() for ratio in Artifact(model.path).ratios]} if packed else {}),
     }
+
+
+def _ratios(model: LanguageModel, older: bool = False) -> list[dict[str, Any]]:
+    """Of a packed model.  older: as hand-offs of 0.1.0 have one from a GGUF file, against what that had been converted to."""
+    artifact = Artifact(model.path)
+    ratios, made_from = artifact.ratios, artifact.manifest["original"]
+    if older:
+        conversion = f"weight files it was made from ({made_from['dtypes']})"
+        ratios[2] = Ratio("whole model", artifact.weight_bytes, conversion, made_from["bytes"])
+    return [ratio.to_json() for ratio in ratios]
 
 
 def _finite(data: Any, instead: float | None = None) -> Any:
@@ -208,14 +217,6 @@ def _finite(data: Any, instead: float | None = None) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value, instead) for value in data]
     return instead if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _older_ratios(artifact: Artifact) -> list[dict[str, Any]]:
-    """As hand-offs of 0.1.0 have them: a model from a GGUF file against what that had been converted to."""
-    made_from = artifact.manifest["original"]
-    conversion = f"weight files it was made from ({made_from['dtypes']})"
-    ratios = [ratio.to_json() for ratio in artifact.ratios]
-    return [*ratios[:2], Ratio("whole model", artifact.weight_bytes, conversion, made_from["bytes"]).to_json(), *ratios[3:]]
 
 
 def _check_two_forms(packed: LanguageModel, dense: LanguageModel, refuse: Any) -> list[str]:
