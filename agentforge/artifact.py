@@ -19,26 +19,28 @@ a file is trusted before it is checked against what the stage's settings give an
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
+import pydantic
 import torch
+from pydantic import Field
 
 from . import stages
 from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
 from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
-from .folders import check_out, foreign, remove, replace
+from .folders import check_out, foreign, lock, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
 from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
@@ -51,6 +53,7 @@ from .tensorfiles import (
     index_folder,
     json_bytes,
     plain_file,
+    problem_of,
     read_json,
     read_sealed,
     read_tensor,
@@ -63,7 +66,6 @@ from .tensorfiles import (
 
 MANIFEST = "agentforge.json"
 FORMAT = 1
-KEYS = {"format", "recipe", "original", "files", "shared", "fallbacks", "tensors", "sha256"}  # of a manifest
 SHARED = "agentforge.shared"  # the name of the planes that all encoded tensors share
 SHARD_BYTES = 2 << 30
 RECIPE = "recipe.json"  # marks what is unfinished
@@ -72,6 +74,7 @@ NO_HASH = "0" * 64
 
 ERROR_BLOCK = 1 << 20  # values that `relative_error` takes at a time
 LARGEST_SIDE = 1 << 24  # rows or columns of a weight; beyond that a manifest lies
+Plan = tuple[str, tuple[int, ...]]  # coding and shape of a plane
 
 
 @dataclass(frozen=True)
@@ -169,28 +172,22 @@ class Artifact:
         others = sorted({file.name for file in self.path.iterdir()} - {*self.manifest["files"], MANIFEST})
         if read := [n for n in others if re.search(r"\.(safetensors|json|txt|model|jinja)$", n) and n != HISTORY]:
             raise BadArtifact(f"{self.path}: {read[0]!a:.80} is not in the manifest, loaders may read it; take it away")
-        expected = set()
-        if self.manifest["shared"]:
-            expected |= {f"{SHARED}.{plane.name}" for plane in self.shared}
-            if self.shared.sha256 != self.manifest["shared"]["sha256"]:
-                raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
+        self.entries()  # every tensor of the weight files is one that the manifest knows
+        if self.manifest["shared"] and self.shared.sha256 != self.manifest["shared"]["sha256"]:
+            raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
         odd_values = []
         for row in self.rows:
             packed = self.read(row)
             if isinstance(packed, torch.Tensor):
-                expected.add(row["name"])
                 if packed.is_floating_point() and not torch.isfinite(packed).all():
                     odd_values.append(row["name"])
                 if hashlib.sha256(tensor_bytes(packed)).hexdigest() != row["sha256"]:
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: its values are not those that were kept")
             else:
-                expected |= {f"{row['name']}.{plane.name}" for plane in packed}
                 if packed.sha256 != row["sha256"]:
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: its planes are not those that were encoded")
                 if not torch.isfinite(self.decode(row, packed)).all():
                     raise BadArtifact(f"{self.path}: tensor {row['name']}: decodes to values that are not finite")
-        if odd := sorted(set(self._entries) - expected):
-            raise BadArtifact(f"{self.path}: the weight files hold {odd[0]}, which the manifest does not know")
         touched = sum(row["stage"] is not None for row in self.rows)
         return [
             f"{len(self.manifest['files'])} files: size and sha256",
@@ -217,17 +214,11 @@ class Artifact:
 
         Raises BadArtifact if what is on disk is not what the manifest, and the stage's settings, say.
         """
-        name = row["name"]
+        name, entries = row["name"], self._entries
         if row["stage"] is None:
-            tensor = read_tensor(name, self._entry(name))
-            if tuple(tensor.shape) != tuple(row["shape"]) or str(tensor.dtype) != f"torch.{row['dtype']}":
-                raise BadArtifact(
-                    f"{self.path}: tensor {name} is {tensor.dtype}{list(tensor.shape)}, the manifest says otherwise"
-                )
-            return tensor
-        stage = _stage_of(row)
-        planes = self._planes(name, stage.layout(oriented(row)), row["bytes"])
-        return Packed(oriented(row), planes, self.shared if stage.shared_layout() else None)
+            return read_tensor(name, entries[name])
+        shared = self.shared if _stage_of(row).shared_layout() else None
+        return Packed(oriented(row), _planes(self.path, name, _layout(row), entries), shared)
 
     def entries(self) -> dict[str, Entry]:
         """Where each kept tensor and each plane lies, by its name in the weight files.
@@ -235,67 +226,38 @@ class Artifact:
         All are checked against the manifest by the headers alone: no data is read, so that other loaders can call this
         before they allocate anything.  Raises BadArtifact if files, names, sizes, shapes or dtypes are not the manifest's.
         """
-        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        return dict(self._entries)
 
-        def planes(name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int) -> None:
-            for plane, coding, shape, entry in self._plane_entries(name, layout, size):
-                wanted[f"{name}.{plane}"] = (FLOATS[coding], shape) if coding in FLOATS else (torch.uint8, (entry.bytes,))
-
-        if about := self.manifest["shared"]:
-            planes(SHARED, _stage_of(about).shared_layout(), about["bytes"])
-        for row in self.rows:
-            if row["stage"] is None:
-                wanted[row["name"]] = (getattr(torch, row["dtype"]), tuple(row["shape"]))
-            else:
-                planes(row["name"], _stage_of(row).layout(oriented(row)), row["bytes"])
-        for name, (dtype, shape) in wanted.items():
-            entry = self._entry(name)
-            if (entry.dtype, entry.shape) != (dtype, shape):
-                raise BadArtifact(
-                    f"{self.path}: tensor {name} is {entry.dtype}{list(entry.shape)}, the manifest says {dtype}{list(shape)}"
-                )
-        if odd := sorted(set(self._entries) - set(wanted)):
+    @cached_property
+    def _entries(self) -> dict[str, Entry]:
+        self.check(absent=True)
+        found, wanted = index_folder(self.path), dict[str, Entry]()
+        shared = self.manifest["shared"]
+        for row in [*([shared] if shared else []), *self.rows]:
+            size = 0
+            for name, dtype, shape, least, most, _ in _stored(row):
+                if name not in found:
+                    raise BadArtifact(f"{self.path}: {name} is in the manifest and not in the weight files")
+                entry = wanted[name] = found[name]
+                size += entry.bytes
+                wanted_shape = (entry.bytes,) if shape is None else shape
+                if (entry.dtype, entry.shape) != (dtype, wanted_shape) or not least <= entry.bytes <= most:
+                    takes = f"{dtype}[{least} to {most}]" if shape is None else f"{dtype}{list(shape)}"
+                    raise BadArtifact(
+                        f"{self.path}: tensor {name} is {entry.dtype}{list(entry.shape)}, the manifest says {takes}"
+                    )
+            if size != row["bytes"]:
+                what = f"the planes of {row.get('name', SHARED)} have {size} bytes"
+                raise BadArtifact(f"{self.path}: {what}, the manifest says {row['bytes']}")
+        files = {entry.file.name for entry in found.values()}
+        if odd := sorted(set(found) - set(wanted)) or sorted(files - set(self.manifest["files"])):
             raise BadArtifact(f"{self.path}: the weight files hold {odd[0]}, which the manifest does not know")
-        for file in sorted({entry.file for entry in self._entries.values()}):
-            said = self.manifest["files"].get(file.name, {"bytes": "none"})["bytes"]
-            if file.stat().st_size != said:
-                raise BadArtifact(f"{file}: has {file.stat().st_size} bytes, the manifest says {said}")
-        return {name: self._entry(name) for name in wanted}
+        return wanted
 
     @cached_property
     def shared(self) -> Packed:
         """The planes that all encoded tensors share."""
-        about = self.manifest["shared"]
-        return Packed((0, 0), self._planes(SHARED, _stage_of(about).shared_layout(), about["bytes"]))
-
-    def _planes(self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int) -> tuple[Plane, ...]:
-        """The planes of a tensor, `size` bytes together."""
-        planes = []
-        for plane, coding, shape, entry in self._plane_entries(name, layout, size):
-            try:
-                planes.append(Plane.from_stored(plane, coding, shape, read_tensor(f"{name}.{plane}", entry)))
-            except BadArtifact as error:
-                raise BadArtifact(f"{self.path}: tensor {name}: {error}") from None
-        return tuple(planes)
-
-    def _plane_entries(
-        self, name: str, layout: dict[str, tuple[str, tuple[int, ...]]], size: int
-    ) -> list[tuple[str, str, tuple[int, ...], Entry]]:
-        """Name, coding and shape of each plane of a tensor, and its entry; their sizes are checked against the settings."""
-        found_entries = []
-        if (found := sum(self._entry(f"{name}.{plane}").bytes for plane in layout)) != size:
-            raise BadArtifact(f"{self.path}: the planes of {name} have {found} bytes, the manifest says {size}")
-        for plane, (coding, shape) in layout.items():
-            entry = self._entry(f"{name}.{plane}")
-            # The header's size was checked by the safetensors library; here it is checked against the settings.
-            least, most = _stored_range(coding, math.prod(shape))
-            if not least <= entry.bytes <= most:
-                raise BadArtifact(
-                    f"{self.path}: plane {name}.{plane} has {entry.bytes} bytes; {coding}{list(shape)} takes "
-                    + (f"{least}" if least == most else f"{least} to {most}")
-                )
-            found_entries.append((plane, coding, shape, entry))
-        return found_entries
+        return Packed((0, 0), _planes(self.path, SHARED, _layout(self.manifest["shared"]), self._entries))
 
     def decode(self, row: dict[str, Any], packed: Packed | None = None) -> torch.Tensor:
         """A row's tensor as the model has it: decoded to float32 if it was encoded, as kept otherwise."""
@@ -307,16 +269,6 @@ class Artifact:
         except BadArtifact as error:
             raise BadArtifact(f"{self.path}: tensor {row['name']}: {error}") from None
         return dense.T.contiguous() if row["transposed"] else dense.reshape(row["shape"])
-
-    def _entry(self, name: str) -> Entry:
-        if name not in self._entries:
-            raise BadArtifact(f"{self.path}: {name} is in the manifest and not in the weight files")
-        return self._entries[name]
-
-    @cached_property
-    def _entries(self) -> dict[str, Entry]:
-        self.check(absent=True)
-        return index_folder(self.path)
 
 
 def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -382,26 +334,19 @@ class Writer:
             raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = open(self.partial / "lock", "w")  # noqa: SIM115  (held until the writer is closed)
+            self._lock = lock(self.partial / "lock", out)
         except OSError as error:
             raise BadInput(f"{self.partial}: cannot be made ({error.strerror}); choose another --out") from None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
-        if not (self.partial / "lock").exists():
-            self._lock.close()
-            raise BadInput(f"{out}: another agentforge has just finished it; run again to see what is there now")
-        if not self.finished:
-            try:
+            if not (self.partial / "lock").exists():
+                raise BadInput(f"{out}: another agentforge has just finished it; run again to see what is there now")
+            if not self.finished:
                 self._go_on(overwrite)
-            except OSError as error:
-                self._lock.close()
+        except BaseException as error:
+            os.close(self._lock)
+            if isinstance(error, OSError):
                 raise self._not_written(error) from None
-            except BaseException:
-                self._lock.close()
-                raise
+            raise
 
     def _go_on(self, overwrite: bool) -> None:
         """Resume an unfinished run of the same recipe, or begin.  Parts damaged since are made again."""
@@ -429,7 +374,7 @@ class Writer:
         if self.finished or not any(self.tensors.glob("*")):
             with contextlib.suppress(BadInput):  # if somebody has put something beside our files meanwhile, it all stays
                 remove(self.partial)
-        self._lock.close()
+        os.close(self._lock)
         if isinstance(error, OSError):
             raise self._not_written(error) from None
 
@@ -619,14 +564,19 @@ class Encoded(NamedTuple):
 
 def read_shared(piece: Path, stage: stages.Stage) -> Packed:
     """The planes that the weights share, from the writer's file of them."""
-    entries = index_file(piece)
-    return Packed(
-        (0, 0),
-        tuple(
-            Plane.from_stored(name, coding, shape, read_tensor(f"{SHARED}.{name}", entries[f"{SHARED}.{name}"]))
-            for name, (coding, shape) in stage.shared_layout().items()
-        ),
-    )
+    return Packed((0, 0), _planes(piece, SHARED, stage.shared_layout(), index_file(piece)))
+
+
+def _planes(where: Path, name: str, layout: Mapping[str, Plan], entries: Mapping[str, Entry]) -> tuple[Plane, ...]:
+    """The planes of a tensor, read from their entries."""
+    planes = []
+    for plane, (coding, shape) in layout.items():
+        try:
+            stored = read_tensor(f"{name}.{plane}", entries[f"{name}.{plane}"])
+            planes.append(Plane.from_stored(plane, coding, shape, stored))
+        except BadArtifact as error:
+            raise BadArtifact(f"{where}: tensor {name}: {error}") from None
+    return tuple(planes)
 
 
 def relative_error(original: torch.Tensor, decoded: torch.Tensor) -> float:
@@ -675,6 +625,42 @@ def _stage_of(row: dict[str, Any]) -> stages.Stage:
     return stages.from_json(row["stage"])
 
 
+def _layout(row: dict[str, Any]) -> dict[str, Plan]:
+    """The planes of an encoded row, by name; of what all the rows share, if that is what it is about."""
+    stage = _stage_of(row)
+    return stage.layout(oriented(row)) if "name" in row else stage.shared_layout()
+
+
+class _Stored(NamedTuple):
+    """A tensor of a weight file, as a manifest says it is.  shape: None for codes.  least, most: bytes.  bits: that it
+    stands for; None if it is entropy-coded, where its bytes decide."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...] | None
+    least: int
+    most: int
+    bits: int | None
+
+
+def _stored(row: dict[str, Any]) -> list[_Stored]:
+    """What the weight files must hold for a row, by its stage's settings and its shape."""
+    if row["stage"] is None:
+        dtype = getattr(torch, row["dtype"])
+        size = math.prod(row["shape"]) * dtype.itemsize
+        return [_Stored(row["name"], dtype, tuple(row["shape"]), size, size, 8 * size)]
+    found = []
+    for plane, (coding, shape) in _layout(row).items():
+        name, count, dtype = f"{row.get('name', SHARED)}.{plane}", math.prod(shape), FLOATS.get(coding)
+        if is_coded(coding):
+            sizes: tuple[int, int] = -(-count // VALUES_A_BYTE), stored_bytes(coding[1:], count) + 1
+        else:
+            sizes = (stored_bytes(coding, count),) * 2
+        bits = None if is_coded(coding) else math.ceil(bits_per_value(coding) * count)
+        found.append(_Stored(name, dtype or torch.uint8, shape if dtype else None, *sizes, bits))
+    return found
+
+
 def oriented(row: dict[str, Any]) -> tuple[int, int]:
     """(out, in) of an encoded row, as its stage sees it: the matrices of a layer's experts lie below each other."""
     *rows, columns = row["shape"]
@@ -709,137 +695,114 @@ def _flat(recipe: dict[str, Any]) -> dict[str, str]:
     return flat
 
 
+class _File(pydantic.BaseModel):
+    """What a manifest says of a file; whatever else it may say does not matter here."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    bytes: int = Field(ge=0)
+    sha256: str
+
+
+class _Planes(_File):
+    """Of the planes that all rows share."""
+
+    stage: dict[str, Any] | None
+    bits: int
+
+
+class _Row(_Planes):
+    """Of a tensor."""
+
+    name: str
+    shape: list[Annotated[int, Field(ge=0, le=LARGEST_SIDE)]]
+    transposed: bool
+    dtype: str = Field(pattern=f"^({'|'.join(str(dtype).removeprefix('torch.') for dtype in DTYPES.values())})$")
+    relative_error: float = Field(ge=0, lt=1e300)
+
+
+class _Original(pydantic.BaseModel):
+    """Of the model that was compressed."""
+
+    model_config = pydantic.ConfigDict(strict=True)
+    name: str
+    dtypes: str
+    bytes: int = Field(gt=0, lt=1 << 62)
+
+
+class _Manifest(pydantic.BaseModel):
+    model_config = pydantic.ConfigDict(strict=True, extra="forbid")
+    format: int
+    recipe: dict[str, Any]
+    original: _Original
+    files: dict[str, _File]
+    shared: _Planes | None = None  # artifacts written before stages could share have none
+    fallbacks: int = 0
+    tensors: list[_Row]
+    sha256: str = ""  # older artifacts have none
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of an artifact, its structure checked.  Raises BadArtifact."""
     if not (path / MANIFEST).is_file():
         raise BadArtifact(f"{path}: {MANIFEST} is missing; expected an artifact of agentforge")
-    try:
-        manifest: dict[str, Any] = read_json(plain_file(path, MANIFEST))
-        config = read_json(plain_file(path, "config.json"))
-    except BadInput as error:
-        raise BadArtifact(str(error)) from None
 
     def refuse(what: str) -> BadArtifact:
         return BadArtifact(f"{path}/{MANIFEST}: {what}; fetch or write the artifact again")
 
-    if manifest.get("format") != FORMAT:
-        raise refuse(f"format {manifest.get('format')!r:.40}, this agentforge reads {FORMAT}")
-    if odd := set(manifest) - KEYS:
-        raise refuse(f"{min(odd)!a:.40} is nothing that a manifest has; it is damaged")
-    if "sha256" in manifest:  # older artifacts have none
-        said = manifest["sha256"]
-        if not isinstance(said, str) or not re.fullmatch("[0-9a-f]{64}", said):
-            raise refuse("its own sha256 is none; it is damaged")
-        raw = (path / MANIFEST).read_bytes().replace(said.encode(), NO_HASH.encode())
-        if hashlib.sha256(raw).hexdigest() != said:
-            raise refuse("is damaged or was changed (its sha256 is another)")
-    quantization = config.get("quantization_config")
-    if not isinstance(quantization, dict) or quantization.get("quant_method") != "agentforge":
-        raise BadArtifact(f"{path}/config.json: its quantization_config does not name agentforge")
-    for key, kind in {"recipe": dict, "original": dict, "files": dict, "tensors": list}.items():
-        if not isinstance(manifest.get(key), kind):
-            raise refuse(f"{key} is missing or of the wrong type")
-    for name, about in manifest["files"].items():
-        plain_file(path, name)
-        if not isinstance(about, dict) or type(about.get("bytes")) is not int or not isinstance(about.get("sha256"), str):
-            raise refuse(f"file {name!r:.80} lacks bytes or sha256")
-    if "config.json" in manifest["files"]:
-        try:
-            check_files(path, {"config.json": manifest["files"]["config.json"]})
-        except BadInput as error:
-            raise BadArtifact(str(error)) from None
-    if not any(name.endswith(".safetensors") for name in manifest["files"]):
+    try:
+        manifest: dict[str, Any] = read_json(plain_file(path, MANIFEST))
+        config = read_json(plain_file(path, "config.json"))
+        if manifest.get("format") != FORMAT:
+            raise refuse(f"format {manifest.get('format')!r:.40}, this agentforge reads {FORMAT}")
+        if "sha256" in manifest:
+            said, raw = str(manifest["sha256"]), (path / MANIFEST).read_bytes()
+            whole = re.fullmatch("[0-9a-f]{64}", said) and raw.replace(said.encode(), NO_HASH.encode())
+            if not whole or hashlib.sha256(whole).hexdigest() != said:
+                raise refuse("is damaged or was changed (its sha256 is another)")
+        quantization = config.get("quantization_config")
+        if not isinstance(quantization, dict) or quantization.get("quant_method") != "agentforge":
+            raise BadArtifact(f"{path}/config.json: its quantization_config does not name agentforge")
+        _Manifest.model_validate(manifest)
+        files, shared = manifest["files"], manifest.setdefault("shared", None)
+        for name in files:
+            plain_file(path, name)
+        check_files(path, {name: files[name] for name in files if name == "config.json"})
+    except pydantic.ValidationError as error:
+        raise refuse(problem_of(error)) from None
+    except BadInput as error:
+        raise BadArtifact(str(error)) from None
+    if not any(name.endswith(".safetensors") for name in files):
         raise refuse("files name no weight file")
     if not isinstance(manifest["recipe"].get("stage"), dict):
         raise refuse("recipe has no stage")
-    original = manifest["original"]
-    if type(original.get("bytes")) is not int or not 0 < original["bytes"] < 1 << 62:
-        raise refuse("original has no believable bytes")
-    if not isinstance(original.get("dtypes"), str) or not isinstance(original.get("name"), str):
-        raise refuse("original lacks name or dtypes")
-    shared = manifest.setdefault("shared", None)  # artifacts written before stages could share have none
-    if shared is not None:
-        if not isinstance(shared, dict) or not isinstance(shared.get("sha256"), str) or "stage" not in shared:
-            raise refuse("shared is of the wrong type, or lacks stage or sha256")
-        try:
-            sizes = _sizes(_stage_of(shared).shared_layout())
-        except BadInput as error:
-            raise refuse(f"shared: {error}") from None
-        if not _fits(shared.get("bytes"), shared.get("bits"), sizes) or not sizes.bytes + sizes.most:
-            raise refuse(f"shared: {shared.get('bytes')} bytes, {shared.get('bits')} bits; its settings give {sizes}")
+    if shared is not None and (wrong := _wrong(shared, shared)):
+        raise refuse(f"shared: {wrong}")
     seen = {SHARED}
     for row in manifest["tensors"]:
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str) or row["name"] in seen:
-            raise refuse("a tensor has no name, or one that is there twice")
         name = row["name"]
-        if not name.isprintable():
-            raise refuse(f"tensor name {name!a:.80} is not printable")
+        if name in seen or not name.isprintable():
+            raise refuse(f"tensor name {name!a:.80} is not printable, or there twice")
         seen.add(name)
-        if "stage" not in row or not isinstance(row.get("sha256"), str) or not isinstance(row.get("dtype"), str):
-            raise refuse(f"tensor {name}: stage, dtype or sha256 is missing")
-        shape = row.get("shape")
-        if not isinstance(shape, list) or not all(type(n) is int and 0 <= n <= LARGEST_SIDE for n in shape):
-            raise refuse(f"tensor {name}: shape {shape!r:.60} is not believable")
-        if type(row.get("bytes")) is not int or type(row.get("bits")) is not int or row["bytes"] < 0:
-            raise refuse(f"tensor {name}: bits or bytes are missing")
-        if row.get("dtype") not in {str(d).removeprefix("torch.") for d in DTYPES.values()} | set(FLOATS):
-            raise refuse(f"tensor {name}: dtype {row.get('dtype')!r:.40} is not known")
-        relative = row.get("relative_error")
-        if type(row.get("transposed")) is not bool or not isinstance(relative, int | float) or not 0 <= relative < 1e300:
-            raise refuse(f"tensor {name}: transposed or relative_error is missing")
-        if row.get("stage") is not None:
-            if len(shape) not in ((2,) if row["transposed"] else (2, 3)) or 0 in shape:
-                raise refuse(f"tensor {name}: shape {shape} is neither a matrix nor one an expert")
-            if max(oriented(row)) > LARGEST_SIDE:
-                raise refuse(f"tensor {name}: shape {shape} is not believable")
-            try:
-                sizes = _sizes(_stage_of(row).layout(oriented(row)))
-            except BadInput as error:
-                raise refuse(f"tensor {name}: {error}") from None
-            if _stage_of(row).shared_layout() and (shared is None or shared["stage"] != row["stage"]):
-                raise refuse(f"tensor {name}: the planes that its stage shares are missing")
-        else:
-            expected = math.prod(shape) * getattr(torch, row["dtype"]).itemsize
-            sizes = _Sizes(expected, 8 * expected, 0, 0)
-        if not _fits(row["bytes"], row["bits"], sizes):
-            raise refuse(f"tensor {name}: {row['bytes']} bytes, {row['bits']} bits; settings and shape give {sizes}")
+        if wrong := _wrong(row, shared):
+            raise refuse(f"tensor {name}: {wrong}")
     return manifest
 
 
-class _Sizes(NamedTuple):
-    """What planes take: bytes on disk and bits of those whose size is known, and the range of the coded ones' bytes."""
-
-    bytes: int
-    bits: int
-    least: int
-    most: int
-
-    def __str__(self) -> str:
-        return f"{self.bytes}, {self.bits}" + (f" and {self.least} to {self.most} bytes of codes" if self.most else "")
-
-
-def _sizes(layout: dict[str, tuple[str, tuple[int, ...]]]) -> _Sizes:
-    """The sizes of planes of this layout."""
-    known = {n: (coding, math.prod(size)) for n, (coding, size) in layout.items() if not is_coded(coding)}
-    coded = [_stored_range(coding, math.prod(size)) for n, (coding, size) in layout.items() if n not in known]
-    return _Sizes(
-        sum(stored_bytes(coding, count) for coding, count in known.values()),
-        sum(math.ceil(bits_per_value(coding) * count) for coding, count in known.values()),
-        sum(least for least, _ in coded),
-        sum(most for _, most in coded),
-    )
-
-
-def _stored_range(coding: str, count: int) -> tuple[int, int]:
-    """The fewest and the most bytes that `count` values of this coding can take on disk."""
-    if is_coded(coding):
-        return -(-count // VALUES_A_BYTE), stored_bytes(coding[1:], count) + 1
-    return (stored_bytes(coding, count),) * 2
-
-
-def _fits(bytes_: Any, bits: Any, sizes: _Sizes) -> bool:
-    """Whether a row's bytes and bits are what its planes take; coded planes fill their bytes."""
-    if type(bytes_) is not int or type(bits) is not int:
-        return False
-    coded = bytes_ - sizes.bytes
-    return sizes.least <= coded <= sizes.most and bits == sizes.bits + 8 * coded
+def _wrong(row: dict[str, Any], shared: dict[str, Any] | None) -> str:
+    """What is wrong with a row's stage, shape, bytes and bits, or with those of what all rows share; "" if nothing is."""
+    try:
+        if "name" in row and row["stage"] is not None:
+            shape = row["shape"]
+            if len(shape) not in ((2,) if row["transposed"] else (2, 3)) or 0 in shape or max(oriented(row)) > LARGEST_SIDE:
+                return f"shape {shape!r:.60} is neither a matrix nor one an expert, or not believable"
+            if _stage_of(row).shared_layout() and (shared is None or shared["stage"] != row["stage"]):
+                return "the planes that its stage shares are missing"
+        stored = _stored(row)
+    except BadInput as error:
+        return str(error)
+    least, most = sum(one.least for one in stored), sum(one.most for one in stored)
+    coded = row["bytes"] - sum(one.most for one in stored if one.bits is not None)  # codes fill their bytes
+    bits = 8 * coded + sum(one.bits or 0 for one in stored)
+    if stored and least <= row["bytes"] <= most and row["bits"] == bits:
+        return ""
+    return f"{row['bytes']} bytes, {row['bits']} bits; settings and shape give {least} to {most} bytes, and {bits} bits"

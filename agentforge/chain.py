@@ -15,7 +15,6 @@ last accepted artifact, never one that failed.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import math
 import os
@@ -33,12 +32,12 @@ from .artifact import RECIPE, Artifact, Ratio, joint_error
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
-from .folders import check_out, foreign, remove, replace
+from .folders import check_out, foreign, lock, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress, refine
 from .statistics import Calibration
-from .tensorfiles import read_json, write_json
+from .tensorfiles import problem_of, read_json, write_json
 from .version import __version__
 from .yamlfiles import read_yaml
 
@@ -155,9 +154,7 @@ def read_chain(path: str | Path) -> Chain:
     try:
         return Chain.model_validate(data)
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ", ".join(str(part + 1) if isinstance(part, int) else part for part in first["loc"]) or "top level"
-        raise BadInput(f"{path}, line {line(first['loc'])}: {place}: {first['msg']}") from None
+        raise BadInput(f"{path}, line {line(error.errors()[0]['loc'])}: {problem_of(error)}") from None
 
 
 class Result(NamedTuple):
@@ -244,14 +241,10 @@ class _Journal:
         if out.exists() and not self.path.is_file() and (not out.is_dir() or any(out.iterdir())):
             raise BadInput(f"{out}: is in the way and not a chain of agentforge; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        self._lock = os.open(out, os.O_RDONLY)
+        self._lock = lock(out, out)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             self.attempts: list[dict[str, Any]] = self._go_on(out, overwrite)
             self._write()
-        except BlockingIOError:
-            os.close(self._lock)
-            raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
         except BaseException:
             os.close(self._lock)
             raise

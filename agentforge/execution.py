@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -46,29 +46,19 @@ class Task(NamedTuple):
     seed: int
     device: str
     fallback: bool
-    hessian: np.ndarray | None
-    tokens: int
-    sensitivity: np.ndarray | None
-    shared: Path | None
+    hessian: np.ndarray | None = None
+    tokens: int = 0
+    sensitivity: np.ndarray | None = None
+    shared: Path | None = None
     version: str = __version__
 
     @classmethod
-    def of(
-        cls,
-        weight: Weight,
-        read: Callable[[], torch.Tensor],
-        stage: stages.Stage,
-        stats: InputStatistics | None,
-        shared: Path | None,
-        *,
-        seed: int,
-        device: str,
-        fallback: bool,
-    ) -> Task:
-        """The task of encoding `weight` with `stage`."""
-        hessian, tokens = (None, 0) if stats is None else (stats.hessian.numpy(), stats.n)
-        sensitivity = None if stats is None or stats.sensitivity is None else stats.sensitivity.numpy()
-        return cls(weight.name, read, weight.transposed, stage, seed, device, fallback, hessian, tokens, sensitivity, shared)
+    def of(cls, weight: Weight, read: Callable[[], torch.Tensor], stats: InputStatistics | None, **settings: Any) -> Task:
+        """The task of encoding `weight`.  settings: stage, seed, device, fallback, shared."""
+        if stats is not None:
+            sensitivity = None if stats.sensitivity is None else stats.sensitivity.numpy()
+            settings |= {"hessian": stats.hessian.numpy(), "tokens": stats.n, "sensitivity": sensitivity}
+        return cls(weight.name, read, weight.transposed, **settings)
 
     @property
     def stats(self) -> InputStatistics | None:

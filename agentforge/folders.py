@@ -7,6 +7,7 @@ it has put there; a folder without one, and anything beside it that the mark doe
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
@@ -99,6 +100,20 @@ def remove(folder: Path) -> None:
     for child in sorted(folder.iterdir(), key=lambda child: child.name == mark):
         shutil.rmtree(child) if child.is_dir() and not child.is_symlink() else child.unlink()
     folder.rmdir()
+
+
+def lock(path: Path, out: Path) -> int:
+    """Lock a folder or file, which is made if it is not there, until the descriptor that this returns is closed.
+
+    Raises BadInput if another process has it.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
+    return descriptor
 
 
 def old_of(out: Path) -> Path:

@@ -10,6 +10,7 @@ README.md says how the documentation's contradictory formats became one.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +24,7 @@ from .errors import BadInput
 from .evaluation import Measurement, Text
 from .models import LanguageModel
 from .opening import open_model
-from .tensorfiles import describe_files, plain_file, read_json, sha256_file, write_json
+from .tensorfiles import check_files, describe_files, plain_file, read_json, write_json
 
 HANDOFF = "handoff.json"
 FORMAT = 2
@@ -58,19 +59,12 @@ def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measureme
     about = {}
     for name, measured in models.items():
         model = open_model(plain_file(folder, name))
-        packed = _is_packed(model)
-        about[name] = {
-            "form": "packed" if packed else "dense",
-            "dtypes": model.dtypes,
-            "vocabulary": None if model.is_classifier else _vocabulary(model),
-            "special_tokens": None if model.is_classifier else _special_tokens(model),
-            "files": describe_files(folder / name),
-            "quality": measured.to_json(),
-            **({"ratios": [ratio.to_json() for ratio in Artifact(model.path).ratios]} if packed else {}),
-        }
+        about[name] = _about(model) | {"files": describe_files(folder / name), "quality": measured.to_json()}
+        if _is_packed(model):
+            about[name]["ratios"] = _ratios(model)
     to = contract(phase).to
     data = {"format": FORMAT, "phase": phase, "to": to, "models": about, "facts": facts}
-    if wrong := schemas.problem(_schema(phase), _finite(data, 1.0)):
+    if wrong := schemas.problem(f"handoff-{phase}-{to}", _finite(data, 1.0)):
         raise BadInput(f"{folder}: cannot be handed over from phase {phase} to {to}: {wrong}")
     path = plain_file(folder, HANDOFF)
     if path.exists() and not {"phase", "models"} <= read_json(path, LARGEST).keys():
@@ -89,20 +83,15 @@ def measure_and_write(
     Raises BadInput if a model is missing, or if the journal is not the artifact's.
     """
     folder = Path(folder).expanduser()
-    names = contract(phase).models
-    if not names:
-        names = tuple(sorted(path.parent.name for path in folder.glob("*/config.json")))
-        if len(names) != 1:
-            raise BadInput(f"{folder}: holds {len(names)} models in subfolders; expected one, phase {phase}'s")
+    names = contract(phase).models or tuple(sorted(path.parent.name for path in folder.glob("*/config.json")))
+    if not contract(phase).models and len(names) != 1:
+        raise BadInput(f"{folder}: holds {len(names)} models in subfolders; expected one, phase {phase}'s")
     facts = {"gates": _gates_passed(folder)} if phase == 8 else {}
     models = {}
     for name in names:
         model = open_model(plain_file(folder, name))
-        if model.is_classifier:
-            models[name] = evaluation.accuracy(model)
-        else:
-            context = model.usual_context if tokens is None else model.sampled_context
-            models[name] = evaluation.perplexity(model, text, context=context, tokens=tokens, progress=progress)
+        context = model.usual_context if tokens is None else model.sampled_context
+        models[name] = _measured(model, text, context=context, tokens=tokens, progress=progress)
     return write_handoff(folder, phase, models, **facts)
 
 
@@ -146,25 +135,33 @@ def check_handoff(
             raise refuse("holds numbers that are not finite")
     except RecursionError:
         raise refuse("is nested too deeply") from None
-    if wrong := schemas.problem(_schema(phase), data):
+    if wrong := schemas.problem(f"handoff-{phase}-{contract(phase).to}", data):
         raise refuse(wrong)
     checks, models = [], {}
     for name, about in data["models"].items():
-        _check_files(folder, name, about["files"], refuse)
-        model = models[name] = open_model(folder / name)
-        checks.append(f"{name}: {len(about['files'])} files, each as it was written")
+        where = plain_file(folder, name)
+        if not where.is_dir() or where.resolve().parent != folder.resolve():
+            raise refuse(f"model {name!r:.80} is not a subfolder")
+        try:
+            check_files(where, about["files"])
+        except BadInput as error:
+            raise refuse(str(error)) from None
+        if odd := sorted({file.name for file in where.iterdir() if file.is_file()} - set(about["files"])):
+            raise refuse(f"{name}/{odd[0]} was not handed over")
+        model = models[name] = open_model(where)
+        found = [f"{len(about['files'])} files, each as it was written"]
+        for key, value in _about(model).items():
+            if about[key] != value:
+                raise refuse(f"{name}: {key} is {value!s:.200}, handed over was {about[key]!s:.80}")
         if _is_packed(model):
-            checks += [f"{name}: {check}" for check in _check_artifact(Artifact(model.path), name, about, refuse)]
-        elif about["form"] == "packed":
-            raise refuse(f"{name} is not an artifact of agentforge")
-        checks += [f"{name}: {check}" for check in check_model(model)]
-        if not model.is_classifier and (found := _special_tokens(model)) != about["special_tokens"]:
-            raise refuse(f"{name}: special tokens are {found}, handed over were {about['special_tokens']}")
-        vocabulary = None if model.is_classifier else _vocabulary(model)
-        for key, measured in (("dtypes", model.dtypes), ("vocabulary", vocabulary)):
-            if measured != about[key]:
-                raise refuse(f"{name}: {key} is {measured}, handed over was {about[key]!s:.80}")
-        checks += _quality(model, name, about["quality"], text, refuse, progress)
+            found += Artifact(model.path).verify()
+            if about["ratios"] not in (_ratios(model), _ratios(model, older=True)):
+                raise refuse(f"{name}: the ratios are not those of the bytes on disk")
+            text_of = "{what}: {bytes:,} bytes, {ratio:.3f}x against {denominator}"
+            found += [text_of.format_map(ratio) for ratio in _ratios(model)]
+        found += check_model(model)
+        found.append(_quality(model, name, about["quality"], text, refuse, progress))
+        checks += [f"{name}: {check}" for check in found]
     if phase == 4:
         checks += _check_two_forms(models["quantized"], models["dequantized"], refuse)
         checks += [
@@ -188,21 +185,29 @@ def check_model(model: LanguageModel) -> list[str]:
     return checks
 
 
-def _schema(phase: int) -> str:
-    return f"handoff-{phase}-{contract(phase).to}"
-
-
 def _is_packed(model: LanguageModel) -> bool:
     return (model.path / MANIFEST).is_file()
 
 
-def _vocabulary(model: LanguageModel) -> int | None:
+def _about(model: LanguageModel) -> dict[str, Any]:
+    """What a hand-off says of a model, beside its files and its quality."""
     rows = model.config.get("vocab_size")
-    return rows if isinstance(rows, int) else None
+    return {
+        "form": "packed" if _is_packed(model) else "dense",
+        "dtypes": model.dtypes,
+        "vocabulary": rows if isinstance(rows, int) and not model.is_classifier else None,
+        "special_tokens": None if model.is_classifier else _special_tokens(model),
+    }
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.is_file())
+def _ratios(model: LanguageModel, older: bool = False) -> list[dict[str, Any]]:
+    """Of a packed model.  older: as hand-offs of 0.1.0 have one from a GGUF file, against what that had been converted to."""
+    artifact = Artifact(model.path)
+    ratios, made_from = artifact.ratios, artifact.manifest["original"]
+    if older:
+        conversion = f"weight files it was made from ({made_from['dtypes']})"
+        ratios[2] = Ratio("whole model", artifact.weight_bytes, conversion, made_from["bytes"])
+    return [ratio.to_json() for ratio in ratios]
 
 
 def _finite(data: Any, instead: float | None = None) -> Any:
@@ -212,37 +217,6 @@ def _finite(data: Any, instead: float | None = None) -> Any:
     if isinstance(data, list | tuple):
         return [_finite(value, instead) for value in data]
     return instead if isinstance(data, float) and not math.isfinite(data) else data
-
-
-def _check_files(folder: Path, name: str, files: Mapping[str, Any], refuse: Any) -> None:
-    """Every file that is named lies in the subfolder with its bytes and its hash, and no other one does."""
-    where = plain_file(folder, name)
-    if not where.is_dir() or where.resolve().parent != folder.resolve():
-        raise refuse(f"model {name!r:.80} is not a subfolder")
-    for file, about in files.items():
-        path = plain_file(where, file)
-        if not path.is_file():
-            raise refuse(f"{name}/{file} is missing")
-        if path.stat().st_size != about["bytes"]:
-            raise refuse(f"{name}/{file} has {path.stat().st_size} bytes, handed over were {about['bytes']}")
-        if sha256_file(path) != about["sha256"]:
-            raise refuse(f"{name}/{file} is not the file that was handed over")
-    if odd := [file.name for file in _files(where) if file.name not in files]:
-        raise refuse(f"{name}/{odd[0]} was not handed over")
-
-
-def _check_artifact(artifact: Artifact, name: str, about: Mapping[str, Any], refuse: Any) -> list[str]:
-    if about["form"] != "packed":
-        raise refuse(f"{name} is an artifact, handed over was a dense model")
-    checks = artifact.verify()
-    ratios = [ratio.to_json() for ratio in artifact.ratios]
-    made_from = artifact.manifest["original"]
-    # Hand-offs of 0.1.0 hold a model from a GGUF file against what that had been converted to.
-    conversion = f"weight files it was made from ({made_from['dtypes']})"
-    older = Ratio("whole model", artifact.weight_bytes, conversion, made_from["bytes"]).to_json()
-    if about["ratios"] not in (ratios, [*ratios[:2], older, *ratios[3:]]):
-        raise refuse(f"{name}: the ratios are not those of the bytes on disk")
-    return [*checks, *(f"{r['what']}: {r['bytes']:,} bytes, {r['ratio']:.3f}x against {r['denominator']}" for r in ratios)]
 
 
 def _check_two_forms(packed: LanguageModel, dense: LanguageModel, refuse: Any) -> list[str]:
@@ -325,43 +299,27 @@ def _special_tokens(model: LanguageModel) -> dict[str, int]:
     return found
 
 
-def _quality(
-    model: LanguageModel, name: str, recorded: Any, text: str | Text | None, refuse: Any, progress: bool
-) -> list[str]:
+def _measured(model: LanguageModel, text: str | Text | None, **protocol: Any) -> Measurement:
+    return evaluation.accuracy(model) if model.is_classifier else evaluation.perplexity(model, text, **protocol)
+
+
+def _quality(model: LanguageModel, name: str, recorded: Any, text: str | Text | None, refuse: Any, progress: bool) -> str:
+    """Measure what was handed over again, on the text given, or on one of agentforge's own if it was that."""
     measured = Measurement(**recorded)
-    if model.is_classifier:
-        again = evaluation.accuracy(model)
-    else:
-        protocol = measured.protocol
-        found = _text_of(protocol, text)
-        if found is None:
-            return [f"{name}: quality not measured again (its text is {protocol.get('text')!s:.80})"]
-        if lacking := [key for key in ("context", "stride", "scored_tokens", "bos") if key not in protocol]:
+    protocol, found, known = measured.protocol, None, {}
+    if not model.is_classifier:
+        if text is not None:
+            found = evaluation.find_text(text)
+        elif protocol.get("text") in evaluation.texts.SPLITS:  # a path from a file is not followed
+            with contextlib.suppress(BadInput):
+                found = evaluation.find_text(protocol["text"], protocol.get("split"))
+        if found is None or found.sha256 != protocol.get("text_sha256"):
+            return f"quality not measured again (its text is {protocol.get('text')!s:.80})"
+        names = {"context": "context", "stride": "stride", "tokens": "scored_tokens", "bos": "bos"}
+        if lacking := [key for key in names.values() if key not in protocol]:
             raise refuse(f"{name}: the protocol of its quality lacks {', '.join(lacking)}")
-        again = evaluation.perplexity(
-            model,
-            found,
-            context=protocol["context"],
-            stride=protocol["stride"],
-            tokens=protocol["scored_tokens"],
-            bos=protocol["bos"],
-            progress=progress,
-        )
+        known = {argument: protocol[key] for argument, key in names.items()} | {"progress": progress}
+    again = _measured(model, found, **known)
     if again.unit != measured.unit or abs(again.value / measured.value - 1) > TOLERANCE:
         raise refuse(f"{name}: measured {again}, handed over was {measured.value:.4g} {measured.unit:.40}")
-    return [f"{name}: {again}, as handed over"]
-
-
-def _text_of(protocol: Mapping[str, Any], text: str | Text | None) -> Text | None:
-    """The text that a quality was measured on: the one given, or one of agentforge's own; None if it is not there."""
-    if text is None:
-        name, split = protocol.get("text"), protocol.get("split")
-        if name not in evaluation.texts.SPLITS:  # a path from a file is not followed
-            return None
-        try:
-            found = evaluation.find_text(name, split)
-        except BadInput:
-            return None
-    else:
-        found = evaluation.find_text(text)
-    return found if found.sha256 == protocol.get("text_sha256") else None
+    return f"{again}, as handed over"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -73,11 +73,12 @@ def compress(
     if executor is None:
         device_named(device)
     out = check_out(out, model.path)
+    several = {"stage": "several", "weights": {name: one.to_json() for name, one in sorted(plan.items())}}
     recipe: dict[str, Any] = {
         "format": FORMAT,
         "agentforge": __version__,
         "model": model.fingerprint,
-        "stage": _plan_to_json(stage, plan),
+        "stage": several if isinstance(stage, Mapping) else next(iter(plan.values())).to_json(),
         "embeddings": embeddings,
         "seed": seed,
     }
@@ -96,9 +97,25 @@ def compress(
             )
         if writer.finished:
             return Artifact(out)
-        job = _Job(writer, model, plan, embeddings, seed, workers, device, progress, executor, fallback)
-        job.run(calibration, statistics)
-        return writer.finish(model, len(model.entries))
+        model.check()
+        touched = {weight.name: weight for weight in model.weights(embeddings) if weight.name in plan}
+        names = sorted(model.entries)
+        needing = {name for name, one in plan.items() if one.needs_statistics}
+        if statistics is None and calibration and any(n in needing and not writer.has(i) for i, n in enumerate(names)):
+            statistics = collect(model, calibration, workers, progress)
+        known = statistics or {}
+        layers = [
+            stages.Layer(name, partial(_on, touched[name], device), known.get(name)) for name in names if name in touched
+        ]
+        shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
+        common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
+        work = {
+            name: partial(encode_tensor, Task.of(weight, model.reader(name), known.get(name), stage=plan[name], **common))
+            for name, weight in touched.items()
+        }
+        reasons = {**dict.fromkeys(names, "no stage was chosen for it"), **model.kept(embeddings)}
+        title = f"{_names(plan)}: {model.name}" if progress else None
+        return _fill(writer, model, names, work, lambda name: (model.tensor(name), reasons[name]), title, workers, executor)
 
 
 def _plan(
@@ -122,16 +139,6 @@ def _plan(
     return {name: stage[name] for name in names if name in stage}
 
 
-def _plan_to_json(stage: object, plan: Mapping[str, stages.Stage]) -> dict[str, Any]:
-    """What a recipe says of the plan: the one stage, or that of each weight."""
-    return several_to_json(plan) if isinstance(stage, Mapping) else next(iter(plan.values())).to_json()
-
-
-def several_to_json(plan: Mapping[str, stages.Stage]) -> dict[str, Any]:
-    """A stage for each weight, as a recipe has them."""
-    return {"stage": "several", "weights": {name: one.to_json() for name, one in sorted(plan.items())}}
-
-
 def _names(plan: Mapping[str, stages.Stage]) -> str:
     return ", ".join(sorted({stage.name for stage in plan.values()}))
 
@@ -152,7 +159,7 @@ def refine(
 
     Goes on after a kill as `compress` does.  Raises BadInput if a refinement does not fit the artifact's planes.
     """
-    refined = {row["name"]: with_refinements(_stage_of(row), how) for row in artifact.rows if row["stage"]}
+    refined = {row["name"]: with_refinements(stages.from_json(row["stage"]), how) for row in artifact.rows if row["stage"]}
     if not refined:
         raise BadInput(f"{artifact.path}: holds no encoded tensors, so that there is nothing to refine")
     for row in artifact.rows:
@@ -173,32 +180,22 @@ def refine(
             writer.put_shared(stage, stage.refine(artifact.shared))
         shared = read_shared(writer.shared_piece, stage) if stage.shared_layout() else None
         weights = {weight.name: weight for weight in original.weights(embeddings=True)}
-        bar = tqdm(
-            artifact.rows,
-            unit="tensor",
-            leave=False,
-            desc=f"refining: {original.name}",
-            disable=None if progress else True,
-        )
-        for index, row in enumerate(bar):
-            if writer.has(index):
-                continue
-            found = artifact.read(row)
-            if isinstance(found, torch.Tensor):
-                writer.put_kept(index, row["name"], found, row["reason"])
-                continue
-            by = refined[row["name"]]
+        rows = {row["name"]: row for row in artifact.rows}
+
+        def again(name: str) -> Encoded:
+            by, found = refined[name], artifact.read(rows[name])
+            assert isinstance(found, Packed)
             packed = by.refine(found)
             decoded = by.decode(Packed(packed.shape, packed.planes, shared))
             if not is_finite(decoded):
-                raise BadInput(f"{row['name']}: {by} decodes to values that are not finite")
-            weight = weights[row["name"]]
-            writer.put_encoded(index, weight, Encoded.of(by, packed, relative_error(weight.load(), decoded)))
-        return writer.finish(original, len(artifact.rows))
+                raise BadInput(f"{name}: {by} decodes to values that are not finite")
+            return Encoded.of(by, packed, relative_error(weights[name].load(), decoded))
 
+        def keep(name: str) -> tuple[torch.Tensor, str]:
+            return artifact.decode(rows[name]), rows[name]["reason"]
 
-def _stage_of(row: dict[str, Any]) -> stages.Stage:
-    return stages.from_json(row["stage"])
+        work = {name: partial(again, name) for name in refined}
+        return _fill(writer, original, list(rows), work, keep, f"refining: {original.name}" if progress else None, 1)
 
 
 def store(
@@ -228,150 +225,99 @@ def store(
         if tuple(tensor.shape) != model.entries[name].shape:
             raise BadInput(f"{name}: is {list(model.entries[name].shape)}, the tensor to keep is {list(tensor.shape)}")
     reasons = {**dict.fromkeys(model.entries, "not encoded"), **model.kept(), **dict.fromkeys(kept, "trained")}
-    names = sorted(model.entries)
-    bar = tqdm(names, unit="tensor", leave=False, desc=f"writing {model.name}", disable=None if progress else True)
-    for index, name in enumerate(bar):
-        if writer.has(index):
-            continue
-        if name in touched:
-            by = stage[name] if isinstance(stage, Mapping) else stage
-            error = relative_error(touched[name].load(), by.decode(packed[name]))
-            writer.put_encoded(index, touched[name], Encoded.of(by, packed[name], error))
+
+    def encoded(name: str) -> Encoded:
+        by = stage[name] if isinstance(stage, Mapping) else stage
+        return Encoded.of(by, packed[name], relative_error(touched[name].load(), by.decode(packed[name])))
+
+    def keep(name: str) -> tuple[torch.Tensor, str]:
+        return kept.get(name, model.tensor(name)), reasons[name]
+
+    work = {name: partial(encoded, name) for name in touched}
+    return _fill(writer, model, sorted(model.entries), work, keep, f"writing {model.name}" if progress else None, 1)
+
+
+def _fill(
+    writer: Writer,
+    model: LanguageModel,
+    names: list[str],
+    work: Mapping[str, Callable[[], Encoded | Unencoded]],
+    keep: Callable[[str], tuple[torch.Tensor, str]],
+    title: str | None,
+    workers: int | None = None,
+    executor: Executor | None = None,
+) -> Artifact:
+    """Write the tensors of these names that the writer has not finished yet, in this order, and finish the artifact.
+
+    work: what encodes each weight, to be called by the executor, or by threads of this process; any other tensor stays as
+    `keep` says: the tensor, and why.  This thread writes.  title: of the bar; None for no bar.
+    """
+    weights = {weight.name: weight for weight in model.weights(embeddings=True)}
+    sizes = {name: math.prod(entry.shape) for name, entry in model.entries.items()}
+    todo = [(index, name) for index, name in enumerate(names) if not writer.has(index)]
+    most = workers or os.cpu_count() or 1
+    if executor and not workers:
+        # Two each: a worker that has finished begins the next one while its planes are on the way.
+        most = 2 * (getattr(executor, "_max_workers", None) or most)
+    limit = None if workers or executor else max(sizes.values())  # a number that was asked for is kept
+
+    def submit(item: tuple[int, str]) -> Future[Encoded | Unencoded | None]:
+        if item[1] in work:
+            with _failures(executor):
+                return pool.submit(work[item[1]])
+        kept: Future[Encoded | Unencoded | None] = Future()
+        kept.set_result(None)
+        return kept
+
+    def finish(item: tuple[int, str], future: Future[Encoded | Unencoded | None]) -> None:
+        index, name = item
+        with _failures(executor):
+            found = future.result()
+        if isinstance(found, Encoded):
+            writer.put_encoded(index, weights[name], found)
+        elif found:
+            writer.put_kept(index, name, model.tensor(name), found.reason, fallback=True)
         else:
-            writer.put_kept(index, name, kept.get(name, model.tensor(name)), reasons[name])
+            writer.put_kept(index, name, *keep(name))
+        bar.update()
+
+    start = len(names) - len(todo)
+    bar = tqdm(total=len(names), initial=start, unit="tensor", leave=False, desc=title, disable=None if title else True)
+    with bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
+        _drive(todo, submit, finish, most, lambda item: sizes[item[1]], limit)
     return writer.finish(model, len(names))
 
 
-@dataclass
-class _Job:
-    """One run of `compress`: what is the same for all its tensors."""
+@contextmanager
+def _failures(executor: Executor | None) -> Iterator[None]:
+    """Say in a sentence what goes wrong in an executor, whatever errors it has of its own; ours stay as they are."""
+    try:
+        yield
+    except AgentForgeError:
+        raise
+    except Exception as error:
+        if executor is None:
+            raise
+        raise from_worker(error) from error
 
-    writer: Writer
-    model: LanguageModel
-    plan: Mapping[str, stages.Stage]
-    embeddings: bool
-    seed: int
-    workers: int | None
-    device: str
-    progress: bool
-    executor: Executor | None
-    fallback: bool
 
-    def run(self, calibration: Calibration | None, statistics: Mapping[str, InputStatistics] | None) -> None:
-        """Encode or copy every tensor that the writer has not finished yet, in the order of names."""
-        model, writer = self.model, self.writer
-        model.check()
-        touched = {weight.name: weight for weight in model.weights(self.embeddings) if weight.name in self.plan}
-        reasons = {**dict.fromkeys(model.entries, "no stage was chosen for it"), **model.kept(self.embeddings)}
-        names = sorted(model.entries)
-        todo = [(i, name) for i, name in enumerate(names) if not writer.has(i)]
-        needing = {name for name, stage in self.plan.items() if stage.needs_statistics}
-        if any(name in needing for _, name in todo) and calibration and statistics is None:
-            statistics = collect(model, calibration, self.workers, self.progress)
-        statistics = statistics or {}
-        shared = self._shared([touched[name] for name in names if name in touched], statistics)
+def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], seed: int, fallback: bool) -> Path | None:
+    """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
+    if not stage.shared_layout():
+        return None
+    if not writer.has_shared():
+        sound = [layer for layer in layers if _sound(layer)]
+        if len(sound) < (1 if fallback else len(layers)):
+            # Behind a weight that is not finite, the statistics are not either: name the weight, if there is one.
+            culprit = min((layer for layer in layers if not _sound(layer)), key=lambda layer: is_finite(layer.load()))
+            what = "its statistics hold" if is_finite(culprit.load()) else "holds"
+            raise BadInput(f"{culprit.name}: {what} NaN or infinite values; fix the weight or leave it out")
+        writer.put_shared(stage, stage.fit_shared(sound, seed))
+    return writer.shared_piece.absolute()
 
-        def task(name: str) -> Task:
-            return Task.of(
-                touched[name],
-                model.reader(name),
-                self.plan[name],
-                statistics.get(name),
-                shared,
-                seed=self.seed,
-                device=self.device,
-                fallback=self.fallback,
-            )
 
-        def put(index: int, name: str, found: Encoded | Unencoded | None) -> None:
-            if isinstance(found, Encoded):
-                writer.put_encoded(index, touched[name], found)
-            elif found:
-                writer.put_kept(index, name, model.tensor(name), found.reason, fallback=True)
-            else:
-                writer.put_kept(index, name, model.tensor(name), reasons[name])
-
-        bar = tqdm(
-            total=len(names),
-            initial=len(names) - len(todo),
-            unit="tensor",
-            leave=False,
-            desc=f"{_names(self.plan)}: {model.name}",
-            disable=None if self.progress else True,
-        )
-        with bar:
-            if self.executor:
-                self._distribute(self.executor, todo, lambda name: task(name) if name in touched else None, put, bar.update)
-            else:
-                self._thread(
-                    todo, lambda i, name: put(i, name, encode_tensor(task(name)) if name in touched else None), bar.update
-                )
-
-    def _thread(self, todo: list[tuple[int, str]], work: Callable[[int, str], None], done: Callable[[], object]) -> None:
-        """Run `work` on each tensor in threads of this process."""
-        sizes = {name: math.prod(entry.shape) for name, entry in self.model.entries.items()}
-        limit = max(sizes.values()) if self.workers is None else None  # a number that was asked for is kept
-        threads = self.workers or os.cpu_count() or 1
-        with ThreadPoolExecutor(threads) as pool:
-
-            def finish(_: tuple[int, str], future: Future[None]) -> None:
-                future.result()
-                done()
-
-            _drive(todo, lambda item: pool.submit(work, *item), finish, threads, lambda item: sizes[item[1]], limit)
-
-    def _distribute(
-        self,
-        executor: Executor,
-        todo: list[tuple[int, str]],
-        task: Callable[[str], Task | None],
-        put: Callable[[int, str, Encoded | Unencoded | None], None],
-        done: Callable[[], object],
-    ) -> None:
-        """Have the executor encode the tensors for which there is a task; everything is written here."""
-
-        def submit(item: tuple[int, str]) -> Future[Encoded | Unencoded | None]:
-            if (asked := task(item[1])) is not None:
-                try:
-                    return executor.submit(encode_tensor, asked)
-                except Exception as error:  # of whatever kind: executors have errors of their own
-                    raise from_worker(error) from error
-            kept: Future[Encoded | Unencoded | None] = Future()
-            kept.set_result(None)
-            return kept
-
-        def finish(item: tuple[int, str], future: Future[Encoded | Unencoded | None]) -> None:
-            try:
-                found = future.result()
-            except AgentForgeError:
-                raise
-            except Exception as error:
-                raise from_worker(error) from error
-            put(*item, found)
-            done()
-
-        # Two each: a worker that has finished begins the next one while its planes are on the way.
-        most = self.workers or 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
-        _drive(todo, submit, finish, most)
-
-    def _shared(self, touched: list[Weight], statistics: Mapping[str, InputStatistics]) -> Path | None:
-        """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
-        stage = next(iter(self.plan.values()))  # what is shared is shared by all
-        if not stage.shared_layout():
-            return None
-        if not self.writer.has_shared():
-            layers = [stages.Layer(w.name, partial(self._load, w), statistics.get(w.name)) for w in touched]
-            sound = [layer for layer in layers if _sound(layer)]
-            if len(sound) < (1 if self.fallback else len(layers)):
-                # Behind a weight that is not finite, the statistics are not either: name the weight, if there is one.
-                culprit = min((layer for layer in layers if not _sound(layer)), key=lambda layer: is_finite(layer.load()))
-                what = "its statistics hold" if is_finite(culprit.load()) else "holds"
-                raise BadInput(f"{culprit.name}: {what} NaN or infinite values; fix the weight or leave it out")
-            self.writer.put_shared(stage, stage.fit_shared(sound, self.seed))
-        return self.writer.shared_piece.absolute()
-
-    def _load(self, weight: Weight) -> torch.Tensor:
-        return weight.load().to(device_named(self.device))
+def _on(weight: Weight, device: str) -> torch.Tensor:
+    return weight.load().to(device_named(device))
 
 
 def _sound(layer: stages.Layer) -> bool:

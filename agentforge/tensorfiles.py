@@ -16,10 +16,13 @@ import secrets
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+if TYPE_CHECKING:
+    import pydantic
 
 from .bits import tensor_bytes
 from .errors import BadInput
@@ -153,6 +156,13 @@ def read_json(path: Path, limit: int = 256 << 20) -> dict[str, object]:
     if not isinstance(data, dict):
         raise BadInput(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
+
+
+def problem_of(error: pydantic.ValidationError) -> str:
+    """What a check of data found first, and where, in one line."""
+    first = error.errors(include_url=False)[0]
+    parts = [f"{part + 1}" if isinstance(part, int) else ascii(part)[1:-1][:80] for part in first["loc"]]
+    return f"{', '.join(parts) or 'top level'}: {'expected an object' if first['type'] == 'model_type' else first['msg']}"
 
 
 def write_json(path: Path, data: object) -> None:

@@ -216,9 +216,9 @@ def _other_bytes(manifest: dict[str, Any]) -> None:
     [
         (_gone, "the planes that its stage shares are missing"),
         (_of_another_stage, "the planes that its stage shares are missing"),
-        (_of_a_stage_without_any, "shared: .* its settings give"),
-        (_too_large, "shared: .* bytes, .* bits; its settings give"),
-        (_no_table, "shared is of the wrong type"),
+        (_of_a_stage_without_any, "shared: .* settings and shape give"),
+        (_too_large, "shared: .* bytes, .* bits; settings and shape give"),
+        (_no_table, "shared: expected an object"),
         (_other_bytes, "share are not those that were fitted"),
     ],
 )
