@@ -86,7 +86,6 @@ def taps_mask(K: int) -> int:
 # float32 (`_worse`), and the few seeds that could still beat the best are fitted and quantised in double precision.
 #
 # Groups lie in chunks of CHUNK, whose common normals are read as long rows, [C, r, group]; the others are read one by one.
-SETS = 16
 CHUNK = 256
 TILE = 64  # blocks that look at a chunk while it is in the cache
 SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of unit vectors, so that no seed is lost
@@ -309,7 +308,6 @@ def _search_tile(  # pragma: no cover  (compiled)
             errors[b] = 0.0
     dots = np.empty(r * CHUNK, np.float32)
     bound = np.empty(CHUNK, np.float32)
-    least = np.empty(CHUNK // 2, np.float32)  # of every set, in its first SETS entries
     fit = np.empty(P + 1, np.int64)
     rough = np.empty(P, np.float32)
     for chunk in range(len(groups)):
@@ -319,29 +317,25 @@ def _search_tile(  # pragma: no cover  (compiled)
             cut = _cut(errors[b])
             _dots(unit, b, groups, chunk, dots)
             _sum_of_squares(dots, bound)
-            _fold(bound, least)
-            for k in range(SETS):
-                if least[k] > cut:
+            for i in range(CHUNK):
+                if bound[i] > cut:
                     continue
-                for i in range(k, CHUNK, SETS):
-                    if bound[i] > cut:
+                group = chunk * CHUNK + i
+                for j in range(min(g, N - group * g)):
+                    if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
                         continue
-                    group = chunk * CHUNK + i
-                    for j in range(min(g, N - group * g)):
-                        if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
-                            continue
-                        position = group * g + j
-                        if len(inverses) and _worse(
-                            blocks[which[b]], square[b], inverses, near, position, rough, rule, errors[b]
-                        ):
-                            continue
-                        error = fit_seed(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
-                        if error < errors[b] or (error == errors[b] and states[position] < seeds[which[b]]):
-                            errors[b] = error
-                            seeds[which[b]] = states[position]
-                            for m in range(P + 1):
-                                codes[which[b], m] = fit[m]
-                            cut = _cut(error)
+                    position = group * g + j
+                    if len(inverses) and _worse(
+                        blocks[which[b]], square[b], inverses, near, position, rough, rule, errors[b]
+                    ):
+                        continue
+                    error = fit_seed(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
+                    if error < errors[b] or (error == errors[b] and states[position] < seeds[which[b]]):
+                        errors[b] = error
+                        seeds[which[b]] = states[position]
+                        for m in range(P + 1):
+                            codes[which[b], m] = fit[m]
+                        cut = _cut(error)
 
 
 @njit(nogil=True, cache=True)
@@ -363,30 +357,13 @@ def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:  # pragma: no c
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _fold(bound: np.ndarray, least: np.ndarray) -> None:  # pragma: no cover  (compiled)
-    """The least bound of each set: bound is [lane, set], folded in halves, which the compiler does in long vectors."""
-    half = len(least)
-    for i in range(half):
-        least[i] = min(bound[i], bound[i + half])
-    while half > SETS:
-        half //= 2
-        for i in range(half):
-            least[i] = min(least[i], least[i + half])
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
 def _beyond(  # pragma: no cover  (compiled)
     unit: np.ndarray, b: int, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32
 ) -> bool:
     """Whether bound + |n unit[b]|^2, for n = normals[group, j], is more than `cut`."""
-    C = unit.shape[1]
     for e in range(normals.shape[2]):
         dot = np.float32(0.0)
-        for c in range(0, C - 3, 4):
-            x = normals[group, j, e, c] * unit[b, c] + normals[group, j, e, c + 1] * unit[b, c + 1]
-            y = normals[group, j, e, c + 2] * unit[b, c + 2] + normals[group, j, e, c + 3] * unit[b, c + 3]
-            dot += x + y
-        for c in range(C - C % 4, C):
+        for c in range(unit.shape[1]):
             dot += normals[group, j, e, c] * unit[b, c]
         bound += dot * dot
         if bound > cut:
