@@ -32,7 +32,7 @@ from agentforge.models import LanguageModel
 from agentforge.planes import Packed, Plane
 from agentforge.stages import curves, rounding, seedlm, seedlm_search, ternary, trajectory, vptq
 from agentforge.statistics import Calibration
-from agentforge.training import bitlinear, mugrokfast, recover, student
+from agentforge.training import mugrokfast, recover, student
 
 CLAIMS: dict[str, Claim] = {
     claim.id: claim
