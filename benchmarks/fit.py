@@ -40,8 +40,8 @@ from agentforge.opening import load, open_model
 from agentforge.runtime import held_bytes
 from agentforge.statistics import Calibration, collect
 from agentforge.tensorfiles import write_atomic
-from agentforge.training.codelinear import MARGIN, SPAN
 from agentforge.training.recover import Settings, schedule
+from agentforge.training.student import MARGIN, SPAN
 
 BITS = (8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114)
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.

@@ -34,7 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from agentforge.evaluation.measurement import environment
 from agentforge.evaluation.texts import selftexts
 from agentforge.tensorfiles import write_atomic
-from agentforge.training.bitlinear import convert, without_double_norms
+from agentforge.training.bitlinear import convert
 from agentforge.training.recover import schedule
 
 ARMS = ("full precision", "BitNet b1.58")
@@ -81,7 +81,8 @@ def build(arm: str, seed: int, options: argparse.Namespace) -> LlamaForCausalLM:
     model = LlamaForCausalLM(config)
     if arm == ARMS[1]:
         convert(model, norm="inside")
-        without_double_norms(model)
+        for block in model.model.layers:  # their norms before attention and feed-forward: each layer brings its own now
+            block.input_layernorm = block.post_attention_layernorm = torch.nn.Identity()
     return model
 
 

@@ -11,7 +11,7 @@ import math
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 
@@ -68,6 +68,7 @@ class Stage:
 
     name: ClassVar[str]
     uses_gpu: ClassVar[bool] = False  # whether `_encode` has kernels for a weight on a GPU, with the CPU's results
+    trains: ClassVar[Literal["", "weights", "floats"]] = ""  # what training moves: see `training.student`
 
     @property
     def needs_statistics(self) -> bool:
@@ -139,14 +140,9 @@ class Stage:
     def dense(self, packed: Packed, floats: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """`decode` with other values in the float planes, float32 tensors by name, as a differentiable function of these.
 
-        Only stages whose float planes can be trained have it; `trains_floats` tells.
+        Only stages that train their float planes have it.
         """
         raise NotImplementedError
-
-    @classmethod
-    def trains_floats(cls) -> bool:
-        """Whether the stage has a `dense` of its own."""
-        return cls.dense is not Stage.dense
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """What `encode` gives for a weight of this shape: name -> (coding, shape) of each plane, in order.

@@ -52,6 +52,7 @@ class ECSQ(Stage):
     """
 
     name: ClassVar[str] = "ecsq"
+    trains = "floats"
     step: float = 0.6
     rounding: float = 0.44
     damping: float = 0.1

@@ -44,6 +44,7 @@ class Rounding(Stage):
     """
 
     name: ClassVar[str] = "rounding"
+    trains = "floats"
     bits: int = 4
     group: int = 64
     symmetric: bool = False

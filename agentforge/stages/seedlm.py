@@ -171,7 +171,6 @@ def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: t
     if kernels := kernels_for(device):
         return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
     tables = tables_of(K, C, P)
-    nothing = np.empty((0, P * C + 1), np.float32)
     buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
 
     def search(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
@@ -182,9 +181,7 @@ def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: t
             groups, others = buffers
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
         importance = np.ones(C) if h is None else h
-        inverses = nothing if rule[3] or h is not None else tables.inverses  # they know no refinement and no weights
-        rest = (inverses, tables.near, tables.values, tables.states, rule, seeds, codes)
-        search_seeds(blocks, importance, groups, others, *rest)
+        search_seeds(blocks, importance, groups, others, tables.values, tables.states, rule, seeds, codes)
         return seeds, codes
 
     return search

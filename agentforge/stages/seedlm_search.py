@@ -82,11 +82,10 @@ def taps_mask(K: int) -> int:
 # The columns of U(s) are the vectors v_i = (u_i, u_(i+P), u_(i+2P), ...) of the state sequence u for P neighbouring i, so
 # that neighbouring seeds share columns, and g of them span only P + g - 1 dimensions: r = D - g + 1 normals are common
 # to all g seeds of a group.  For C = 8, P = 3 three normals rule out more than 99% of all groups of three seeds at once,
-# with 24 products; what is left is measured with the other D - r normals of each seed, then roughly fitted and quantised in
-# float32 (`_worse`), and the few seeds that could still beat the best are fitted and quantised in double precision.
+# with 24 products; what is left is measured with the other D - r normals of each seed, and the few seeds that could still
+# beat the best are fitted and quantised in double precision.
 #
 # Groups lie in chunks of CHUNK, whose common normals are read as long rows, [C, r, group]; the others are read one by one.
-SETS = 16
 CHUNK = 256
 TILE = 64  # blocks that look at a chunk while it is in the cache
 SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of unit vectors, so that no seed is lost
@@ -95,14 +94,12 @@ SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of un
 class Tables(NamedTuple):
     """groups: float32[chunks, C, r * CHUNK], the common normals.  seeds: float32[chunks * CHUNK, g, D - r, C], the others.
     values: the cyclic sequence of U's entries, float64[N + ...], the i-th from the i-th state.  states: uint32[N], from
-    seed 1.  inverses: see `_inverses`.  near: values in float32."""
+    seed 1."""
 
     groups: np.ndarray
     seeds: np.ndarray
     values: np.ndarray
     states: np.ndarray
-    inverses: np.ndarray
-    near: np.ndarray
 
 
 @lru_cache(maxsize=4)
@@ -128,31 +125,7 @@ def tables_of(K: int, C: int, P: int) -> Tables:
             own = np.concatenate([values[(first + j)[:, None, None] + rows + np.arange(P)], common], axis=2)
             others = np.linalg.qr(own, mode="complete")[0][:, :, P + r :]
             seeds[chunk, :, j] = others.transpose(0, 2, 1)
-    inverses, near = _inverses(values, count, C, P), values.astype(np.float32)
-    return Tables(groups.reshape(chunks, C, -1), seeds.reshape(chunks * CHUNK, g, D - r, C), values, states, inverses, near)
-
-
-def _inverses(values: np.ndarray, count: int, C: int, P: int) -> np.ndarray:
-    """What `_worse` asks of each position, float32[count, P * C + 1].
-
-    Where U has full rank, its pseudo-inverse, row by row, and how far the product with a unit vector may be off in float32.
-    Where its columns nearly depend on each other, a unit vector that they hardly reach, and, as a negative number, how far
-    U t can go in its direction for the largest t there is.
-    """
-    rows = 1 + P * np.arange(C)[:, None] + np.arange(P)
-    largest = -LEAST_Q * 2.0**LARGEST_EXPONENT * math.sqrt(P)
-    table = np.zeros((count, P * C + 1), np.float32)
-    for first in range(0, count, 1 << 14):
-        U = values[np.arange(first, min(first + (1 << 14), count))[:, None, None] + rows]
-        left, sizes, right = np.linalg.svd(U, full_matrices=False)
-        sound = sizes[:, -1] > 1e-4 * sizes[:, 0]
-        inverse = (right.transpose(0, 2, 1) / np.where(sound[:, None], sizes, 1.0)[:, None]) @ left.transpose(0, 2, 1)
-        part = table[first : first + len(U)]
-        part[:, :-1] = inverse.reshape(len(U), -1)
-        part[:, -1] = 2e-6 * np.linalg.norm(inverse, axis=2).max(1)
-        part[~sound, :C] = left[~sound, :, -1]
-        part[~sound, -1] = -(sizes[~sound, -1] * largest + 1e-6)
-    return table
+    return Tables(groups.reshape(chunks, C, -1), seeds.reshape(chunks * CHUNK, g, D - r, C), values, states)
 
 
 # The compiler may fuse products and sums and assume that there are no NaNs; it may not reorder sums.
@@ -231,8 +204,6 @@ def search_seeds(  # pragma: no cover  (compiled)
     h: np.ndarray,
     groups: np.ndarray,
     seed_normals: np.ndarray,
-    inverses: np.ndarray,
-    near: np.ndarray,
     values: np.ndarray,
     states: np.ndarray,
     rule: tuple[int, int, int, int],
@@ -252,9 +223,7 @@ def search_seeds(  # pragma: no cover  (compiled)
         limit = guess
         while left:
             some = again[:left]
-            _search_tile(
-                blocks, some, limit, h, groups, seed_normals, inverses, near, values, states, rule, seeds, codes, errors
-            )
+            _search_tile(blocks, some, limit, h, groups, seed_normals, values, states, rule, seeds, codes, errors)
             # Where nothing below the limit was found, the limit was too low.
             missed = 0
             for i in range(left):
@@ -277,8 +246,6 @@ def _search_tile(  # pragma: no cover  (compiled)
     h: np.ndarray,
     groups: np.ndarray,
     seed_normals: np.ndarray,
-    inverses: np.ndarray,
-    near: np.ndarray,
     values: np.ndarray,
     states: np.ndarray,
     rule: tuple[int, int, int, int],
@@ -309,9 +276,7 @@ def _search_tile(  # pragma: no cover  (compiled)
             errors[b] = 0.0
     dots = np.empty(r * CHUNK, np.float32)
     bound = np.empty(CHUNK, np.float32)
-    least = np.empty(CHUNK // 2, np.float32)  # of every set, in its first SETS entries
     fit = np.empty(P + 1, np.int64)
-    rough = np.empty(P, np.float32)
     for chunk in range(len(groups)):
         for b in range(n):
             if square[b] == 0.0:
@@ -319,29 +284,21 @@ def _search_tile(  # pragma: no cover  (compiled)
             cut = _cut(errors[b])
             _dots(unit, b, groups, chunk, dots)
             _sum_of_squares(dots, bound)
-            _fold(bound, least)
-            for k in range(SETS):
-                if least[k] > cut:
+            for i in range(CHUNK):
+                if bound[i] > cut:
                     continue
-                for i in range(k, CHUNK, SETS):
-                    if bound[i] > cut:
+                group = chunk * CHUNK + i
+                for j in range(min(g, N - group * g)):
+                    if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
                         continue
-                    group = chunk * CHUNK + i
-                    for j in range(min(g, N - group * g)):
-                        if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
-                            continue
-                        position = group * g + j
-                        if len(inverses) and _worse(
-                            blocks[which[b]], square[b], inverses, near, position, rough, rule, errors[b]
-                        ):
-                            continue
-                        error = fit_seed(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
-                        if error < errors[b] or (error == errors[b] and states[position] < seeds[which[b]]):
-                            errors[b] = error
-                            seeds[which[b]] = states[position]
-                            for m in range(P + 1):
-                                codes[which[b], m] = fit[m]
-                            cut = _cut(error)
+                    position = group * g + j
+                    error = fit_seed(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
+                    if error < errors[b] or (error == errors[b] and states[position] < seeds[which[b]]):
+                        errors[b] = error
+                        seeds[which[b]] = states[position]
+                        for m in range(P + 1):
+                            codes[which[b], m] = fit[m]
+                        cut = _cut(error)
 
 
 @njit(nogil=True, cache=True)
@@ -363,91 +320,18 @@ def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:  # pragma: no c
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _fold(bound: np.ndarray, least: np.ndarray) -> None:  # pragma: no cover  (compiled)
-    """The least bound of each set: bound is [lane, set], folded in halves, which the compiler does in long vectors."""
-    half = len(least)
-    for i in range(half):
-        least[i] = min(bound[i], bound[i + half])
-    while half > SETS:
-        half //= 2
-        for i in range(half):
-            least[i] = min(least[i], least[i + half])
-
-
-@njit(nogil=True, cache=True, fastmath=FAST)
 def _beyond(  # pragma: no cover  (compiled)
     unit: np.ndarray, b: int, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32
 ) -> bool:
     """Whether bound + |n unit[b]|^2, for n = normals[group, j], is more than `cut`."""
-    C = unit.shape[1]
     for e in range(normals.shape[2]):
         dot = np.float32(0.0)
-        for c in range(0, C - 3, 4):
-            x = normals[group, j, e, c] * unit[b, c] + normals[group, j, e, c + 1] * unit[b, c + 1]
-            y = normals[group, j, e, c + 2] * unit[b, c + 2] + normals[group, j, e, c + 3] * unit[b, c + 3]
-            dot += x + y
-        for c in range(C - C % 4, C):
+        for c in range(unit.shape[1]):
             dot += normals[group, j, e, c] * unit[b, c]
         bound += dot * dot
         if bound > cut:
             return True
     return False
-
-
-@njit(nogil=True, cache=True)
-def _worse(  # pragma: no cover  (compiled)
-    w: np.ndarray,
-    square: float,
-    inverses: np.ndarray,
-    near: np.ndarray,
-    position: int,
-    t: np.ndarray,
-    rule: tuple[int, int, int, int],
-    error: float,
-) -> bool:
-    """Whether the fit of this seed, quantised, is certain to have a larger relative squared error than `error`.
-
-    In float32, in a fraction of the time of `fit_seed`; not certain where a number is about to be rounded the other way.
-    near: see `Tables`.  t: room for the coefficients.
-    """
-    C, P = len(w), len(t)
-    size = np.float32(math.sqrt(square))
-    off = inverses[position, P * C] * size
-    if off < 0.0:
-        along = np.float32(0.0)
-        for c in range(C):
-            along += inverses[position, c] * w[c]
-        beyond = abs(along) + inverses[position, P * C] - np.float32(1e-6) * size
-        return bool(beyond > 0.0 and beyond * beyond > error * square)
-    biggest = np.float32(0.0)
-    for i in range(P):
-        total = np.float32(0.0)
-        for c in range(C):
-            total += inverses[position, i * C + c] * w[c]
-        t[i] = total
-        biggest = max(biggest, abs(total))
-    low, high = biggest - off, biggest + off
-    if not low > 1e-30:
-        return False
-    e = int(np.float32(low).view(np.int32) >> 23) - 127  # floor(log2)
-    if e != int(np.float32(high).view(np.int32) >> 23) - 127:
-        return False
-    e = min(max(e + rule[2], rule[0]), rule[1])
-    scale, over = np.int32((127 + e) << 23).view(np.float32), np.int32((127 - e) << 23).view(np.float32)
-    edge = np.float32(0.5) - off * over - np.float32(1e-6)
-    for i in range(P):
-        z = t[i] * over
-        q = np.rint(z)
-        if abs(z - q) > edge and abs(z) < np.float32(LARGEST_Q + 2):
-            return False
-        t[i] = min(max(q, np.float32(LEAST_Q)), np.float32(LARGEST_Q)) * scale
-    lost = np.float32(0.0)
-    for c in range(C):
-        d = w[c]
-        for i in range(P):
-            d -= near[position + 1 + c * P + i] * t[i]
-        lost += d * d
-    return bool(lost > (error * 1.001 + 1e-5) * square)
 
 
 @njit(nogil=True, cache=True)

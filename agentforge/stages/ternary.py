@@ -42,6 +42,7 @@ class Ternary(Stage):
     """
 
     name: ClassVar[str] = "ternary"
+    trains = "weights"
     rule: Literal["absmean", "threshold", "calibrated"] = "absmean"
     tau: float = 0.1
     eps: float = 1e-5

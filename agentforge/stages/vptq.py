@@ -127,6 +127,7 @@ class Vptq(Stage):
     """
 
     name: ClassVar[str] = "vptq"
+    trains = "floats"
     uses_gpu: ClassVar[bool] = True
     bits: int = 0
     v: int = 0

@@ -17,36 +17,43 @@ x + lambda (x_q - x) and W + lambda (W_q - W) (Hugging Face, "Fine-tuning LLMs t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
 
 from ..errors import BadInput
 from ..planes import Packed, Plane
+from ..stages import Stage
 from ..stages.ternary import Ternary, absmean
+from .student import Student, layers_of, straight_through
 
 Norm = Literal["none", "inside"]
+ABSMEAN = Ternary()
 
 
-class BitLinear(nn.Module):
+class BitLinear(Student):
     """A linear layer with straight-through quantisation, made from a dense one.
 
     layer: an nn.Linear or a Conv1D of transformers; its parameters are taken over, not copied, under the same names and
     shapes, so that state dicts fit.  activations: quantise them to int8, too.  norm: "inside" puts an RMSNorm without
     weights before the quantisation, as the authors' BitLinear does; a model trained so needs its own norms before
-    attention and feed-forward taken out (`without_double_norms`).  blend: lambda.
+    attention and feed-forward taken out.  stage: of `packed`.  blend: lambda.
     """
 
-    def __init__(self, layer: nn.Module, activations: bool = True, norm: Norm = "none", eps: float = 1e-5) -> None:
+    stage: Ternary
+
+    def __init__(self, layer: nn.Module, activations: bool = True, norm: Norm = "none", stage: Stage = ABSMEAN) -> None:
         super().__init__()
+        if not isinstance(stage, Ternary) or stage.rule != "absmean":
+            raise BadInput(f"recovery: {stage} cannot be trained through; expected rule=absmean")
         weight = layer.weight
         if not isinstance(weight, nn.Parameter) or weight.dim() != 2:
             raise BadInput(f"{type(layer).__name__}: expected a linear layer with a matrix of weights")
         self.weight = weight
-        self.bias: nn.Parameter | None = getattr(layer, "bias", None)
+        self.bias = getattr(layer, "bias", None)
         self.transposed = type(layer).__name__ == "Conv1D"
-        self.activations, self.norm, self.eps = activations, norm, eps
+        self.activations, self.norm, self.stage = activations, norm, stage
         self.blend = 1.0
 
     @property
@@ -78,46 +85,25 @@ class BitLinear(nn.Module):
         """gamma: float32[1].  On the CPU, bit for bit what the ternary stage takes."""
         weight = self.weight.detach()
         if weight.device.type == "cpu":
-            return absmean(weight.float(), self.eps)
-        return weight.abs().mean(dtype=torch.float64).clamp(min=self.eps).float().reshape(1)
+            return absmean(weight.float(), self.stage.eps)
+        return weight.abs().mean(dtype=torch.float64).clamp(min=self.stage.eps).float().reshape(1)
 
     def _codes(self, gamma: torch.Tensor) -> torch.Tensor:
         return (self.weight.detach().float() * (1.0 / gamma)).round_().clamp_(-1, 1)
 
     @torch.no_grad()
-    def packed(self, stage: Ternary) -> Packed:
-        """The codes and the scale of the forward pass as the planes of the ternary stage."""
+    def packed(self, shrink: float = 1.0) -> Packed:
+        """The codes and the scale of the forward pass as the planes of the stage."""
         gamma = self.scale()
         codes = (self._codes(gamma) + 1).to("cpu", torch.uint8)
         codes = codes.T.contiguous() if self.transposed else codes
         shape = (self.out_features, self.in_features)
-        coding = stage.layout(shape)["codes"][0]
+        coding = self.stage.layout(shape)["codes"][0]
         return Packed(shape, (Plane("codes", codes, coding), Plane("scale", gamma.cpu(), "float32")))
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""
         return f"{self.in_features}, {self.out_features}, activations={self.activations}, norm={self.norm}"
-
-
-def straight_through(value: torch.Tensor, quantised: torch.Tensor, blend: float = 1.0) -> torch.Tensor:
-    """value + blend (quantised - value), with a derivative of one with respect to `value`, whatever the blend; at blend 1 it
-    is `quantised` to the last bit.  Same shapes."""
-    result = _StraightThrough.apply(value, quantised, blend)  # type: ignore[no-untyped-call]
-    assert isinstance(result, torch.Tensor)
-    return result
-
-
-class _StraightThrough(torch.autograd.Function):
-    @staticmethod
-    def forward(_: Any, value: torch.Tensor, quantised: torch.Tensor, blend: float) -> torch.Tensor:
-        """Between value and quantised."""
-        quantised = quantised.to(value.dtype)
-        return quantised if blend == 1.0 else torch.lerp(value, quantised, blend)
-
-    @staticmethod
-    def backward(_: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """The identity for `value`; the quantised one is a function of it, and gets none."""
-        return gradient, None, None
 
 
 def quantize_activations(x: torch.Tensor) -> torch.Tensor:
@@ -128,7 +114,11 @@ def quantize_activations(x: torch.Tensor) -> torch.Tensor:
 
 
 def convert(
-    module: nn.Module, names: Iterable[str] | None = None, activations: bool = True, norm: Norm = "none"
+    module: nn.Module,
+    names: Iterable[str] | None = None,
+    activations: bool = True,
+    norm: Norm = "none",
+    stage: Stage = ABSMEAN,
 ) -> list[str]:
     """Replace linear layers of `module` by BitLinear, in place, and return their names.
 
@@ -142,32 +132,16 @@ def convert(
         if layer is None or not (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
             raise BadInput(f"{name}: expected a linear layer, found {type(layer).__name__ if layer else 'nothing'}")
         parent, _, leaf = name.rpartition(".")
-        setattr(layers[parent], leaf, BitLinear(layer, activations, norm))
+        setattr(layers[parent], leaf, BitLinear(layer, activations, norm, stage))
     return chosen
-
-
-def bit_linears(module: nn.Module) -> Iterator[tuple[str, BitLinear]]:
-    """Name and layer of every BitLinear in `module`."""
-    for name, layer in module.named_modules():
-        if isinstance(layer, BitLinear):
-            yield name, layer
 
 
 def set_blend(module: nn.Module, blend: float) -> None:
     """Set lambda in every BitLinear.  Raises BadInput outside 0 to 1."""
     if not 0.0 <= blend <= 1.0:
         raise BadInput(f"blend={blend}; expected 0 (as it was) to 1 (quantised)")
-    for _, layer in bit_linears(module):
+    for _, layer in layers_of(module, BitLinear):
         layer.blend = blend
-
-
-def without_double_norms(module: nn.Module) -> None:
-    """Take out the norms before attention and feed-forward of a Llama, in place: each BitLinear with norm="inside" brings
-    its own (FAQ, step 2)."""
-    for block in module.modules():
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            if isinstance(getattr(block, name, None), nn.Module):
-                setattr(block, name, nn.Identity())
 
 
 def _linears(module: nn.Module) -> Iterator[str]:

@@ -27,12 +27,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.adamw import adamw
-from torch.optim.lr_scheduler import LambdaLR
 
 from ..errors import BadInput
 
@@ -80,25 +79,8 @@ class MuGrokfast(torch.optim.Optimizer):
             if group["muon"] and parameter.dim() < 2:
                 raise BadInput(f"{what}; Muon takes two dimensions or more, put it into a group with muon=False")
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from a `state_dict()`, its options included.  Raises BadInput if it belongs to other parameters."""
-        for ours, saved in zip(self.param_groups, state_dict["param_groups"], strict=False):
-            missing = [key for key in ("muon", *OPTIONS) if key not in saved]
-            if missing:
-                raise BadInput(f"MuGrokfast: the state to go on from has no {', '.join(missing)}: is it this optimizer's?")
-            pairs = zip(ours.get("param_names", ()), saved.get("param_names", ()), strict=False)
-            if other := next((pair for pair in pairs if pair[0] != pair[1]), None):
-                raise BadInput(f"MuGrokfast: the state to go on from has {other[1]} where this model has {other[0]}")
-        super().load_state_dict(state_dict)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One step.  closure: computes the loss and the gradients again; its loss is returned."""
         loss = None
         if closure is not None:
@@ -187,20 +169,6 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
             'parts); write the groups yourself: [{"params": [...], "muon": True}, {"params": [...], "muon": False}]'
         )
     return groups
-
-
-def warmup_cosine(optimizer: torch.optim.Optimizer, warmup: int, total: int) -> LambdaLR:
-    """A scheduler, to be stepped after each step: up from 0 in a straight line over `warmup` steps, then down half a
-    cosine (arXiv 1608.03983, equation 5) to 0 after `total`.  A warm-up's first step is taken at 0 and moves nothing."""
-    if not 0 <= warmup < total:
-        raise BadInput(f"warmup_cosine: warmup={warmup}, total={total}; expected 0 <= warmup < total")
-
-    def factor(step: int) -> float:
-        if step < warmup:
-            return step / warmup
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / (total - warmup))))
-
-    return LambdaLR(optimizer, factor)
 
 
 Ready = list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]

@@ -59,9 +59,7 @@ def size_of(parameters: int) -> Size:
 
 def adaptive(model: LanguageModel) -> Ternary:
     """The stage that the size-adaptive table asks for: the documentation's rule with the threshold for this size."""
-    stage = parse(f"ternary:rule=threshold,tau={size_of(model.parameters).tau}")
-    assert isinstance(stage, Ternary)
-    return stage
+    return Ternary(rule="threshold", tau=size_of(model.parameters).tau)
 
 
 @dataclass(frozen=True)
@@ -131,7 +129,7 @@ def phase(
         done = recover(
             model,
             out / "quantized",
-            _trainable(stage),
+            Ternary(packing=stage.packing),  # the paper's rule, whichever the conversion was asked for
             settings,
             text=training_text,
             device=device,
@@ -178,13 +176,6 @@ def phase(
     write_json(out / "phase.json", {"metrics": metrics, **facts, "trained": trained, "history": history})
     remove(out / "untrained")
     return Phase(out, metrics, checks, trained)
-
-
-def _trainable(stage: Ternary) -> Ternary:
-    """Training goes through the paper's rule, whichever rule the conversion was asked for."""
-    trainable = parse(f"ternary:packing={stage.packing}")
-    assert isinstance(trainable, Ternary)
-    return trainable
 
 
 def _quality(

@@ -1,8 +1,8 @@
 """Recovery: train a compressed model by distillation from its original.
 
-The student starts as a copy of the original whose linear layers are ternary with straight-through gradients
-(`bitlinear`), or decode from planes whose floats are trained while their integers stay (`planelinear`), or from the codes
-that `allocation.fit` chose, which are trained, too (`codelinear`).  The original is the teacher: the loss is
+The student starts as a copy of the original with other linear layers (`student`): ternary ones with straight-through
+gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes that
+`allocation.fit` chose, which are trained, too.  The original is the teacher: the loss is
 KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
@@ -34,16 +34,14 @@ from ..evaluation.texts import Text, find_text
 from ..folders import check_out, foreign, remove
 from ..models import LanguageModel, device_named, fastest_device
 from ..opening import open_model
-from ..pipeline import store
+from ..pipeline import compress, store
 from ..planes import Packed
-from ..stages.ternary import Ternary
 from ..statistics import Calibration, first_tokens
 from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
 from ..version import __version__
-from .bitlinear import bit_linears, convert, set_blend
-from .codelinear import code_linears, to_codes, within
+from .bitlinear import convert, set_blend
 from .mugrokfast import MuGrokfast, parameter_groups
-from .planelinear import plane_linears, to_planes
+from .student import CodeLinear, PlaneLinear, Student, layers_of, within
 
 ROWS = 32  # of logits that the loss works on at a time
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
@@ -84,7 +82,7 @@ class Settings:
     @classmethod
     def of_codes(cls, steps: int) -> Settings:
         """How to train a fitted model within its bytes: gains and norms take large steps well, which few tokens need; codes
-        change late (`codelinear.MARGIN`)."""
+        change late (`student.MARGIN`)."""
         return cls(
             steps=steps, batch=8, passes=2, lr=2e-3, warmup=0.05, evaluate=max(1, min(50, steps // 5)), dtype="bfloat16"
         )
@@ -194,12 +192,14 @@ def recover(
         if writer.finished and history_file.is_file():
             history: Any = read_json(history_file)["history"]
             return _recovered(Artifact(out), history)
-        run = _Run(model, stage, settings, calibration, chosen, work, recipe, torch_device, progress)
+        data = _data(model, calibration, settings)
+        run = _Run(model, stage, settings, chosen, work, recipe, torch_device, progress, *data)
         run.prepare(begin, overwrite)
         history = run.train()
         packed, kept = run.result()
         if not writer.finished:
-            store(model, run.stages, packed, writer, kept=kept, progress=progress)
+            by = {name: layer.stage for name, layer in run.layers.items()}
+            store(model, by, packed, writer, kept=kept, progress=progress)
         write_json(history_file, {"history": history})
         remove(work)
     return _recovered(Artifact(out), history)
@@ -210,7 +210,7 @@ def _start(stage: stages.Stage | None, start: Artifact | str | Path | None) -> A
         if stage is None:
             raise BadInput("recovery: no stage, and no artifact to start with; expected one of the two")
         return None
-    if isinstance(stage, Ternary):
+    if stage is not None and stage.trains == "weights":
         raise BadInput(f"recovery: {stage} is trained from the model itself and takes no artifact to start with")
     return start if isinstance(start, Artifact) else Artifact(start)
 
@@ -227,45 +227,31 @@ def schedule(step: int, steps: int, warmup: float) -> tuple[float, float]:
     return rise, 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+@dataclass
 class _Run:
     """One run of `recover`: teacher, student, optimizer, and where they stand."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        stage: stages.Stage | None,
-        settings: Settings,
-        calibration: Calibration,
-        names: list[str],
-        work: Path,
-        recipe: dict[str, Any],
-        device: torch.device,
-        progress: bool,
-    ) -> None:
-        self.model, self.stage, self.settings, self.names = model, stage, settings, names
-        self.work, self.recipe, self.device, self.progress = work, recipe, device, progress
-        self.inputs, self.heldout = _data(model, calibration, settings)
+    model: LanguageModel
+    stage: stages.Stage | None
+    settings: Settings
+    names: list[str]
+    work: Path
+    recipe: dict[str, Any]
+    device: torch.device
+    progress: bool
+    inputs: torch.Tensor
+    heldout: torch.Tensor
 
     def prepare(self, start: Artifact | None, overwrite: bool) -> None:
         """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
-        settings, stage = self.settings, self.stage
-        self.stages: stages.Stage | dict[str, stages.Stage] = stage or {}
+        settings = self.settings
         # The model is the caller's: it stays where it is, and as it is.
         here = next(self.model.model.parameters()).device == self.device
         self.teacher = self.model.model if here else copy.deepcopy(self.model.model).to(self.device)
         self.student = copy.deepcopy(self.teacher)
         self.student.requires_grad_(False)
-        if isinstance(stage, Ternary):
-            if stage.rule != "absmean":
-                raise BadInput(f"recovery: {stage} cannot be trained through; expected rule=absmean")
-            convert(self.student, self.names, settings.activations)
-        elif stage is None:
-            assert start is not None
-            to_codes(self.student, self.model, start)
-            self.stages = {f"{name}.weight": layer.stage for name, layer in code_linears(self.student)}
-            self.student.to(self.device)
-        else:
-            to_planes(self.student, self.model, stage, self.names, start, self.work.with_name(self.work.name + "-start"))
+        self._compress(start)
+        self.layers = {f"{name}.weight": layer for name, layer in layers_of(self.student, Student)}
         self.trained = self._trainable()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
@@ -277,6 +263,7 @@ class _Run:
         self.optimizer = self._optimizer()
         self.step, self.history = 0, []  # type: int, list[dict[str, Any]]
         recipe_file = self.work / "recipe.json"
+        self._checkpoint, self._best = self.work / "checkpoint.safetensors", self.work / "best.safetensors"
         if recipe_file.is_file() and read_json(recipe_file) != self.recipe:
             if not overwrite:
                 raise BadInput(
@@ -288,9 +275,40 @@ class _Run:
         write_json(recipe_file, self.recipe)
         self._load()
 
+    def _compress(self, start: Artifact | None) -> None:
+        """Put students in the place of the layers: ternary ones, or of the planes of `start`; without one they are made in a
+        folder that is removed again."""
+        stage, model = self.stage, self.model
+        if stage is not None and stage.trains == "weights":
+            convert(self.student, self.names, self.settings.activations, stage=stage)
+            return
+        if stage is not None and not stage.trains:
+            able = ", ".join(["ternary", *(name for name in stages.names() if stages.get(name).trains == "floats")])
+            raise BadInput(f"recovery: {stage.name} has no float planes that can be trained; choose from {able}")
+        folder = self.work.with_name(self.work.name + "-start")
+        artifact = start or compress(model, stage or "", folder, overwrite=True)
+        if stage is not None and artifact.manifest["recipe"]["stage"] != stage.to_json():
+            raise BadInput(f"{artifact.path}: was not made with {stage}; pass the stage it was made with")
+        rows = {row["name"]: row for row in artifact.rows if row["stage"]}
+        layers, weights = dict(self.student.named_modules()), {weight.name: weight for weight in model.weights()}
+        for name in rows if stage is None else self.names:
+            packed, owner = artifact.read(rows[name]), name.removesuffix(".weight")
+            assert isinstance(packed, Packed)
+            parent, _, leaf = owner.rpartition(".")
+            if stage is not None:
+                student: Student = PlaneLinear(layers[owner], stage, packed)
+            elif name in weights:
+                student = CodeLinear(layers[owner], stages.from_json(rows[name]["stage"]), packed, weights[name].load())
+            else:
+                raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
+            setattr(layers[parent], leaf, student)
+        self.student.to(self.device)
+        if start is None:
+            remove(folder)
+
     def _trainable(self) -> dict[str, nn.Parameter]:
         """What is trained: parameters of the compressed layers, and the vectors (norms) of the blocks they are in."""
-        layers = {name for kind in (bit_linears, plane_linears, code_linears) for name, _ in kind(self.student)}
+        layers = {name.removesuffix(".weight") for name in self.layers}
         blocks = {block_of(name) for name in layers}
         found = {}
         for name, parameter in self.student.named_parameters():
@@ -425,26 +443,12 @@ class _Run:
             return False
         return len(looks) - 1 - looks.index(min(looks)) >= self.settings.patience
 
-    @property
-    def _checkpoint(self) -> Path:
-        return self.work / "checkpoint.safetensors"
-
-    @property
-    def _best(self) -> Path:
-        return self.work / "best.safetensors"
-
     def _save(self) -> None:
         """Parameters, the optimizer's state, the step and the history, in one file that is replaced in one step."""
         tensors = {f"model.{name}": p.detach().cpu() for name, p in self.trained.items()}
-        plain: dict[str, dict[str, Any]] = {}
         for index, state in self.optimizer.state_dict()["state"].items():
-            for key, value in state.items():
-                if isinstance(value, torch.Tensor):
-                    tensors[f"optimizer.{index}.{key}"] = value.cpu()
-                else:
-                    plain.setdefault(str(index), {})[key] = value
-        metadata = {"step": str(self.step), "history": json.dumps(self.history), "plain": json.dumps(plain)}
-        write_sealed(self._checkpoint, tensors, metadata)
+            tensors |= {f"optimizer.{index}.{key}": value.cpu() for key, value in state.items()}
+        write_sealed(self._checkpoint, tensors, {"step": str(self.step), "history": json.dumps(self.history)})
 
     def _load(self) -> None:
         """Continue from the checkpoint, if there is one and it is as it was written; else begin."""
@@ -455,7 +459,7 @@ class _Run:
         tensors, metadata = found
         self.step, self.history = int(metadata["step"]), json.loads(metadata["history"])
         self._restore(tensors, "model.")
-        state: dict[int, dict[str, Any]] = {int(k): dict(v) for k, v in json.loads(metadata["plain"]).items()}
+        state: dict[int, dict[str, Any]] = {}
         for key, tensor in tensors.items():
             kind, _, rest = key.partition(".")
             if kind == "optimizer":
@@ -471,12 +475,7 @@ class _Run:
 
     def result(self) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
-        packed: dict[str, Packed] = {f"{name}.weight": layer.packed() for name, layer in plane_linears(self.student)}
-        codes = {f"{name}.weight": layer for name, layer in code_linears(self.student)}
-        if codes:
-            packed |= within(codes, self.recipe["training"].get("most_bytes", 1 << 62))
-        if isinstance(self.stage, Ternary):
-            packed |= {f"{name}.weight": layer.packed(self.stage) for name, layer in bit_linears(self.student)}
+        packed = within(self.layers, self.recipe["training"].get("most_bytes", math.inf))
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()

@@ -31,9 +31,10 @@ from agentforge.opening import load, open_model
 from agentforge.stages import parse
 from agentforge.statistics import Calibration, collect
 from agentforge.training import gates
-from agentforge.training.bitlinear import BitLinear, bit_linears, convert, quantize_activations
+from agentforge.training.bitlinear import BitLinear, convert, quantize_activations
 from agentforge.training.phase import Phase, adaptive, phase, size_of
 from agentforge.training.recover import Recovered, Settings, block_of, recover, windows
+from agentforge.training.student import layers_of
 
 DIGITS = Settings(steps=150, batch=128, lr=5e-3, evaluate=50)
 
@@ -52,7 +53,7 @@ def gradients_that_flow(workshop: Workshop) -> Measurement:
     large weights and inputs are."""
     student = _student(workshop)
     masked: dict[str, bool] = {}
-    for name, layer in bit_linears(student):
+    for name, layer in layers_of(student, BitLinear):
         _hold_against_identity(f"{name}.weight", layer, masked)
     flow = gates.gradient_flow(student, windows(workshop.model, "selftext", 1, 64))
     total = len(flow.norms) + len(flow.missing) + len(flow.zero) + len(flow.infinite)
@@ -96,7 +97,7 @@ def export_agreement(workshop: Workshop) -> Measurement:
     """Share of weights that are on disk, bit for bit, what the training's forward pass computes with."""
     stored = load(workshop.artifact("ternary").path)
     same = total = 0
-    for name, layer in bit_linears(_student(workshop)):
+    for name, layer in layers_of(_student(workshop), BitLinear):
         used = layer.quantized()
         same += int((used == stored.tensor(f"{name}.weight")).sum())
         total += used.numel()

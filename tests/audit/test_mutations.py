@@ -32,7 +32,7 @@ from agentforge.models import LanguageModel
 from agentforge.planes import Packed, Plane
 from agentforge.stages import curves, rounding, seedlm, seedlm_search, ternary, trajectory, vptq
 from agentforge.statistics import Calibration
-from agentforge.training import bitlinear, mugrokfast, recover
+from agentforge.training import mugrokfast, recover, student
 from reports.claims_vs_measurements import paper, phase5
 from reports.phase4_bitnet import training
 from reports.phase8_compression import chain as chain_probes
@@ -323,7 +323,7 @@ FAULTS: dict[str, Fault] = {
         wrapped(tensorfiles, "sha256_file", lambda hash_of, *args: Same(hash_of(*args))), ("production.errors",)
     ),
     "training: the straight-through estimator is clipped": Fault(
-        lambda to: to.setattr(bitlinear, "_StraightThrough", Clipped),
+        lambda to: to.setattr(student, "_StraightThrough", Clipped),
         ("phase4/components.ste", "phase4/algorithms.ste", "phase4/red.gradients"),
     ),
     "audit: the original is measured in place of what is on disk": Fault(

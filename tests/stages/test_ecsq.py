@@ -326,7 +326,7 @@ def test_the_weight_is_a_differentiable_function_of_the_step() -> None:
     (dense * weights).sum().backward()
     expected = (integers(packed) * steps(packed) / float(packed["step"]) * weights.double().numpy()).sum()
     assert step.grad is not None and float(step.grad) == pytest.approx(float(expected), rel=1e-4)
-    assert stage.trains_floats()
+    assert stage.trains == "floats"
 
 
 def test_more_damping_is_less_feedback() -> None:

@@ -11,16 +11,13 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from agentforge import stages
 from agentforge.errors import BadInput
-from agentforge.stages.ternary import Ternary
 from agentforge.training.bitlinear import (
     BitLinear,
-    bit_linears,
     convert,
     quantize_activations,
     set_blend,
-    straight_through,
-    without_double_norms,
 )
+from agentforge.training.student import layers_of, straight_through
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -100,12 +97,12 @@ def test_straight_through_is_exact_at_one() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_codes_are_the_forward_s_to_the_last_bit(packing: str, dtype: torch.dtype) -> None:
     torch.manual_seed(3)
-    for layer in (BitLinear(nn.Linear(129, 65).to(dtype)), BitLinear(conv1d(129, 65).to(dtype))):
-        stage = stages.get("ternary", packing=packing)
-        assert isinstance(stage, Ternary)
+    stage = stages.get("ternary", packing=packing)
+    for dense_layer in (nn.Linear(129, 65), conv1d(129, 65)):
+        layer = BitLinear(dense_layer.to(dtype), stage=stage)
         dense = layer.weight.detach().T.contiguous() if layer.transposed else layer.weight.detach()
         used = layer.quantized().T if layer.transposed else layer.quantized()
-        packed = layer.packed(stage)
+        packed = layer.packed()
         assert torch.equal(stage.decode(packed), used)
         assert stage.encode(dense).sha256 == packed.sha256  # what the stage makes of the latent weight
 
@@ -136,7 +133,7 @@ def test_only_linear_layers_of_the_blocks_are_replaced() -> None:
     found = convert(gpt2)
     assert found == [f"transformer.h.{i}.{leaf}" for i in range(2) for leaf in LEAVES]
     assert type(gpt2.lm_head) is nn.Linear
-    assert all(layer.transposed for _, layer in bit_linears(gpt2))
+    assert all(layer.transposed for _, layer in layers_of(gpt2, BitLinear))
 
 
 LEAVES = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -179,11 +176,3 @@ def test_steps_change_the_output() -> None:
         layer(x).square().mean().backward()
         optimizer.step()
     assert float(layer(x).square().mean()) < 0.9 * float(before.square().mean())
-
-
-def test_double_norms_are_taken_out() -> None:
-    llama = LlamaForCausalLM(LlamaConfig(**SMALL))
-    convert(llama, norm="inside")
-    without_double_norms(llama)
-    assert not [name for name, _ in llama.named_parameters() if "layernorm" in name]
-    assert torch.isfinite(llama(torch.arange(6).unsqueeze(0)).logits).all()

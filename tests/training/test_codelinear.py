@@ -18,8 +18,8 @@ from agentforge.evaluation import Text
 from agentforge.stages.ecsq import ECSQ, factors, unzigzag
 from agentforge.statistics import Calibration
 from agentforge.training import recover as module
-from agentforge.training.codelinear import MARGIN, SPAN, CodeLinear, _nearest, within
 from agentforge.training.recover import Settings, distillation, recover
+from agentforge.training.student import MARGIN, SPAN, CodeLinear, _nearest, within
 
 TEXT = Text("letters", "file", "the quick brown fox jumps over the lazy dog. " * 60)
 QUICK = Settings(steps=30, batch=4, context=32, lr=1e-2, evaluate=10, heldout=64)

@@ -14,9 +14,11 @@ from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
 from agentforge.models import LanguageModel
+from agentforge.planes import Packed
 from agentforge.training import recover as module
-from agentforge.training.planelinear import PlaneLinear, to_planes
+from agentforge.training.bitlinear import BitLinear
 from agentforge.training.recover import Settings, recover
+from agentforge.training.student import PlaneLinear, layers_of
 
 TEXT = Text("letters", "file", "the quick brown fox jumps over the lazy dog. " * 60)
 QUICK = Settings(steps=12, batch=4, context=32, lr=3e-3, evaluate=4, heldout=64)
@@ -52,7 +54,7 @@ def test_codes_on_disk_are_those_of_the_last_forward_pass(
     result = module._Run.result
 
     def spy(run: module._Run) -> object:
-        for name, layer in module.bit_linears(run.student):
+        for name, layer in layers_of(run.student, BitLinear):
             used[f"{name}.weight"] = layer.quantized().clone()
         return result(run)
 
@@ -230,14 +232,15 @@ def test_float_planes_decode_as_the_stage_does_and_can_be_trained(spec: str, tin
     stage = af.stages.parse(spec)
     calibration = af.statistics.Calibration(TEXT, 64, 32)
     artifact = af.compress(model, spec, tmp_path / "start", calibration=calibration, progress=False)
-    student = af.open_model(tiny_llama).model
-    names = [weight.name for weight in model.weights()]
-    to_planes(student, model, stage, names, artifact, tmp_path / "unused")
-    layers = [layer for layer in student.modules() if isinstance(layer, PlaneLinear)]
-    assert len(layers) == 14
-    for layer in layers:
-        torch.testing.assert_close(layer.dense().detach(), stage.decode(layer.codes), rtol=1e-6, atol=1e-7)
-        assert layer.packed().sha256 == layer.codes.sha256
+    layers = dict(model.model.named_modules())
+    rows = [row for row in artifact.rows if row["stage"]]
+    assert len(rows) == 14
+    for row in rows:
+        packed = artifact.read(row)
+        assert isinstance(packed, Packed)
+        layer = PlaneLinear(layers[row["name"].removesuffix(".weight")], stage, packed)
+        torch.testing.assert_close(layer.dense().detach(), stage.decode(packed), rtol=1e-6, atol=1e-7)
+        assert layer.packed().sha256 == packed.sha256
     settings = dataclasses.replace(QUICK, steps=40, evaluate=20, lr=1e-2)
     done = recover(model, tmp_path / "out", stage, settings, text=TEXT, start=artifact, progress=False)
     assert done.after.kl < 0.9 * done.before.kl
