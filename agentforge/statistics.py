@@ -9,10 +9,13 @@ same tensor (q, k and v; gate and up) share one H.  All H are in memory at once,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from threading import Condition, local
+from itertools import islice
+from threading import local
 from typing import Any
 
 import torch
@@ -52,12 +55,8 @@ class Calibration:
     def to_json(self) -> dict[str, Any]:
         """What the statistics depend on, for a recipe."""
         found = self.find()
-        about = {
-            "text": f"{found.name}/{found.split}",
-            "sha256": found.sha256,
-            "tokens": self.tokens,
-            "context": self.context,
-        }
+        name = f"{found.name}/{found.split}"
+        about = {"text": name, "sha256": found.sha256, "tokens": self.tokens, "context": self.context}
         if self.sensitivity_tokens:
             about["sensitivity_tokens"] = self.sensitivity_tokens
         return about if self.device == "cpu" else about | {"device": self.device}
@@ -93,56 +92,44 @@ def collect(
     # A layer of experts is fed all tokens, each of its matrices only some: it has no statistics.
     owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in model.weights() if not weight.experts}
     same = _same_input(body, windows[0], owners)
-    sums: dict[str, torch.Tensor] = {}
-    seen: dict[str, int] = {}
-    turn, order = 0, Condition()
     mine = local()
 
-    def add(key: str) -> Callable[..., None]:
+    def note(key: str) -> Callable[..., None]:
         def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0].detach().reshape(-1, args[0].shape[-1]).to(torch.float32)
             product = x.T @ x
-            mine.sums[key] = mine.sums[key] + product if key in mine.sums else product
-            mine.seen[key] = mine.seen.get(key, 0) + len(x)
+            total, n = mine.found.get(key, (None, 0))
+            mine.found[key] = (product if total is None else total + product, n + len(x))
 
         return hook
 
-    def run(index: int) -> None:
-        nonlocal turn
-        mine.sums, mine.seen = {}, {}
-        try:
-            with torch.no_grad():
-                body(windows[index])
-            with order:
-                order.wait_for(lambda: turn >= index)
-            for key, product in mine.sums.items():
-                sums[key] = sums[key].add_(product) if key in sums else product
-                seen[key] = seen.get(key, 0) + mine.seen[key]
-        finally:  # whatever happened, the next window must not wait for ever
-            mine.sums = {}
-            with order:
-                turn = max(turn, index + 1)
-                order.notify_all()
+    def run(window: torch.Tensor) -> dict[str, tuple[torch.Tensor, int]]:
+        mine.found = {}
+        with torch.no_grad():
+            body(window)
+        found, mine.found = mine.found, {}
+        return found  # type: ignore[no-any-return]
 
-    hooks = [owners[key].register_forward_pre_hook(add(key)) for key in sorted(set(same.values()))]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a product's bits depend on how many threads share it
-    bar = tqdm(
-        total=len(windows), unit="window", leave=False, desc=f"statistics: {model.name}", disable=None if progress else True
-    )
-    try:
-        with bar, ThreadPoolExecutor(most) as pool:
-            try:
-                for _ in pool.map(run, range(len(windows))):
-                    bar.update()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-    finally:
-        torch.set_num_threads(threads)
-        for hook in hooks:
-            hook.remove()
-    means = {key: InputStatistics(_mean(total.cpu(), seen[key]), seen[key]) for key, total in sums.items()}
+    sums: dict[str, torch.Tensor] = {}
+    seen: Counter[str] = Counter()
+    running: deque[Future[dict[str, tuple[torch.Tensor, int]]]] = deque()
+    with ExitStack() as stack:
+        for key in set(same.values()):
+            stack.enter_context(owners[key].register_forward_pre_hook(note(key)))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)  # a product's bits depend on how many threads share it
+        pool = stack.enter_context(ThreadPoolExecutor(most))
+        waiting = iter(windows)
+        for _ in _bar(windows, f"statistics: {model.name}", progress):
+            # No more windows than threads are under way, whose sums are in memory.
+            running += [pool.submit(run, window) for window in islice(waiting, most - len(running))]
+            for key, (product, n) in running.popleft().result().items():
+                sums[key] = sums[key].add_(product) if key in sums else product
+                seen[key] += n
+    means = {}
+    for key, total in sums.items():
+        mean = total.cpu() / seen[key]
+        means[key] = InputStatistics((mean + mean.T) / 2, seen[key])  # symmetric to the last bit
     found = {name: means[key] for name, key in same.items() if key in means}
     if not calibration.sensitivity_tokens:
         return found
@@ -178,15 +165,16 @@ def _sensitivities(
 
         return hook
 
-    hooks = [owner.register_forward_hook(note(name)) for name, owner in owners.items()]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    bar = tqdm(desc=f"sensitivity: {model.name}", unit="window", leave=False, disable=None if progress else True)
-    try:
+    with ExitStack() as stack:
+        for name, owner in owners.items():
+            stack.enter_context(owner.register_forward_hook(note(name)))
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         for parameter in wanted:
+            stack.callback(parameter.requires_grad_, True)
             parameter.requires_grad_(False)  # gradients of activations are all that is asked for
         generator = torch.Generator().manual_seed(0)
-        for window in windows:
+        for window in _bar(windows, f"sensitivity: {model.name}", progress):
             if seen >= calibration.sensitivity_tokens and not model.is_classifier:
                 break
             output = module(window)
@@ -196,14 +184,6 @@ def _sensitivities(
             drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
             scores.gather(1, drawn).sum().backward()
             seen += len(scores)
-            bar.update()
-    finally:
-        bar.close()
-        torch.set_num_threads(threads)
-        for parameter in wanted:
-            parameter.requires_grad_(True)
-        for handle in hooks:
-            handle.remove()
     return {name: (total / seen).to("cpu", torch.float32) for name, total in sums.items()}
 
 
@@ -247,18 +227,13 @@ def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict
 
         return hook
 
-    hooks = [owner.register_forward_pre_hook(note(name)) for name, owner in owners.items()]
-    try:
-        with torch.no_grad():
-            body(window[:, :4] if window.dtype == torch.int64 else window)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with torch.no_grad(), ExitStack() as stack:
+        for name, owner in owners.items():
+            stack.enter_context(owner.register_forward_pre_hook(note(name)))
+        body(window[:, :4] if window.dtype == torch.int64 else window)
     first: dict[int, str] = {}
     return {name: first.setdefault(id(inputs[name]), name) if name in inputs else name for name in owners}
 
 
-def _mean(total: torch.Tensor, n: int) -> torch.Tensor:
-    """The sum over n tokens as their mean, symmetric to the last bit."""
-    mean = total / n
-    return (mean + mean.T) / 2
+def _bar(windows: list[torch.Tensor], what: str, progress: bool) -> Iterable[torch.Tensor]:
+    return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)
