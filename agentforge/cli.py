@@ -557,6 +557,9 @@ def evaluate(
             }
         else:
             measured["perplexity"] = evaluation.perplexity(opened, **settings)
+        for one, name in ((original, "perplexity of the original"), (opened, "perplexity")):
+            if one:
+                one.check_finite(measured[name].value)
     protocol = next(iter(measured.values())).protocol
     _show(
         {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}},

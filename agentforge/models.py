@@ -269,14 +269,14 @@ class LanguageModel:
         size = self.config.get("vocab_size")
         return size if isinstance(size, int) else len(self.tokenizer)
 
-    def check_logits(self, logits: torch.Tensor) -> None:
-        """Raise BadInput if any is NaN or infinite, naming a tensor that is the reason if there is one."""
-        if torch.isfinite(logits.amax(-1)).all():  # NaN and infinity come through; masked tokens may be at -inf
+    def check_finite(self, found: torch.Tensor | float) -> None:
+        """Raise BadInput if what the model gave is not finite, naming a tensor that is the reason if there is one."""
+        if torch.isfinite(torch.as_tensor(found)).all():
             return
         broken = (name for name in self.entries if not torch.isfinite(self.tensor(name).float()).all())
         name = next(broken, None)
         why = f"its tensor {name} holds NaN or infinity" if name else "numbers grow beyond float32 on the way"
-        raise BadInput(f"{self.name}: its logits are not finite ({why}); fix the weights")
+        raise BadInput(f"{self.name}: what it computes is not finite ({why}); fix the weights")
 
     def check(self) -> None:
         """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""

@@ -179,7 +179,7 @@ def _sensitivities(
                 break
             output = module(window)
             logits = getattr(output, "logits", output)
-            model.check_logits(logits)
+            model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
             scores = logits.reshape(-1, logits.shape[-1]).to(torch.float32).log_softmax(-1)
             drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
             scores.gather(1, drawn).sum().backward()

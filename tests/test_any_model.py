@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import agentforge as af
 from agentforge.allocation import Budget, fit
+from agentforge.cli import app
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text, likelihood
 from agentforge.models import LanguageModel
@@ -102,19 +103,18 @@ def test_what_sees_later_tokens_has_no_perplexity(made: LanguageModel, tmp_path:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
-    sound = open_model(make_tiny_llama(tmp_path / "sound"))
+    sound = make_tiny_llama(tmp_path / "sound")
     folder, name = make_tiny_llama(tmp_path / "broken"), "model.layers.1.mlp.up_proj.weight"
     tensors = load_file(folder / "model.safetensors")
     tensors[name][3, 4] = value
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     broken = open_model(folder)
-    for ask in (
-        lambda: af.perplexity(broken, TEXT, tokens=64, progress=False),
-        lambda: af.divergence(broken, sound, TEXT, tokens=64, progress=False),
-        lambda: fit(broken, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=64, progress=False),
-    ):
-        with pytest.raises(BadInput, match=rf"(logits are not finite \(its tensor )?{name}"):
-            ask()
+    (tmp_path / "text.txt").write_text(TEXT.text)
+    for models in ([str(folder)], [str(folder), "--against", str(sound)], [str(sound), "--against", str(folder)]):
+        with pytest.raises(BadInput, match=rf"broken: what it computes is not finite \(its tensor {name}"):
+            app(["evaluate", *models, "--text", str(tmp_path / "text.txt"), "--tokens", "64"], standalone_mode=False)
+    with pytest.raises(BadInput, match=name):
+        fit(broken, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=64, progress=False)
 
 
 def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def make_report(folder: Path, note: str = "") -> Path:
 def audit(out: Path) -> None:
     """The audit of a report named as the folder, as far as it touches folders: nothing is measured."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "read_claims", lambda _: Mock(report=out.name, model=None, against=None))
+        patch.setattr(report, "read_claims", lambda _: Mock(report=out.name, model=None, against=None, folder=None))
         patch.setattr(report, "_execute", Mock(side_effect=BadInput("nothing is in the way of out")))
         report.run("claims.yaml", out=out.parent)
 

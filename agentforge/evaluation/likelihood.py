@@ -74,8 +74,8 @@ def perplexity(
     evenly over the text (default: all of it).  bos: no BOS token ("none"), one before the text ("text"), or one in each
     window ("window"; default: that if the tokenizer puts one before a text, else none).
 
-    Raises BadInput for a text that is too short, for settings out of range, for logits that are not finite, and for a model
-    that sees the tokens that it is to predict.
+    Raises BadInput for a text that is too short, for settings out of range, and for a model that sees the tokens that it is
+    to predict.
     """
     found = find_text(text)
     windows, protocol = plan(model, found, context, stride, tokens, bos)
@@ -283,7 +283,6 @@ def _rows(model: LanguageModel, window: Window) -> Iterator[tuple[torch.Tensor, 
     ids = torch.tensor([window.ids], device=device)
     with torch.inference_mode():
         logits = module(input_ids=ids, use_cache=False).logits[0, window.first - 1 : -1]
-    model.check_logits(logits)
     targets = ids[0, window.first :]
     for part, ids_part in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
         yield part.float(), ids_part
