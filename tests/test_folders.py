@@ -256,6 +256,8 @@ def test_the_registry_removes_no_folder_of_others(digits: LanguageModel, tmp_pat
 def test_saving_removes_no_weights_of_others(tiny_llama: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
+    import agentforge.huggingface
+
     agentforge.compress(tiny_llama, "rounding:bits=4,group=32", tmp_path / "a", progress=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
     shutil.copytree(tiny_llama, tmp_path / "b")
