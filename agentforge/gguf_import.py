@@ -249,11 +249,8 @@ def _dequantise(name: str, tensor: Any, heads: dict[str, int]) -> torch.Tensor:
     from gguf import dequantize
 
     shape = tuple(int(n) for n in reversed(tensor.shape))
-    dtype = _dtype(tensor)
-    if dtype == torch.bfloat16:
-        values = torch.from_numpy(np.ascontiguousarray(tensor.data).view(np.int16).copy()).view(torch.bfloat16)
-    elif dtype == torch.float16 or tensor.tensor_type.name == "F32":
-        values = torch.from_numpy(np.array(tensor.data))
+    if tensor.tensor_type.name in FLOATS_AS_THEY_ARE:
+        values = torch.from_numpy(np.array(tensor.data)).view(_dtype(tensor))
     else:
         values = torch.from_numpy(np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32))
     values = values.reshape(shape)

@@ -282,16 +282,14 @@ class LanguageModel:
         """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""
         for _ in self._classified(embeddings=False):
             pass
-        present: dict[int, bool] = {}
-        names: dict[int, str] = {}
+        names: dict[int, list[str]] = {}
         for name, parameter in self.skeleton().named_parameters(remove_duplicate=False):
-            present[id(parameter)] = present.get(id(parameter), False) or name in self.entries
-            names[id(parameter)] = name
-        for key, there in present.items():
-            if not there:
-                raise BadInput(f"{self.path}: tensor {names[key]} is missing; fetch or write the folder again")
+            names.setdefault(id(parameter), []).append(name)
+        for tied in names.values():
+            if not self.entries.keys() & set(tied):
+                raise BadInput(f"{self.path}: tensor {tied[-1]} is missing; fetch or write the folder again")
 
-    @property
+    @cached_property
     def dtypes(self) -> str:
         """The dtypes of the weight files, for a label."""
         return ", ".join(sorted({str(e.dtype).removeprefix("torch.") for e in self.entries.values()}))
@@ -353,14 +351,10 @@ class LanguageModel:
         for prefix, owner in module.named_modules():
             for leaf, _ in list(owner.named_parameters(recurse=False)) + list(owner.named_buffers(recurse=False)):
                 owners[f"{prefix}.{leaf}" if prefix else leaf] = (owner, leaf)
-        blocks = {
-            prefix: set(block.modules())
-            for prefix, block in module.named_modules()
-            if isinstance(block, nn.ModuleList) and len(block)
-        }
-        in_blocks = set().union(*blocks.values()) if blocks else set()
-        head = _call(module, "get_output_embeddings")
-        embedding = _call(module, "get_input_embeddings") if not self.is_classifier else None
+        blocks = [block for block in module.modules() if isinstance(block, nn.ModuleList) and len(block)]
+        in_blocks = {inner for block in blocks for inner in block.modules()}
+        ends = {_call(module, "get_output_embeddings"): "output head"}
+        ends |= {_call(module, "get_input_embeddings"): "token embedding"}
         for name, entry in self.entries.items():
             if name not in owners:
                 raise BadInput(
@@ -370,22 +364,13 @@ class LanguageModel:
             expected = tuple(getattr(owner, leaf).shape)
             if expected != entry.shape:
                 raise BadInput(f"{self.path}: tensor {name} is {list(entry.shape)}; config.json asks for {list(expected)}")
-            yield (
-                name,
-                self._classify(name, entry, owner, leaf, owner in in_blocks, owner is head, owner is embedding, embeddings),
-            )
+            end = ends.get(owner)
+            if end and not embeddings and leaf == "weight" and len(entry.shape) == 2:
+                yield name, f"{end}: kept unless embeddings are asked for"
+            else:
+                yield name, self._classify(name, entry, owner, leaf, owner in in_blocks, end is not None)
 
-    def _classify(
-        self,
-        name: str,
-        entry: Entry,
-        owner: nn.Module,
-        leaf: str,
-        in_block: bool,
-        is_head: bool,
-        is_embedding: bool,
-        embeddings: bool,
-    ) -> Weight | str:
+    def _classify(self, name: str, entry: Entry, owner: nn.Module, leaf: str, in_block: bool, is_end: bool) -> Weight | str:
         kind = type(owner).__name__
         conv = kind == "Conv1D"
         # transformers marks its layers of experts by how they hold their matrices: [experts, out, in], or transposed.
@@ -397,13 +382,9 @@ class LanguageModel:
         if leaf != "weight" or len(entry.shape) != 2:
             rank = len(entry.shape)
             return f"{leaf} of {kind}: {'a vector' if rank == 1 else f'{rank} dimensions'}, not the matrix of a linear layer"
-        if is_embedding or is_head:
-            what = "token embedding" if is_embedding else "output head"
-            if not embeddings:
-                return f"{what}: kept unless embeddings are asked for"
-        elif not isinstance(owner, nn.Linear) and not conv:
+        if not is_end and not isinstance(owner, nn.Linear) and not conv:
             return f"{kind}: not a linear layer"
-        elif not in_block:
+        if not is_end and not in_block:
             return f"{kind} outside the decoder's blocks"
         shape = (entry.shape[1], entry.shape[0]) if conv else (entry.shape[0], entry.shape[1])
         return Weight(name, shape, entry.dtype, kind, conv, self.tensor)
@@ -414,19 +395,13 @@ class BuiltModel(LanguageModel):
 
     def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
         super().__init__(name, path, entries, source)
-        self._file_dtypes = super().dtypes
-        module = self.model  # built while `entries` are still those of the files
+        module, _ = self.model, self.dtypes  # while `entries` are still those of the files
         self.entries = {}
         seen: set[int] = set()
         for key, tensor in module.state_dict().items():
             if tensor.data_ptr() not in seen:
                 self.entries[key] = Entry(path, tuple(tensor.shape), tensor.dtype)
             seen.add(tensor.data_ptr())
-
-    @property
-    def dtypes(self) -> str:
-        """The dtypes of the weight files, for a label."""
-        return self._file_dtypes
 
     @cached_property
     def model(self) -> Any:

@@ -3,8 +3,7 @@
 Imported only if Triton is installed, for CUDA tensors, or for CPU tensors under TRITON_INTERPRET=1.
 
 A program computes some rows for some tokens: it reads packed bytes once, and for each of the four fields multiplies the
-codes with the activations of that field (integer tensor cores for batches, plain sums for one token).  Sums are integers,
-so that their order does not matter.
+codes with the activations of that field on integer tensor cores.  Sums are integers, so that their order does not matter.
 """
 
 from __future__ import annotations
@@ -14,8 +13,6 @@ import triton
 import triton.language as tl
 
 from .ternary_cpu import COLUMNS, ROWS
-
-BATCH = 16  # tokens from which on the tensor cores are worth it: the least that they take
 
 
 def product(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, rows: int) -> torch.Tensor:
@@ -38,57 +35,9 @@ def product(x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, biases:
     sums = q.sum(dim=1, dtype=torch.int32)
     steps = int(scales.numel() > ROWS), int(biases.numel() > ROWS)
     operands = packed, q, sums, factors, scales, biases, out, tokens, rows, runs, *steps
-    if tokens < BATCH:
-        _vectors[(triton.cdiv(rows, 16), tokens)](*operands, GROUPS=4, RUNS=4, num_warps=4)
-    else:
-        _batch[(triton.cdiv(rows, 64), triton.cdiv(tokens, 32))](*operands, GROUPS=16, TOKENS=32, num_warps=4)
+    groups, together = (4, 16) if tokens <= 16 else (16, 32)  # 16 tokens are the least that tensor cores take
+    _batch[(triton.cdiv(rows, 4 * groups), triton.cdiv(tokens, together))](*operands, groups, together, num_warps=4)
     return out
-
-
-@triton.jit
-def _finish(total, sums, factors, scales, biases, out, row, token, tokens, rows, scale_step, bias_step):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    """Write int32 totals, of shape [rows, tokens] or what row and token broadcast to."""
-    inside = (row < rows) & (token < tokens)
-    last = token < tokens
-    exact = (total - tl.load(sums + token, mask=last, other=0)).to(tl.float64)
-    scale = tl.load(scales + row * scale_step, mask=row < rows, other=0.0).to(tl.float64)
-    bias = tl.load(biases + row * bias_step, mask=row < rows, other=0.0).to(tl.float64)
-    result = exact * (scale * tl.load(factors + token, mask=last, other=0.0)) + bias
-    tl.store(out + token * rows + row, result.to(tl.float32), mask=inside)
-
-
-@triton.jit
-def _vectors(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-    packed,
-    q,
-    sums,
-    factors,
-    scales,
-    biases,
-    out,
-    tokens,
-    rows,
-    runs,
-    scale_step,
-    bias_step,
-    GROUPS: tl.constexpr,
-    RUNS: tl.constexpr,
-):
-    """4 * GROUPS rows of one token; RUNS runs of 64 columns at a time."""
-    token = tl.program_id(1)
-    row = tl.program_id(0) * 4 * GROUPS + tl.arange(0, 4 * GROUPS)
-    byte = tl.arange(0, 16 * RUNS)  # of a row: 16 in each run
-    x = q + token.to(tl.int64) * runs * 64
-    start = (row // 4).to(tl.int64) * runs * 64 + row % 4 * 16
-    total = tl.zeros((4 * GROUPS,), tl.int32)
-    for run in range(0, runs, RUNS):
-        at = run + byte // 16
-        there = (at < runs)[None, :] & (row < rows)[:, None]
-        bytes_ = tl.load(packed + start[:, None] + (at * 64 + byte % 16)[None, :], mask=there, other=0).to(tl.int32)
-        for field in tl.static_range(4):
-            a = tl.load(x + at * 64 + field * 16 + byte % 16, mask=at < runs, other=0).to(tl.int32)
-            total += tl.sum(((bytes_ >> (2 * field)) & 3) * a[None, :], axis=1)
-    _finish(total, sums, factors, scales, biases, out, row, token, tokens, rows, scale_step, bias_step)
 
 
 @triton.jit
@@ -111,7 +60,7 @@ def _batch(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
     """4 * GROUPS rows of TOKENS tokens; two runs of 64 columns at a time, as a tensor core takes 32 bytes."""
     row = tl.program_id(0) * 4 * GROUPS + tl.arange(0, 4 * GROUPS)
     token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    byte = tl.arange(0, 32)
+    byte = tl.arange(0, 32)  # of a row: 16 in each run
     x = q + token.to(tl.int64) * runs * 64
     start = (row // 4).to(tl.int64) * runs * 64 + row % 4 * 16
     total = tl.zeros((4 * GROUPS, TOKENS), tl.int32)
@@ -124,4 +73,10 @@ def _batch(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
             inside = (at < runs)[:, None] & (token < tokens)[None, :]
             a = tl.load(x[None, :] + (at * 64 + field * 16 + byte % 16)[:, None], mask=inside, other=0)
             total = tl.dot(codes, a, acc=total, out_dtype=tl.int32)
-    _finish(total, sums, factors, scales, biases, out, row[:, None], token[None, :], tokens, rows, scale_step, bias_step)
+    row, token = row[:, None], token[None, :]
+    last = token < tokens
+    exact = (total - tl.load(sums + token, mask=last, other=0)).to(tl.float64)
+    scale = tl.load(scales + row * scale_step, mask=row < rows, other=0.0).to(tl.float64)
+    bias = tl.load(biases + row * bias_step, mask=row < rows, other=0.0).to(tl.float64)
+    result = exact * (scale * tl.load(factors + token, mask=last, other=0.0)) + bias
+    tl.store(out + token * rows + row, result.to(tl.float32), mask=(row < rows) & last)
