@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -40,7 +39,7 @@ from . import stages
 from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
 from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
-from .folders import check_out, foreign, lock, remove, replace
+from .folders import check_out, foreign, locked, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
 from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
@@ -317,7 +316,7 @@ class Writer:
         self.out, self.recipe = check_out(out, replace=overwrite), recipe
         self.partial = out.with_name(out.name + ".partial")
         self.tensors = self.partial / "tensors"
-        self.finished = False
+        self.finished, self._open = False, contextlib.ExitStack()
         if out.is_symlink() or (out.exists() and not _is_empty(out)):
             existing = _recipe_of(out)
             if existing == recipe:
@@ -334,7 +333,7 @@ class Writer:
             raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.partial / "lock", out)
+            self._open.enter_context(locked(self.partial / "lock", out))
         except OSError as error:
             raise BadInput(f"{self.partial}: cannot be made ({error.strerror}); choose another --out") from None
         try:
@@ -343,7 +342,7 @@ class Writer:
             if not self.finished:
                 self._go_on(overwrite)
         except BaseException as error:
-            os.close(self._lock)
+            self._open.close()
             if isinstance(error, OSError):
                 raise self._not_written(error) from None
             raise
@@ -374,7 +373,7 @@ class Writer:
         if self.finished or not any(self.tensors.glob("*")):
             with contextlib.suppress(BadInput):  # if somebody has put something beside our files meanwhile, it all stays
                 remove(self.partial)
-        os.close(self._lock)
+        self._open.close()
         if isinstance(error, OSError):
             raise self._not_written(error) from None
 

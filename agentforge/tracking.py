@@ -21,30 +21,15 @@ if TYPE_CHECKING:
     from .artifact import Artifact
     from .models import LanguageModel
 
-METRICS = (
-    # before
-    "compression/original_size_mb",
-    "compression/pre_perplexity",
-    "compression/pre_eval_loss",
-    # the compression
-    "compression/compressed_size_mb",
-    "compression/ratio",
-    "compression/layers_compressed",
-    "compression/sparsity_ratio",
-    "compression/quantized_params",
-    "compression/total_params",
-    "compression/layers_quantized",
-    # after
-    "compression/post_perplexity",
-    "compression/perplexity_degradation",
-    "compression/accuracy_preserved",
-    "compression/dequantization_accuracy",
-    "compression/gradient_flow_test_passed",
-    # after training
-    "compression/post_finetune_perplexity",
-    "compression/perplexity_recovery",
-    "compression/fine_tune_epochs",
-    "compression/fine_tune_time_hours",
+METRICS = tuple(
+    f"compression/{name}"
+    for name in (
+        *("original_size_mb", "pre_perplexity", "pre_eval_loss"),  # before
+        *("compressed_size_mb", "ratio", "layers_compressed", "sparsity_ratio", "quantized_params", "total_params"),
+        *("layers_quantized", "post_perplexity", "perplexity_degradation", "accuracy_preserved"),
+        *("dequantization_accuracy", "gradient_flow_test_passed"),
+        *("post_finetune_perplexity", "perplexity_recovery", "fine_tune_epochs", "fine_tune_time_hours"),  # after training
+    )
 )
 
 
@@ -205,9 +190,7 @@ def _of_attempt(stage: str, row: Mapping[str, Any], before: float) -> dict[str, 
         return found
     measured = row["measured"]
     for name, m in measured.items():
-        found[f"{stage}/{name}"] = m["value"]
-        if m["stderr"] is not None:
-            found[f"{stage}/{name}_stderr"] = m["stderr"]
+        found |= {f"{stage}/{name}": m["value"]} | ({} if m["stderr"] is None else {f"{stage}/{name}_stderr": m["stderr"]})
     size, ratio = measured["bytes"]["value"] / 1e6, measured["step_ratio"]["value"]
     short = "hyper" if stage == "hypercompression" else stage
     found |= {
@@ -267,29 +250,19 @@ def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for decision, colour in (("accepted", "tab:green"), ("rejected", "tab:red")):
-        points = [row["measured"] for row in drawn if row["decision"] == decision]
-        kept = [Measurement(**m["total_retention"]) for m in points]
-        if points:
-            axes.errorbar(
-                [m["touched_ratio"]["value"] for m in points],
-                [m.value for m in kept],
-                yerr=[[abs(m.bounds[side] - m.value) for m in kept] for side in (0, 1)],
-                fmt="o",
-                capsize=3,
-                color=colour,
-                label=decision,
-            )
+    shown: dict[str, Any] = {}
     for row in drawn:
-        m = row["measured"]
+        kept, ratio = Measurement(**row["measured"]["total_retention"]), row["measured"]["touched_ratio"]["value"]
+        colour = "tab:green" if row["decision"] == "accepted" else "tab:red"
+        error = [[abs(bound - kept.value)] for bound in kept.bounds]
+        shown[row["decision"]] = axes.errorbar(ratio, kept.value, yerr=error, fmt="o", capsize=3, color=colour)
         label = f"{row['step']}.{row['attempt']} {stage_label(row['setting']['stage'])}"
-        at = (m["touched_ratio"]["value"], m["total_retention"]["value"])
-        axes.annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(label, (ratio, kept.value), xytext=(5, 5), textcoords="offset points", fontsize=8)
     bits = drawn[0]["measured"]["touched_ratio"]["protocol"]["bits"]
     axes.set_xscale("log")
     axes.margins(x=0.3)  # space for the labels
     axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits per weight (x)")
     axes.set_ylabel("accuracy over the original's (2 standard errors)")
-    axes.legend()
+    axes.legend(shown.values(), shown)
     figure.savefig(path, dpi=120)
     return True
