@@ -48,6 +48,7 @@ from .tensorfiles import (
     Entry,
     check_files,
     describe_files,
+    header_of,
     index_file,
     index_folder,
     json_bytes,
@@ -458,32 +459,25 @@ class Writer:
         folder = self.partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        files_of_tensors = [self._piece(i) for i in range(count)]
-        first = [self.shared_piece] if self.has_shared() else []
-        pieces = [(path, index_file(path)) for path in first + files_of_tensors]
-        shards: list[list[int]] = [[]]
+        pieces = [self._piece(i) for i in range(count)]
+        shards: list[list[tuple[str, Entry]]] = [[]]
         size = 0
-        for i, (_, entries) in enumerate(pieces):
-            grown = sum(entry.bytes for entry in entries.values())
-            if shards[-1] and size + grown > SHARD_BYTES:
+        for piece in [self.shared_piece, *pieces] if self.has_shared() else pieces:
+            tensors = index_file(piece)
+            size += (grown := sum(entry.bytes for entry in tensors.values()))
+            if shards[-1] and size > SHARD_BYTES:
                 shards.append([])
-                size = 0
-            shards[-1].append(i)
-            size += grown
-        names = (
-            ["model.safetensors"]
-            if len(shards) == 1
-            else [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
-        )
-        weight_map = {}
+                size = grown
+            shards[-1] += tensors.items()
+        names = [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
+        names = names if len(shards) > 1 else ["model.safetensors"]
         for name, members in zip(names, shards, strict=True):
-            entries = {key: entry for i in members for key, entry in pieces[i][1].items()}
             write_safetensors(
                 folder / name,
-                [(key, entry.dtype, entry.shape) for key, entry in entries.items()],
-                (tensor_bytes(read_tensor(key, entry)) for key, entry in entries.items()),
+                [(key, entry.dtype, entry.shape) for key, entry in members],
+                (tensor_bytes(read_tensor(key, entry)) for key, entry in members),
             )
-            weight_map.update(dict.fromkeys(entries, name))
+        weight_map = {key: name for name, members in zip(names, shards, strict=True) for key, _ in members}
         if len(names) > 1:
             total = sum((folder / name).stat().st_size for name in names)
             write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -493,29 +487,24 @@ class Writer:
         stage = {key: value for key, value in self.recipe["stage"].items() if key != "weights"}  # the manifest has them
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": stage}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
-        files = describe_files(folder)
-        rows = [_row_of(path) for path in files_of_tensors]
-        shared = _row_of(self.shared_piece) if first else None
+        rows = [_row_of(piece) for piece in pieces]
         fallbacks = sum(row.get("fallback", False) for row in rows)
-        original = {
-            "name": model.name,
-            "fingerprint": model.fingerprint,
-            "bytes": model.bytes_on_disk,
-            "dtypes": model.dtypes,
-            "source": model.source,
-        }
-        write_manifest(
-            folder,
-            {
-                "format": FORMAT,
-                "recipe": self.recipe,
-                "original": original,
-                "files": files,
-                "shared": shared,
-                **({"fallbacks": fallbacks} if fallbacks else {}),
-                "tensors": rows,
+        manifest = {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "original": {
+                "name": model.name,
+                "fingerprint": model.fingerprint,
+                "bytes": model.bytes_on_disk,
+                "dtypes": model.dtypes,
+                "source": model.source,
             },
-        )
+            "files": describe_files(folder),
+            "shared": _row_of(self.shared_piece) if self.has_shared() else None,
+            **({"fallbacks": fallbacks} if fallbacks else {}),
+            "tensors": rows,
+        }
+        write_manifest(folder, manifest)
         replace(folder, self.out)
         self.finished = True
         return Artifact(self.out)
@@ -613,11 +602,8 @@ def _is_empty(path: Path) -> bool:
 
 
 def _row_of(piece: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(piece, framework="pt") as file:
-        row: dict[str, Any] = json.loads(file.metadata()["row"])
-        return row
+    row: dict[str, Any] = json.loads(header_of(piece)[0]["__metadata__"]["row"])
+    return row
 
 
 def _stage_of(row: dict[str, Any]) -> stages.Stage:
