@@ -319,17 +319,15 @@ class Writer:
         self.tensors = self.partial / "tensors"
         self.finished, self._open = False, contextlib.ExitStack()
         if out.is_symlink() or (out.exists() and not _is_empty(out)):
-            existing = _recipe_of(out)
-            if existing == recipe:
-                self.finished = True  # a kill between the rename and the clean-up may have left more
-            elif not overwrite:
-                other = "is in the way and not an artifact of agentforge"
-                what = f"holds {_difference(existing, recipe)}" if existing else other
-                raise BadInput(f"{out}: {what}; choose another --out" + (" or pass --overwrite" if existing else ""))
-            elif existing is None:
-                raise BadInput(
-                    f"{out}: is not an artifact of agentforge, so --overwrite does not touch it; choose another --out"
-                )
+            existing: dict[str, Any] | None = None
+            with contextlib.suppress(BadInput):
+                existing = Artifact(out).manifest["recipe"]
+            self.finished = existing == recipe  # a kill between the rename and the clean-up may have left more
+            if existing is None:
+                raise BadInput(f"{out}: is in the way and not an artifact of agentforge; choose another --out")
+            if not self.finished and not overwrite:
+                what = _difference(existing, recipe)
+                raise BadInput(f"{out}: holds {what}; choose another --out or pass --overwrite")
         if self.partial.exists() and (strange := foreign(self.partial)):
             raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
         try:
@@ -354,12 +352,12 @@ class Writer:
         found: dict[str, Any] | None = None
         with contextlib.suppress(BadInput):
             found = read_json(recipe_file)
-        if recipe_file.is_file() and found != self.recipe:
-            if not overwrite and found is not None:
-                raise BadInput(
-                    f"{self.partial}: an unfinished run with {_difference(found, self.recipe)}; "
-                    "run that command again to finish it, or pass --overwrite to discard it"
-                )
+        if found is not None and found != self.recipe and not overwrite:
+            raise BadInput(
+                f"{self.partial}: an unfinished run with {_difference(found, self.recipe)}; "
+                "run that command again to finish it, or pass --overwrite to discard it"
+            )
+        if found != self.recipe and recipe_file.is_file():
             shutil.rmtree(self.tensors, ignore_errors=True)
         write_json(recipe_file, self.recipe)
         self.tensors.mkdir(exist_ok=True)
@@ -652,20 +650,12 @@ def oriented(row: dict[str, Any]) -> tuple[int, int]:
     return (columns, rows[0]) if row["transposed"] else (math.prod(rows), columns)
 
 
-def _recipe_of(path: Path) -> dict[str, Any] | None:
-    """The recipe of a finished artifact, None for anything else."""
-    with contextlib.suppress(BadInput):
-        recipe: dict[str, Any] = Artifact(path).manifest["recipe"]
-        return recipe
-    return None
-
-
-def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """What differs between two recipes, for a message: settings of a stage one by one."""
-    have, want = _flat(found or {}), _flat(wanted)
+    have, want = _flat(found), _flat(wanted)
     return "; ".join(
         f"{key} {have.get(key, 'unset')} (asked for: {want.get(key, 'unset')})"
-        for key in dict.fromkeys([*have, *want])
+        for key in {**have, **want}
         if have.get(key) != want.get(key)
     )
 
@@ -673,10 +663,8 @@ def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
 def _flat(recipe: dict[str, Any]) -> dict[str, str]:
     flat = {}
     for key, value in recipe.items():
-        if isinstance(value, dict):
-            flat.update({inner if inner == key else f"{key} {inner}": f"{v!s:.80}" for inner, v in value.items()})
-        else:
-            flat[key] = f"{value!s:.80}"
+        for inner, one in value.items() if isinstance(value, dict) else [(key, value)]:
+            flat[inner if inner == key else f"{key} {inner}"] = f"{one!s:.80}"
     return flat
 
 

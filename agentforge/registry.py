@@ -221,14 +221,12 @@ def _sqlite_file(uri: str) -> Path | None:
 
 def _pages(search: Any, query: str) -> list[Any]:
     """All that a search finds, page by page."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = search(query, max_results=1000, page_token=token)
+    page = search(query, max_results=1000)
+    found = list(page)
+    while page.token:
+        page = search(query, max_results=1000, page_token=page.token)
         found += page
-        token = page.token
-        if not token:
-            return found
+    return found
 
 
 def _versions(client: Any, name: str) -> dict[tuple[str, str], Any]:
