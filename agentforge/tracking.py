@@ -74,12 +74,16 @@ class Run:
         if self._wandb is not None:
             self._run.log(dict(metrics))
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table, which also goes to NAME.csv; None becomes an empty cell."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table, which also goes to NAME.csv; what a row has not becomes an empty cell."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         with open(self.folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
         if self._wandb is not None:
-            self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            cells = [[row.get(key) for key in columns] for row in rows]
+            self._run.log({name: self._wandb.Table(columns=columns, data=cells)})
 
     def image(self, name: str, path: str | Path) -> None:
         """Log a picture file."""
@@ -171,8 +175,7 @@ def track_chain(
         run.log(_of_chain(model, attempts, passed, finished))
         if artifact is not None:
             run.artifact("artifact", artifact)
-        columns, rows = attempts_table(attempts)
-        run.table("attempts", columns, rows)
+        run.table("attempts", [_cells(row) for row in attempts])
         if frontier(attempts, folder / "frontier.png"):
             run.image("frontier", folder / "frontier.png")
 
@@ -220,20 +223,14 @@ def _of_chain(
     return {name: found[key] for name, key in PHASE8_METRICS.items() if math.isfinite(found.get(key, math.nan))}
 
 
-def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and one row per attempt: step, try, setting, decision, why not, every measured quantity with its standard
-    error and n, seconds and bytes of memory; None if there is none."""
-    names = list(dict.fromkeys(name for row in attempts for name in row.get("measured", {})))
-    columns = ["step", "name", "try", "setting", "decision", "reason"]
-    columns += [part for name in names for part in (name, f"{name}_stderr", f"{name}_n")] + list(TIMES)
-    rows = []
-    for row in attempts:
-        cells = [row["step"], row["name"], row["attempt"], row["setting"]["stage"], row["decision"], row["reason"]]
-        for name in names:
-            m = row.get("measured", {}).get(name, {})
-            cells += [m.get("value"), m.get("stderr"), m.get("n")]
-        rows.append([*cells, *(row.get(name) for name in TIMES)])
-    return columns, rows
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An attempt as a row of a table: step, try, setting, decision, why not, every measured quantity with its standard error
+    and n, seconds and bytes of memory."""
+    cells = {"step": row["step"], "name": row["name"], "try": row["attempt"], "setting": row["setting"]["stage"]}
+    cells |= {"decision": row["decision"], "reason": row["reason"]}
+    for name, m in row.get("measured", {}).items():
+        cells |= {name: m["value"], f"{name}_stderr": m["stderr"], f"{name}_n": m["n"]}
+    return cells | {name: row[name] for name in TIMES if name in row}
 
 
 def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
