@@ -22,7 +22,6 @@ import contextlib
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -40,7 +39,7 @@ from . import stages
 from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
 from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
-from .folders import check_out, foreign, lock, remove, replace
+from .folders import check_out, foreign, locked, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
 from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
@@ -49,6 +48,7 @@ from .tensorfiles import (
     Entry,
     check_files,
     describe_files,
+    header_of,
     index_file,
     index_folder,
     json_bytes,
@@ -317,24 +317,22 @@ class Writer:
         self.out, self.recipe = check_out(out, replace=overwrite), recipe
         self.partial = out.with_name(out.name + ".partial")
         self.tensors = self.partial / "tensors"
-        self.finished = False
+        self.finished, self._open = False, contextlib.ExitStack()
         if out.is_symlink() or (out.exists() and not _is_empty(out)):
-            existing = _recipe_of(out)
-            if existing == recipe:
-                self.finished = True  # a kill between the rename and the clean-up may have left more
-            elif not overwrite:
-                other = "is in the way and not an artifact of agentforge"
-                what = f"holds {_difference(existing, recipe)}" if existing else other
-                raise BadInput(f"{out}: {what}; choose another --out" + (" or pass --overwrite" if existing else ""))
-            elif existing is None:
-                raise BadInput(
-                    f"{out}: is not an artifact of agentforge, so --overwrite does not touch it; choose another --out"
-                )
+            existing: dict[str, Any] | None = None
+            with contextlib.suppress(BadInput):
+                existing = Artifact(out).manifest["recipe"]
+            self.finished = existing == recipe  # a kill between the rename and the clean-up may have left more
+            if existing is None:
+                raise BadInput(f"{out}: is in the way and not an artifact of agentforge; choose another --out")
+            if not self.finished and not overwrite:
+                what = _difference(existing, recipe)
+                raise BadInput(f"{out}: holds {what}; choose another --out or pass --overwrite")
         if self.partial.exists() and (strange := foreign(self.partial)):
             raise BadInput(f"{self.partial}: {strange}; it is in the way, move it or choose another --out")
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
-            self._lock = lock(self.partial / "lock", out)
+            self._open.enter_context(locked(self.partial / "lock", out))
         except OSError as error:
             raise BadInput(f"{self.partial}: cannot be made ({error.strerror}); choose another --out") from None
         try:
@@ -343,7 +341,7 @@ class Writer:
             if not self.finished:
                 self._go_on(overwrite)
         except BaseException as error:
-            os.close(self._lock)
+            self._open.close()
             if isinstance(error, OSError):
                 raise self._not_written(error) from None
             raise
@@ -354,12 +352,12 @@ class Writer:
         found: dict[str, Any] | None = None
         with contextlib.suppress(BadInput):
             found = read_json(recipe_file)
-        if recipe_file.is_file() and found != self.recipe:
-            if not overwrite and found is not None:
-                raise BadInput(
-                    f"{self.partial}: an unfinished run with {_difference(found, self.recipe)}; "
-                    "run that command again to finish it, or pass --overwrite to discard it"
-                )
+        if found is not None and found != self.recipe and not overwrite:
+            raise BadInput(
+                f"{self.partial}: an unfinished run with {_difference(found, self.recipe)}; "
+                "run that command again to finish it, or pass --overwrite to discard it"
+            )
+        if found != self.recipe and recipe_file.is_file():
             shutil.rmtree(self.tensors, ignore_errors=True)
         write_json(recipe_file, self.recipe)
         self.tensors.mkdir(exist_ok=True)
@@ -374,7 +372,7 @@ class Writer:
         if self.finished or not any(self.tensors.glob("*")):
             with contextlib.suppress(BadInput):  # if somebody has put something beside our files meanwhile, it all stays
                 remove(self.partial)
-        os.close(self._lock)
+        self._open.close()
         if isinstance(error, OSError):
             raise self._not_written(error) from None
 
@@ -459,32 +457,25 @@ class Writer:
         folder = self.partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        files_of_tensors = [self._piece(i) for i in range(count)]
-        first = [self.shared_piece] if self.has_shared() else []
-        pieces = [(path, index_file(path)) for path in first + files_of_tensors]
-        shards: list[list[int]] = [[]]
+        pieces = [self._piece(i) for i in range(count)]
+        shards: list[list[tuple[str, Entry]]] = [[]]
         size = 0
-        for i, (_, entries) in enumerate(pieces):
-            grown = sum(entry.bytes for entry in entries.values())
-            if shards[-1] and size + grown > SHARD_BYTES:
+        for piece in [self.shared_piece, *pieces] if self.has_shared() else pieces:
+            tensors = index_file(piece)
+            size += (grown := sum(entry.bytes for entry in tensors.values()))
+            if shards[-1] and size > SHARD_BYTES:
                 shards.append([])
-                size = 0
-            shards[-1].append(i)
-            size += grown
-        names = (
-            ["model.safetensors"]
-            if len(shards) == 1
-            else [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
-        )
-        weight_map = {}
+                size = grown
+            shards[-1] += tensors.items()
+        names = [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
+        names = names if len(shards) > 1 else ["model.safetensors"]
         for name, members in zip(names, shards, strict=True):
-            entries = {key: entry for i in members for key, entry in pieces[i][1].items()}
             write_safetensors(
                 folder / name,
-                [(key, entry.dtype, entry.shape) for key, entry in entries.items()],
-                (tensor_bytes(read_tensor(key, entry)) for key, entry in entries.items()),
+                [(key, entry.dtype, entry.shape) for key, entry in members],
+                (tensor_bytes(read_tensor(key, entry)) for key, entry in members),
             )
-            weight_map.update(dict.fromkeys(entries, name))
+        weight_map = {key: name for name, members in zip(names, shards, strict=True) for key, _ in members}
         if len(names) > 1:
             total = sum((folder / name).stat().st_size for name in names)
             write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -494,29 +485,24 @@ class Writer:
         stage = {key: value for key, value in self.recipe["stage"].items() if key != "weights"}  # the manifest has them
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": stage}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})
-        files = describe_files(folder)
-        rows = [_row_of(path) for path in files_of_tensors]
-        shared = _row_of(self.shared_piece) if first else None
+        rows = [_row_of(piece) for piece in pieces]
         fallbacks = sum(row.get("fallback", False) for row in rows)
-        original = {
-            "name": model.name,
-            "fingerprint": model.fingerprint,
-            "bytes": model.bytes_on_disk,
-            "dtypes": model.dtypes,
-            "source": model.source,
-        }
-        write_manifest(
-            folder,
-            {
-                "format": FORMAT,
-                "recipe": self.recipe,
-                "original": original,
-                "files": files,
-                "shared": shared,
-                **({"fallbacks": fallbacks} if fallbacks else {}),
-                "tensors": rows,
+        manifest = {
+            "format": FORMAT,
+            "recipe": self.recipe,
+            "original": {
+                "name": model.name,
+                "fingerprint": model.fingerprint,
+                "bytes": model.bytes_on_disk,
+                "dtypes": model.dtypes,
+                "source": model.source,
             },
-        )
+            "files": describe_files(folder),
+            "shared": _row_of(self.shared_piece) if self.has_shared() else None,
+            **({"fallbacks": fallbacks} if fallbacks else {}),
+            "tensors": rows,
+        }
+        write_manifest(folder, manifest)
         replace(folder, self.out)
         self.finished = True
         return Artifact(self.out)
@@ -614,11 +600,8 @@ def _is_empty(path: Path) -> bool:
 
 
 def _row_of(piece: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    with safe_open(piece, framework="pt") as file:
-        row: dict[str, Any] = json.loads(file.metadata()["row"])
-        return row
+    row: dict[str, Any] = json.loads(header_of(piece)[0]["__metadata__"]["row"])
+    return row
 
 
 def _stage_of(row: dict[str, Any]) -> stages.Stage:
@@ -667,20 +650,12 @@ def oriented(row: dict[str, Any]) -> tuple[int, int]:
     return (columns, rows[0]) if row["transposed"] else (math.prod(rows), columns)
 
 
-def _recipe_of(path: Path) -> dict[str, Any] | None:
-    """The recipe of a finished artifact, None for anything else."""
-    with contextlib.suppress(BadInput):
-        recipe: dict[str, Any] = Artifact(path).manifest["recipe"]
-        return recipe
-    return None
-
-
-def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
+def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
     """What differs between two recipes, for a message: settings of a stage one by one."""
-    have, want = _flat(found or {}), _flat(wanted)
+    have, want = _flat(found), _flat(wanted)
     return "; ".join(
         f"{key} {have.get(key, 'unset')} (asked for: {want.get(key, 'unset')})"
-        for key in dict.fromkeys([*have, *want])
+        for key in {**have, **want}
         if have.get(key) != want.get(key)
     )
 
@@ -688,10 +663,8 @@ def _difference(found: dict[str, Any] | None, wanted: dict[str, Any]) -> str:
 def _flat(recipe: dict[str, Any]) -> dict[str, str]:
     flat = {}
     for key, value in recipe.items():
-        if isinstance(value, dict):
-            flat.update({inner if inner == key else f"{key} {inner}": f"{v!s:.80}" for inner, v in value.items()})
-        else:
-            flat[key] = f"{value!s:.80}"
+        for inner, one in value.items() if isinstance(value, dict) else [(key, value)]:
+            flat[inner if inner == key else f"{key} {inner}"] = f"{one!s:.80}"
     return flat
 
 

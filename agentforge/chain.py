@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -32,7 +32,7 @@ from .artifact import RECIPE, Artifact, Ratio, joint_error
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
-from .folders import check_out, foreign, lock, remove, replace
+from .folders import check_out, foreign, locked, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress, refine
@@ -200,7 +200,11 @@ def run_chain(
     }
     tensors = {name: math.prod(entry.shape) for name, entry in sorted(model.entries.items())}
     check_out(out / "artifact")
-    with _Journal(out, recipe, {"name": model.name, "tensors": tensors}, overwrite) as journal:
+    if out.exists() and not (out / "journal.json").is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: is in the way and not a chain of agentforge; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with locked(out, out):
+        journal = _Journal(out, recipe, {"name": model.name, "tensors": tensors}, overwrite)
         run = _Run(model, chain, text, out, journal, workers, device, progress)
         finished = run.steps()
         result = Result(run.hand_over(), journal.attempts, finished)
@@ -238,16 +242,8 @@ class _Journal:
     def __init__(self, out: Path, recipe: dict[str, Any], original: dict[str, Any], overwrite: bool) -> None:
         self.path, self.recipe, self.original = out / "journal.json", recipe, original
         self.now: dict[str, Any] | None = None
-        if out.exists() and not self.path.is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise BadInput(f"{out}: is in the way and not a chain of agentforge; choose another --out")
-        out.mkdir(parents=True, exist_ok=True)
-        self._lock = lock(out, out)
-        try:
-            self.attempts: list[dict[str, Any]] = self._go_on(out, overwrite)
-            self._write()
-        except BaseException:
-            os.close(self._lock)
-            raise
+        self.attempts = self._go_on(out, overwrite)
+        self._write()
 
     def _go_on(self, out: Path, overwrite: bool) -> list[dict[str, Any]]:
         """The attempts of a run of the same recipe; what another one has made is refused, or discarded."""
@@ -266,16 +262,6 @@ class _Journal:
             elif child != self.path:
                 child.unlink()
         return []
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        os.close(self._lock)
-
-    def find(self, step: int, attempt: int) -> dict[str, Any] | None:
-        """The row of an attempt that was finished before."""
-        return next((row for row in self.attempts if (row["step"], row["attempt"]) == (step, attempt)), None)
 
     def doing(self, what: str, row: dict[str, Any], **about: Any) -> None:
         """Say what is being done for an attempt: "encoding" or "measuring".  row: what is known of it already."""
@@ -296,23 +282,19 @@ class _Journal:
         write_json(self.path, found)
 
 
+@dataclass
 class _Run:
     """One run of a chain: its state."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        chain: Chain,
-        text: Text | None,
-        out: Path,
-        journal: _Journal,
-        workers: int | None,
-        device: str,
-        progress: bool,
-    ) -> None:
-        self.original, self.chain, self.text, self.out, self.journal = model, chain, text, out, journal
-        self.workers, self.device, self.progress = workers, device, progress
-        self.accepted: Path | None = None
+    original: LanguageModel
+    chain: Chain
+    text: Text | None
+    out: Path
+    journal: _Journal
+    workers: int | None
+    device: str
+    progress: bool
+    accepted: Path | None = None
 
     def steps(self) -> bool:
         """Take all steps; returns whether each was accepted."""
@@ -346,7 +328,8 @@ class _Run:
     def _accepted(self, index: int, attempt: int, step: Step) -> bool:
         """Make the attempt, unless the journal has it; whether it was accepted."""
         folder = self.out / f"step-{index + 1}"
-        row = self.journal.find(index + 1, attempt + 1)
+        known = [row for row in self.journal.attempts if (row["step"], row["attempt"]) == (index + 1, attempt + 1)]
+        row = known[0] if known else None
         if row is None or (row["decision"] == "accepted" and _manifest_hash(folder) != row["artifact"]):
             row = self._attempt(index, attempt, step, folder)
             if row["decision"] != "accepted":  # before the journal says so: a row that is there is done
@@ -391,7 +374,10 @@ class _Run:
         except BadInput as error:  # a weight that the stage cannot encode; a full disk is not a BadInput
             return {**row, "decision": "rejected", "reason": str(error), "seconds": time.perf_counter() - start}
         encoded = time.perf_counter()
-        decode_seconds = _decode_seconds(artifact)
+        for tensor in artifact.rows:
+            if tensor["stage"] is not None:
+                artifact.decode(tensor)
+        decode_seconds = time.perf_counter() - encoded
         tokens, so_far = self.chain.tokens, dict[str, Any]()
         while True:
             self.journal.doing("measuring", row, tokens=None if self.text is None else tokens, **so_far)
@@ -469,15 +455,6 @@ def model_error(original: LanguageModel, candidate: LanguageModel) -> float:
 def _touched(artifact: Artifact, bits: int) -> Ratio:
     """The ratio of the encoded tensors alone, shared planes included, against `bits` per weight."""
     return next(r for r in artifact.ratios if r.what == "touched tensors" and r.denominator.endswith(f"at {bits} bits"))
-
-
-def _decode_seconds(artifact: Artifact) -> float:
-    """Seconds to read and decode every encoded tensor, one after the other."""
-    start = time.perf_counter()
-    for row in artifact.rows:
-        if row["stage"] is not None:
-            artifact.decode(row)
-    return time.perf_counter() - start
 
 
 def _manifest_hash(folder: Path) -> str | None:

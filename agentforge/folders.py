@@ -11,6 +11,7 @@ import fcntl
 import os
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,19 @@ def remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def lock(path: Path, out: Path) -> int:
-    """Lock a folder or file, which is made if it is not there, until the descriptor that this returns is closed.
-
-    Raises BadInput if another process has it.
-    """
+@contextlib.contextmanager
+def locked(path: Path, out: Path) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file, which is made if it is not there.  Raises BadInput, about `out`, if another
+    process has it."""
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
+        yield
+    finally:
         os.close(descriptor)
-        raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
-    return descriptor
 
 
 def old_of(out: Path) -> Path:

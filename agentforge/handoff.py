@@ -201,7 +201,7 @@ def _about(model: LanguageModel) -> dict[str, Any]:
 
 
 def _ratios(model: LanguageModel, older: bool = False) -> list[dict[str, Any]]:
-    """Of a packed model.  older: as hand-offs of 0.1.0 have one of a GGUF file: against what that was converted to."""
+    """Of a packed model.  older: as hand-offs of 0.1.0 have one from a GGUF file: against what that was converted to."""
     artifact = Artifact(model.path)
     ratios, made_from = artifact.ratios, artifact.manifest["original"]
     if older:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from . import stages
-from .artifact import Artifact, Ratio
+from .artifact import Artifact
 from .escaping import markdown
 from .opening import SMOLLM2
 from .tensorfiles import plain_file
@@ -31,17 +32,18 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
 
     original = artifact.manifest["original"]
     base = HUB_IDS.get(original["source"].get("name"), original["name"])
+    touched = [row for row in artifact.rows if row["stage"]]
+    used = Counter(str(stages.from_json(row["stage"])) for row in touched)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     data = ModelCardData(
         license=licence(artifact),
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=["agentforge", *_stage_names(artifact)],
+        tags=["agentforge", *sorted({text.partition(":")[0] for text in used})],
         base_model=base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
     )
     quoted = json.dumps(name, ensure_ascii=False)  # one line, so that it cannot end the code
-    touched = [row for row in artifact.rows if row["stage"]]
     lines = [
         f"# {markdown(original['name'])}, compressed by agentforge",
         "",
@@ -52,13 +54,16 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         "",
         "## Stage",
         "",
-        *(f"- `{text}`: {count} tensors" for text, count in _stages(artifact).items()),
+        *(f"- `{text}`: {count} tensors" for text, count in used.items()),
         "",
         "## Size",
         "",
         "| what | bytes on disk | against | bytes | ratio |",
         "|---|---:|---|---:|---:|",
-        *map(_size, artifact.ratios),
+        *(
+            f"| {markdown(r.what)} | {r.bytes:,} | {markdown(r.denominator)} | {r.denominator_bytes:,} | {r.ratio:.3f} |"
+            for r in artifact.ratios
+        ),
         "",
         "## Quality",
         "",
@@ -86,11 +91,6 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
 
 
-def _size(ratio: Ratio) -> str:
-    what, against = markdown(ratio.what), markdown(ratio.denominator)
-    return f"| {what} | {ratio.bytes:,} | {against} | {ratio.denominator_bytes:,} | {ratio.ratio:.3f} |"
-
-
 def licence(artifact: Artifact) -> str:
     """The base model's licence as the hub names it: as its source says, else by the licence file; "unknown" otherwise."""
     source = artifact.manifest["original"]["source"]
@@ -104,17 +104,3 @@ def licence(artifact: Artifact) -> str:
                 if text.startswith(beginning):
                     return known
     return "unknown"
-
-
-def _stages(artifact: Artifact) -> dict[str, int]:
-    """The stages of the encoded tensors, with all their settings, and how many each has."""
-    found: dict[str, int] = {}
-    for row in artifact.rows:
-        if row["stage"]:
-            text = str(stages.from_json(row["stage"]))
-            found[text] = found.get(text, 0) + 1
-    return found
-
-
-def _stage_names(artifact: Artifact) -> list[str]:
-    return sorted({text.partition(":")[0] for text in _stages(artifact)})

@@ -42,9 +42,9 @@ from . import handoff, schemas
 from .artifact import MANIFEST, Artifact, dequantize
 from .errors import BadInput
 from .folders import remove
-from .models import SOURCE_FILE, cache_dir
+from .models import cache_dir
 from .opening import open_model
-from .tensorfiles import check_files, plain_file, read_json
+from .tensorfiles import plain_file, read_json
 
 EXPERIMENT = "agentforge"  # that runs belong to, on a server
 LARGEST_RECORD = 64 << 20
@@ -89,8 +89,8 @@ def register(
         _checked(alias, r"(?![vV]\d+$|(?i:latest)$)[\w-]{1,200}", "alias", "letters, digits, _ -, no version and not latest")
     status = _handed(Path(handed).expanduser(), sha256) if handed is not None else {}
     with _opened(uri) as client:
-        folder = _dequantised(artifact, sha256, uri)
-        fingerprints = {"packed": sha256, "dequantised": open_model(folder).fingerprint}
+        folder, fingerprint = _dequantised(artifact, sha256, uri)
+        fingerprints = {"packed": sha256, "dequantised": fingerprint}
         metrics = _metrics(Path(record).expanduser(), fingerprints) if record is not None else {}
         known = _lineage(client, artifact) | status
         if not client.search_registered_models(f"name = '{name}'"):
@@ -98,7 +98,7 @@ def register(
         if new := (sha256, "packed") not in _versions(client, name):
             source, run = (str(artifact.path), None) if _sqlite_file(uri) else _upload(client, artifact, folder, sha256)
             other = str(folder) if run is None else source.removesuffix("packed") + "dequantised"
-            about = _about(artifact, sha256, folder, fingerprints["dequantised"])
+            about = _about(artifact, sha256, folder, fingerprint)
             tags = {"form": "packed", "handoff": "none", "dequantised_source": other, **about, **known}
             client.create_model_version(name, source, run_id=run, tags=tags)
         _link(client, name)
@@ -221,14 +221,12 @@ def _sqlite_file(uri: str) -> Path | None:
 
 def _pages(search: Any, query: str) -> list[Any]:
     """All that a search finds, page by page."""
-    found: list[Any] = []
-    token = None
-    while True:
-        page = search(query, max_results=1000, page_token=token)
+    page = search(query, max_results=1000)
+    found = list(page)
+    while page.token:
+        page = search(query, max_results=1000, page_token=page.token)
         found += page
-        token = page.token
-        if not token:
-            return found
+    return found
 
 
 def _versions(client: Any, name: str) -> dict[tuple[str, str], Any]:
@@ -255,39 +253,32 @@ def _link(client: Any, name: str) -> None:
                 client.set_model_version_tag(name, str(version.version), "partner", str(partner.version))
 
 
-def _dequantised(artifact: Artifact, sha256: str, uri: str) -> Path:
-    """The folder of the dequantised form, in the registry's own folder, made if it is not there as it was written.
+def _dequantised(artifact: Artifact, sha256: str, uri: str) -> tuple[Path, str]:
+    """The folder of the dequantised form, in the registry's own folder, made if it is not there as it was written, and its
+    fingerprint.
 
     bfloat16 if the original is all of that, else float32, which holds every decoded value as it is.
     """
     file = _sqlite_file(uri)
     folder = (file.parent if file else cache_dir() / "registry") / "dequantised" / sha256
-    if not _is_sound(folder, sha256):
-        remove(folder)
-        folder.parent.mkdir(exist_ok=True)
-        dtype = torch.bfloat16 if artifact.manifest["original"]["dtypes"] == "bfloat16" else torch.float32
-        dequantize(artifact, folder, dtype)
-    return folder
-
-
-def _is_sound(folder: Path, sha256: str) -> bool:
-    """Whether the folder is what `dequantize` wrote for this artifact, every byte of it."""
-    if not (folder / SOURCE_FILE).is_file():
-        return False
-    made: Any = read_json(folder / SOURCE_FILE)
-    with contextlib.suppress(BadInput, KeyError):
-        check_files(folder, made["files"])
-        return bool(made["artifact_manifest_sha256"] == sha256)
-    return False
+    with contextlib.suppress(BadInput):  # what it raises for a file that is not as `dequantize` wrote it
+        model = open_model(folder)
+        if model.source.get("artifact_manifest_sha256") == sha256:
+            return folder, model.fingerprint
+    remove(folder)
+    folder.parent.mkdir(exist_ok=True)
+    dtype = torch.bfloat16 if artifact.manifest["original"]["dtypes"] == "bfloat16" else torch.float32
+    dequantize(artifact, folder, dtype)
+    return folder, open_model(folder).fingerprint
 
 
 def _about(artifact: Artifact, sha256: str, folder: Path, fingerprint: str) -> dict[str, str]:
     """The tags that an artifact itself gives."""
-    recipe = dict(artifact.manifest["recipe"])
+    recipe = artifact.manifest["recipe"]
     settings = json.dumps(recipe, sort_keys=True)
     if len(settings) > LONGEST_TAG:  # a setting for every weight: the manifest has them
-        recipe["stage"] = {key: value for key, value in recipe["stage"].items() if key != "weights"}
-        settings = json.dumps(recipe, sort_keys=True)
+        stage = {key: value for key, value in recipe["stage"].items() if key != "weights"}
+        settings = json.dumps({**recipe, "stage": stage}, sort_keys=True)
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {
         "manifest_sha256": sha256,
@@ -343,13 +334,13 @@ def _metrics(path: Path, fingerprints: Mapping[str, str]) -> dict[str, dict[str,
     Raises BadInput if the file holds something else than measurements, or none of this artifact.
     """
     data: Any = read_json(path, LARGEST_RECORD)
-    measured: list[tuple[str, Any]] = []
-    for key, inner in (("measurements", None), ("tasks", "accuracy")):
-        if isinstance(data.get(key), dict):
-            measured += [(name, m.get(inner) if inner and isinstance(m, dict) else m) for name, m in data[key].items()]
-    if isinstance(data.get("claims"), list):
-        rows = [row for row in data["claims"] if isinstance(row, dict) and row.get("measured") is not None]
-        measured += [(str(row.get("id")), row["measured"]) for row in rows]
+    parts = [data[key] if isinstance(data.get(key), dict) else {} for key in ("measurements", "tasks")]
+    rows = [row for row in data["claims"] if isinstance(row, dict)] if isinstance(data.get("claims"), list) else []
+    measured = [
+        *parts[0].items(),
+        *((name, task.get("accuracy") if isinstance(task, dict) else task) for name, task in parts[1].items()),
+        *((str(row.get("id")), row["measured"]) for row in rows if row.get("measured") is not None),
+    ]
     found: dict[str, dict[str, str]] = {form: {} for form in fingerprints}
     for name, m in measured:
         if wrong := schemas.problem("measurement", m):

@@ -58,26 +58,30 @@ class Entry(NamedTuple):
         return self.dtype.itemsize * math.prod(self.shape)
 
 
-def index_file(path: Path) -> dict[str, Entry]:
-    """The tensors of one safetensors file by name, from its header alone.
+def header_of(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file, which the library has checked against the file, and where the data behind it begin.
 
     Raises BadInput for a file that is not a safetensors file, or that is truncated or inconsistent.
     """
-    entries = {}
     try:
-        with safe_open(path, framework="pt"), open(path, "rb") as file:  # the library has checked all sizes and offsets
+        with safe_open(path, framework="pt"), open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
-        for name, about in sorted(header.items()):  # by name, as the library lists them
-            if name == "__metadata__":
-                continue
-            if (code := about["dtype"]) not in DTYPES:
-                raise BadInput(f"{path}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}")
-            entries[name] = Entry(path, tuple(about["shape"]), DTYPES[code], 8 + size + about["data_offsets"][0])
-    except BadInput:
-        raise
+            header: dict[str, Any] = json.loads(file.read(size))
     except (SafetensorError, OSError, ValueError) as error:
         raise BadInput(f"{path}: no readable safetensors file ({error}); fetch or write it again") from None
+    return header, 8 + size
+
+
+def index_file(path: Path) -> dict[str, Entry]:
+    """The tensors of one safetensors file by name, from its header alone.  Raises BadInput as `header_of` does, and for a
+    dtype that is not known."""
+    header, start = header_of(path)
+    entries = {}
+    for name, about in sorted(header.items()):  # by name, as the library lists them
+        if name != "__metadata__":
+            if (code := about["dtype"]) not in DTYPES:
+                raise BadInput(f"{path}: tensor {name} has dtype {code}; known are {', '.join(DTYPES)}")
+            entries[name] = Entry(path, tuple(about["shape"]), DTYPES[code], start + about["data_offsets"][0])
     return entries
 
 
@@ -225,10 +229,9 @@ def write_sealed(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapp
 def read_sealed(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
     """Tensors and metadata of a file as `write_sealed` wrote it; None for one that is missing, or that was damaged since."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
+        metadata: dict[str, str] = dict(header_of(path)[0].get("__metadata__") or {})
         tensors = {name: read_tensor(name, entry) for name, entry in index_file(path).items()}
-    except (BadInput, SafetensorError, OSError):
+    except BadInput:
         return None
     said = metadata.pop("sha256", "")
     return (tensors, metadata) if said == _digest(tensors, metadata) else None

@@ -21,30 +21,15 @@ if TYPE_CHECKING:
     from .artifact import Artifact
     from .models import LanguageModel
 
-METRICS = (
-    # before
-    "compression/original_size_mb",
-    "compression/pre_perplexity",
-    "compression/pre_eval_loss",
-    # the compression
-    "compression/compressed_size_mb",
-    "compression/ratio",
-    "compression/layers_compressed",
-    "compression/sparsity_ratio",
-    "compression/quantized_params",
-    "compression/total_params",
-    "compression/layers_quantized",
-    # after
-    "compression/post_perplexity",
-    "compression/perplexity_degradation",
-    "compression/accuracy_preserved",
-    "compression/dequantization_accuracy",
-    "compression/gradient_flow_test_passed",
-    # after training
-    "compression/post_finetune_perplexity",
-    "compression/perplexity_recovery",
-    "compression/fine_tune_epochs",
-    "compression/fine_tune_time_hours",
+METRICS = tuple(
+    f"compression/{name}"
+    for name in (
+        *("original_size_mb", "pre_perplexity", "pre_eval_loss"),  # before
+        *("compressed_size_mb", "ratio", "layers_compressed", "sparsity_ratio", "quantized_params", "total_params"),
+        *("layers_quantized", "post_perplexity", "perplexity_degradation", "accuracy_preserved"),
+        *("dequantization_accuracy", "gradient_flow_test_passed"),
+        *("post_finetune_perplexity", "perplexity_recovery", "fine_tune_epochs", "fine_tune_time_hours"),  # after training
+    )
 )
 
 
@@ -89,12 +74,16 @@ class Run:
         if self._wandb is not None:
             self._run.log(dict(metrics))
 
-    def table(self, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Log a table, which also goes to NAME.csv; None becomes an empty cell."""
+    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log a table, which also goes to NAME.csv; what a row has not becomes an empty cell."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         with open(self.folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
-            csv.writer(file).writerows([columns, *rows])
+            writer = csv.DictWriter(file, columns)
+            writer.writeheader()
+            writer.writerows(rows)
         if self._wandb is not None:
-            self._run.log({name: self._wandb.Table(columns=list(columns), data=[list(row) for row in rows])})
+            cells = [[row.get(key) for key in columns] for row in rows]
+            self._run.log({name: self._wandb.Table(columns=columns, data=cells)})
 
     def image(self, name: str, path: str | Path) -> None:
         """Log a picture file."""
@@ -186,8 +175,7 @@ def track_chain(
         run.log(_of_chain(model, attempts, passed, finished))
         if artifact is not None:
             run.artifact("artifact", artifact)
-        columns, rows = attempts_table(attempts)
-        run.table("attempts", columns, rows)
+        run.table("attempts", [_cells(row) for row in attempts])
         if frontier(attempts, folder / "frontier.png"):
             run.image("frontier", folder / "frontier.png")
 
@@ -205,9 +193,7 @@ def _of_attempt(stage: str, row: Mapping[str, Any], before: float) -> dict[str, 
         return found
     measured = row["measured"]
     for name, m in measured.items():
-        found[f"{stage}/{name}"] = m["value"]
-        if m["stderr"] is not None:
-            found[f"{stage}/{name}_stderr"] = m["stderr"]
+        found |= {f"{stage}/{name}": m["value"]} | ({} if m["stderr"] is None else {f"{stage}/{name}_stderr": m["stderr"]})
     size, ratio = measured["bytes"]["value"] / 1e6, measured["step_ratio"]["value"]
     short = "hyper" if stage == "hypercompression" else stage
     found |= {
@@ -237,20 +223,14 @@ def _of_chain(
     return {name: found[key] for name, key in PHASE8_METRICS.items() if math.isfinite(found.get(key, math.nan))}
 
 
-def attempts_table(attempts: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and one row per attempt: step, try, setting, decision, why not, every measured quantity with its standard
-    error and n, seconds and bytes of memory; None if there is none."""
-    names = list(dict.fromkeys(name for row in attempts for name in row.get("measured", {})))
-    columns = ["step", "name", "try", "setting", "decision", "reason"]
-    columns += [part for name in names for part in (name, f"{name}_stderr", f"{name}_n")] + list(TIMES)
-    rows = []
-    for row in attempts:
-        cells = [row["step"], row["name"], row["attempt"], row["setting"]["stage"], row["decision"], row["reason"]]
-        for name in names:
-            m = row.get("measured", {}).get(name, {})
-            cells += [m.get("value"), m.get("stderr"), m.get("n")]
-        rows.append([*cells, *(row.get(name) for name in TIMES)])
-    return columns, rows
+def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
+    """An attempt as a row of a table: step, try, setting, decision, why not, every measured quantity with its standard error
+    and n, seconds and bytes of memory."""
+    cells = {"step": row["step"], "name": row["name"], "try": row["attempt"], "setting": row["setting"]["stage"]}
+    cells |= {"decision": row["decision"], "reason": row["reason"]}
+    for name, m in row.get("measured", {}).items():
+        cells |= {name: m["value"], f"{name}_stderr": m["stderr"], f"{name}_n": m["n"]}
+    return cells | {name: row[name] for name in TIMES if name in row}
 
 
 def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
@@ -267,29 +247,19 @@ def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
         return False
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for decision, colour in (("accepted", "tab:green"), ("rejected", "tab:red")):
-        points = [row["measured"] for row in drawn if row["decision"] == decision]
-        kept = [Measurement(**m["total_retention"]) for m in points]
-        if points:
-            axes.errorbar(
-                [m["touched_ratio"]["value"] for m in points],
-                [m.value for m in kept],
-                yerr=[[abs(m.bounds[side] - m.value) for m in kept] for side in (0, 1)],
-                fmt="o",
-                capsize=3,
-                color=colour,
-                label=decision,
-            )
+    shown: dict[str, Any] = {}
     for row in drawn:
-        m = row["measured"]
+        kept, ratio = Measurement(**row["measured"]["total_retention"]), row["measured"]["touched_ratio"]["value"]
+        colour = "tab:green" if row["decision"] == "accepted" else "tab:red"
+        error = [[abs(bound - kept.value)] for bound in kept.bounds]
+        shown[row["decision"]] = axes.errorbar(ratio, kept.value, yerr=error, fmt="o", capsize=3, color=colour)
         label = f"{row['step']}.{row['attempt']} {stage_label(row['setting']['stage'])}"
-        at = (m["touched_ratio"]["value"], m["total_retention"]["value"])
-        axes.annotate(label, at, xytext=(5, 5), textcoords="offset points", fontsize=8)
+        axes.annotate(label, (ratio, kept.value), xytext=(5, 5), textcoords="offset points", fontsize=8)
     bits = drawn[0]["measured"]["touched_ratio"]["protocol"]["bits"]
     axes.set_xscale("log")
     axes.margins(x=0.3)  # space for the labels
     axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits per weight (x)")
     axes.set_ylabel("accuracy over the original's (2 standard errors)")
-    axes.legend()
+    axes.legend(shown.values(), shown)
     figure.savefig(path, dpi=120)
     return True

@@ -25,6 +25,7 @@ from agentforge.artifact import Artifact
 from agentforge.chain import Chain, Condition, read_chain, run_chain
 from agentforge.errors import AgentForgeError, BadInput
 from agentforge.evaluation import Measurement
+from agentforge.folders import locked
 from agentforge.models import LanguageModel
 
 FINE, COARSE = "rounding:bits=8,group=32", "ternary:rule=threshold,tau=2.5"  # 97 and 11 of 100 digits
@@ -327,8 +328,9 @@ def test_another_chain_does_not_take_up_a_run(digits: LanguageModel, tmp_path: P
 
 def test_one_run_at_a_time(digits: LanguageModel, tmp_path: Path) -> None:
     writing = "another agentforge is writing it"
-    with module._Journal(tmp_path / "out", {"chain": 1}, {}, overwrite=False), pytest.raises(BadInput, match=writing):
-        module._Journal(tmp_path / "out", {"chain": 1}, {}, overwrite=False)
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out", tmp_path / "out"), pytest.raises(BadInput, match=writing):
+        run_chain(digits, chain(step(FINE)), tmp_path / "out", progress=False)
     (tmp_path / "out/journal.json").write_text("{")
     for _ in range(2):  # a refusal holds no lock
         with pytest.raises(BadInput, match=r"journal\.json"):
