@@ -2,7 +2,7 @@
 
 A step either *re-encodes*: it decodes what the last accepted step stored, and encodes that again ("vptq:bits=2").  Only the
 last artifact's bytes count, so the ratios of such steps do not multiply.  Or it *refines* the planes of that step
-("| entropy", "| codebook=curves:degree=3"), and its ratio does multiply.  The history says what each step contributed.
+("| entropy"), and its ratio does multiply.  The history says what each step contributed.
 
     model -> try 1 -> measured from disk -> gates -> accepted -> next step
                                              |

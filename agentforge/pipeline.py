@@ -16,14 +16,14 @@ import torch
 from tqdm.auto import tqdm
 
 from . import stages
-from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, relative_error
+from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
 from .errors import AgentForgeError, BadInput
 from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
 from .folders import check_out
 from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
 from .planes import Packed
-from .stages.text import with_refinements
+from .stages.text import with_refinement
 from .statistics import Calibration, InputStatistics, collect
 from .version import __version__
 
@@ -154,17 +154,14 @@ def refine(
 ) -> Artifact:
     """Refine the planes of an artifact, and write the artifact `out` of what comes of it; nothing is encoded again.
 
-    how: the refinements, such as "entropy" or "codebook=curves:degree=3 | entropy" (see `stages.refined`).  original: the
-    model that the artifact stands for; the errors are those against its weights.
+    how: the refinement, "entropy" (see `stages.refined`).  original: the model that the artifact stands for; the errors are
+    those against its weights.
 
-    Goes on after a kill as `compress` does.  Raises BadInput if a refinement does not fit the artifact's planes.
+    Goes on after a kill as `compress` does.  Raises BadInput if the artifact's planes are refined already.
     """
-    refined = {row["name"]: with_refinements(stages.from_json(row["stage"]), how) for row in artifact.rows if row["stage"]}
+    refined = {row["name"]: with_refinement(stages.from_json(row["stage"]), how) for row in artifact.rows if row["stage"]}
     if not refined:
         raise BadInput(f"{artifact.path}: holds no encoded tensors, so that there is nothing to refine")
-    for row in artifact.rows:
-        if row["name"] in refined:
-            refined[row["name"]].layout(oriented(row))  # refuses planes that are not there
     stage = next(iter(refined.values()))
     recipe: dict[str, Any] = {
         "format": FORMAT,

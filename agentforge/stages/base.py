@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 import torch
 
 from ..errors import BadInput
-from ..planes import Packed
+from ..planes import Packed, Plane, exponent_plane
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REGISTRY: dict[str, type[Stage]] = {}
@@ -150,6 +150,13 @@ class Stage:
         A reader checks a file against it before it allocates anything.
         """
         raise NotImplementedError
+
+    def packed(self, shape: tuple[int, int], planes: Mapping[str, Any], exponent: int | None = None) -> Packed:
+        """The planes of `layout`, of tensors or arrays by name.  exponent: of `power_of_two_exponent`, if there is one."""
+        if exponent is not None:
+            planes = {**planes, "exponent": exponent_plane(exponent).values}
+        values = {name: torch.as_tensor(planes[name]).contiguous() for name in self.layout(shape)}
+        return Packed(shape, tuple(Plane(name, values[name], coding) for name, (coding, _) in self.layout(shape).items()))
 
     def row_blocks(self, shape: tuple[int, int]) -> tuple[int, dict[str, int]]:
         """How many rows can be decoded without the others, and how many values of each plane belong to them; planes that

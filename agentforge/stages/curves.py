@@ -28,7 +28,7 @@ import torch
 from numba import njit
 
 from ..errors import BadArtifact, BadInput
-from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
+from ..planes import Packed, power_of_two_exponent, times_power_of_two
 from .base import Stage, register
 
 
@@ -80,12 +80,12 @@ class Curves(Stage):
         shape = (weight.shape[0], weight.shape[1])
         layout = self.layout(shape)
         values = weight.numpy().reshape(-1)
-        planes = []
+        planes = {}
         if self.sort != "none":
             parts = _cut(values, self._places(values.size))
             orders = [np.argsort(part, axis=1, kind="stable") for part in parts]
             values = _joined([np.take_along_axis(part, order, 1) for part, order in zip(parts, orders, strict=True)])
-            planes.append(Plane("order", torch.from_numpy(_joined(orders)), layout["order"][0]))
+            planes["order"] = _joined(orders)
         points = np.zeros(layout["points"][1])
         first = 0
         for part in _cut(values, self._length(values.size)):
@@ -93,8 +93,7 @@ class Curves(Stage):
             points[first : first + len(part), : fit.shape[1]] = _product(part, fit)
             first += len(part)
         exponent = power_of_two_exponent(torch.from_numpy(points))
-        halves = torch.from_numpy(np.ldexp(points, exponent).astype(np.float16))
-        return Packed(shape, (Plane("points", halves, "float16"), exponent_plane(exponent), *planes))
+        return self.packed(shape, {**planes, "points": np.ldexp(points, exponent).astype(np.float16)}, exponent)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         rows, columns = packed.shape

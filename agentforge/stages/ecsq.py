@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -31,7 +30,7 @@ import torch
 from numba import njit
 
 from ..errors import BadInput
-from ..planes import FLOAT32_MAX, Packed, Plane
+from ..planes import FLOAT32_MAX, Packed
 from .base import InputStatistics, Stage, register
 from .propagation import add_product, unit_factor
 
@@ -113,11 +112,6 @@ class ECSQ(Stage):
             return packed
         planes["gains"] = _gains(weight, self.decode(packed), stats)
         return self.packed(shape, planes)
-
-    def packed(self, shape: tuple[int, int], planes: Mapping[str, torch.Tensor]) -> Packed:
-        """Planes by name, those of `layout`, as a Packed."""
-        layout = self.layout(shape)
-        return Packed(shape, tuple(Plane(name, planes[name], layout[name][0]) for name in layout))
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)

@@ -26,7 +26,7 @@ import torch
 from numba import njit
 
 from ..errors import BadArtifact, BadInput
-from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
+from ..planes import Packed, power_of_two_exponent, times_power_of_two
 from .base import Stage, register
 
 STARTS = 6  # starting grids of the search for the least squared error
@@ -87,12 +87,7 @@ class Rounding(Stage):
         _assign(
             scaled, group, self.bits, self.symmetric, half_scale.astype(np.float32), half_minimum.astype(np.float32), codes
         )
-        planes = [Plane("codes", torch.from_numpy(codes), f"uint{self.bits}")]
-        planes.append(Plane("scale", torch.from_numpy(half_scale), "float16"))
-        if not self.symmetric:
-            planes.append(Plane("minimum", torch.from_numpy(half_minimum), "float16"))
-        planes.append(exponent_plane(exponent))
-        return Packed(shape, tuple(planes))
+        return self.packed(shape, {"codes": codes, "scale": half_scale, "minimum": half_minimum}, exponent)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         zero = 2 ** (self.bits - 1) - 1

@@ -36,7 +36,7 @@ import numpy as np
 import torch
 
 from ..errors import BadArtifact, BadInput
-from ..planes import Packed, Plane, exponent_plane, times_power_of_two
+from ..planes import Packed, times_power_of_two
 from .base import InputStatistics, Stage, register
 from .gpu import kernels_for
 from .seedlm_search import LARGEST_EXPONENT, LEAST_EXPONENT, reconstruct, reweigh, search_seeds, tables_of, taps_mask
@@ -120,16 +120,9 @@ class SeedLM(Stage):
         else:
             seeds, codes = search(blocks, None)
         shape = (weight.shape[0], weight.shape[1])
-        numbers = torch.from_numpy(codes.astype(np.int16) & 15)  # four bits, two's complement
-        return Packed(
-            shape,
-            (
-                Plane("seeds", torch.from_numpy(seeds.astype(np.int32)), f"uint{self.K}"),
-                Plane("exponents", numbers[:, 0], "uint4"),
-                Plane("coefficients", numbers[:, 1:], "uint4"),
-                exponent_plane(power),
-            ),
-        )
+        numbers = codes.astype(np.int16) & 15  # four bits, two's complement
+        planes = {"seeds": seeds.astype(np.int32), "exponents": numbers[:, 0], "coefficients": numbers[:, 1:]}
+        return self.packed(shape, planes, power)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         C, _ = self.geometry

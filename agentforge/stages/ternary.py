@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ..errors import BadArtifact, BadInput
-from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
+from ..planes import Packed, power_of_two_exponent, times_power_of_two
 from .base import Stage, register
 from .propagation import add_product
 
@@ -72,11 +72,10 @@ class Ternary(Stage):
 
     def _encode(self, weight: torch.Tensor, stats: Any, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
-        coding = self.layout(shape)["codes"][0]
         if self.rule == "absmean":
             gamma = absmean(weight, self.eps)
             codes = (weight * (1.0 / gamma)).round_().clamp_(-1, 1)
-            return Packed(shape, (Plane("codes", (codes + 1).to(torch.uint8), coding), Plane("scale", gamma, "float32")))
+            return self.packed(shape, {"codes": (codes + 1).to(torch.uint8), "scale": gamma})
         if self.rule == "calibrated":
             codes, alpha = _calibrated(weight.numpy(), None if stats is None else stats.hessian.numpy())
         else:
@@ -84,14 +83,7 @@ class Ternary(Stage):
             codes = _thresholded(weight, alpha, self.tau)
         exponent = power_of_two_exponent(alpha)
         scale = times_power_of_two(alpha, exponent).to(torch.float16)
-        return Packed(
-            shape,
-            (
-                Plane("codes", (codes + 1).to(torch.uint8), coding),
-                Plane("scale", scale, "float16"),
-                exponent_plane(exponent),
-            ),
-        )
+        return self.packed(shape, {"codes": (codes + 1).to(torch.uint8), "scale": scale}, exponent)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         if self.packing == "2bit" and int(packed["codes"].max()) > 2:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Mapping
 from typing import Any
 
 from ..errors import BadInput
@@ -38,19 +37,26 @@ def from_json(data: Any) -> Stage:
     """The inverse of `Stage.to_json`.  Raises BadInput for anything else."""
     if not isinstance(data, dict) or not isinstance(data.get("stage"), str):
         raise BadInput(f"expected a stage as {{'stage': name, settings}}, found {data!r:.100}")
-    if data["stage"] == "refined":
-        return _refined_from_json(data)
+    if data["stage"] == Refined.name:
+        first = data.get("first")
+        if data != {"stage": Refined.name, "first": first, "planes": [], "entropy": True} or data["entropy"] is not True:
+            raise BadInput(
+                f"refined: expected entropy coding alone, found planes={data.get('planes')!r:.60} in {data!r:.60}"
+            )
+        if isinstance(first, dict) and first.get("stage") == Refined.name:
+            raise BadInput("a refined stage is refined again; expected a stage on its own")
+        return Refined(from_json(first))
     return get(data["stage"], **{k: v for k, v in data.items() if k != "stage"})
 
 
 def parse(text: str) -> Stage:
-    """A stage from the command line's form, `name` or `name:setting=value,setting=value`, and ` | ` before each refinement.
+    """A stage from the command line's form, `name` or `name:setting=value,setting=value`, and ` | entropy` for a refinement.
 
     Raises BadInput if a part is not of that form or `get` refuses it.
     """
     text, refinement, rest = text.partition("|")
     if refinement:
-        return with_refinements(parse(text), rest)
+        return with_refinement(parse(text), rest)
     text = text.strip()
     name, _, rest = text.partition(":")
     settings: dict[str, Any] = {}
@@ -65,43 +71,11 @@ def parse(text: str) -> Stage:
     return get(name, **settings)
 
 
-def with_refinements(first: Stage, text: str) -> Refined:
-    """`first` with the refinements that `text` names, such as "codebook=curves:degree=3 | entropy", after those it has.
-
-    Raises BadInput if a part is neither entropy, at the end, nor plane=stage.
-    """
-    *parts, last = [part.strip() for part in text.split("|")]
-    entropy = last == "entropy"
-    planes = []
-    for part in parts if entropy else [*parts, last]:
-        plane, equals, by = part.partition("=")
-        if not equals or not plane.isidentifier():
-            raise BadInput(f"refinement {part!r}; expected plane=stage, or entropy as the last one")
-        planes.append((plane, parse(by.strip())))
-    if isinstance(first, Refined):
-        if first.entropy:
-            raise BadInput(f"refinement {text!r}: the planes of {first} are entropy-coded; that has to be the last one")
-        stage = Refined(first.first, (*first.planes, *planes), entropy)
-    else:
-        stage = Refined(first, tuple(planes), entropy)
-    stage.check()
-    return stage
-
-
-def _refined_from_json(data: Mapping[str, Any]) -> Refined:
-    """The inverse of `Refined.to_json`.  Raises BadInput for anything else."""
-    first, planes, entropy = data.get("first"), data.get("planes"), data.get("entropy")
-    pairs = isinstance(planes, list) and all(isinstance(p, list) and len(p) == 2 and isinstance(p[0], str) for p in planes)
-    if (
-        not isinstance(planes, list)
-        or not pairs
-        or type(entropy) is not bool
-        or data.keys() != {"stage", "first", "planes", "entropy"}
-    ):
-        raise BadInput(f"expected a refined stage, found {dict(data)!r:.100}")
-    if any(isinstance(one, dict) and one.get("stage") == Refined.name for one in (first, *(by for _, by in planes or []))):
-        raise BadInput("a refined stage is refined again; expected stages on their own")
-    stage = Refined(from_json(first), tuple((plane, from_json(by)) for plane, by in planes or []), bool(entropy))
+def with_refinement(first: Stage, text: str) -> Refined:
+    """`first` with the refinement that `text` names.  Raises BadInput if that is not "entropy", or `first` has it."""
+    if text.strip() != "entropy":
+        raise BadInput(f"refinement {text.strip()!r}; expected entropy")
+    stage = Refined(first)
     stage.check()
     return stage
 

@@ -42,7 +42,7 @@ import torch
 from numba import njit
 
 from ..errors import BadArtifact, BadInput
-from ..planes import FLOAT32_MAX, Packed, Plane
+from ..planes import FLOAT32_MAX, Packed
 from .base import Stage, register
 
 LARGEST_U = 2**24
@@ -135,13 +135,13 @@ class Trajectory(Stage):
             if least <= self.loss:
                 break
         values = {
-            "indices": torch.from_numpy(indices),
-            "centroid": torch.from_numpy(centroid),
+            "indices": indices,
+            "centroid": centroid,
             "radius": torch.tensor([radius], dtype=torch.float32),
             "side": torch.tensor([side], dtype=torch.float32),
             "choice": torch.tensor(choice, dtype=torch.uint8),
         }
-        return Packed(shape, tuple(Plane(name, values[name], coding) for name, (coding, _) in self.layout(shape).items()))
+        return self.packed(shape, values)
 
     def _classes(self, outside: bool) -> range:
         """The numbers of classes to try; `outside`: whether any vector lies outside the cube of side l."""

@@ -46,7 +46,7 @@ import numpy as np
 import torch
 
 from ..errors import BadArtifact, BadInput
-from ..planes import Packed, Plane, exponent_plane, power_of_two_exponent, times_power_of_two
+from ..planes import Packed, Plane, power_of_two_exponent, times_power_of_two
 from .base import InputStatistics, Layer, Stage, register
 from .codebook import Codebook
 from .kmeans import CPU, kmeans
@@ -384,17 +384,9 @@ class Vptq(Stage):
         for s in segments:
             classes[problem.order[s.first : s.last]] = _class(s, segments)
         inverse = np.argsort(problem.order)
-        tensors |= {"class": classes, "scale": problem.scale[inverse], "mean": problem.mean[inverse]}
-        planes = []
-        for name, (coding, size) in self.layout(shape).items():
-            if name == "exponent":
-                planes.append(exponent_plane(problem.exponent))
-                continue
-            values = torch.from_numpy(np.ascontiguousarray(tensors[name]))
-            if coding == "float16":
-                values = values[: size[0]].to(torch.float16) if name == "scale" else values.to(torch.float16)
-            planes.append(Plane(name, values, coding))
-        return Packed(shape, tuple(planes))
+        scale = problem.scale[inverse] if self.norm == "std" else problem.scale[:1]
+        tensors |= {"class": classes, "scale": scale.astype(np.float16), "mean": problem.mean[inverse].astype(np.float16)}
+        return self.packed(shape, tensors, problem.exponent)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, {**packed.floats, **(packed.shared.floats if packed.shared else {})})

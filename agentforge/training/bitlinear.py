@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..planes import Packed, Plane
+from ..planes import Packed
 from ..stages import Stage
 from ..stages.ternary import Ternary, absmean
 from .student import Student, layers_of, straight_through
@@ -97,9 +97,7 @@ class BitLinear(Student):
         gamma = self.scale()
         codes = (self._codes(gamma) + 1).to("cpu", torch.uint8)
         codes = codes.T.contiguous() if self.transposed else codes
-        shape = (self.out_features, self.in_features)
-        coding = self.stage.layout(shape)["codes"][0]
-        return Packed(shape, (Plane("codes", codes, coding), Plane("scale", gamma.cpu(), "float32")))
+        return self.stage.packed((self.out_features, self.in_features), {"codes": codes, "scale": gamma.cpu()})
 
     def extra_repr(self) -> str:
         """Settings, for `print(model)`."""

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..errors import BadInput
-from ..planes import FLOAT32_MAX, Packed, Plane
+from ..planes import FLOAT32_MAX, Packed
 from ..stages import Stage
 from ..stages.ecsq import ECSQ, LARGEST, factors, unzigzag, zigzag
 
@@ -123,13 +123,10 @@ class PlaneLinear(Student):
 
     def packed(self, shrink: float = 1.0) -> Packed:
         """The planes with the floats as they are now."""
-        planes = []
-        for plane in self.planes:
-            if plane.name in self.unit:
-                values = self.floats[plane.name].detach().cpu() * self.unit[plane.name]
-                plane = Plane(plane.name, values.to(plane.values.dtype), plane.coding)
-            planes.append(plane)
-        return Packed(self.planes.shape, tuple(planes))
+        planes = {plane.name: plane.values for plane in self.planes}
+        for name, unit in self.unit.items():
+            planes[name] = (self.floats[name].detach().cpu() * unit).to(planes[name].dtype)
+        return self.stage.packed(self.planes.shape, planes)
 
 
 class CodeLinear(Student):

@@ -18,7 +18,7 @@ STAGES = [
     "seedlm:bits=4",
     "vptq:v=4,k=16",
     "vptq:v=4,k=16,shared=true",
-    "vptq:v=4,k=16,shared=true | codebook=rounding:bits=8,group=0 | entropy",
+    "vptq:v=4,k=16,shared=true | entropy",
     "trajectory",
     "curves",
     "ecsq",

@@ -31,7 +31,7 @@ FUSED = [
     "vptq:v=4,k=64",
     "vptq:v=6,k=32,residual=16,norm=std",
     "vptq:v=3,k=30,shared=true",
-    "vptq:v=4,k=16 | codebook=rounding:bits=8,group=0 | entropy",
+    "vptq:v=4,k=16 | entropy",
     "trajectory",
     "trajectory:K=3,U=400,M=1,l=0",
 ]

@@ -46,10 +46,7 @@ def test_a_new_stage_is_one_file(digits: LanguageModel, tmp_path: Path) -> None:
         *((name, name) for name in stages.names() if name != "refined"),
         ("rounding:bits=4,group=64,clip=mse,symmetric=false", "rounding:clip=mse"),
         ("vptq:bits=2,shared=true", "vptq:bits=2,shared=True"),
-        (
-            "vptq:v=4,k=256|codebook=rounding:bits=8,group=0|entropy",
-            "vptq:v=4,k=256 | codebook=rounding:bits=8,group=0 | entropy",
-        ),
+        ("vptq:v=4,k=256,refine=4|entropy", "vptq:v=4,k=256 | entropy"),
     ],
 )
 def test_a_brief_text_says_what_differs_and_is_taken_back(text: str, brief: str) -> None:
