@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -228,5 +228,5 @@ def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict
     return {name: first.setdefault(id(inputs[name]), name) if name in inputs else name for name in owners}
 
 
-def _bar(windows: list[torch.Tensor], what: str, progress: bool) -> Iterable[torch.Tensor]:
+def _bar(windows: list[torch.Tensor], what: str, progress: bool) -> Any:
     return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)
