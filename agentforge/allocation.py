@@ -87,26 +87,19 @@ def budget_bytes(size: str | None, target: str | None, parameters: int) -> int |
     """
     if size is not None and target is not None:
         raise BadInput("a budget in bytes and a ratio were asked for; expected one of the two")
+    number = r"([0-9]+\.?[0-9]*|\.[0-9]+)"
     if target is not None:
-        ratio = re.fullmatch(r"([0-9.]+)x?", target)
-        value = _number(ratio[1] if ratio else "")
-        if not 0 < value < math.inf:
+        ratio = re.fullmatch(rf"{number}x?", target)
+        if not ratio or not 0 < float(ratio[1]) < math.inf:
             raise BadInput(f"target {target!r}; expected a ratio such as 4x")
-        return int(2 * parameters / value)
+        return int(2 * parameters / float(ratio[1]))
     if size is None:
         return None
-    parts = re.fullmatch(r"([0-9.]+)\s*([kMG]?)B?", size)
-    value = _number(parts[1] if parts else "") * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[parts[2] if parts else ""]
+    parts = re.fullmatch(rf"{number}\s*([kMG]?)B?", size)
+    value = float(parts[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[parts[2]] if parts else 0.0
     if not 1 <= value < 1e15:
         raise BadInput(f"bytes {size!r}; expected a size such as 60MB, 1.5GB or 61440000")
     return int(value)
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return math.nan
 
 
 class Fit(NamedTuple):
@@ -173,25 +166,18 @@ def candidates(
             rows.append((size, damage(dense, stage.decode(packed), stats)))
         return weight.name, rows
 
-    bar = tqdm(
-        total=len(weights),
-        initial=len(weights) - len(todo),
-        unit="weight",
-        leave=False,
-        desc="candidates",
-        disable=None if progress else True,
-    )
     journal.parent.mkdir(parents=True, exist_ok=True)
-    with bar, open(journal, "a", encoding="utf-8") as lines, ThreadPoolExecutor(workers or cpu_count() or 1) as pool:
+    pool = ThreadPoolExecutor(workers or cpu_count() or 1)
+    about = {"unit": "weight", "leave": False, "desc": "candidates", "disable": None if progress else True}
+    with open(journal, "a", encoding="utf-8") as lines:
         try:
-            for name, rows in pool.map(measure, todo):
+            made = pool.map(measure, todo)
+            for name, rows in tqdm(made, total=len(weights), initial=len(weights) - len(todo), **about):
                 found[name] = rows
                 lines.write(json.dumps({name: rows}) + "\n")
                 lines.flush()
-                bar.update()
-        except BaseException:
+        finally:
             pool.shutdown(cancel_futures=True)
-            raise
     return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
 
 
@@ -299,136 +285,123 @@ def fit(
         calibration = calibration.for_stage(stage)
     statistics = statistics or collect(model, calibration, workers, progress)
     options = candidates(model, statistics, calibration, ladder, workers=workers, device=device, progress=progress)
-    weights = {weight.name: weight.shape[0] * weight.shape[1] for weight in model.weights() if weight.name in options}
     rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}
+    settings = {"calibration": calibration, "statistics": statistics, "workers": workers}
+    search = _Search(model, options, rest, found_text, tokens, device, progress, settings)
+    if budget.bytes is not None:
+        return search.finished(*search.within_bytes(budget.bytes, out, overwrite))
+    if budget.bits is None:
+        return search.finished(*search.within_kl(budget.max_kl or 0.0, out, overwrite))
+    planes = int(budget.bits * search.parameters / 8)
+    if recovery is None:
+        return search.finished(*search.make(planes, out, overwrite))
+    return search.finished(*search.recovered(planes, recovery, out, overwrite))
 
-    def make(plane_bytes: int, folder: Path, replace: bool) -> tuple[Artifact, float]:
-        chosen = allocate(options, plane_bytes)
-        artifact = compress(
-            model,
-            {name: one.stage for name, one in chosen.items()} | rest,
-            folder,
-            embeddings=bool(rest),
-            calibration=calibration,
-            statistics=statistics,
-            workers=workers,
-            device=device,
-            overwrite=replace,
-            progress=progress,
-        )
+
+class _Search(NamedTuple):
+    """What the artifacts of one fit are made of and measured on.  rest: a stage for each weight beside `options`.  settings:
+    the same for every `compress`."""
+
+    model: LanguageModel
+    options: Mapping[str, Sequence[Candidate]]
+    rest: Mapping[str, stages.Stage]
+    text: Text
+    tokens: int
+    device: str
+    progress: bool
+    settings: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        """How many there are in the weights that have options."""
+        return sum(weight.shape[0] * weight.shape[1] for weight in self.model.weights() if weight.name in self.options)
+
+    def make(self, plane_bytes: int, folder: Path, overwrite: bool) -> tuple[Artifact, float]:
+        """The artifact of at most so many bytes of planes, and its predicted damage."""
+        chosen = allocate(self.options, plane_bytes)
+        plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
+        about = self.settings | {"embeddings": bool(self.rest), "overwrite": overwrite}
+        artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, **about)
         return artifact, sum(one.damage for one in chosen.values())
 
-    def measure(artifact: Artifact) -> Divergence:
-        context = model.sampled_context
-        return evaluation.divergence(
-            load(artifact.path).on(device), model.on(device), found_text, context=context, tokens=tokens, progress=progress
-        )
+    def planes(self, artifact: Artifact) -> int:
+        """Bytes of the planes of the weights that have options."""
+        return sum(row["bytes"] for row in artifact.rows if row["name"] in self.options)
 
-    def finished(artifact: Artifact, predicted: float, measured: Divergence | None = None) -> Fit:
-        planes = sum(row["bytes"] for row in artifact.rows if row["name"] in options)
-        return Fit(artifact, predicted, measured or measure(artifact), 8 * planes / sum(weights.values()))
+    def measure(self, artifact: Artifact) -> Divergence:
+        """The artifact beside its original, as it is loaded back from disk."""
+        both = load(artifact.path).on(self.device), self.model.on(self.device)
+        context = self.model.sampled_context
+        return evaluation.divergence(*both, self.text, context, tokens=self.tokens, progress=self.progress)
 
-    if budget.bits is not None:
-        planes = int(budget.bits * sum(weights.values()) / 8)
-        if recovery is None:
-            return finished(*make(planes, out, overwrite))
-        return finished(*_recovered(model, planes, list(options), make, out, recovery, device, overwrite, progress))
-    if budget.bytes is not None:
-        return finished(*_within_bytes(budget.bytes, model, options, rest, make, out, overwrite))
-    return _within_kl(budget.max_kl or 0.0, options, make, measure, finished, out, overwrite)
+    def finished(self, artifact: Artifact, predicted: float, measured: Divergence | None = None) -> Fit:
+        """The result; measured: if it is already."""
+        bits = 8 * self.planes(artifact) / self.parameters
+        return Fit(artifact, predicted, measured or self.measure(artifact), bits)
 
+    def recovered(self, planes: int, recovery: Settings, out: Path, overwrite: bool) -> tuple[Artifact, float]:
+        """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""
+        from .training.recover import recover
 
-def _recovered(
-    model: LanguageModel,
-    planes: int,
-    names: Sequence[str],
-    make: Any,
-    out: Path,
-    recovery: Settings,
-    device: str,
-    overwrite: bool,
-    progress: bool,
-) -> tuple[Artifact, float]:
-    """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""
-    from .training.recover import recover
+        gains = 2 * sum(weight.shape[0] for weight in self.model.weights() if weight.name in self.options)
+        start, predicted = self.make(planes - gains, out.with_name(out.name + ".start"), True)
+        about: dict[str, Any] = {"device": self.device, "overwrite": overwrite, "progress": self.progress}
+        done = recover(self.model, out, None, recovery, start=start, most_bytes=planes, **about)
+        remove(start.path)
+        return done.artifact, predicted
 
-    gains = 2 * sum(weight.shape[0] for weight in model.weights() if weight.name in set(names))
-    start, predicted = make(planes - gains, out.with_name(out.name + ".start"), True)
-    done = recover(
-        model, out, None, recovery, start=start, most_bytes=planes, device=device, overwrite=overwrite, progress=progress
-    )
-    remove(start.path)
-    return done.artifact, predicted
+    def within_bytes(self, most: int, out: Path, overwrite: bool) -> tuple[Artifact, float]:
+        """The artifact whose weight files have at most `most` bytes.
 
+        The size of kept tensors and headers is known exactly only from an artifact: the second one is right.
+        """
+        encoded = {*self.options, *self.rest}
+        kept = [entry for name, entry in self.model.entries.items() if name not in encoded]
+        beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in kept)
+        with _beside(out) as folder:
+            for _ in range(PASSES):
+                artifact, predicted = self.make(most - beside, folder / "trial", True)
+                if artifact.weight_bytes <= most:
+                    _take(artifact.path, out, overwrite)
+                    return Artifact(out), predicted
+                beside = artifact.weight_bytes - self.planes(artifact) + 64  # digits of offsets in headers
+        raise BadInput(f"budget of {most:,} bytes could not be met; allow a little more")
 
-def _within_bytes(
-    most: int,
-    model: LanguageModel,
-    options: Mapping[str, Sequence[Candidate]],
-    rest: Mapping[str, Any],
-    make: Any,
-    out: Path,
-    overwrite: bool,
-) -> tuple[Artifact, float]:
-    """The artifact whose weight files have at most `most` bytes.
+    def within_kl(self, most: float, out: Path, overwrite: bool) -> tuple[Artifact, float, Divergence]:
+        """The smallest artifact found whose divergence, its whole 95% interval, is at most `most`.
 
-    The size of kept tensors and headers is known exactly only from an artifact: the second one is right.
-    """
-    entries = {name: entry for name, entry in model.entries.items() if name not in options and name not in rest}
-    beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in entries.values())
-    with _beside(out) as folder:
-        for _ in range(PASSES):
-            artifact, predicted = make(most - beside, folder / "trial", True)
-            planes = sum(row["bytes"] for row in artifact.rows if row["name"] in options)
-            if artifact.weight_bytes <= most:
-                _take(artifact.path, out, overwrite)
-                return Artifact(out), predicted
-            beside = artifact.weight_bytes - planes + 64  # digits of offsets in headers
-    raise BadInput(f"budget of {most:,} bytes could not be met; allow a little more")
-
-
-def _within_kl(
-    most: float,
-    options: Mapping[str, Sequence[Candidate]],
-    make: Any,
-    measure: Any,
-    finished: Any,
-    out: Path,
-    overwrite: bool,
-) -> Fit:
-    """The smallest artifact found whose divergence, its whole 95% interval, is at most `most`.
-
-    The first one has that predicted damage.  The prediction's error gives the size of the next one, which has to lie
-    between those that failed and those that passed.
-    """
-    low, high = smallest_and_largest(options)
-    largest = high
-    at, ratio = _bytes_for(options, most / 2), 1.0
-    passed: tuple[float, Divergence] | None = None
-    with _beside(out) as folder:
-        trial, best = folder / "trial", folder / "best"
-        for _ in range(PASSES):
-            artifact, predicted = make(at, trial, True)
-            measured = measure(artifact)
-            bound = measured.kl.bounds[1]
-            if bound <= most:
-                high, passed = at, (predicted, measured)
-                shutil.rmtree(best, ignore_errors=True)
-                trial.rename(best)
-            else:
-                low = at
-            if low == largest or (passed and high - low < high / 200):
-                break
-            ratio = bound / predicted if math.isfinite(bound) and predicted > 0 else 2 * ratio
-            at = min(max(_bytes_for(options, 0.99 * most / ratio), low + (high - low) // 8), high - (high - low) // 8)
-            if passed is None and at > high - (high - low) // 4:
-                at = high
-        if passed is None:
-            raise BadInput(
-                f"KL of {most:g}: {bound:.3g} was the least that the candidates gave; allow more, or a finer ladder"
-            )
-        _take(best, out, overwrite)
-    return finished(Artifact(out), *passed)  # type: ignore[no-any-return]
+        The first one has that predicted damage.  The prediction's error gives the size of the next one, which has to lie
+        between those that failed and those that passed.
+        """
+        low, high = smallest_and_largest(self.options)
+        largest = high
+        at, ratio = _bytes_for(self.options, most / 2), 1.0
+        passed: tuple[float, Divergence] | None = None
+        with _beside(out) as folder:
+            trial, best = folder / "trial", folder / "best"
+            for _ in range(PASSES):
+                artifact, predicted = self.make(at, trial, True)
+                measured = self.measure(artifact)
+                bound = measured.kl.bounds[1]
+                if bound <= most:
+                    high, passed = at, (predicted, measured)
+                    shutil.rmtree(best, ignore_errors=True)
+                    trial.rename(best)
+                else:
+                    low = at
+                if low == largest or (passed and high - low < high / 200):
+                    break
+                ratio = bound / predicted if math.isfinite(bound) and predicted > 0 else 2 * ratio
+                wanted = _bytes_for(self.options, 0.99 * most / ratio)
+                at = min(max(wanted, low + (high - low) // 8), high - (high - low) // 8)
+                if passed is None and at > high - (high - low) // 4:
+                    at = high
+            if passed is None:
+                raise BadInput(
+                    f"KL of {most:g}: {bound:.3g} was the least that the candidates gave; allow more, or a finer ladder"
+                )
+            _take(best, out, overwrite)
+        return Artifact(out), *passed
 
 
 def _bytes_for(options: Mapping[str, Sequence[Candidate]], damage: float) -> int:

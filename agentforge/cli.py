@@ -159,45 +159,26 @@ def models(
         from .registry import registered as versions
 
         found = [row for row in versions(registry) if model in (None, row["name"])]
-        _show({"registered": found}, as_json, lambda: _registered_table(found))
-        return
+        return _show({"registered": found}, as_json, lambda: _registered_table(found))
     if model is None:
-        _show(
-            {"models": NAMED},
-            as_json,
-            lambda: _table(
-                "name",
-                "what it is",
-                rows=[[k, v] for k, v in NAMED.items()],
-                caption="or a Hugging Face folder, a hub id, or a GGUF file of the Llama family",
-            ),
-        )
-        return
+        caption = "or a Hugging Face folder, a hub id, or a GGUF file of the Llama family"
+        return _show({"models": NAMED}, as_json, lambda: _table("name|what it is", NAMED.items(), caption))
     opened = open_model(model)
     weights, kept = opened.weights(embeddings), opened.kept(embeddings)
     touched = sum(w.shape[0] * w.shape[1] for w in weights)
-    rows = [[w.name, f"{w.shape[0]} x {w.shape[1]}", "may be touched", w.module] for w in weights]
-    rows += [[name, " x ".join(map(str, opened.entries[name].shape)), "kept", why] for name, why in kept.items()]
-    _show(
-        {
-            "name": opened.name,
-            "path": str(opened.path),
-            "parameters": opened.parameters,
-            "touched_parameters": touched,
-            "source": opened.source,
-            "weights": {w.name: list(w.shape) for w in weights},
-            "kept": kept,
-        },
-        as_json,
-        lambda: _table(
-            "tensor",
-            "shape",
-            "",
-            "why",
-            rows=rows,
-            caption=f"{opened.parameters:,} parameters, {touched:,} in the {len(weights)} matrices that a stage may touch",
-        ),
-    )
+    rows = [[w.name, _shape(w.shape), "may be touched", w.module] for w in weights]
+    rows += [[name, _shape(opened.entries[name].shape), "kept", why] for name, why in kept.items()]
+    caption = f"{opened.parameters:,} parameters, {touched:,} in the {len(weights)} matrices that a stage may touch"
+    data = {
+        "name": opened.name,
+        "path": str(opened.path),
+        "parameters": opened.parameters,
+        "touched_parameters": touched,
+        "source": opened.source,
+        "weights": {w.name: list(w.shape) for w in weights},
+        "kept": kept,
+    }
+    _show(data, as_json, lambda: _table("tensor|shape||why", rows, caption))
 
 
 @app.command()
@@ -250,23 +231,13 @@ def compress(
     seconds, peak = time.perf_counter() - start, peak_memory()
     touched = [row for row in artifact.rows if row["stage"]]
     fallbacks = {row["name"]: f"{_stage_name(row)}: {row.get('reason')}" for row in artifact.fallbacks}
-    _show(
-        {
-            "path": str(artifact.path),
-            "stage": parsed.to_json(),
-            "ratios": [r.to_json() for r in artifact.ratios],
-            "fallbacks": fallbacks,
-            "seconds": seconds,
-            "peak_memory_bytes": peak,
-        },
-        as_json,
-        lambda: _ratios(
-            artifact,
-            f"{parsed}: {len(touched)} of {len(artifact.rows)} tensors encoded in {seconds:.1f} s, "
-            f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}",
-            *(f"not as asked, {name}: {why}" for name, why in fallbacks.items()),
-        ),
-    )
+    caption = [
+        f"{parsed}: {len(touched)} of {len(artifact.rows)} tensors encoded in {seconds:.1f} s, "
+        f"peak memory {peak / 1e6:,.0f} MB; written to {artifact.path}",
+        *(f"not as asked, {name}: {why}" for name, why in fallbacks.items()),
+    ]
+    about = {"stage": parsed.to_json(), "fallbacks": fallbacks, "seconds": seconds, "peak_memory_bytes": peak}
+    _show_ratios(artifact, about, as_json, caption)
 
 
 @app.command()
@@ -314,25 +285,19 @@ def fit(
         progress=not as_json,
     )
     seconds = time.perf_counter() - start
-    measured = {name: getattr(found.measured, name) for name in found.measured._fields}
-    _show(
-        {
-            "path": str(found.artifact.path),
-            "bits_per_weight": found.bits,
-            "predicted_kl": found.predicted,
-            "measured": {name: value.to_json() for name, value in measured.items()},
-            "ratios": [r.to_json() for r in found.artifact.ratios],
-            "seconds": seconds,
-        },
-        as_json,
-        lambda: _ratios(
-            found.artifact,
-            f"{found.bits:.3f} bits per weight of the linear layers; "
-            f"KL {found.measured.kl}, predicted {found.predicted:.3g}; "
-            f"perplexity {found.measured.perplexity} (original {found.measured.original_perplexity.value:.2f}); "
-            f"{seconds:.0f} s; written to {found.artifact.path}",
-        ),
+    measured = found.measured
+    caption = (
+        f"{found.bits:.3f} bits per weight of the linear layers; KL {measured.kl}, predicted {found.predicted:.3g}; "
+        f"perplexity {measured.perplexity} (original {measured.original_perplexity.value:.2f}); "
+        f"{seconds:.0f} s; written to {found.artifact.path}"
     )
+    about = {
+        "bits_per_weight": found.bits,
+        "predicted_kl": found.predicted,
+        "measured": {name: value.to_json() for name, value in measured._asdict().items()},
+        "seconds": seconds,
+    }
+    _show_ratios(found.artifact, about, as_json, [caption])
 
 
 @app.command()
@@ -344,34 +309,23 @@ def inspect(
     from .artifact import Artifact
 
     artifact = Artifact(artifact_dir)
-    rows = [
-        [
-            row["name"],
-            " x ".join(map(str, row["shape"])),
-            _stage_name(row),
-            f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
-            f"{row['relative_error']:.5f}",
-            f"{row['bytes']:,}",
+    recipe, original = artifact.manifest["recipe"], artifact.manifest["original"]
+    if not as_json:
+        rows = [
+            [
+                row["name"],
+                _shape(row["shape"]),
+                _stage_name(row),
+                f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
+                f"{row['relative_error']:.5f}",
+                f"{row['bytes']:,}",
+            ]
+            for row in artifact.rows
         ]
-        for row in artifact.rows
-    ]
-
-    def tables() -> None:
-        _table("tensor", "shape", "stage", "bits per weight", "relative error", "bytes", rows=rows, right=(3, 4, 5))
-        with_what = {key: value for key, value in artifact.manifest["recipe"]["stage"].items() if key != "weights"}
-        _ratios(artifact, f"made from {artifact.manifest['original']['name']} with {with_what}")
-
-    _show(
-        {
-            "path": str(artifact.path),
-            "recipe": artifact.manifest["recipe"],
-            "original": artifact.manifest["original"],
-            "tensors": artifact.rows,
-            "ratios": [r.to_json() for r in artifact.ratios],
-        },
-        as_json,
-        tables,
-    )
+        _table("tensor|shape|stage|>bits per weight|>relative error|>bytes", rows)
+    stage = {key: value for key, value in recipe["stage"].items() if key != "weights"}
+    about = {"recipe": recipe, "original": original, "tensors": artifact.rows}
+    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"])
 
 
 @app.command()
@@ -391,11 +345,8 @@ def verify(
             _show({"path": str(artifact_dir), "ok": False, "error": str(error)}, True, None)
             raise typer.Exit(1) from None
         _complain(str(error), 1)
-    _show(
-        {"path": str(artifact_dir), "ok": True, "checked": checks},
-        as_json,
-        lambda: _say(f"sound: {artifact_dir}", *(f"  {check}" for check in checks)),
-    )
+    said = [f"sound: {artifact_dir}", *(f"  {check}" for check in checks)]
+    _show({"path": str(artifact_dir), "ok": True, "checked": checks}, as_json, lambda: _say(*said))
 
 
 @app.command()
@@ -412,14 +363,9 @@ def register(
     from .registry import register as run
 
     found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
-    what = "registered as" if found.new else "is already there:"
-    _show(
-        found._asdict(),
-        as_json,
-        lambda: _say(
-            f"{artifact_dir} {what} {found.name}, version {found.packed} (dequantised: version {found.dequantised})"
-        ),
-    )
+    what = f"{artifact_dir} {'registered as' if found.new else 'is already there:'} {found.name}"
+    said = f"{what}, version {found.packed} (dequantised: version {found.dequantised})"
+    _show(found._asdict(), as_json, lambda: _say(said))
 
 
 def _registered_table(rows: list[dict[str, Any]]) -> None:
@@ -430,8 +376,8 @@ def _registered_table(rows: list[dict[str, Any]]) -> None:
         about += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
         return [*about, ", ".join(row["aliases"]) or "-", tags["handoff"]]
 
-    columns = ["name", "version", "form", "other form", "manifest", "bytes", "made from", "measured", "aliases", "hand-off"]
-    _table(*columns, rows=[cells(row) for row in rows], right=(1, 3, 5))
+    columns = "name|>version|form|>other form|manifest|>bytes|made from|measured|aliases|hand-off"
+    _table(columns, [cells(row) for row in rows])
 
 
 @handoff_app.command("write")
@@ -463,11 +409,8 @@ def handoff_check(
     from . import handoff as handoffs
 
     checks = handoffs.check_handoff(folder, phase, text, progress=not as_json, to=to)
-    _show(
-        {"path": str(folder), "checked": checks},
-        as_json,
-        lambda: _say(f"accepted: {folder}", *(f"  {check}" for check in checks)),
-    )
+    said = [f"accepted: {folder}", *(f"  {check}" for check in checks)]
+    _show({"path": str(folder), "checked": checks}, as_json, lambda: _say(*said))
 
 
 @app.command()
@@ -508,47 +451,26 @@ def evaluate(
     device_named(device)
     opened = (open_model(model) if runtime == "dense" else load(model, runtime)).on(device)
     original = open_model(against).on(device) if against else None
+    progress = not as_json
     if phase5:
-        edge = evaluation.edge_of_chaos(opened, original, progress=not as_json)
-        rules = evaluation.eudaimonia(opened, original, progress=not as_json)
-        _show(
-            {"model": opened.name, "edge_of_chaos": edge.to_json(), "eudaimonia": rules.to_json()},
-            as_json,
-            lambda: _measure_table({**edge.named(), **rules.named()}, edge.summary),
-        )
-        return
+        edge = evaluation.edge_of_chaos(opened, original, progress=progress)
+        rules = evaluation.eudaimonia(opened, original, progress=progress)
+        found = {"model": opened.name, "edge_of_chaos": edge.to_json(), "eudaimonia": rules.to_json()}
+        return _show(found, as_json, lambda: _measure_table({**edge.named(), **rules.named()}, edge.summary))
     if tasks is not None:
-        results = evaluation.evaluate_tasks(
-            opened,
-            [name.strip() for name in tasks.split(",") if name.strip()],
-            original=original,
-            limit=limit,
-            data=data,
-            unsafe_code=allow_generated_code,
-            progress=not as_json,
-        )
-        _show(
-            {"model": opened.name, "tasks": {name: result.to_json() for name, result in results.items()}},
-            as_json,
-            lambda: _task_table(results),
-        )
-        return
-    measured: dict[str, evaluation.Measurement] = {}
+        asked = [name.strip() for name in tasks.split(",") if name.strip()]
+        about: dict[str, Any] = {"original": original, "limit": limit, "data": data, "unsafe_code": allow_generated_code}
+        results = evaluation.evaluate_tasks(opened, asked, **about, progress=progress)
+        found = {"model": opened.name, "tasks": {name: result.to_json() for name, result in results.items()}}
+        return _show(found, as_json, lambda: _task_table(results))
     if opened.is_classifier:
-        measured["accuracy"] = evaluation.accuracy(opened)
+        measured = {"accuracy": evaluation.accuracy(opened)}
         if original:
             measured["accuracy of the original"] = evaluation.accuracy(original)
     else:
-        settings: dict[str, Any] = {
-            "text": text,
-            "context": context,
-            "stride": stride,
-            "tokens": tokens,
-            "bos": bos,
-            "progress": not as_json,
-        }
+        about = {"text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos, "progress": progress}
         if original:
-            result = evaluation.divergence(opened, original, **settings)
+            result = evaluation.divergence(opened, original, **about)
             measured = {
                 "perplexity": result.perplexity,
                 "perplexity of the original": result.original_perplexity,
@@ -556,43 +478,22 @@ def evaluate(
                 "top-1 agreement": result.top1,
             }
         else:
-            measured["perplexity"] = evaluation.perplexity(opened, **settings)
+            measured = {"perplexity": evaluation.perplexity(opened, **about)}
         for one, name in ((original, "perplexity of the original"), (opened, "perplexity")):
             if one:
                 one.check_finite(measured[name].value)
     protocol = next(iter(measured.values())).protocol
-    _show(
-        {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}},
-        as_json,
-        lambda: _measure_table(
-            measured,
-            ", ".join(f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer")),
-        ),
-    )
+    caption = ", ".join(f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer"))
+    found = {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}}
+    _show(found, as_json, lambda: _measure_table(measured, caption))
 
 
 def _measure_table(measured: dict[str, Any], caption: str) -> None:
-    _table(
-        "measure",
-        "value",
-        "95% interval",
-        "unit",
-        "n",
-        "error from",
-        rows=[
-            [
-                k,
-                f"{m.value:.5g}",
-                "-" if m.stderr is None else "{:.5g} to {:.5g}".format(*m.bounds),
-                m.unit,
-                f"{m.n:,}",
-                m.error,
-            ]
-            for k, m in measured.items()
-        ],
-        right=(1, 2, 4),
-        caption=caption,
-    )
+    rows = []
+    for name, m in measured.items():
+        interval = "-" if m.stderr is None else "{:.5g} to {:.5g}".format(*m.bounds)
+        rows.append([name, f"{m.value:.5g}", interval, m.unit, f"{m.n:,}", m.error])
+    _table("measure|>value|>95% interval|unit|>n|error from", rows, caption)
 
 
 def _task_table(results: dict[str, Any]) -> None:
@@ -602,28 +503,16 @@ def _task_table(results: dict[str, Any]) -> None:
     for name, result in results.items():
         protocol, kept = result.accuracy.protocol, result.retention
         values = [result.accuracy, result.original_accuracy, kept]
-        cells = ["-" if m is None else f"{m.value:.3f}{'' if m.stderr is None else f' ± {m.stderr:.3f}'}" for m in values]
+        cells = ["-" if m is None else _with_error(m.value, m.stderr) for m in values]
         interval = "-" if kept is None else "{:.3f} to {:.3f}".format(*kept.bounds)
         notes = [] if result.signal else [NO_SIGNAL]
         if truncated := protocol["truncated_items"]:
             notes.append(f"{truncated} items did not fit into the context")
         what = f"{protocol['metric']}, {protocol['shots']} shots"
         rows.append([name, what, f"{result.accuracy.n:,}", *cells, interval, f"{result.chance:.3f}", "; ".join(notes)])
-    _table(
-        "task",
-        "metric",
-        "n",
-        "accuracy",
-        "original",
-        "retention",
-        "95% interval",
-        "chance",
-        "",
-        rows=rows,
-        right=(2, 3, 4, 5, 6, 7),
-        caption="± standard error; of retention for pairs of the same items. Questions: "
-        + ", ".join(dict.fromkeys(result.accuracy.protocol["data"] for result in results.values())),
-    )
+    origins = ", ".join(dict.fromkeys(result.accuracy.protocol["data"] for result in results.values()))
+    caption = f"± standard error; of retention for pairs of the same items. Questions: {origins}"
+    _table("task|metric|>n|>accuracy|>original|>retention|>95% interval|>chance|", rows, caption)
 
 
 @app.command()
@@ -662,23 +551,15 @@ def recover(
         overwrite=overwrite,
         progress=not as_json,
     )
-    _show(
-        {
-            "path": str(result.path),
-            "trained": result.trained,
-            "metrics": result.metrics,
-            "gates": [gate.to_json() for gate in result.gates],
-            "passed": result.passed,
-        },
-        as_json,
-        lambda: _table(
-            "metric",
-            "value",
-            rows=[[k, f"{v:.5g}"] for k, v in result.metrics.items()],
-            right=(1,),
-            caption=map(str, result.gates),
-        ),
-    )
+    data = {
+        "path": str(result.path),
+        "trained": result.trained,
+        "metrics": result.metrics,
+        "gates": [gate.to_json() for gate in result.gates],
+        "passed": result.passed,
+    }
+    rows = [[k, f"{v:.5g}"] for k, v in result.metrics.items()]
+    _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)))
     if not result.passed:
         raise typer.Exit(1)
 
@@ -700,28 +581,12 @@ def pipeline(
     options = {"workers": workers, "device": device, "overwrite": overwrite, "progress": not as_json, "track": track}
     result = run_chain(model, chain, out_dir, **options)  # type: ignore[arg-type]
     path = str(result.artifact.path) if result.artifact else None
-    _show(
-        {"path": path, "finished": result.finished, "attempts": result.attempts},
-        as_json,
-        lambda: _table(
-            "step",
-            "setting",
-            "ratio",
-            "of this step",
-            "touched tensors",
-            "of this step",
-            "error",
-            "retention",
-            "in total",
-            "decision",
-            rows=[_attempt_cells(row) for row in result.attempts],
-            right=(2, 3, 4, 5, 6, 7, 8),
-            caption=[
-                *(f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]),
-                f"accepted: {path or 'nothing; the original stands'}",
-            ],
-        ),
-    )
+    caption = [f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]]
+    caption.append(f"accepted: {path or 'nothing; the original stands'}")
+    columns = "step|setting|>ratio|>of this step|>touched tensors|>of this step|>error|>retention|>in total|decision"
+    rows = [_attempt_cells(row) for row in result.attempts]
+    data = {"path": path, "finished": result.finished, "attempts": result.attempts}
+    _show(data, as_json, lambda: _table(columns, rows, *caption))
     if not result.finished:
         raise typer.Exit(1)
 
@@ -730,9 +595,8 @@ def _attempt_cells(row: dict[str, Any]) -> list[str]:
     found = row.get("measured", {})
     cells = []
     for name in ("ratio", "step_ratio", "touched_ratio", "touched_step_ratio", "error", "retention", "total_retention"):
-        measured = found.get(name, {"value": float("nan"), "stderr": None})
-        spread = "" if measured["stderr"] is None else f" ± {measured['stderr']:.3f}"
-        cells.append(f"{measured['value']:.3f}{spread}")
+        measured = found.get(name, {"value": math.nan, "stderr": None})
+        cells.append(_with_error(measured["value"], measured["stderr"]))
     return [row["name"], row["setting"]["stage"], *cells, row["decision"]]
 
 
@@ -820,7 +684,7 @@ def _made(found: list[dict[str, Any]]) -> None:
         if any(one["summary"][verdict] for one in found)
     ]
     rows.append(["minutes", *(f"{one['seconds'] / 60:.1f}" for one in found)])
-    _table("", *(path.name.replace("_", " ") for path in paths), rows=rows, right=tuple(range(1, len(paths) + 1)))
+    _table("".join(f"|>{path.name.replace('_', ' ')}" for path in paths), rows)
     out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)
 
 
@@ -843,11 +707,8 @@ def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool)
             audits.check(folder / claims.report, claims)
         except BadInput as error:
             problems[claims.report] = str(error)
-    _show(
-        {"ok": not problems, "problems": problems},
-        as_json,
-        lambda: _say(*(problems.values() or ["every report is what its record gives"])),
-    )
+    said = problems.values() or ["every report is what its record gives"]
+    _show({"ok": not problems, "problems": problems}, as_json, lambda: _say(*said))
     if problems:
         raise typer.Exit(1)
 
@@ -855,12 +716,8 @@ def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool)
 def _claims(rows: list[dict[str, Any]]) -> None:
     from .audit.drawing import measured_text, verdict_text
 
-    _table(
-        "claim",
-        "verdict",
-        "measured",
-        rows=[[row["id"], verdict_text(row), measured_text(row).replace("**", "")] for row in rows],
-    )
+    cells = [[row["id"], verdict_text(row), measured_text(row).replace("**", "")] for row in rows]
+    _table("claim|verdict|measured", cells)
 
 
 def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
@@ -876,11 +733,11 @@ def _say(*lines: str) -> None:
         out.print(printable(line), markup=False)
 
 
-def _table(*columns: str, rows: list[list[str]], right: tuple[int, ...] = (), caption: str | Iterable[str] = ()) -> None:
-    lines = [caption] if isinstance(caption, str) else caption
-    table = Table(caption="\n".join(map(_cell, lines)) or None, caption_justify="left")
-    for i, column in enumerate(columns):
-        table.add_column(column, justify="right" if i in right else "left", overflow="fold")
+def _table(columns: str, rows: Iterable[Iterable[str]], *caption: str) -> None:
+    """Print a table.  columns: heads, separated by |; after > a column's cells stand on its right."""
+    table = Table(caption="\n".join(map(_cell, caption)) or None, caption_justify="left")
+    for column in columns.split("|"):
+        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(_cell, row))
     Console().print(table)
@@ -890,23 +747,23 @@ def _cell(text: str) -> str:
     return escape(printable(text))
 
 
+def _shape(shape: Iterable[int]) -> str:
+    return " x ".join(map(str, shape))
+
+
+def _with_error(value: float, stderr: float | None) -> str:
+    return f"{value:.3f}{'' if stderr is None else f' ± {stderr:.3f}'}"
+
+
 def _stage_name(row: dict[str, Any]) -> str:
     return row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})"
 
 
-def _ratios(artifact: Any, *caption: str) -> None:
-    _table(
-        "what",
-        "bytes on disk",
-        "against",
-        "bytes",
-        "ratio",
-        rows=[
-            [r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios
-        ],
-        right=(1, 3, 4),
-        caption=caption,
-    )
+def _show_ratios(artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str]) -> None:
+    """An artifact's path and ratios, with what there is to say about it."""
+    rows = [[r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios]
+    data = {"path": str(artifact.path), **about, "ratios": [r.to_json() for r in artifact.ratios]}
+    _show(data, as_json, lambda: _table("what|>bytes on disk|against|>bytes|>ratio", rows, *caption))
 
 
 def _complain(message: str, code: int) -> NoReturn:

@@ -24,32 +24,23 @@ from agentforge.evaluation import Measurement
 
 EVERY = 2.0  # seconds between two looks at a run that is active
 VIEWS = ("Run", "Compare", "Frontier", "Reports")
-COLOURS = {
-    "running": "blue",
-    "pausing": "orange",
-    "paused": "orange",
-    "aborting": "red",
-    "aborted": "red",
-    "finished": "green",
-    "stopped": "orange",
-    "failed": "red",
+# Of a run: the colour of its state, and what that means.
+STATES = {
+    "running": ("blue", "its process is at work"),
+    "pausing": ("orange", "what is being encoded or measured is finished first"),
+    "paused": ("orange", "Resume continues from what is finished"),
+    "aborting": ("red", "its process is being ended"),
+    "aborted": ("red", "ended for good; what was accepted stays"),
+    "finished": ("green", "every step was accepted"),
+    "stopped": ("orange", "it came to its end, and not every step passed its gates"),
+    "failed": ("red", "its process ended before the run did; Resume continues from what is finished"),
+}
+COLOURS = {state: colour for state, (colour, _) in STATES.items()} | {
     "accepted": "green",
-    "rejected": "red",
     "rolled back": "red",
     "pending": "grey",
     "not reached": "grey",
 }
-WORDS = {
-    "running": "its process is at work",
-    "pausing": "what is being encoded or measured is finished first",
-    "paused": "Resume continues from what is finished",
-    "aborting": "its process is being ended",
-    "aborted": "ended for good; what was accepted stays",
-    "finished": "every step was accepted",
-    "stopped": "it came to its end, and not every step passed its gates",
-    "failed": "its process ended before the run did; Resume continues from what is finished",
-}
-QUANTITIES = ("bytes", "ratio", "kl", "perplexity", "accuracy", "total_retention")
 HEADS = {
     "bytes": "bytes",
     "ratio": "ratio, x",
@@ -135,7 +126,7 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
     if (run.status in runs.ACTIVE) != looking:
         st.rerun()
     st.subheader(plain(run.name))
-    st.markdown(f"{badge(run.status)} {WORDS[run.status]}{f': {plain(run.reason)}' if run.reason else ''}")
+    st.markdown(f"{badge(run.status)} {STATES[run.status][1]}{f': {plain(run.reason)}' if run.reason else ''}")
     st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {moments(run.record.began)}")
     controls(workspace, run)
     summary(run)
@@ -173,7 +164,7 @@ def controls(workspace: Path, run: runs.Run) -> None:
 def summary(run: runs.Run) -> None:
     """What the last accepted step left, large."""
     measured = run.accepted[-1].measured if run.accepted else {}
-    shown = [name for name in QUANTITIES if name in measured and name != "perplexity"]
+    shown = [name for name in HEADS if name in measured and name != "perplexity"]
     if not shown:
         st.caption("No step is accepted yet; the original stands.")
         return
@@ -273,13 +264,13 @@ def measurements(run: runs.Run) -> None:
     st.caption(ways(every))
 
 
-def cells(measured: dict[str, runs.Measured], all_of_them: Iterable[dict[str, runs.Measured]]) -> dict[str, str]:
+def cells(measured: dict[str, Measurement], all_of_them: Iterable[dict[str, Measurement]]) -> dict[str, str]:
     """The quantities of a table's row, each with its standard error; those that no row of the table has have no column."""
-    known = [name for name in QUANTITIES if any(name in row for row in all_of_them)]
+    known = [name for name in HEADS if any(name in row for row in all_of_them)]
     return {HEADS[name]: plain(runs.shown(measured[name])) if name in measured else "not measured" for name in known}
 
 
-def ways(rows: Iterable[dict[str, runs.Measured]]) -> str:
+def ways(rows: Iterable[dict[str, Measurement]]) -> str:
     """How quality was measured, in a sentence; a warning if it was in more ways than one."""
     found: dict[str, None] = {}
     for measured in rows:
@@ -323,7 +314,7 @@ def compare(workspace: Path) -> None:
         beside(tries)
 
 
-def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> None:
+def beside(tries: list[tuple[runs.Run, runs.Done, float, Measurement]]) -> None:
     """Bytes and accuracy of every try, one colour per run."""
     data = [
         {
@@ -332,8 +323,8 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, runs.Measured]]) -> Non
             "decision": row.decision,
             "bytes": size,
             "kept": kept.value,
-            "low": (bounds := Measurement(**kept.model_dump()).bounds)[0],
-            "high": bounds[1],
+            "low": kept.bounds[0],
+            "high": kept.bounds[1],
         }
         for run, row, size, kept in tries
     ]

@@ -57,8 +57,7 @@ def originals(workspace: Path) -> dict[str, str]:
     Raises BadInput, as `points` does, for a report's record that is none.
     """
     found = {}
-    file = reports_folder() / "ratios" / "ratios.json"
-    with _record(file) as record:
+    with _record("ratios") as record:
         for name, rows in (record or {}).get("points", {}).items():
             found.update({row["retention"]["inputs"]["original"]: name for row in rows if "inputs" in row["retention"]})
     for run, row in _accepted(workspace):
@@ -74,28 +73,27 @@ def points(workspace: Path, quality: Quality) -> list[Point]:
 
     Left out are stages that only found the grid on which the weights lie already, and values without their protocol.
     """
-    found, reports = [], reports_folder()
+    found = []
     if quality == "kl":
-        with _record(reports / "stages" / "stages.json") as record:
+        with _record("stages") as record:
             for row in record or []:
                 if row["relative_error"] >= OWN_GRID:
                     stage = stages.from_json(row["recipe"]["stage"]).brief()
-                    found.append(_point(row["kl"], row["bits"], stage, "single stages"))
-        with _record(reports / "fit" / "fit.json") as record:
+                    found.append(_point(Measurement(**row["kl"]), row["bits"], stage, "single stages"))
+        with _record("fit") as record:
             for row in record or []:
                 what = f"fit to {row['recipe']['bits']:g} bits{', trained' if 'recovery' in row['recipe'] else ''}"
-                found.append(_point(row["kl"], row["bits"], what, "budgets (fit)"))
+                found.append(_point(Measurement(**row["kl"]), row["bits"], what, "budgets (fit)"))
     else:
-        with _record(reports / "ratios" / "ratios.json") as record:
-            for rows in (record or {}).get("points", {}).values():
-                for row in rows:
-                    if row["error"] >= OWN_GRID and "protocol" in row["retention"]:
-                        found.append(_point(row["retention"], row["bits"], row["setting"], "ratios"))
+        with _record("ratios") as record:
+            for row in [row for rows in (record or {}).get("points", {}).values() for row in rows]:
+                if row["error"] >= OWN_GRID and "protocol" in row["retention"]:
+                    found.append(_point(Measurement(**row["retention"]), row["bits"], row["setting"], "ratios"))
     for run, done in _accepted(workspace):
         measured = done.measured
         if {quality, "touched_ratio", "error"} <= set(measured) and measured["error"].value >= OWN_GRID:
             bits = run.chain.bits / measured["touched_ratio"].value
-            found.append(_point(measured[quality].model_dump(), bits, f"{run.name}: {done.stage}", OWN))
+            found.append(_point(measured[quality], bits, f"{run.name}: {done.stage}", OWN))
     return found
 
 
@@ -142,8 +140,7 @@ def _where(point: Point) -> str:
     return f"{point.what} at {point.bits:.2f} bits, {16 / point.bits:.1f}x against 16"
 
 
-def _point(measured: dict[str, Any], bits: float, what: str, source: str) -> Point:
-    found = Measurement(**measured)
+def _point(found: Measurement, bits: float, what: str, source: str) -> Point:
     return Point(found.inputs.get("original", ""), what, source, bits, found.value, *found.bounds, way(found.protocol))
 
 
@@ -167,8 +164,9 @@ def _accepted(workspace: Path) -> Iterator[tuple[runs.Run, runs.Done]]:
 
 
 @contextlib.contextmanager
-def _record(file: Path) -> Iterator[Any]:
+def _record(report: str) -> Iterator[Any]:
     """What a report's JSON file says, None if there is none; whatever is odd about it is said in a sentence."""
+    file = reports_folder() / report / f"{report}.json"
     try:
         yield json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except (AttributeError, KeyError, TypeError, ValueError) as error:

@@ -43,6 +43,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from ..artifact import Artifact
 from ..chain import Chain, Decision, read_chain
 from ..errors import BadInput
+from ..evaluation import Measurement
 from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import remove
 from ..opening import NAMED
@@ -75,19 +76,6 @@ class Record(_Data):
     asked: Literal["pause", "abort"] | None = None
 
 
-class Measured(_Data):
-    """A measurement, as a journal has it."""
-
-    value: float
-    unit: str
-    stderr: float | None
-    n: int
-    protocol: dict[str, Any]
-    inputs: dict[str, Any] = {}
-    interval: tuple[float, float] | None = None
-    error: str = ""
-
-
 class Attempt(_Data):
     """A try of a step, as a journal has it."""
 
@@ -96,7 +84,7 @@ class Attempt(_Data):
     attempt: int = Field(ge=1)
     setting: dict[str, Any]
     gates: dict[str, Decision] = {}
-    measured: dict[str, Measured] = {}
+    measured: dict[str, Measurement] = {}
 
     @property
     def stage(self) -> str:
@@ -338,7 +326,9 @@ def abort(workspace: Path, name: str, grace: float = GRACE) -> None:
         for number, patience in ((signal.SIGINT, grace), (signal.SIGKILL, PATIENCE)):
             if _alive(folder):
                 _signal(folder, number)
-                _wait_for_the_end(folder, patience)
+                end = time.monotonic() + patience
+                while _alive(folder) and time.monotonic() < end:
+                    time.sleep(0.02)
         if _alive(folder):
             raise BadInput(f"run {name!r}: its process does not end; see what it is waiting for, then abort it again")
         for partial in (folder / "out").glob("*.partial"):
@@ -355,12 +345,6 @@ def _signal(folder: Path, number: signal.Signals) -> None:
     if (pid := _record(folder).pid) is not None:
         with contextlib.suppress(ProcessLookupError):  # it has ended just now
             os.killpg(pid, number)
-
-
-def _wait_for_the_end(folder: Path, patience: float) -> None:
-    end = time.monotonic() + patience
-    while _alive(folder) and time.monotonic() < end:
-        time.sleep(0.02)
 
 
 def _launch(folder: Path, name: str) -> None:
@@ -445,17 +429,17 @@ def read(workspace: Path, name: str) -> Run:
     """A run as it stands on the disk.  Raises BadInput if its files are not those of a run."""
     folder = _existing(workspace, name)
     record, chain = _record(folder), read_chain(folder / "chain.yaml")
-    file, result = folder / "out" / "journal.json", folder / "result.json"
+    file, reason = folder / "out" / "journal.json", ""
     journal = _checked(Journal, file) if file.is_file() else None
     if _alive(folder):
         status: Status = "running" if record.asked is None else "pausing" if record.asked == "pause" else "aborting"
-    elif (finished := _finished(result)) is not None:
+    elif (finished := _finished(folder / "result.json")) is not None:
         status = "finished" if finished else "stopped"
     elif record.asked is not None:
         status = "paused" if record.asked == "pause" else "aborted"
     else:
-        return Run(name, folder, record, chain, journal, "failed", _last_words(log_tail(folder, 60)))
-    return Run(name, folder, record, chain, journal, status)
+        status, reason = "failed", _last_words(log_tail(folder, 60))
+    return Run(name, folder, record, chain, journal, status, reason)
 
 
 def _record(folder: Path) -> Record:
@@ -479,7 +463,7 @@ def _finished(result: Path) -> bool | None:
     return found if isinstance(found, bool) else None
 
 
-def shown(measured: Measured) -> str:
+def shown(measured: Measurement) -> str:
     """A measurement as it stands on the page, with its standard error if it has one."""
     value = f"{measured.value:,.0f}" if measured.unit == "bytes" else f"{measured.value:.4g}"
     return value if measured.stderr is None else f"{value} ± {measured.stderr:.2g}"

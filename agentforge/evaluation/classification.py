@@ -19,8 +19,7 @@ def accuracy(model: LanguageModel) -> Measurement:
     Raises BadInput for a model that is not a classifier of digits.
     """
     protocol = {"metric": "accuracy", "data": DATA}
-    found = intervals.share(_hits(model))
-    return Measurement(unit="accuracy", protocol=protocol, seed=0, inputs={"model": model.fingerprint}, **found)
+    return intervals.measured(intervals.share(_hits(model)), "accuracy", protocol, model, seed=0)
 
 
 def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measurement:
@@ -28,10 +27,8 @@ def accuracy_retention(model: LanguageModel, original: LanguageModel) -> Measure
 
     Raises BadInput for a model that is not a classifier of digits.
     """
-    inputs = {"model": model.fingerprint, "original": original.fingerprint}
     protocol = {"metric": "accuracy / original accuracy", "data": DATA}
-    found = intervals.pairs(_hits(model), _hits(original))
-    return Measurement(unit="share", protocol=protocol, inputs=inputs, **found)
+    return intervals.measured(intervals.pairs(_hits(model), _hits(original)), "share", protocol, model, original)
 
 
 def _hits(model: LanguageModel) -> torch.Tensor:

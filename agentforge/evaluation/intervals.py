@@ -19,7 +19,23 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..models import LanguageModel
+from .measurement import Measurement
+
 LARGEST = 690.0  # the exp of more is beyond what a float, or the schema of measurements, holds
+
+
+def measured(
+    found: dict[str, Any],
+    unit: str,
+    protocol: dict[str, Any],
+    model: LanguageModel,
+    original: LanguageModel | None = None,
+    seed: int | None = None,
+) -> Measurement:
+    """The Measurement whose fields a function here has `found`, of a model, or of it beside its original."""
+    inputs = {"model": model.fingerprint} | ({} if original is None else {"original": original.fingerprint})
+    return Measurement(unit=unit, protocol=protocol, seed=seed, inputs=inputs, **found)
 
 
 def student(freedom: int) -> float:

@@ -157,29 +157,23 @@ def edge_of_chaos(
     found = _curve(first, asked, seed, progress)
     at = round(found[0].value)
     gate = questions(at, items, 2 * seed + 1)
+    protocol = {"metric": "accuracy", "level": at, "chance": CHANCE, "questions_sha256": _sha256(gate)}
+
+    def edge(of: LanguageModel, found: tuple[Measurement, dict[int, Measurement]], hits: torch.Tensor) -> EdgeOfChaos:
+        accuracy = intervals.measured(intervals.share(hits), "share of answers", protocol, of, seed=seed)
+        return EdgeOfChaos(*found, at, accuracy, BAND[0] <= accuracy.value <= BAND[1])
+
     hits = right_answers(first, gate, progress)
-    mine = _edge(first, found, at, hits, gate, seed)
+    mine = edge(first, found, hits)
     if original is None:
         return mine
     kept = right_answers(model, gate, progress)
-    result = _edge(model, _curve(model, asked, seed, progress), at, kept, gate, seed)
-    inputs = {"model": model.fingerprint, "original": original.fingerprint}
-    protocol = result.accuracy.protocol
-    return result._replace(
+    changed, over = ({**protocol, "metric": f"accuracy {sign} original accuracy"} for sign in "-/")
+    change = intervals.pairs(kept - hits, torch.ones_like(hits))
+    return edge(model, _curve(model, asked, seed, progress), kept)._replace(
         original=mine,
-        change=Measurement(
-            unit="share of answers",
-            protocol={**protocol, "metric": "accuracy - original accuracy"},
-            seed=seed,
-            inputs=inputs,
-            **intervals.pairs(kept - hits, torch.ones_like(hits)),
-        ),
-        retention=Measurement(
-            unit="share",
-            protocol={**protocol, "metric": "accuracy / original accuracy"},
-            inputs=inputs,
-            **intervals.pairs(kept, hits),
-        ),
+        change=intervals.measured(change, "share of answers", changed, model, original, seed),
+        retention=intervals.measured(intervals.pairs(kept, hits), "share", over, model, original),
     )
 
 
@@ -189,40 +183,27 @@ def eudaimonia(model: LanguageModel, original: LanguageModel | None = None, *, p
     The mean log-likelihood of a token counts, from the first on in which the two differ.  original: what the model was
     compressed from.  Raises BadInput for a model without a tokenizer.
     """
-    pairs = eudaimonia_items()
-    asked = [(item.situation, (f" {item.keeps}", f" {item.breaks}")) for item in pairs]
+    items = eudaimonia_items()
+    asked = [(item.situation, (f" {item.keeps}", f" {item.breaks}")) for item in items]
     digest = hashlib.sha256(ITEMS.read_bytes()).hexdigest()
+    protocol = {"metric": "the keeping continuation is likelier, per token", "items_sha256": digest, "chance": 0.5}
     scores: list[dict[str, Measurement]] = []
     wins: list[dict[str, torch.Tensor]] = []
     for each in [model] if original is None else [model, original]:
         better = torch.tensor([_keeps(scored) for scored in likelihoods(each, asked, progress)], dtype=torch.float64)
         # A twin at a time: its two items stand one after the other.
-        wins.append({rule: better[[item.rule == rule for item in pairs]].reshape(-1, 2).sum(1) for rule in RULES})
-        protocol = {"metric": "the keeping continuation is likelier, per token", "items_sha256": digest, "chance": 0.5}
-        inputs = {"model": each.fingerprint}
-        scores.append(
-            {
-                rule: Measurement(
-                    unit="share of items",
-                    protocol={**protocol, "rule": rule},
-                    inputs=inputs,
-                    **intervals.share(hits, torch.full_like(hits, 2), f"{len(hits)} twins"),
-                )
-                for rule, hits in wins[-1].items()
-            }
-        )
+        wins.append({rule: better[[item.rule == rule for item in items]].reshape(-1, 2).sum(1) for rule in RULES})
+        scores.append({})
+        for rule, hits in wins[-1].items():
+            found = intervals.share(hits, torch.full_like(hits, 2), f"{len(hits)} twins")
+            scores[-1][rule] = intervals.measured(found, "share of items", {**protocol, "rule": rule}, each)
     if original is None:
         return Eudaimonia(scores[0])
-    inputs = {"model": model.fingerprint, "original": original.fingerprint}
-    kept = {
-        rule: Measurement(
-            unit="share",
-            protocol={**protocol, "metric": "score / original score", "rule": rule},
-            inputs=inputs,
-            **intervals.pairs(hits, wins[1][rule], torch.full_like(hits, 2), f"{len(hits)} twins"),
-        )
-        for rule, hits in wins[0].items()
-    }
+    kept = {}
+    for rule, hits in wins[0].items():
+        found = intervals.pairs(hits, wins[1][rule], torch.full_like(hits, 2), f"{len(hits)} twins")
+        about = {**protocol, "metric": "score / original score", "rule": rule}
+        kept[rule] = intervals.measured(found, "share", about, model, original)
     return Eudaimonia(scores[0], scores[1], kept)
 
 
@@ -283,7 +264,6 @@ def _curve(
 ) -> tuple[Measurement, dict[int, Measurement]]:
     """The level, and the shares of right answers that it is fitted to."""
     levels, hits = [question.level for question in asked], right_answers(model, asked, progress)
-    inputs = {"model": model.fingerprint}
     protocol = {
         "metric": f"level with {TARGET:.0%} right answers, logistic fit above chance",
         "chance": CHANCE,
@@ -291,34 +271,20 @@ def _curve(
     }
     curve = fit_curve(levels, hits)
     on_scale = LEVELS[0] <= curve.level <= LEVELS[-1]
-    level = Measurement(
-        min(max(curve.level, LEVELS[0]), LEVELS[-1]),
-        "level",
-        curve.stderr if on_scale else None,
-        len(asked),
-        {**protocol, "on_scale": on_scale, "width": curve.width},
-        seed,
-        inputs,
-        error="logistic fit" if on_scale else "unknown",
-    )
-    at = torch.tensor(levels)
-    shares = {
-        step: _accuracy(hits[at == step], {**protocol, "metric": "accuracy", "level": step}, seed, inputs) for step in GRID
+    found = {
+        "value": min(max(curve.level, LEVELS[0]), LEVELS[-1]),
+        "stderr": curve.stderr if on_scale else None,
+        "n": len(asked),
+        "error": "logistic fit" if on_scale else "unknown",
     }
+    about = {**protocol, "on_scale": on_scale, "width": curve.width}
+    level = intervals.measured(found, "level", about, model, seed=seed)
+    at = torch.tensor(levels)
+    shares = {}
+    for step in GRID:
+        about = {**protocol, "metric": "accuracy", "level": step}
+        shares[step] = intervals.measured(intervals.share(hits[at == step]), "share of answers", about, model, seed=seed)
     return level, shares
-
-
-def _edge(
-    model: LanguageModel,
-    found: tuple[Measurement, dict[int, Measurement]],
-    at: int,
-    hits: torch.Tensor,
-    asked: list[Question],
-    seed: int,
-) -> EdgeOfChaos:
-    protocol = {"metric": "accuracy", "level": at, "chance": CHANCE, "questions_sha256": _sha256(asked)}
-    accuracy = _accuracy(hits, protocol, seed, {"model": model.fingerprint})
-    return EdgeOfChaos(*found, at, accuracy, BAND[0] <= accuracy.value <= BAND[1])
 
 
 def right_answers(model: LanguageModel, asked: Sequence[Question], progress: bool) -> torch.Tensor:
@@ -334,10 +300,6 @@ def right_answers(model: LanguageModel, asked: Sequence[Question], progress: boo
 def _keeps(scored: Scored) -> bool:
     keeps, breaks = (scored.sums / scored.lengths).tolist()
     return bool(keeps > breaks)  # never where one of them is NaN
-
-
-def _accuracy(hits: torch.Tensor, protocol: dict[str, Any], seed: int, inputs: dict[str, str]) -> Measurement:
-    return Measurement(unit="share of answers", protocol=protocol, seed=seed, inputs=inputs, **intervals.share(hits))
 
 
 def _sha256(asked: Sequence[Question]) -> str:

@@ -288,18 +288,15 @@ def _result(metric: str, both: list[LanguageModel], runs: list[_Run], protocol: 
         binary = bool(((run.hits == 0) | (run.hits == 1)).all())
         about = {**protocol, "metric": metric, "items_sha256": run.sha256, "truncated_items": run.truncated}
         found = intervals.share(run.hits) if binary else intervals.mean(run.hits, error=f"{len(run.hits)} items")
-        inputs = {"model": model.fingerprint}
-        accuracies.append(Measurement(unit="accuracy", protocol=about, seed=seed, inputs=inputs, **found))
+        accuracies.append(intervals.measured(found, "accuracy", about, model, seed=seed))
     last, chance = accuracies[-1], runs[-1].chance
     signal = last.within(-math.inf, chance) == "outside"
     if len(both) == 1:
         return TaskResult(accuracies[0], chance, signal)
     kept = None
     if last.value > 0:
-        inputs = {"model": both[0].fingerprint, "original": both[1].fingerprint}
         about = {**last.protocol, "metric": f"{metric} / original {metric}"}
-        found = intervals.pairs(runs[0].hits, runs[1].hits)
-        kept = Measurement(unit="share", protocol=about, inputs=inputs, **found)
+        kept = intervals.measured(intervals.pairs(runs[0].hits, runs[1].hits), "share", about, both[0], both[1])
     return TaskResult(accuracies[0], chance, signal, last, kept)
 
 
