@@ -2,7 +2,7 @@
 
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
-same tensor (q, k and v; gate and up) share one H.  All H are in memory at once, as float32: 4 bytes * in^2 per distinct one,
+same tensor (q, k and v; gate and up), and the experts of one layer, share one H.  All H are in memory at once, as float32: 4 bytes * in^2 per distinct one,
 0.4 GB for SmolLM2-135M, plus as much for each worker.
 """
 
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 from threading import local
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from . import digits
@@ -77,6 +78,8 @@ def collect(
 ) -> dict[str, InputStatistics]:
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
+    The experts of a layer share one H, of the tokens that the router sends to any of them; sensitivities are of each one.
+
     workers: threads, each with one window in memory (default: one per core, at most 4; on a GPU one).  The model's module
     is moved to `calibration.device`; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for
     settings out of range.
@@ -89,23 +92,23 @@ def collect(
     most = min(workers or os.cpu_count() or 1, 4) if device.type == "cpu" else 1
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers = dict(module.named_modules())
-    # A layer of experts is fed all tokens, each of its matrices only some: it has no statistics.
     owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in model.weights() if not weight.experts}
-    same = _same_input(body, windows[0], owners)
+    same = _same_input(body, windows[0], owners) | {weight.name: weight.name for weight in model.weights() if weight.experts}
     mine = local()
 
-    def note(key: str) -> Callable[..., None]:
-        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0].detach().reshape(-1, args[0].shape[-1]).to(torch.float32)
-            product = x.T @ x
-            total, n = mine.found.get(key, (None, 0))
-            mine.found[key] = (product if total is None else total + product, n + len(x))
+    def add(key: str, values: torch.Tensor) -> None:
+        x = values.detach().reshape(-1, values.shape[-1]).to(torch.float32)
+        product = x.T @ x
+        total, n = mine.found.get(key, (None, 0))
+        mine.found[key] = (product if total is None else total + product, n + len(x))
 
-        return hook
+    def of_expert(name: str, _: int, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        add(name, values)
+        return output
 
     def run(window: torch.Tensor) -> dict[str, tuple[torch.Tensor, int]]:
         mine.found = {}
-        with torch.no_grad():
+        with torch.no_grad(), _Experts(model, of_expert):
             body(window)
         found, mine.found = mine.found, {}
         return found  # type: ignore[no-any-return]
@@ -114,8 +117,9 @@ def collect(
     seen: Counter[str] = Counter()
     running: deque[Future[dict[str, tuple[torch.Tensor, int]]]] = deque()
     with ExitStack() as stack:
-        for key in set(same.values()):
-            stack.enter_context(owners[key].register_forward_pre_hook(note(key)))
+        for key in set(same.values()) & owners.keys():
+            stack.enter_context(owners[key].register_forward_pre_hook(lambda _, args, key=key: add(key, args[0])))
+        stack.enter_context(_expert_by_expert(module))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # a product's bits depend on how many threads share it
         pool = stack.enter_context(ThreadPoolExecutor(most))
@@ -133,7 +137,9 @@ def collect(
     found = {name: means[key] for name, key in same.items() if key in means}
     if not calibration.sensitivity_tokens:
         return found
-    curvatures = _sensitivities(model, calibration, {name: owners[name] for name in found}, windows, progress)
+    curvatures = _sensitivities(
+        model, calibration, {name: o for name, o in owners.items() if name in found}, windows, progress
+    )
     return {name: replace(about, sensitivity=curvatures.get(name)) for name, about in found.items()}
 
 
@@ -151,23 +157,31 @@ def _sensitivities(
     sums: dict[str, torch.Tensor] = {}
     seen = 0
 
-    def note(name: str) -> Callable[..., Any]:
-        def add(gradient: torch.Tensor) -> None:
-            squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
+    rows = {weight.name: weight.shape[0] for weight in model.weights()}
 
-        def hook(_: Any, __: Any, output: Any) -> Any:
-            if not isinstance(output, torch.Tensor):  # of a router that gives several, which one the weight made is unknown
-                return output
-            output = output if output.requires_grad else output.detach().requires_grad_()
-            output.register_hook(add)
+    def noted(name: str, output: Any, first: int = 0) -> Any:
+        """The output, whose gradients are added to the sums of a weight's rows from `first` on."""
+        if not isinstance(output, torch.Tensor):  # of a router that gives several, which one the weight made is unknown
             return output
 
-        return hook
+        def add(gradient: torch.Tensor) -> None:
+            squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+            if name not in sums:
+                sums[name] = squares.new_zeros(rows[name])
+            sums[name][first : first + len(squares)] += squares
+
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        output.register_hook(add)
+        return output
+
+    def of_expert(name: str, expert: int, _: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        return noted(name, output, expert * output.shape[-1])  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
         for name, owner in owners.items():
-            stack.enter_context(owner.register_forward_hook(note(name)))
+            stack.enter_context(owner.register_forward_hook(lambda _, __, output, name=name: noted(name, output)))
+        stack.enter_context(_expert_by_expert(module))
+        stack.enter_context(_Experts(model, of_expert))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         for parameter in wanted:
@@ -185,6 +199,42 @@ def _sensitivities(
             scores.gather(1, drawn).sum().backward()
             seen += len(scores)
     return {name: (total / seen).to("cpu", torch.float32) for name, total in sums.items()}
+
+
+class _Experts(TorchFunctionMode):
+    """Calls `note(name, expert, input, output)` for the product of each expert's matrix, and takes its output from there.
+
+    Experts are slices of one tensor, not modules; a product is theirs if its matrix lies in that tensor.
+    """
+
+    def __init__(self, model: LanguageModel, note: Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        parameters = dict(model.model.named_parameters())
+        names = [weight.name for weight in model.weights() if weight.experts]
+        self.names = {parameters[name].untyped_storage().data_ptr(): name for name in names}
+        self.note = note
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if func is torch.nn.functional.linear and self.names:
+            matrix = args[1]
+            if name := self.names.get(matrix.untyped_storage().data_ptr()):
+                return self.note(name, matrix.storage_offset() // matrix.numel(), args[0], output)
+        return output
+
+
+@contextmanager
+def _expert_by_expert(module: Any) -> Iterator[None]:
+    """transformers multiplies one expert after the other, and not all of them by one kernel."""
+    if not hasattr(module, "get_experts_implementation"):
+        yield
+        return
+    before = module.get_experts_implementation()
+    module.set_experts_implementation("eager")
+    try:
+        yield
+    finally:
+        module.set_experts_implementation(before)
 
 
 def _windows(model: LanguageModel, calibration: Calibration) -> list[torch.Tensor]:

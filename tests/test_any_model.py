@@ -37,6 +37,19 @@ CONFIGS = {
         num_experts_per_tok=1,
         max_position_embeddings=64,
     ),
+    "mixtral": transformers.MixtralConfig(
+        **SIZES, intermediate_size=48, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64
+    ),
+    "qwen3_moe": transformers.Qwen3MoeConfig(
+        **SIZES,
+        intermediate_size=64,
+        moe_intermediate_size=16,
+        num_key_value_heads=1,
+        head_dim=16,
+        num_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=64,
+    ),
 }
 
 
@@ -170,3 +183,53 @@ def test_what_another_tool_quantised_is_not_taken_for_weights(tmp_path: Path, ki
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(BadInput, match=r"already quantised by another tool"):
         open_model(folder)
+
+
+@pytest.mark.parametrize("made", ["mixtral", "qwen3_moe"], indirect=True)
+def test_experts_have_statistics_of_the_tokens_that_the_router_sends_them(made: LanguageModel) -> None:
+    """By hand, from the router's own choice: what each expert is fed, and the gradients of what it gives."""
+    found = collect(made, Calibration(TEXT, 48, 48, 48), progress=False)
+    name = next(weight.name for weight in made.weights() if weight.name.endswith("experts.gate_up_proj"))
+    experts = made.model.get_submodule(name.rpartition(".")[0])
+    ids = torch.tensor([made.encode(TEXT.text)[:48]])
+    seen: list[Any] = []
+    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args))
+    made.model(ids)
+    handle.remove()
+    states, chosen, _ = (one.reshape(48, -1) for one in seen[0])
+    fed = torch.cat([states[(chosen == expert).any(1)] for expert in range(chosen.max() + 1)]).double()
+    stats = found[name]
+    assert stats.n == len(fed) == chosen.numel()
+    torch.testing.assert_close(stats.hessian.double(), fed.T @ fed / len(fed), rtol=1e-4, atol=1e-6)
+    down = found[name.replace("gate_up", "down")]
+    assert down.sensitivity is not None and down.sensitivity.shape == (4 * 32,)
+    # The loss is differentiated in a number that is added to each output of each expert.
+    logp = made.model(ids).logits[0].log_softmax(-1)
+    drawn = torch.multinomial(logp.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+    by_hand = torch.zeros(4, 32)
+    made.model.set_experts_implementation("eager")
+    linear = torch.nn.functional.linear
+    outputs: list[tuple[int, torch.Tensor]] = []
+
+    def spied(x: torch.Tensor, matrix: torch.Tensor, bias: Any = None) -> torch.Tensor:
+        output = linear(x, matrix, bias)
+        for expert, own in enumerate(experts.down_proj):
+            if torch.equal(matrix, own):
+                outputs.append((expert, output))
+        return output
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "linear", spied)
+        logp = made.model(ids).logits[0].log_softmax(-1)
+    gradients = torch.autograd.grad(logp.gather(1, drawn).sum(), [output for _, output in outputs])
+    for (expert, _), gradient in zip(outputs, gradients, strict=True):
+        by_hand[expert] += gradient.square().sum(0) / 48
+    torch.testing.assert_close(down.sensitivity.reshape(4, 32), by_hand, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("made", ["mixtral", "qwen3_moe"], indirect=True)
+def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path) -> None:
+    fitted = fit(made, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=128, progress=False)
+    kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
+    assert not kept & {weight.name for weight in made.weights()}
+    assert fitted.bits <= 3
