@@ -9,12 +9,12 @@ forms cover most stages:
 
 `half` multiplies the 16 bits in which embedding and head are kept: a small model's head is its largest matrix.
 
-All take four rows (of vectors) at a time, which share what is loaded of x, and are written in LLVM's own terms.  Products and
-sums are float32 in a fixed order, whatever the number of threads: a result differs from x W^T by rounding alone, at most
-1e-6 |x| |W|^T.
+All take four rows (of vectors) at a time, which share what is loaded of x, and are written in LLVM's own terms.  Products
+and sums are float32 in a fixed order, whatever the number of threads: a result differs from x W^T by rounding alone, at
+most 1e-6 |x| |W|^T.
 
-Functions take addresses.  What they inline is in this file, but for single loads and stores, because numba's cache on disk does
-not notice changes elsewhere.
+Functions take addresses.  What they inline is in this file, but for single loads and stores, because numba's cache on disk
+does not notice changes elsewhere.
 """
 
 from __future__ import annotations
