@@ -7,11 +7,14 @@ forms cover most stages:
   steps of rows and columns are factors of the results and the inputs);
 - `vectors`: W is made of the vectors of a codebook.  They lie along a column (vptq) or along a row (trajectory).
 
-Both take four rows (of vectors) at a time, which share what is loaded of x, and are written in LLVM's own terms, as those of
-`half` are.  Products and sums are float32 in a fixed order, whatever the number of threads: a result differs from x W^T by
-rounding alone, at most 1e-6 |x| |W|^T.
+`half` multiplies the 16 bits in which embedding and head are kept: a small model's head is its largest matrix.
 
-Functions take addresses.  What they inline is in this file, because numba's cache on disk does not notice changes elsewhere.
+All take four rows (of vectors) at a time, which share what is loaded of x, and are written in LLVM's own terms.  Products
+and sums are float32 in a fixed order, whatever the number of threads: a result differs from x W^T by rounding alone, at
+most 1e-6 |x| |W|^T.
+
+Functions take addresses.  What they inline is in this file, but for single loads and stores, because numba's cache on disk
+does not notice changes elsewhere.
 """
 
 from __future__ import annotations
@@ -20,15 +23,13 @@ import platform
 from functools import cache
 from typing import Any
 
-import llvmlite.binding
-import numba
 import torch
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .ternary_cpu import in_parts
+from .ternary_cpu import Value, _int, _load, _store, f32, features, i8, i16, i32, i64, in_parts
 
 ROWS = 4
 LANES = 16
@@ -39,30 +40,11 @@ WIDEST_CODE = 14  # of which a word holds four, wherever in a byte they begin
 HALF_FEW = 4  # vectors up to which a matrix of 16 bits is multiplied by our kernel, not torch's
 CHUNK = 4096  # rows of such a matrix that are converted at a time for more of them
 
-i8, i16, i32, i64, f32 = (*(ir.IntType(bits) for bits in (8, 16, 32, 64)), ir.FloatType())
-Value = Any  # an ir.Value
-
 
 @cache  # asking takes longer than a small product
 def available() -> bool:
     """Whether the machine turns half floats into float32 by an instruction."""
-    if platform.machine() in ("aarch64", "arm64"):
-        return True
-    if numba.config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES, or "" for NUMBA_CPU_NAME=generic
-        return "+f16c" in str(numba.config.CPU_FEATURES).split(",")
-    return bool(llvmlite.binding.get_host_cpu_features().get("f16c"))
-
-
-def _int(value: int) -> Value:
-    return ir.Constant(i64, value)
-
-
-def _load(b: Any, address: Value, kind: ir.Type) -> Value:
-    return b.load(b.inttoptr(address, kind.as_pointer()), align=1)
-
-
-def _store(b: Any, value: Value, address: Value) -> None:
-    b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
+    return platform.machine() in ("aarch64", "arm64") or "f16c" in features()
 
 
 def _splat(b: Any, value: Value, lanes: int) -> Value:
@@ -74,6 +56,11 @@ def _splat(b: Any, value: Value, lanes: int) -> Value:
 
 def _all(value: float, kind: ir.VectorType) -> Value:
     return ir.Constant(kind, [value] * kind.count)
+
+
+def _zero(b: Any, kind: ir.Type) -> Value:
+    """A place on the stack, filled with zeros."""
+    return cgutils.alloca_once(b, kind, zfill=True)
 
 
 def _accumulate(b: Any, total: Value, x: Value, y: Value) -> Value:
@@ -155,12 +142,7 @@ def _grid_rows(
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         codes, size, row, x, columns, group, scale, minimum, sums, out = args[3:]
         groups = b.sdiv(columns, group)
-        totals = [cgutils.alloca_once(b, floats) for _ in range(ROWS)]
-        parts = [cgutils.alloca_once(b, floats) for _ in range(ROWS)]
-        offsets = [cgutils.alloca_once(b, f32) for _ in range(ROWS)]
-        for r in range(ROWS):
-            b.store(_all(0.0, floats), totals[r])
-            b.store(ir.Constant(f32, 0.0), offsets[r])
+        totals, parts, offsets = ([_zero(b, kind) for _ in range(ROWS)] for kind in (floats, floats, f32))
         with cgutils.for_range(b, groups) as of_groups:
             for place in parts:
                 b.store(_all(0.0, floats), place)
@@ -305,9 +287,7 @@ def _vector_lines(
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         indices, size, line, count, x, book, top, out = args[4:]
-        places = [cgutils.alloca_once(b, floats) for _ in range(ROWS)]
-        for place in places:
-            b.store(_all(0.0, floats), place)
+        places = [_zero(b, floats) for _ in range(ROWS)]
         with cgutils.for_range(b, b.sdiv(count, _int(n))) as loop:
             column = b.mul(loop.index, _int(n))
             at_x = b.add(x, b.mul(column, _int(4 * (length if in_row else 1))))
@@ -383,9 +363,7 @@ def _half_rows(typing: Any, brain: Any, weights: Any, x: Any, columns: Any, out:
         _, weights, x, columns, out = args
         floats, words = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
         stored = ir.VectorType(i16 if brain.literal_value else ir.HalfType(), LANES)
-        sums = [cgutils.alloca_once(b, floats) for _ in range(ROWS)]
-        for place in sums:
-            b.store(_all(0.0, floats), place)
+        sums = [_zero(b, floats) for _ in range(ROWS)]
         with cgutils.for_range(b, b.sdiv(columns, _int(LANES))) as loop:
             at = b.mul(loop.index, _int(2 * LANES))
             value = _load(b, b.add(x, b.add(at, at)), floats)

@@ -55,12 +55,16 @@ f32, f64 = ir.FloatType(), ir.DoubleType()
 Value = Any  # an ir.Value
 
 
-def available() -> tuple[str, ...]:
-    """The paths that the code numba makes on this machine can take, the fastest first."""
+def features() -> set[str]:
+    """The machine's instructions that the code numba makes can use, by LLVM's names."""
     if numba.config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES, or "" for NUMBA_CPU_NAME=generic
-        has = {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name.startswith("+")}
-    else:
-        has = {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+        return {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name.startswith("+")}
+    return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
+
+
+def available() -> tuple[str, ...]:
+    """The paths that can be taken on this machine, the fastest first."""
+    has = features()
     there = {
         "avx512": {"avx512f", "avx512bw", "avx512vnni"} <= has,
         "avxvnni": "avx2" in has and ("avxvnni" in has or {"avx512vl", "avx512vnni"} <= has),
@@ -223,9 +227,7 @@ def _tile(
         length = b.mul(runs, _int(RUN))  # of a group, and of a token
         registers = ROWS // machine.rows
         parts = [(g, r) for g in range(G) for r in range(registers)]
-        places = {(part, t): cgutils.alloca_once(b, machine.sums) for part in parts for t in range(T)}
-        for place in places.values():
-            b.store(_splat(0, machine.sums), place)
+        places = {(part, t): cgutils.alloca_once(b, machine.sums, zfill=True) for part in parts for t in range(T)}
         groups_at = [b.add(packed, b.mul(length, _int(g))) for g in range(G)]
         tokens_at = [b.add(x, b.mul(length, _int(t))) for t in range(T)]
         with cgutils.for_range(b, runs) as loop:
