@@ -2,8 +2,8 @@
 
 One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
 are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
-same tensor (q, k and v; gate and up), and the experts of one layer, share one H.  All H are in memory at once, as float32: 4 bytes * in^2 per distinct one,
-0.4 GB for SmolLM2-135M, plus as much for each worker.
+same tensor (q, k and v; gate and up), and the experts of one layer, share one H.  All H are in memory at once, as float32:
+4 bytes * in^2 per distinct one, 0.4 GB for SmolLM2-135M, plus as much for each worker.
 """
 
 from __future__ import annotations

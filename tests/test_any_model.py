@@ -37,6 +37,19 @@ CONFIGS = {
         num_experts_per_tok=1,
         max_position_embeddings=64,
     ),
+    "mamba": transformers.MambaConfig(
+        vocab_size=258, hidden_size=32, num_hidden_layers=1, state_size=8, initializer_range=0.2, pad_token_id=0
+    ),
+    "mamba2": transformers.Mamba2Config(
+        vocab_size=258,
+        hidden_size=32,
+        num_hidden_layers=1,
+        state_size=16,
+        num_heads=4,
+        head_dim=16,
+        n_groups=1,
+        pad_token_id=0,
+    ),
     "mixtral": transformers.MixtralConfig(
         **SIZES, intermediate_size=48, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64
     ),
@@ -233,3 +246,30 @@ def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path)
     kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
     assert not kept & {weight.name for weight in made.weights()}
     assert fitted.bits <= 3
+
+
+@pytest.mark.parametrize("embeddings", [False, True])
+@pytest.mark.parametrize("made", ["mamba", "mamba2", "llama4", "bert", "gpt2"], indirect=True)
+def test_modules_that_read_a_packed_weight_find_it(made: LanguageModel, tmp_path: Path, embeddings: bool) -> None:
+    """They take a layer's matrix, or its dtype and device, instead of calling it; a tied head has a bias of its own."""
+    import agentforge.huggingface  # noqa: F401  (registers artifacts)
+
+    if hasattr(made.model, "cls"):  # else nothing would show that a head lost its bias
+        torch.nn.init.normal_(made.model.cls.predictions.bias)
+        made.model.save_pretrained(made.path)
+        made = open_model(made.path)
+    af.compress(made, "rounding:bits=8,group=16", tmp_path / "a", embeddings=embeddings, progress=False)
+    ids = torch.tensor([made.encode(TEXT.text)[:40]])
+    with torch.inference_mode():
+        dense = af.load(tmp_path / "a").model(ids).logits
+        packed = af.load(tmp_path / "a", runtime="packed").model(ids).logits
+        theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a", dtype=torch.float32)(ids).logits
+    assert (dense - packed).abs().max() < 1e-5 * dense.abs().max()
+    assert torch.equal(packed, theirs)
+
+
+def test_a_packed_ternary_weight_can_be_read() -> None:
+    linear = torch.nn.Linear(70, 10)
+    layer = af.runtime.TernaryLinear.from_linear(linear)
+    expected = af.stages.get("ternary", packing="2bit")
+    torch.testing.assert_close(layer.weight, expected.decode(expected.encode(linear.weight.detach())), rtol=1e-6, atol=0)

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 from ..bits import FLOATS
 from ..planes import Packed, Plane, is_coded
@@ -22,6 +23,8 @@ from ..stages.refined import Refined
 from . import forms, packed_cpu
 from .forms import Held, Ready
 
+# What modules read of a weight, beside device, dtype and shape.  (Planes have names that tensors have, too, such as min.)
+READ = {*["T", "mT", "t", "transpose", "view", "reshape", "unsqueeze", "chunk", "split", "detach", "data", "size", "dim"]}
 # What modules that compute in this thread have decoded, by the module's id and the tensor's name.
 _decoded: ContextVar[Mapping[tuple[int, str], torch.Tensor]] = ContextVar("decoded", default={})  # noqa: B039 (never changed)
 
@@ -55,6 +58,9 @@ class PackedWeight(Fixed):
 
     Buffers: a plane each, as stored (`Plane.stored`), under its name; if that has a dot, in modules of their own.
 
+    To modules that read the weight of a layer, instead of calling the layer, it is a tensor: it says device, dtype and
+    shape, and is decoded for what else torch does with it.
+
     Planes are checked when they are first used, and again after they were loaded or moved.  If they are entropy-coded or
     refined, they are kept a second time, as packed integers, and `held_bytes` counts both.  With the entropy code decoded
     at each call, SmolLM2 at 4 bits gave 0.19 tokens per second on two cores; with this copy, 14.
@@ -64,12 +70,20 @@ class PackedWeight(Fixed):
     """
 
     def __init__(
-        self, stage: Stage, shape: tuple[int, int], stored: Mapping[str, torch.Tensor], shared: SharedPlanes | None = None
+        self,
+        stage: Stage,
+        shape: tuple[int, int],
+        stored: Mapping[str, torch.Tensor],
+        shared: SharedPlanes | None = None,
+        dtype: torch.dtype = torch.float32,
+        transposed: bool = False,
     ) -> None:
-        """stored: the planes by name, in the order of `stage.layout(shape)`.  shared: those that all weights share."""
+        """stored: the planes by name, in the order of `stage.layout(shape)`.  shared: those that all weights share.  dtype:
+        what the model computes in.  transposed: whether the model has it as [in, out]."""
         super().__init__()
-        self.stage, self.out_features, self.in_features = stage, shape[0], shape[1]
+        self.stage, self.out_features, self.in_features, self.transposed = stage, shape[0], shape[1], transposed
         _hang(self, stored)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self._shared = (shared,)  # in a tuple: it belongs to the model, not to each weight
 
     @property
@@ -100,6 +114,46 @@ class PackedWeight(Fixed):
             prepared = forms.prepare(stage, packed)
             self._ready = Ready(stage, packed.shape, held, plain, *stage.row_blocks(packed.shape), prepared)
         return self._ready  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the planes are."""
+        return next(self.buffers()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in, as its other weights say."""
+        dtype: torch.dtype = self.like.dtype
+        return dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """As the model has it."""
+        rows, columns = self.out_features, self.in_features
+        return torch.Size((columns, rows) if self.transposed else (rows, columns))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name not in READ:
+                raise
+            return getattr(self._as_tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(cls, cls._as_tensor, (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self._as_tensor() @ other
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._as_tensor()[index]
+
+    def _as_tensor(self) -> torch.Tensor:
+        found = self.dense(self.dtype)
+        return found.T if self.transposed else found
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The decoded weight: dtype[out, in]."""
@@ -205,38 +259,56 @@ class PackedEmbedding(nn.Module):
 class Half(Fixed):
     """A token embedding or an output head whose matrix stays in 16 bits.  dtype: what the model computes in."""
 
-    weight: torch.Tensor
     like: torch.Tensor
 
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
-        self.register_buffer("weight", weight.detach())
+        self._buffers["weight"] = weight.detach()
         self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The matrix in what the model computes in, to modules that read it: some round what they multiply to its dtype."""
+        return self._stored.to(self.like.dtype)
+
+    @property
+    def _stored(self) -> torch.Tensor:
+        stored = self._buffers["weight"]
+        assert stored is not None
+        return stored
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix for ids, x: int[...]; their products with vectors, in x's dtype, for x: float[..., in]."""
-        return self.product(x) if x.is_floating_point() else nn.functional.embedding(x, self.weight).to(self.like.dtype)
+        return self.product(x) if x.is_floating_point() else nn.functional.embedding(x, self._stored).to(self.like.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T in x's dtype, x: float[..., in]."""
-        return packed_cpu.half(x, self.weight)
+        return packed_cpu.half(x, self._stored)
 
     def extra_repr(self) -> str:
         """Shape and dtype, for `print(model)`."""
-        return f"{list(self.weight.shape)}, {str(self.weight.dtype).removeprefix('torch.')}"
+        return f"{list(self._stored.shape)}, {str(self._stored.dtype).removeprefix('torch.')}"
 
 
 class TiedHead(nn.Module):
     """The output head whose weight is that of an embedding, which alone holds it."""
 
-    def __init__(self, weight: PackedWeight | Half) -> None:
+    def __init__(self, weight: PackedWeight | Half, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self._weight = (weight,)  # in a tuple, so that state dictionaries have its planes once
+        self.bias = bias
+
+    @property
+    def weight(self) -> Any:
+        """The embedding's, to modules that read it."""
+        (weight,) = self._weight
+        return weight.weight if isinstance(weight, Half) else weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., vocabulary] in x's dtype."""
         (weight,) = self._weight
-        return weight.product(x.to(next(weight.buffers()).device)).to(x.device)
+        out = weight.product(x.to(next(weight.buffers()).device)).to(x.device)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
 class Holding(nn.Module):

@@ -91,6 +91,13 @@ class TernaryLinear(Fixed):
         """float32[out]."""
         return self.biases[: self.out_features] if self.has_bias else None
 
+    @property
+    def weight(self) -> torch.Tensor:
+        """float32[out, in], decoded, to modules that read it: what the layer makes of unit vectors, which 8 bits hold."""
+        one = torch.eye(self.in_features, device=self.packed.device)
+        found = self.forward(one) - (self.forward(0 * one[:1]) if self.has_bias else 0)
+        return found.T
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., out] in x's dtype, computed in float32 from an x of fewer bits.
 

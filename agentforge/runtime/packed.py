@@ -68,7 +68,9 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
         if row["stage"] is not None and owner is not None:
             stage, shape = stages.from_json(row["stage"]), oriented(row)
             planes = stored(row["name"], stage.layout(shape))
-            weight = PackedWeight(stage, shape, planes, shared if stage.shared_layout() else None)
+            weight = PackedWeight(
+                stage, shape, planes, shared if stage.shared_layout() else None, dtype, tuple(row["shape"]) != shape
+            )
             if leaf == "weight" and type(owner) is nn.Embedding:
                 _put(model, path, PackedEmbedding(weight, dtype))
             elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):
@@ -86,7 +88,8 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
             _put(model, path, placed[name])
     for target, source in list(tied.items()):
         if source in placed and target not in placed:
-            _put(model, target.rpartition(".")[0], TiedHead(placed[source]))
+            path = target.rpartition(".")[0]
+            _put(model, path, TiedHead(placed[source], getattr(model.get_submodule(path), "bias", None)))
         if source in placed or target in placed:
             del tied[target]
     if isinstance(getattr(model, "_tied_weights_keys", None), dict):  # from which transformers would tie again

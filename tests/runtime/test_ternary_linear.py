@@ -365,7 +365,11 @@ def test_a_head_of_16_bits(dtype: torch.dtype, rows: int, columns: int, monkeypa
     assert torch.equal(embedding(torch.tensor([[2, 0]])), weight[[2, 0]].float()[None])
     for module in (head, embedding):
         module.to(torch.float64)
-        assert module.weight.dtype == dtype and not list(module.parameters())
+        assert (
+            module.state_dict()["weight"].dtype == dtype
+            and module.weight.dtype == module.like.dtype
+            and not list(module.parameters())
+        )
     assert embedding(torch.tensor([1])).dtype == torch.float64
     assert head(torch.randn(2, columns, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
