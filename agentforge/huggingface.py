@@ -28,6 +28,7 @@ from . import stages
 from .artifact import FORMAT, MANIFEST, Artifact, oriented, relative_error, write_manifest
 from .bits import tensor_bytes
 from .errors import BadArtifact, BadInput
+from .opening import ArtifactModel
 from .planes import Packed
 from .runtime import TernaryLinear
 from .runtime.packed import finish, name_in, replace
@@ -77,7 +78,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         entries = self.artifact.entries()
         if {Path(file) for file in checkpoint_files} != {entry.file for entry in entries.values()}:
             raise BadArtifact(f"{folder}: transformers reads other weight files here than those that the manifest has")
-        _check_shapes(model, self.artifact)
+        ArtifactModel(self.artifact).check()  # against config.json
         replace(model, self.artifact, model.dtype)
         return model
 
@@ -122,26 +123,6 @@ def _fetch(config: Any, folder: Path, name: str) -> Path:
     if not path.is_file():
         raise BadArtifact(f"{path}: is missing; fetch or write the artifact again")
     return path
-
-
-def _check_shapes(model: Any, artifact: Artifact) -> None:
-    """Check the manifest against the model that config.json asked for.  Raises BadArtifact if they differ."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    asked = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name_in(model, row["name"]): tuple(row["shape"]) for row in artifact.rows}
-    for name, shape in found.items():
-        if name in asked and asked[name] != shape:
-            raise BadArtifact(f"{artifact.path}: tensor {name} is {list(shape)}; config.json asks for {list(asked[name])}")
-    if type(model) is not MODEL_FOR_CAUSAL_LM_MAPPING.get(type(model.config), None):
-        return  # another head: transformers says what it makes itself
-    tied = model.all_tied_weights_keys
-    for name in asked:
-        if name not in found and name not in tied and name not in tied.values():
-            raise BadArtifact(f"{artifact.path}: tensor {name} is missing; fetch or write the artifact again")
-    if odd := sorted(set(found) - set(asked)):
-        kind = type(model).__name__
-        raise BadArtifact(f"{artifact.path}: tensor {odd[0]} is not part of a {kind}; is config.json its own?")
 
 
 def _config_of(model: Any) -> dict[str, Any]:

@@ -282,12 +282,12 @@ class LanguageModel:
         """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""
         for _ in self._classified(embeddings=False):
             pass
-        names: dict[int, list[str]] = {}
-        for name, parameter in self.skeleton().named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(name)
-        for tied in names.values():
-            if not self.entries.keys() & set(tied):
-                raise BadInput(f"{self.path}: tensor {tied[-1]} is missing; fetch or write the folder again")
+        module = self.skeleton()
+        tied: dict[str, str] = getattr(module, "all_tied_weights_keys", {})  # told by transformers even while it loads
+        stored = {tied.get(name, name) for name in self.entries}
+        for name, _ in module.named_parameters(remove_duplicate=False):
+            if tied.get(name, name) not in stored:
+                raise BadInput(f"{self.path}: tensor {name} is missing; fetch or write the folder again")
 
     @cached_property
     def dtypes(self) -> str:

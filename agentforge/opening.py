@@ -244,7 +244,7 @@ def _from_hub(name: str) -> Path:
 RUNTIMES = ("dense", "packed")
 
 
-class _ArtifactModel(LanguageModel):
+class ArtifactModel(LanguageModel):
     """The model that an artifact decodes to, or stays packed in."""
 
     def __init__(self, artifact: Artifact, runtime: str = "dense") -> None:
@@ -315,4 +315,4 @@ def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
         raise BadInput(f"runtime {runtime!r} does not exist; choose from {', '.join(RUNTIMES)}")
     artifact = Artifact(path)
     artifact.check()
-    return _ArtifactModel(artifact, runtime)
+    return ArtifactModel(artifact, runtime)

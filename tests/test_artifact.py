@@ -326,6 +326,8 @@ def test_every_flipped_bit_is_noticed(tiny_llama: Path, tmp_path: Path) -> None:
     """In weights, manifest, configuration and tokenizer alike, by each way in."""
     import transformers
 
+    import agentforge.huggingface
+
     sound = agentforge.compress(tiny_llama, "rounding:bits=4,group=64", tmp_path / "sound", progress=False)
     ways: list[Callable[[Path], Any]] = [
         agentforge.load,
