@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from . import stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, oriented, read_shared, relative_error
-from .errors import AgentForgeError, BadInput
-from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
+from .errors import BadInput
+from .execution import Task, encode_tensor, failures_of, is_finite
 from .folders import check_out
 from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
@@ -103,9 +103,11 @@ def compress(
         if statistics is None and calibration and any(n in needing and not writer.has(i) for i, n in enumerate(names)):
             statistics = collect(model, calibration, workers, progress)
         known = statistics or {}
-        layers = [
-            stages.Layer(name, partial(_on, touched[name], device), known.get(name)) for name in names if name in touched
-        ]
+
+        def load(weight: Weight) -> torch.Tensor:
+            return weight.load().to(device_named(device))
+
+        layers = [stages.Layer(name, partial(load, touched[name]), known.get(name)) for name in names if name in touched]
         shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
         common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
         work = {
@@ -175,9 +177,9 @@ def refine(
     with Writer(check_out(out, original.path, artifact.path), recipe, overwrite) as writer:
         if writer.finished:
             return Artifact(out)
-        if stage.shared_layout() and not writer.has_shared():
+        if stage.shared_layout() and not writer.has("shared"):
             writer.put_shared(stage, stage.refine(artifact.shared))
-        shared = read_shared(writer.shared_piece, stage) if stage.shared_layout() else None
+        shared = read_shared(writer.piece("shared"), stage) if stage.shared_layout() else None
         weights = {weight.name: weight for weight in original.weights(embeddings=True)}
         rows = {row["name"]: row for row in artifact.rows}
 
@@ -240,7 +242,7 @@ def _fill(
     writer: Writer,
     model: LanguageModel,
     names: list[str],
-    work: Mapping[str, Callable[[], Encoded | Unencoded]],
+    work: Mapping[str, Callable[[], Encoded | str]],
     keep: Callable[[str], tuple[torch.Tensor, str]],
     title: str | None,
     workers: int | None = None,
@@ -260,22 +262,22 @@ def _fill(
         most = 2 * (getattr(executor, "_max_workers", None) or most)
     limit = None if workers or executor else max(sizes.values())  # a number that was asked for is kept
 
-    def submit(item: tuple[int, str]) -> Future[Encoded | Unencoded | None]:
+    def submit(item: tuple[int, str]) -> Future[Encoded | str | None]:
         if item[1] in work:
-            with _failures(executor):
+            with failures_of(executor):
                 return pool.submit(work[item[1]])
-        kept: Future[Encoded | Unencoded | None] = Future()
+        kept: Future[Encoded | str | None] = Future()
         kept.set_result(None)
         return kept
 
-    def finish(item: tuple[int, str], future: Future[Encoded | Unencoded | None]) -> None:
+    def finish(item: tuple[int, str], future: Future[Encoded | str | None]) -> None:
         index, name = item
-        with _failures(executor):
+        with failures_of(executor):
             found = future.result()
         if isinstance(found, Encoded):
             writer.put_encoded(index, weights[name], found)
         elif found:
-            writer.put_kept(index, name, model.tensor(name), found.reason, fallback=True)
+            writer.put_kept(index, name, model.tensor(name), found, fallback=True)
         else:
             writer.put_kept(index, name, *keep(name))
         bar.update()
@@ -287,24 +289,11 @@ def _fill(
     return writer.finish(model, len(names))
 
 
-@contextmanager
-def _failures(executor: Executor | None) -> Iterator[None]:
-    """Say in a sentence what goes wrong in an executor, whatever errors it has of its own; ours stay as they are."""
-    try:
-        yield
-    except AgentForgeError:
-        raise
-    except Exception as error:
-        if executor is None:
-            raise
-        raise from_worker(error) from error
-
-
 def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], seed: int, fallback: bool) -> Path | None:
     """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
     if not stage.shared_layout():
         return None
-    if not writer.has_shared():
+    if not writer.has("shared"):
         sound = [layer for layer in layers if _sound(layer)]
         if len(sound) < (1 if fallback else len(layers)):
             # Behind a weight that is not finite, the statistics are not either: name the weight, if there is one.
@@ -312,11 +301,7 @@ def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], see
             what = "its statistics hold" if is_finite(culprit.load()) else "holds"
             raise BadInput(f"{culprit.name}: {what} NaN or infinite values; fix the weight or leave it out")
         writer.put_shared(stage, stage.fit_shared(sound, seed))
-    return writer.shared_piece.absolute()
-
-
-def _on(weight: Weight, device: str) -> torch.Tensor:
-    return weight.load().to(device_named(device))
+    return writer.piece("shared").absolute()
 
 
 def _sound(layer: stages.Layer) -> bool:
