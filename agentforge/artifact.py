@@ -131,28 +131,21 @@ class Artifact:
     def ratios(self) -> list[Ratio]:
         """Whole model and touched tensors, each against 16 and 32 bits per parameter; the whole model also against the bytes
         of what the user had: the GGUF file it was converted from, else its weight files.  Below 1 the artifact is larger."""
-        parameters = sum(math.prod(row["shape"]) for row in self.rows)
+
+        def against(what: str, size: int, whose: str, count: int) -> list[Ratio]:
+            return [Ratio(what, size, f"{whose} at {8 * width} bits", count * width) for width in (2, 4)]
+
+        parameters, whole = sum(math.prod(row["shape"]) for row in self.rows), self.weight_bytes
         touched = [row for row in self.rows if row["stage"] is not None]
         count = sum(math.prod(row["shape"]) for row in touched)
         planes = sum(row["bytes"] for row in touched) + (self.manifest["shared"] or {"bytes": 0})["bytes"]
-        whole = self.weight_bytes
-        ratios = [
-            Ratio("whole model", whole, f"all {parameters:,} parameters at {8 * width} bits", parameters * width)
-            for width in (2, 4)
-        ]
         original = self.manifest["original"]
-        if size := converted_bytes(original.get("source")):
-            ratios.append(Ratio("whole model", whole, "GGUF file it was made from", size))
-        else:
-            ratios.append(
-                Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"])
-            )
-        if touched:
-            ratios += [
-                Ratio("touched tensors", planes, f"their {count:,} weights at {8 * width} bits", count * width)
-                for width in (2, 4)
-            ]
-        return ratios
+        made_from, size = f"weight files it was made from ({original['dtypes']})", original["bytes"]
+        if converted := converted_bytes(original.get("source")):
+            made_from, size = "GGUF file it was made from", converted
+        ratios = against("whole model", whole, f"all {parameters:,} parameters", parameters)
+        ratios.append(Ratio("whole model", whole, made_from, size))
+        return ratios + (against("touched tensors", planes, f"their {count:,} weights", count) if touched else [])
 
     @property
     def ratio(self) -> float:
