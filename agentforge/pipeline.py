@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
@@ -26,9 +26,6 @@ from .planes import Packed
 from .stages.text import with_refinements
 from .statistics import Calibration, InputStatistics, collect
 from .version import __version__
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 def compress(
@@ -255,37 +252,41 @@ def _fill(
     """
     weights = {weight.name: weight for weight in model.weights(embeddings=True)}
     sizes = {name: math.prod(entry.shape) for name, entry in model.entries.items()}
-    todo = [(index, name) for index, name in enumerate(names) if not writer.has(index)]
+    todo = deque((index, name) for index, name in enumerate(names) if not writer.has(index))
     most = workers or os.cpu_count() or 1
     if executor and not workers:
         # Two each: a worker that has finished begins the next one while its planes are on the way.
         most = 2 * (getattr(executor, "_max_workers", None) or most)
-    limit = None if workers or executor else max(sizes.values())  # a number that was asked for is kept
-
-    def submit(item: tuple[int, str]) -> Future[Encoded | str | None]:
-        if item[1] in work:
-            with failures_of(executor):
-                return pool.submit(work[item[1]])
-        kept: Future[Encoded | str | None] = Future()
-        kept.set_result(None)
-        return kept
-
-    def finish(item: tuple[int, str], future: Future[Encoded | str | None]) -> None:
-        index, name = item
-        with failures_of(executor):
-            found = future.result()
-        if isinstance(found, Encoded):
-            writer.put_encoded(index, weights[name], found)
-        elif found:
-            writer.put_kept(index, name, model.tensor(name), found, fallback=True)
-        else:
-            writer.put_kept(index, name, *keep(name))
-        bar.update()
-
+    # Together they are no larger than the largest; a number that was asked for is kept.
+    limit = sum(sizes.values()) if workers or executor else max(sizes.values())
+    running, held = dict[Future[Encoded | str], tuple[int, str]](), 0
     start = len(names) - len(todo)
     bar = tqdm(total=len(names), initial=start, unit="tensor", leave=False, desc=title, disable=None if title else True)
     with bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
-        _drive(todo, submit, finish, most, lambda item: sizes[item[1]], limit)
+        try:
+            while todo or running:
+                while todo and len(running) < most and held + sizes[todo[0][1]] <= limit:
+                    index, name = todo.popleft()
+                    if name in work:
+                        with failures_of(executor):
+                            running[pool.submit(work[name])] = index, name
+                        held += sizes[name]
+                    else:
+                        writer.put_kept(index, name, *keep(name))
+                        bar.update()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index, name = running.pop(future)
+                    with failures_of(executor):
+                        found = future.result()
+                    if isinstance(found, Encoded):
+                        writer.put_encoded(index, weights[name], found)
+                    else:
+                        writer.put_kept(index, name, model.tensor(name), found, fallback=True)
+                    held -= sizes[name]
+                    bar.update()
+        finally:
+            for future in running:
+                future.cancel()
     return writer.finish(model, len(names))
 
 
@@ -306,31 +307,3 @@ def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], see
 
 def _sound(layer: stages.Layer) -> bool:
     return is_finite(layer.load()) and (layer.stats is None or is_finite(layer.stats.hessian))
-
-
-def _drive(
-    todo: Iterable[_T],
-    submit: Callable[[_T], Future[_R]],
-    finish: Callable[[_T, Future[_R]], None],
-    most: int,
-    size: Callable[[_T], int] = lambda _: 0,
-    limit: int | None = None,
-) -> None:
-    """Submit the items in turn, and hand each one's future to `finish` when it is done; the first error stops it all.
-
-    At most `most` are in memory at any time, of at most `limit` together, unless a single one is larger.
-    """
-    waiting, running, held = deque(todo), dict[Future[_R], _T](), 0
-    try:
-        while waiting or running:
-            while waiting and len(running) < most and (not running or limit is None or held + size(waiting[0]) <= limit):
-                item = waiting.popleft()
-                running[submit(item)] = item
-                held += size(item)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item = running.pop(future)
-                finish(item, future)
-                held -= size(item)
-    finally:
-        for future in running:
-            future.cancel()
