@@ -131,28 +131,21 @@ class Artifact:
     def ratios(self) -> list[Ratio]:
         """Whole model and touched tensors, each against 16 and 32 bits per parameter; the whole model also against the bytes
         of what the user had: the GGUF file it was converted from, else its weight files.  Below 1 the artifact is larger."""
-        parameters = sum(math.prod(row["shape"]) for row in self.rows)
+
+        def against(what: str, size: int, whose: str, count: int) -> list[Ratio]:
+            return [Ratio(what, size, f"{whose} at {8 * width} bits", count * width) for width in (2, 4)]
+
+        parameters, whole = sum(math.prod(row["shape"]) for row in self.rows), self.weight_bytes
         touched = [row for row in self.rows if row["stage"] is not None]
         count = sum(math.prod(row["shape"]) for row in touched)
         planes = sum(row["bytes"] for row in touched) + (self.manifest["shared"] or {"bytes": 0})["bytes"]
-        whole = self.weight_bytes
-        ratios = [
-            Ratio("whole model", whole, f"all {parameters:,} parameters at {8 * width} bits", parameters * width)
-            for width in (2, 4)
-        ]
         original = self.manifest["original"]
-        if size := converted_bytes(original.get("source")):
-            ratios.append(Ratio("whole model", whole, "GGUF file it was made from", size))
-        else:
-            ratios.append(
-                Ratio("whole model", whole, f"weight files it was made from ({original['dtypes']})", original["bytes"])
-            )
-        if touched:
-            ratios += [
-                Ratio("touched tensors", planes, f"their {count:,} weights at {8 * width} bits", count * width)
-                for width in (2, 4)
-            ]
-        return ratios
+        made_from, size = f"weight files it was made from ({original['dtypes']})", original["bytes"]
+        if converted := converted_bytes(original.get("source")):
+            made_from, size = "GGUF file it was made from", converted
+        ratios = against("whole model", whole, f"all {parameters:,} parameters", parameters)
+        ratios.append(Ratio("whole model", whole, made_from, size))
+        return ratios + (against("touched tensors", planes, f"their {count:,} weights", count) if touched else [])
 
     @property
     def ratio(self) -> float:
@@ -382,9 +375,9 @@ class Writer:
             "finished"
         )
 
-    def has(self, index: int) -> bool:
-        """Whether tensor number `index` is finished."""
-        return self._piece(index).is_file()
+    def has(self, index: int | str) -> bool:
+        """Whether tensor number `index` is finished, or what the weights share, if it is "shared"."""
+        return self.piece(index).is_file()
 
     def fallbacks(self) -> list[dict[str, Any]]:
         """The rows of finished weights that the stage could not encode."""
@@ -409,11 +402,7 @@ class Writer:
         for plane in encoded.planes:
             data = torch.from_numpy(np.require(plane.data, requirements="W"))  # another process sends read-only
             planes[f"{weight.name}.{plane.name}"] = data.view(plane.dtype).reshape(plane.shape)
-        write_sealed(self._piece(index), planes, {"row": json.dumps(row)})
-
-    def has_shared(self) -> bool:
-        """Whether the planes that the weights share are finished."""
-        return self.shared_piece.is_file()
+        write_sealed(self.piece(index), planes, {"row": json.dumps(row)})
 
     def put_shared(self, stage: stages.Stage, shared: Packed) -> None:
         """Write the planes that the weights share."""
@@ -421,7 +410,7 @@ class Writer:
         stored = {f"{SHARED}.{plane.name}": plane.stored() for plane in shared}
         bytes_ = sum(t.nbytes for t in stored.values())
         row = {"stage": stage.to_json(), "bits": shared.bits, "bytes": bytes_, "sha256": shared.sha256}
-        write_sealed(self.shared_piece, stored, {"row": json.dumps(row)})
+        write_sealed(self.piece("shared"), stored, {"row": json.dumps(row)})
 
     def put_kept(self, index: int, name: str, original: torch.Tensor, reason: str, fallback: bool = False) -> None:
         """Write a tensor that no stage touches: a matrix in float32 as float16 if that keeps it (relative error below
@@ -444,7 +433,7 @@ class Writer:
             "sha256": hashlib.sha256(tensor_bytes(kept)).hexdigest(),
             **({"fallback": True} if fallback else {}),
         }
-        write_sealed(self._piece(index), {name: kept}, {"row": json.dumps(row)})
+        write_sealed(self.piece(index), {name: kept}, {"row": json.dumps(row)})
 
     def finish(self, model: LanguageModel, count: int) -> Artifact:
         """Join the `count` finished tensors into shards, write the manifest, and rename the folder.
@@ -457,10 +446,10 @@ class Writer:
         folder = self.partial / "folder"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        pieces = [self._piece(i) for i in range(count)]
+        pieces = [self.piece(i) for i in range(count)]
         shards: list[list[tuple[str, Entry]]] = [[]]
         size = 0
-        for piece in [self.shared_piece, *pieces] if self.has_shared() else pieces:
+        for piece in [self.piece("shared"), *pieces] if self.has("shared") else pieces:
             tensors = index_file(piece)
             size += (grown := sum(entry.bytes for entry in tensors.values()))
             if shards[-1] and size > SHARD_BYTES:
@@ -498,7 +487,7 @@ class Writer:
                 "source": model.source,
             },
             "files": describe_files(folder),
-            "shared": _row_of(self.shared_piece) if self.has_shared() else None,
+            "shared": _row_of(self.piece("shared")) if self.has("shared") else None,
             **({"fallbacks": fallbacks} if fallbacks else {}),
             "tensors": rows,
         }
@@ -507,13 +496,9 @@ class Writer:
         self.finished = True
         return Artifact(self.out)
 
-    @property
-    def shared_piece(self) -> Path:
-        """The file of the planes that the weights share."""
-        return self.tensors / "shared.safetensors"
-
-    def _piece(self, index: int) -> Path:
-        return self.tensors / f"{index:05}.safetensors"
+    def piece(self, index: int | str) -> Path:
+        """The file of a finished tensor, or of what the weights share."""
+        return self.tensors / f"{index:0>5}.safetensors"
 
 
 class StoredPlane(NamedTuple):

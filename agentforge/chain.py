@@ -15,6 +15,7 @@ last accepted artifact, never one that failed.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import re
@@ -434,16 +435,11 @@ class _Run:
         step = total
         if before:  # a pass of its own, whose standard errors are of pairs
             step = evaluation.divergence(candidate, before, self.text, **protocol, progress=self.progress)
-        return found | {
-            "kl": total.kl,
-            "top1": total.top1,
-            "perplexity": total.perplexity,
-            "accuracy": total.accuracy,
-            "retention": step.retention,
-            "total_retention": total.retention,
-            "perplexity_retention": step.perplexity_retention,
-            "total_perplexity_retention": total.perplexity_retention,
-        }
+        for name in ("kl", "top1", "perplexity", "accuracy"):
+            found[name] = getattr(total, name)
+        for name in ("retention", "perplexity_retention"):
+            found[name], found[f"total_{name}"] = getattr(step, name), getattr(total, name)
+        return found
 
 
 def model_error(original: LanguageModel, candidate: LanguageModel) -> float:
@@ -459,9 +455,8 @@ def _touched(artifact: Artifact, bits: int) -> Ratio:
 
 def _manifest_hash(folder: Path) -> str | None:
     """The hash of an artifact's manifest, which holds those of its files; None if there is no sound artifact."""
-    try:
+    with contextlib.suppress(AgentForgeError):
         artifact = Artifact(folder)
         artifact.check()
         return artifact.sha256
-    except AgentForgeError:
-        return None
+    return None

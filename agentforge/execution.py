@@ -77,14 +77,8 @@ def _writable(array: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.require(array, requirements="W"))
 
 
-class Unencoded(NamedTuple):
-    """A weight that neither its stage nor the fallback can encode, and why."""
-
-    reason: str
-
-
-def encode_tensor(task: Task) -> Encoded | Unencoded:
-    """Read a weight, encode it, and pack the planes for the disk.
+def encode_tensor(task: Task) -> Encoded | str:
+    """Read a weight, encode it, and pack the planes for the disk; a text says why neither stage nor fallback could.
 
     Raises BadInput if the weight cannot be read, if the stage cannot encode it and there is to be no fallback, or
     if this process runs another agentforge than the one that asked.
@@ -114,7 +108,7 @@ def encode_tensor(task: Task) -> Encoded | Unencoded:
         error_ = relative_error(task.load(), decoded)
         del decoded
         return Encoded.of(stage, packed, error_, reasons[0] if reasons else None)
-    return Unencoded("; ".join(reasons))
+    return "; ".join(reasons)
 
 
 def give_back_freed_memory() -> None:
@@ -136,13 +130,19 @@ def is_finite(values: torch.Tensor) -> bool:
     return math.isfinite(float(low)) and math.isfinite(float(high))
 
 
-def from_worker(error: BaseException) -> AgentForgeError:
-    """Why an executor failed, as a sentence."""
-    text = " ".join(str(error).split())[:200]
-    return AgentForgeError(
-        f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command resumes "
-        "from what is finished"
-    )
+@contextlib.contextmanager
+def failures_of(executor: Executor | None) -> Iterator[None]:
+    """Say in a sentence what goes wrong in an executor, whatever errors it has of its own; ours stay as they are."""
+    try:
+        yield
+    except Exception as error:
+        if executor is None or isinstance(error, AgentForgeError):
+            raise
+        text = " ".join(str(error).split())[:200]
+        raise AgentForgeError(
+            f"a worker or its executor failed ({type(error).__name__}{': ' if text else ''}{text}); the same command "
+            "resumes from what is finished"
+        ) from error
 
 
 @contextlib.contextmanager

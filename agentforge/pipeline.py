@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 
 from . import stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
-from .errors import AgentForgeError, BadInput
-from .execution import Task, Unencoded, encode_tensor, from_worker, is_finite
+from .errors import BadInput
+from .execution import Task, encode_tensor, failures_of, is_finite
 from .folders import check_out
 from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
@@ -26,9 +26,6 @@ from .planes import Packed
 from .stages.text import with_refinement
 from .statistics import Calibration, InputStatistics, collect
 from .version import __version__
-
-_T = TypeVar("_T")
-_R = TypeVar("_R")
 
 
 def compress(
@@ -104,9 +101,11 @@ def compress(
         if statistics is None and calibration and any(n in needing and not writer.has(i) for i, n in enumerate(names)):
             statistics = collect(model, calibration, workers, progress)
         known = statistics or {}
-        layers = [
-            stages.Layer(name, partial(_on, touched[name], device), known.get(name)) for name in names if name in touched
-        ]
+
+        def load(weight: Weight) -> torch.Tensor:
+            return weight.load().to(device_named(device))
+
+        layers = [stages.Layer(name, partial(load, touched[name]), known.get(name)) for name in names if name in touched]
         shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
         common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
         work = {
@@ -173,9 +172,9 @@ def refine(
     with Writer(check_out(out, original.path, artifact.path), recipe, overwrite) as writer:
         if writer.finished:
             return Artifact(out)
-        if stage.shared_layout() and not writer.has_shared():
+        if stage.shared_layout() and not writer.has("shared"):
             writer.put_shared(stage, stage.refine(artifact.shared))
-        shared = read_shared(writer.shared_piece, stage) if stage.shared_layout() else None
+        shared = read_shared(writer.piece("shared"), stage) if stage.shared_layout() else None
         weights = {weight.name: weight for weight in original.weights(embeddings=True)}
         rows = {row["name"]: row for row in artifact.rows}
 
@@ -238,7 +237,7 @@ def _fill(
     writer: Writer,
     model: LanguageModel,
     names: list[str],
-    work: Mapping[str, Callable[[], Encoded | Unencoded]],
+    work: Mapping[str, Callable[[], Encoded | str]],
     keep: Callable[[str], tuple[torch.Tensor, str]],
     title: str | None,
     workers: int | None = None,
@@ -251,58 +250,49 @@ def _fill(
     """
     weights = {weight.name: weight for weight in model.weights(embeddings=True)}
     sizes = {name: math.prod(entry.shape) for name, entry in model.entries.items()}
-    todo = [(index, name) for index, name in enumerate(names) if not writer.has(index)]
+    todo = deque((index, name) for index, name in enumerate(names) if not writer.has(index))
     most = workers or os.cpu_count() or 1
     if executor and not workers:
         # Two each: a worker that has finished begins the next one while its planes are on the way.
         most = 2 * (getattr(executor, "_max_workers", None) or most)
-    limit = None if workers or executor else max(sizes.values())  # a number that was asked for is kept
-
-    def submit(item: tuple[int, str]) -> Future[Encoded | Unencoded | None]:
-        if item[1] in work:
-            with _failures(executor):
-                return pool.submit(work[item[1]])
-        kept: Future[Encoded | Unencoded | None] = Future()
-        kept.set_result(None)
-        return kept
-
-    def finish(item: tuple[int, str], future: Future[Encoded | Unencoded | None]) -> None:
-        index, name = item
-        with _failures(executor):
-            found = future.result()
-        if isinstance(found, Encoded):
-            writer.put_encoded(index, weights[name], found)
-        elif found:
-            writer.put_kept(index, name, model.tensor(name), found.reason, fallback=True)
-        else:
-            writer.put_kept(index, name, *keep(name))
-        bar.update()
-
+    # Together they are no larger than the largest; a number that was asked for is kept.
+    limit = sum(sizes.values()) if workers or executor else max(sizes.values())
+    running, held = dict[Future[Encoded | str], tuple[int, str]](), 0
     start = len(names) - len(todo)
     bar = tqdm(total=len(names), initial=start, unit="tensor", leave=False, desc=title, disable=None if title else True)
     with bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
-        _drive(todo, submit, finish, most, lambda item: sizes[item[1]], limit)
+        try:
+            while todo or running:
+                while todo and len(running) < most and held + sizes[todo[0][1]] <= limit:
+                    index, name = todo.popleft()
+                    if name in work:
+                        with failures_of(executor):
+                            running[pool.submit(work[name])] = index, name
+                        held += sizes[name]
+                    else:
+                        writer.put_kept(index, name, *keep(name))
+                        bar.update()
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    index, name = running.pop(future)
+                    with failures_of(executor):
+                        found = future.result()
+                    if isinstance(found, Encoded):
+                        writer.put_encoded(index, weights[name], found)
+                    else:
+                        writer.put_kept(index, name, model.tensor(name), found, fallback=True)
+                    held -= sizes[name]
+                    bar.update()
+        finally:
+            for future in running:
+                future.cancel()
     return writer.finish(model, len(names))
-
-
-@contextmanager
-def _failures(executor: Executor | None) -> Iterator[None]:
-    """Say in a sentence what goes wrong in an executor, whatever errors it has of its own; ours stay as they are."""
-    try:
-        yield
-    except AgentForgeError:
-        raise
-    except Exception as error:
-        if executor is None:
-            raise
-        raise from_worker(error) from error
 
 
 def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], seed: int, fallback: bool) -> Path | None:
     """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
     if not stage.shared_layout():
         return None
-    if not writer.has_shared():
+    if not writer.has("shared"):
         sound = [layer for layer in layers if _sound(layer)]
         if len(sound) < (1 if fallback else len(layers)):
             # Behind a weight that is not finite, the statistics are not either: name the weight, if there is one.
@@ -310,40 +300,8 @@ def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], see
             what = "its statistics hold" if is_finite(culprit.load()) else "holds"
             raise BadInput(f"{culprit.name}: {what} NaN or infinite values; fix the weight or leave it out")
         writer.put_shared(stage, stage.fit_shared(sound, seed))
-    return writer.shared_piece.absolute()
-
-
-def _on(weight: Weight, device: str) -> torch.Tensor:
-    return weight.load().to(device_named(device))
+    return writer.piece("shared").absolute()
 
 
 def _sound(layer: stages.Layer) -> bool:
     return is_finite(layer.load()) and (layer.stats is None or is_finite(layer.stats.hessian))
-
-
-def _drive(
-    todo: Iterable[_T],
-    submit: Callable[[_T], Future[_R]],
-    finish: Callable[[_T, Future[_R]], None],
-    most: int,
-    size: Callable[[_T], int] = lambda _: 0,
-    limit: int | None = None,
-) -> None:
-    """Submit the items in turn, and hand each one's future to `finish` when it is done; the first error stops it all.
-
-    At most `most` are in memory at any time, of at most `limit` together, unless a single one is larger.
-    """
-    waiting, running, held = deque(todo), dict[Future[_R], _T](), 0
-    try:
-        while waiting or running:
-            while waiting and len(running) < most and (not running or limit is None or held + size(waiting[0]) <= limit):
-                item = waiting.popleft()
-                running[submit(item)] = item
-                held += size(item)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                item = running.pop(future)
-                finish(item, future)
-                held -= size(item)
-    finally:
-        for future in running:
-            future.cancel()

@@ -12,6 +12,7 @@ import os
 import pickle
 import struct
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -705,11 +706,6 @@ def manifest_with_a_nameless_original(folder: Path) -> None:
 
 
 @case()
-def row_with_an_absurd_shape(folder: Path) -> None:
-    edit_row(folder, shape=[1 << 40, 1 << 40])
-
-
-@case()
 def row_with_an_absurd_shape_and_bytes(folder: Path) -> None:
     # Every side is still allowed, and bytes are what 4-bit codes in groups of 64 would take.
     side = 1 << 24
@@ -732,38 +728,8 @@ def row_with_another_shape_of_the_same_bytes(folder: Path) -> None:
 
 
 @case()
-def row_with_a_negative_shape(folder: Path) -> None:
-    edit_row(folder, shape=[-128, -64])
-
-
-@case()
-def row_with_a_shape_of_floats(folder: Path) -> None:
-    edit_row(folder, shape=[128.0, 64.0])
-
-
-@case()
-def row_with_a_shape_of_three(folder: Path) -> None:
-    edit_row(folder, shape=[128, 64, 1])
-
-
-@case()
-def row_with_an_empty_shape(folder: Path) -> None:
-    edit_row(folder, shape=[0, 64], bytes=1)
-
-
-@case()
-def row_transposed(folder: Path) -> None:
-    edit_row(folder, transposed=True)
-
-
-@case()
 def row_with_other_bytes(folder: Path) -> None:
     edit_row(folder, bytes=encoded(read_manifest(folder))["bytes"] + 1)
-
-
-@case()
-def row_with_bytes_as_text(folder: Path) -> None:
-    edit_row(folder, bytes="17")
 
 
 @case()
@@ -772,104 +738,14 @@ def row_with_other_bits(folder: Path) -> None:
     edit_row(folder, bits=1)
 
 
-@case()
-def row_with_an_unknown_dtype(folder: Path) -> None:
-    edit_row(folder, dtype="float7")
-
-
-@case()
-def row_with_a_dtype_that_is_a_list(folder: Path) -> None:
-    edit_row(folder, dtype=["float32"])
-
-
-@case()
-def row_without_a_hash(folder: Path) -> None:
-    edit_row(folder, sha256=...)
-
-
 @case(load=False)
 def row_with_another_hash(folder: Path) -> None:
     edit_row(folder, sha256="0" * 64)
 
 
-@case()
-def row_without_a_stage(folder: Path) -> None:
-    edit_row(folder, stage=...)
-
-
-@case()
-def row_that_says_it_was_kept(folder: Path) -> None:
-    edit_row(folder, stage=None)
-
-
-@case()
-def row_without_a_name(folder: Path) -> None:
-    edit_row(folder, name=...)
-
-
-@case()
-def row_with_a_name_of_two_lines(folder: Path) -> None:
-    edit_row(folder, name="layers.0\nagentforge: all is well")
-
-
-@case()
-def row_with_a_name_that_is_no_text(folder: Path) -> None:
-    edit_row(folder, name="\ud800")
-
-
-@case()
-def row_with_a_name_of_rich_markup(folder: Path) -> None:
-    edit_row(folder, name="layers.0[/nothing]")
-
-
 @case(verify=False, load=False)
 def row_with_an_error_beyond_floats(folder: Path) -> None:
     edit_row(folder, relative_error=10**400)
-
-
-@case()
-def row_with_an_unknown_stage(folder: Path) -> None:
-    edit_settings(folder, stage="magic")
-
-
-@case()
-def row_with_a_stage_that_is_text(folder: Path) -> None:
-    edit_row(folder, stage="rounding:bits=4")
-
-
-@case()
-def row_with_a_stage_of_no_name(folder: Path) -> None:
-    edit_row(folder, stage={})
-
-
-@case()
-def row_with_an_unknown_setting(folder: Path) -> None:
-    edit_settings(folder, magic=1)
-
-
-@case()
-def row_with_a_setting_called_name(folder: Path) -> None:
-    edit_settings(folder, name="rounding")
-
-
-@case()
-def row_with_a_setting_out_of_range(folder: Path) -> None:
-    edit_settings(folder, bits=9)
-
-
-@case()
-def row_with_settings_of_the_wrong_type(folder: Path) -> None:
-    edit_settings(folder, bits="4")
-
-
-@case()
-def row_with_a_setting_that_is_a_list(folder: Path) -> None:
-    edit_settings(folder, clip=["none"])
-
-
-@case()
-def row_with_a_setting_that_is_a_boolean(folder: Path) -> None:
-    edit_settings(folder, group=True)
 
 
 @case(base="ternary")
@@ -947,16 +823,6 @@ def config_without_quantization(folder: Path) -> None:
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
     rehash(folder)
-
-
-@case()
-def config_of_another_tool(folder: Path) -> None:
-    edit_config(folder, quantization_config={"quant_method": "gptq", "bits": 4})
-
-
-@case()
-def config_with_a_quantization_that_is_text(folder: Path) -> None:
-    edit_config(folder, quantization_config="agentforge")
 
 
 @case(verify=False)
@@ -1046,3 +912,43 @@ def index_empty(folder: Path) -> None:
 def index_with_a_shard_that_is_missing(folder: Path) -> None:
     shard = sorted(folder.glob("model-*.safetensors"))[-1]
     shard.unlink()
+
+
+# One change each
+
+ROWS: dict[str, dict[str, Any]] = {
+    "row_with_an_absurd_shape": {"shape": [1 << 40, 1 << 40]},
+    "row_with_a_negative_shape": {"shape": [-128, -64]},
+    "row_with_a_shape_of_floats": {"shape": [128.0, 64.0]},
+    "row_with_a_shape_of_three": {"shape": [128, 64, 1]},
+    "row_with_an_empty_shape": {"shape": [0, 64], "bytes": 1},
+    "row_transposed": {"transposed": True},
+    "row_with_bytes_as_text": {"bytes": "17"},
+    "row_with_an_unknown_dtype": {"dtype": "float7"},
+    "row_with_a_dtype_that_is_a_list": {"dtype": ["float32"]},
+    "row_without_a_hash": {"sha256": ...},
+    "row_without_a_stage": {"stage": ...},
+    "row_that_says_it_was_kept": {"stage": None},
+    "row_without_a_name": {"name": ...},
+    "row_with_a_name_of_two_lines": {"name": "layers.0\nagentforge: all is well"},
+    "row_with_a_name_that_is_no_text": {"name": "\ud800"},
+    "row_with_a_name_of_rich_markup": {"name": "layers.0[/nothing]"},
+    "row_with_a_stage_that_is_text": {"stage": "rounding:bits=4"},
+    "row_with_a_stage_of_no_name": {"stage": {}},
+}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "row_with_an_unknown_stage": {"stage": "magic"},
+    "row_with_an_unknown_setting": {"magic": 1},
+    "row_with_a_setting_called_name": {"name": "rounding"},
+    "row_with_a_setting_out_of_range": {"bits": 9},
+    "row_with_settings_of_the_wrong_type": {"bits": "4"},
+    "row_with_a_setting_that_is_a_list": {"clip": ["none"]},
+    "row_with_a_setting_that_is_a_boolean": {"group": True},
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "config_of_another_tool": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+    "config_with_a_quantization_that_is_text": {"quantization_config": "agentforge"},
+}
+for edit, changes_of in ((edit_row, ROWS), (edit_settings, SETTINGS), (edit_config, CONFIGS)):
+    for name, changes in changes_of.items():
+        CASES[name] = Case(partial(edit, **changes), "rounding", True, True)
