@@ -143,16 +143,12 @@ def phase(
     remove(out / "dequantized")
     dense = open_model(dequantize(artifact, out / "dequantized")).on(device)
     agreement = _agreement(dense, load(artifact.path).on(device), found, protocol)
+    worse = "rise of " + ("perplexity" if found else "1 / accuracy")
     target = size_of(model.parameters)
     ratio = artifact.ratio_to(32)
     checks = [
         Gate("tensors without a gradient", _exact(len(flow.missing + flow.zero + flow.infinite), "tensors"), "<=", 0.0),
-        Gate(
-            f"rise of {'perplexity' if found else '1 / accuracy'}",
-            factor.through(lambda x: x - 1, "share"),
-            "<=",
-            gates.MAX_PERPLEXITY_RISE,
-        ),
+        Gate(worse, factor.through(lambda x: x - 1, "share"), "<=", gates.MAX_PERPLEXITY_RISE),
         Gate("drop of accuracy", accuracy.through(lambda x: 1 - x, "share"), "<=", gates.MAX_ACCURACY_DROP),
         Gate("agreement of the two outputs", agreement, ">=", gates.MIN_AGREEMENT),
         Gate(f"ratio to 32 bits ({target.name} model)", _exact(ratio, "x"), ">=", target.ratio),
