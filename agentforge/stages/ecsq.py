@@ -163,10 +163,7 @@ def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> 
 def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
     damped = hessian.to(torch.float64, copy=True).numpy()
     damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean()
-    found = unit_factor(damped)
-    if found is None:
-        raise BadInput("ecsq: the statistics are not second moments (not positive definite); collect them again")
-    return found
+    return unit_factor(damped)
 
 
 def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ..errors import BadInput
 from .codebook import nearest_kernel
 
 TILE = 576  # weights of a column that are worked on together: twelve such rows fit into the first cache
 FACTOR = 64  # rows of a factor that are found together
 
 
-def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """M, strictly upper triangular part only, float32[n, n], and D, float64[n], of H = M D M^T.
 
-    None if H is not positive definite.
+    Raises BadInput if H is not positive definite.
 
     hessian: float[n, n], symmetric.  By Cholesky's method in double precision on H read from its end: with J the
     reversal of order, J H J = U^T U gives H = (J U^T J)(J U^T J)^T, whose first factor is upper triangular.
@@ -29,7 +30,7 @@ def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
         done = upper[:first]
         add_product(upper[first:last, first:], -done[:, first:last], np.ascontiguousarray(done[:, first:]))
         if not _eliminate(upper, first, last):
-            return None
+            raise BadInput("the statistics are not second moments (not positive definite); collect them again")
     factor = np.triu(upper).T[::-1, ::-1]
     roots = np.diag(factor)
     return np.ascontiguousarray(np.triu(factor / roots, 1), np.float32), roots * roots

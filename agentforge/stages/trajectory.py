@@ -13,10 +13,10 @@ decoded.  A pair is stored as one integer, index + (U + 1) * class.
 
 Every such codebook is the set of points of a lattice inside a box: there are integers D and z, z_1 = 1, such that theta
 stands for the coordinates theta z mod D, the first of which is theta itself.  The nearest point therefore takes no tree
-and constant time: the lattice's basis is reduced once (in the plane by Lagrange and Gauss), rounding the coefficients one
-by one (Babai) leaves a cell about each lattice point, and a short list holds every lattice vector that can be nearer than
-that point to some place in the cell.  If the nearest point lies outside the box, Schnorr and Euchner's enumeration
-finds the nearest inside; on each line of the lattice these are an interval, and the nearest of them is a rounding.
+and constant time: the lattice's basis is reduced once (by Lagrange and Gauss), rounding the coefficients one by one (Babai)
+leaves a cell about each lattice point, and a short list holds every lattice vector that can be nearer than that point to
+some place in the cell.  If the nearest point lies outside the box, the lines of the lattice are gone through in order of
+their distance: on each the points inside the box are an interval, and the nearest of them is a rounding.
 
 Deviations and errata:
 
@@ -27,7 +27,7 @@ Deviations and errata:
   settings here, whatever was chosen; `paper_bits_per_weight` counts as the paper does.  The code keeps tensors of fewer
   than 10 weights, and those it finds too lossy, in float32; this stage encodes what it is given.
 * M = 0 while pairs lie outside the square does not occur in the code; here these move to the square's edge first.
-* Ours: K other than 2, variant="korobov" (the generator with the longest shortest vector), `centred`, l = 0.
+* Ours: K = 1, variant="korobov" (the generator with the longest shortest vector), `centred`, l = 0.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Trajectory(Stage):
     """K weights per trajectory index.
 
     U: points of the trajectory, 2 to 2**24.  M: classes of vectors outside the cube.  l: its side, in units of the
-    weights; 0 searches the side of least squared error on a sample.  K: weights per index, 1 to 4.  variant: "code",
+    weights; 0 searches the side of least squared error on a sample.  K: weights per index, 1 or 2.  variant: "code",
     "printed" (Equation 3, K = 2) or "korobov".  centred: the trajectory's middle at the centroid, not its corner at the
     cube's corner.  select: choose M from 1 .. M by the mean absolute error, stopping at `loss`, as the authors' code
     does, and U from `U_first` (0: none) and `U`, going on to `U` if the error is above `loss`.
@@ -77,7 +77,7 @@ class Trajectory(Stage):
     loss: float = 0.001
 
     def _check(self) -> None:
-        for key, least, most in (("U", 2, LARGEST_U), ("M", 0, 100), ("K", 1, 4)):
+        for key, least, most in (("U", 2, LARGEST_U), ("M", 0, 100), ("K", 1, 2)):
             if not least <= getattr(self, key) <= most:
                 raise BadInput(f"trajectory: {key}={getattr(self, key)}; expected {least} to {most}")
         if self.U_first and not 2 <= self.U_first < self.U:
@@ -248,22 +248,14 @@ def _rivals(basis: np.ndarray, mu: np.ndarray, norm: np.ndarray) -> tuple[np.nda
 
     In Gram and Schmidt's orthogonal directions the cell is |rho_i| <= 1/2, so a vector w with coefficients omega comes
     nearer somewhere only if sum n_i omega_i**2 < sum n_i |omega_i|.  Hence sum n_i (|omega_i| - 1/2)**2 < sum n_i / 4,
-    which bounds the integers to try, the last one first.
+    which bounds the integers to try.
     """
-    K = len(norm)
-    tails = np.zeros((1, K))
-    for i in reversed(range(K)):
-        bound = 0.5 + math.sqrt(norm.sum() / (4 * norm[i]))
-        rows = []
-        for tail in tails:
-            carried = sum(tail[j] * mu[j, i] for j in range(i + 1, K))
-            for x in range(math.ceil(-bound - carried), math.floor(bound - carried) + 1):
-                rows.append(tail.copy())
-                rows[-1][i] = x
-        tails = np.array(rows)
+    bound = 0.5 + np.sqrt(norm.sum() / (4 * norm))
+    ranges = [np.arange(-most, most + 1) for most in np.ceil(bound + bound[-1] / 2)]
+    tails = np.stack(np.meshgrid(*ranges[::-1], indexing="ij"), -1).reshape(-1, len(norm))[:, ::-1]
     omega = tails @ mu
     near = ((norm * omega**2).sum(1) < (norm * abs(omega)).sum(1) * (1 + 1e-12)) & tails.any(1)
-    integers = np.concatenate([np.zeros((1, K)), tails[near]])
+    integers = np.concatenate([np.zeros((1, len(norm))), tails[near]])
     return integers @ basis, integers @ mu
 
 
@@ -327,25 +319,18 @@ def _gram_schmidt(basis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray
 
 @njit(nogil=True, cache=True)
 def _reduced(z: np.ndarray, D: float) -> np.ndarray:  # pragma: no cover  (compiled)
-    """A basis of {theta z + D e}, z[0] = 1, reduced by Lenstra, Lenstra and Lovasz; in the plane by Lagrange and Gauss.
+    """A basis of {theta z + D e}, z[0] = 1, reduced by Lagrange and Gauss.
 
     The entries are integers below 2**53, so every step on them is exact.
     """
-    K = len(z)
-    basis = np.eye(K) * D
+    basis = np.eye(len(z)) * D
     basis[0] = z
-    i = 1
-    while i < K:
-        for j in range(i - 1, -1, -1):
-            basis[i] -= np.rint(_gram_schmidt(basis)[1][i, j]) * basis[j]
+    while len(z) > 1:
+        basis[1] -= np.rint(_gram_schmidt(basis)[1][1, 0]) * basis[0]
         _, mu, norm = _gram_schmidt(basis)
-        if norm[i] >= (0.999 - mu[i, i - 1] ** 2) * norm[i - 1]:
-            i += 1
-        else:
-            swapped = basis[i].copy()
-            basis[i] = basis[i - 1]
-            basis[i - 1] = swapped
-            i = max(i - 1, 1)
+        if norm[1] >= (0.999 - mu[1, 0] ** 2) * norm[0]:
+            break
+        basis = basis[::-1].copy()
     return basis
 
 
@@ -388,7 +373,7 @@ def _assign(  # pragma: no cover  (compiled)
     per_weight = np.array([lattice.D / 2 / reach if reach > 0 else 0.0 for reach in reaches])
     per_unit = reaches * (2 / lattice.D)
     absolute, squared = np.zeros(BLOCK), np.zeros(BLOCK)
-    point, scratch = np.empty(K), np.empty((5, K + 1))
+    point = np.empty(K)
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
         offset, u, found = np.empty((K, count)), np.empty((K, count)), np.empty((K, count))
@@ -411,7 +396,7 @@ def _assign(  # pragma: no cover  (compiled)
             if nearer[i] > 0.0 and not inside[i]:
                 for k in range(K):
                     point[k] = u[k, i]
-                inside[i] = _nearest_in_box(point, middle, lattice, scratch)
+                inside[i] = _nearest_in_box(point, middle, lattice)
                 for k in range(K):
                     found[k, i] = point[k]
             index = np.int64(0)
@@ -491,79 +476,47 @@ def _add_times(target: np.ndarray, factor: float, values: np.ndarray) -> None:  
 
 @njit(nogil=True, cache=True)
 def _nearest_in_box(  # pragma: no cover  (compiled)
-    point: np.ndarray, middle: np.ndarray, lattice: Lattice, scratch: np.ndarray
+    point: np.ndarray, middle: np.ndarray, lattice: Lattice
 ) -> bool:
     """Put the point of the box nearest to `point` in its place; False if none is nearer than the centroid, `middle`.
 
-    In Babai's radius first, then in twice as much as long as there is none: Schnorr and Euchner's enumeration, every
-    level's integers in order of distance.
+    The lines of the lattice in order of their distance, as long as one can hold a nearer point than the one found.
     """
-    K = len(point)
-    y, centre, x, turn, partial = scratch[0], scratch[1], scratch[2], scratch[3], scratch[4]
-    limit = 0.0
-    for level in range(K):
-        limit += (point[level] - middle[level]) ** 2
-        y[level] = 0.0
-        for k in range(K):
-            y[level] += point[k] * lattice.dual[level, k]
-    radius, hit = lattice.norm.sum() / 4, False
-    while not hit:
-        best = min(radius, limit)
-        partial[K] = 0.0
-        level = K - 1
-        centre[level] = y[level]
-        x[level] = np.rint(centre[level])
-        turn[level] = 1.0 if centre[level] >= x[level] else -1.0
-        while level < K:
-            distance = partial[level + 1] + (centre[level] - x[level]) ** 2 * lattice.norm[level]
-            if level > 0 and distance < best:
-                partial[level] = distance
-                level -= 1
-                centre[level] = y[level]
-                for above in range(level + 1, K):
-                    centre[level] -= x[above] * lattice.mu[above, level]
-                x[level] = np.rint(centre[level])
-                turn[level] = 1.0 if centre[level] >= x[level] else -1.0
-                continue
-            if level == 0 and distance < best and _into_box(x, lattice):
-                distance = partial[1] + (centre[0] - x[0]) ** 2 * lattice.norm[0]
-                if distance < best:
-                    best, hit = distance, True
-                    for k in range(K):
-                        point[k] = 0.0
-                        for j in range(K):
-                            point[k] += x[j] * lattice.basis[j, k]
-            level += 1
-            if level < K:
-                x[level] += turn[level]
-                turn[level] = -turn[level] - (1.0 if turn[level] > 0 else -1.0)
-        if radius >= limit:
-            break
-        radius *= 4
-    return hit
+    last = len(point) - 1
+    best, hit = ((point - middle) ** 2).sum(), False
+    y = np.array([(point * lattice.dual[0]).sum(), (point * lattice.dual[last]).sum()])
+    line = np.rint(y[1]) if last else 0.0
+    turn = 1.0 if y[1] >= line else -1.0
+    while True:
+        away = (y[1] - line) ** 2 * lattice.norm[1] if last else 0.0
+        if not away < best:
+            return hit
+        centre = y[0] - line * lattice.mu[1, 0] if last else y[0]
+        x = _into_box(np.rint(centre), line, lattice)
+        distance = away + (centre - x) ** 2 * lattice.norm[0]
+        if distance < best:  # infinite or NaN if the line has no point in the box
+            best, hit = distance, True
+            for k in range(len(point)):
+                point[k] = x * lattice.basis[0, k] + line * lattice.basis[last, k]
+        if not last:
+            return hit
+        line += turn
+        turn = -turn - (1.0 if turn > 0 else -1.0)
 
 
 @njit(nogil=True, cache=True)
-def _into_box(x: np.ndarray, lattice: Lattice) -> bool:  # pragma: no cover  (compiled)
-    """Move x[0] along its line to the nearest point inside the box; False if the line has none."""
-    K = len(lattice.box)
+def _into_box(x: float, line: float, lattice: Lattice) -> float:  # pragma: no cover  (compiled)
+    """The coefficient of the first basis vector nearest to x, on this line, inside the box; infinite if there is none."""
     low, high = -math.inf, math.inf
-    for k in range(K):
-        others = 0.0
-        for j in range(1, K):
-            others += x[j] * lattice.basis[j, k]
-        step = lattice.basis[0, k]
+    for k in range(len(lattice.box)):
+        step, start = lattice.basis[0, k], line * lattice.basis[-1, k]
         if step == 0:
-            if others < 0 or others >= lattice.box[k]:
-                return False
-        elif step > 0:
-            low = max(low, math.ceil(-others / step))
-            high = min(high, math.floor((lattice.box[k] - 1 - others) / step))
+            if start < 0 or start >= lattice.box[k]:
+                return math.inf
         else:
-            low = max(low, math.ceil((lattice.box[k] - 1 - others) / step))
-            high = min(high, math.floor(-others / step))
-    x[0] = max(low, min(high, x[0]))
-    return low <= high
+            ends = -start / step, (lattice.box[k] - 1 - start) / step
+            low, high = max(low, math.ceil(min(ends))), min(high, math.floor(max(ends)))
+    return max(low, min(high, x)) if low <= high else math.inf
 
 
 @njit(nogil=True, cache=True)

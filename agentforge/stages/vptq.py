@@ -495,10 +495,7 @@ def _half(values: np.ndarray) -> np.ndarray:
 
 
 def _factor(problem: Problem) -> np.ndarray:
-    factor = unit_factor(problem.hessian)
-    if factor is None:
-        raise BadInput("vptq: the statistics are not second moments (not positive definite); collect them again")
-    return factor[0]
+    return unit_factor(problem.hessian)[0]
 
 
 def _vectors(problem: Problem, segment: Segment, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -129,8 +129,7 @@ def convert(
         layer = layers.get(name)
         if layer is None or not (isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"):
             raise BadInput(f"{name}: expected a linear layer, found {type(layer).__name__ if layer else 'nothing'}")
-        parent, _, leaf = name.rpartition(".")
-        setattr(layers[parent], leaf, BitLinear(layer, activations, norm, stage))
+        module.set_submodule(name, BitLinear(layer, activations, norm, stage))
     return chosen
 
 

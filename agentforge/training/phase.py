@@ -143,11 +143,12 @@ def phase(
     remove(out / "dequantized")
     dense = open_model(dequantize(artifact, out / "dequantized")).on(device)
     agreement = _agreement(dense, load(artifact.path).on(device), found, protocol)
+    worse = "rise of " + ("perplexity" if found else "1 / accuracy")
     target = size_of(model.parameters)
     ratio = artifact.ratio_to(32)
     checks = [
         Gate("tensors without a gradient", _exact(len(flow.missing + flow.zero + flow.infinite), "tensors"), "<=", 0.0),
-        Gate("rise of " + _loss_name(model), factor.through(lambda x: x - 1, "share"), "<=", gates.MAX_PERPLEXITY_RISE),
+        Gate(worse, factor.through(lambda x: x - 1, "share"), "<=", gates.MAX_PERPLEXITY_RISE),
         Gate("drop of accuracy", accuracy.through(lambda x: 1 - x, "share"), "<=", gates.MAX_ACCURACY_DROP),
         Gate("agreement of the two outputs", agreement, ">=", gates.MIN_AGREEMENT),
         Gate(f"ratio to 32 bits ({target.name} model)", _exact(ratio, "x"), ">=", target.ratio),
@@ -172,7 +173,8 @@ def phase(
         run.artifact("quantized", artifact)
     facts = {"gates": [gate.to_json() for gate in checks], "ratio_to_32_bits": ratio, "gradient_flow": str(flow)}
     again = evaluation.perplexity(dense, found, **protocol) if found else evaluation.accuracy(dense)
-    write_handoff(out, 4, {"quantized": _as_quality(model, after, artifact), "dequantized": again}, **facts)
+    packed = after if found else evaluation.accuracy(load(artifact.path))
+    write_handoff(out, 4, {"quantized": packed, "dequantized": again}, **facts)
     write_json(out / "phase.json", {"metrics": metrics, **facts, "trained": trained, "history": history})
     remove(out / "untrained")
     return Phase(out, metrics, checks, trained)
@@ -200,14 +202,6 @@ def _inverse(x: float) -> float:
 
 def _exact(value: float, unit: str) -> Measurement:
     return Measurement(float(value), unit, None, 1, {"metric": "counted"})
-
-
-def _loss_name(model: LanguageModel) -> str:
-    return "1 / accuracy" if model.is_classifier else "perplexity"
-
-
-def _as_quality(model: LanguageModel, after: Measurement, artifact: Artifact) -> Measurement:
-    return evaluation.accuracy(load(artifact.path)) if model.is_classifier else after
 
 
 def _agreement(a: LanguageModel, b: LanguageModel, text: Text | None, protocol: dict[str, Any]) -> Measurement:

@@ -294,14 +294,13 @@ class _Run:
         for name in rows if stage is None else self.names:
             packed, owner = artifact.read(rows[name]), name.removesuffix(".weight")
             assert isinstance(packed, Packed)
-            parent, _, leaf = owner.rpartition(".")
             if stage is not None:
                 student: Student = PlaneLinear(layers[owner], stage, packed)
             elif name in weights:
                 student = CodeLinear(layers[owner], stages.from_json(rows[name]["stage"]), packed, weights[name].load())
             else:
                 raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
-            setattr(layers[parent], leaf, student)
+            self.student.set_submodule(owner, student)
         self.student.to(self.device)
         if start is None:
             remove(folder)

@@ -33,7 +33,7 @@ FUSED = [
     "vptq:v=3,k=30,shared=true",
     "vptq:v=4,k=16 | entropy",
     "trajectory",
-    "trajectory:K=3,U=400,M=1,l=0",
+    "trajectory:K=1,U=40,M=1,l=0",
 ]
 OTHERS = ["seedlm:K=6,C=8,P=3", "curves", "ternary:packing=trits", "vptq:v=4,k=16,outliers=0.1", "vptq:v=4,k=16,parts=2"]
 

@@ -63,8 +63,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"U": 361, "U_first": 225, "M": 2, "loss": 0.05, "l": 1.0},
         {"U": 100, "variant": "printed", "select": False},
         {"U": 255, "variant": "korobov", "M": 0, "l": 0.0},
-        {"U": 4095, "K": 3, "variant": "korobov", "centred": True, "l": 0.0},
-        {"U": 300, "K": 4, "M": 1, "l": 2.0, "select": False},
+        {"U": 4095, "variant": "korobov", "centred": True, "l": 0.0},
+        {"U": 300, "M": 1, "l": 2.0, "select": False},
         {"U": 16, "K": 1, "centred": True, "l": 0.0, "select": False},
     ],
     "ternary": [
