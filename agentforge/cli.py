@@ -213,21 +213,10 @@ def compress(
     parsed = parse(stage)
     opened = open_model(model)
     start = time.perf_counter()
+    options: dict[str, Any] = {"embeddings": embeddings, "seed": seed, "workers": workers, "device": device}
+    options |= {"overwrite": overwrite, "fallback": fallback, "calibration": Calibration(calibration, calibration_tokens)}
     with execution.connected(scheduler) as executor:
-        artifact = run(
-            opened,
-            parsed,
-            out_dir,
-            embeddings=embeddings,
-            seed=seed,
-            workers=workers,
-            device=device,
-            overwrite=overwrite,
-            progress=not as_json,
-            calibration=Calibration(calibration, calibration_tokens),
-            executor=executor,
-            fallback=fallback,
-        )
+        artifact = run(opened, parsed, out_dir, executor=executor, progress=not as_json, **options)
     seconds, peak = time.perf_counter() - start, peak_memory()
     touched = [row for row in artifact.rows if row["stage"]]
     fallbacks = {row["name"]: f"{_stage_name(row)}: {row.get('reason')}" for row in artifact.fallbacks}
@@ -271,19 +260,9 @@ def fit(
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
-    found = run(
-        opened,
-        out_dir,
-        Budget(most, bits, max_kl),
-        embeddings=embeddings,
-        recovery=Settings.of_codes(recover) if recover else None,
-        text=text,
-        tokens=tokens,
-        workers=workers,
-        device=device,
-        overwrite=overwrite,
-        progress=not as_json,
-    )
+    options: dict[str, Any] = {"embeddings": embeddings, "text": text, "tokens": tokens, "workers": workers}
+    options |= {"recovery": Settings.of_codes(recover) if recover else None, "device": device, "overwrite": overwrite}
+    found = run(opened, out_dir, Budget(most, bits, max_kl), progress=not as_json, **options)
     seconds = time.perf_counter() - start
     measured = found.measured
     caption = (
@@ -529,19 +508,9 @@ def recover(
     from .training.recover import Settings
 
     settings = Settings(steps=steps, batch=batch, context=window, lr=lr, optimizer=optimizer)  # type: ignore[arg-type]
-    result = phase(
-        model,
-        out_dir,
-        settings,
-        stage=f"ternary:packing={packing}",
-        text=text,
-        training_text=train_on,
-        tokens=tokens,
-        always_train=always,
-        device=device,
-        overwrite=overwrite,
-        progress=not as_json,
-    )
+    options: dict[str, Any] = {"text": text, "training_text": train_on, "tokens": tokens, "always_train": always}
+    options |= {"stage": f"ternary:packing={packing}", "device": device, "overwrite": overwrite}
+    result = phase(model, out_dir, settings, progress=not as_json, **options)
     data = {
         "path": str(result.path),
         "trained": result.trained,
@@ -569,8 +538,8 @@ def pipeline(
     """Run a model through a chain of stages with gates; a step that fails its gates is rolled back (exit code 1)."""
     from .chain import run_chain
 
-    options = {"workers": workers, "device": device, "overwrite": overwrite, "progress": not as_json, "track": track}
-    result = run_chain(model, chain, out_dir, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"workers": workers, "device": device, "overwrite": overwrite, "track": track}
+    result = run_chain(model, chain, out_dir, progress=not as_json, **options)
     path = str(result.artifact.path) if result.artifact else None
     caption = [f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]]
     caption.append(f"accepted: {path or 'nothing; the original stands'}")
@@ -636,6 +605,7 @@ def audit(
 
     The exit code is 1 if a probe failed, which is not a verdict on its claim, and 2 if the claims file is not in order."""
     from .audit import report as audits
+    from .tensorfiles import read_json
 
     if claims is not None and reports:
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
@@ -645,7 +615,7 @@ def audit(
         return
     budget = budget or ("standard" if only else "quick")
     out_dir = _checked_out(out_dir)
-    settings = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
+    settings: dict[str, Any] = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
     settings |= {"device": device, "fresh": fresh}
     if only:
         if len(names) != 1:
@@ -657,8 +627,9 @@ def audit(
         return
     if not as_json:
         out.print(audits.foreseen(names, budget), markup=False)
-    made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
-    found = [{"path": str(folder), **_summary(folder)} for folder in made]
+    made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]
+    records: list[Any] = [(folder, read_json(folder / f"{folder.name}.json")) for folder in made]
+    found = [{"path": str(folder), "summary": said["summary"], "seconds": said["seconds"]} for folder, said in records]
     _show({"reports": found}, as_json, lambda: _made(found))
     if any(one["summary"]["error"] for one in found):
         raise typer.Exit(1)
@@ -675,13 +646,6 @@ def _made(found: list[dict[str, Any]]) -> None:
     rows.append(["minutes", *(f"{one['seconds'] / 60:.1f}" for one in found)])
     _table("".join(f"|>{path.name.replace('_', ' ')}" for path in paths), rows)
     out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)
-
-
-def _summary(folder: Path) -> dict[str, Any]:
-    from .tensorfiles import read_json
-
-    record = read_json(folder / f"{folder.name}.json")
-    return {"summary": record["summary"], "seconds": record["seconds"]}
 
 
 def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool) -> None:
