@@ -65,11 +65,6 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>$:#|~{}()!&^=+])", r"\\\1", " ".join(str(text).split()))
 
 
-def plotted(rows: list[dict[str, Any]]) -> alt.Data:
-    """Rows as a chart takes them."""
-    return alt.Data.from_dict({"values": rows})
-
-
 def badge(word: str) -> str:
     """A word with its colour, as Markdown."""
     return f":{COLOURS[word]}-badge[{word}]"
@@ -150,15 +145,16 @@ def moments(began: Iterable[float]) -> str:
 def controls(workspace: Path, run: runs.Run) -> None:
     """Pause, resume and abort, each if possible."""
     over = run.status in ("finished", "stopped", "aborted")
-    active = run.status in runs.ACTIVE
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.button("Pause", key="pause", disabled=not active, on_click=attempted, args=(runs.pause, workspace, run.name))
-        resumable = run.status in ("paused", "failed")
-        again = (runs.resume, workspace, run.name)
-        st.button("Resume", key="resume", disabled=not resumable, on_click=attempted, args=again)
+
+        def button(label: str, action: Callable[..., None], ready: bool) -> None:
+            about = (action, workspace, run.name)
+            st.button(label, key=label.lower(), disabled=not ready, on_click=attempted, args=about)
+
+        button("Pause", runs.pause, run.status in runs.ACTIVE)
+        button("Resume", runs.resume, run.status in ("paused", "failed"))
         sure = st.checkbox("Abort for good", key=f"sure-{run.name}", disabled=over)
-        ready = sure and not over
-        st.button("Abort", key="abort", disabled=not ready, on_click=attempted, args=(runs.abort, workspace, run.name))
+        button("Abort", runs.abort, sure and not over)
 
 
 def summary(run: runs.Run) -> None:
@@ -238,7 +234,7 @@ def falling(sizes: list[runs.Size]) -> None:
     if len(sizes) == 1:
         st.caption(plain(f"{sizes[0].bytes:,} bytes ({sizes[0].what})."))
         return
-    data = plotted([size._asdict() for size in sizes])
+    data = alt.InlineData(values=[size._asdict() for size in sizes])
     x = alt.X("tensors:Q", title="tensors finished, all tries counted", axis=alt.Axis(tickMinStep=1))
     y = alt.Y("bytes:Q", title="bytes (log scale)", scale=LOG, axis=alt.Axis(format="~s"))
     tooltip = ["what:N", "tensors:Q", alt.Tooltip("bytes:Q", format=",")]
@@ -331,7 +327,7 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, Measurement]]) -> None:
     title, below = "share of the accuracy kept", alt.Legend(orient="bottom")
     grey = alt.Legend(orient="bottom", symbolFillColor="grey", symbolStrokeColor="grey")
     x = alt.X("bytes:Q", title="bytes (log scale)", scale=LOG, axis=alt.Axis(format="~s"))
-    base = alt.Chart(plotted(data)).encode(x=x, color=alt.Color("run:N", legend=below, scale=SERIES))
+    base = alt.Chart(alt.InlineData(values=data)).encode(x=x, color=alt.Color("run:N", legend=below, scale=SERIES))
     y, shape = alt.Y("kept:Q", title=title, scale=alt.Scale(zero=False)), alt.Shape("decision:N", legend=grey)
     tooltip = ["run:N", "try:N", "decision:N", "bytes:Q", "kept:Q"]
     marks = base.mark_point(filled=True, size=80).encode(y=y, shape=shape, tooltip=tooltip)
@@ -368,12 +364,12 @@ def rate_and_quality(workspace: Path) -> None:
     colour = alt.Color("source:N", legend=legend, scale=SERIES)
     shape = alt.Shape("source:N", legend=legend)
     marks = (
-        alt.Chart(plotted(data))
+        alt.Chart(alt.InlineData(values=data))
         .mark_point(filled=True, size=60)
         .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
     )
     line = (
-        alt.Chart(plotted([point._asdict() for point in found.best]))
+        alt.Chart(alt.InlineData(values=[point._asdict() for point in found.best]))
         .mark_line(interpolate="step-after", opacity=0.6)
         .encode(x=x, y=y)
     )
