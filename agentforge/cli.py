@@ -321,8 +321,7 @@ def verify(
         checks = Artifact(artifact_dir).verify()
     except BadInput as error:  # a shard's fault is BadInput, the manifest's BadArtifact
         if as_json:
-            _show({"path": str(artifact_dir), "ok": False, "error": str(error)}, True, None)
-            raise typer.Exit(1) from None
+            _show({"path": str(artifact_dir), "ok": False, "error": str(error)}, True, None, passed=False)
         _complain(str(error), 1)
     said = [f"sound: {artifact_dir}", *(f"  {check}" for check in checks)]
     _show({"path": str(artifact_dir), "ok": True, "checked": checks}, as_json, lambda: _say(*said))
@@ -519,9 +518,7 @@ def recover(
         "passed": result.passed,
     }
     rows = [[k, f"{v:.5g}"] for k, v in result.metrics.items()]
-    _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)))
-    if not result.passed:
-        raise typer.Exit(1)
+    _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)), result.passed)
 
 
 @app.command()
@@ -546,9 +543,7 @@ def pipeline(
     columns = "step|setting|>ratio|>of this step|>touched tensors|>of this step|>error|>retention|>in total|decision"
     rows = [_attempt_cells(row) for row in result.attempts]
     data = {"path": path, "finished": result.finished, "attempts": result.attempts}
-    _show(data, as_json, lambda: _table(columns, rows, *caption))
-    if not result.finished:
-        raise typer.Exit(1)
+    _show(data, as_json, lambda: _table(columns, rows, *caption), result.finished)
 
 
 def _attempt_cells(row: dict[str, Any]) -> list[str]:
@@ -611,8 +606,7 @@ def audit(
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
     names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.REPORTS)]
     if check:
-        _check_reports(names, out_dir, as_json)
-        return
+        return _check_reports(names, out_dir, as_json)
     budget = budget or ("standard" if only else "quick")
     out_dir = _checked_out(out_dir)
     settings: dict[str, Any] = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
@@ -621,18 +615,13 @@ def audit(
         if len(names) != 1:
             raise BadInput("--only asks for claims of one report; name the report, too")
         rows = audits.only(names[0], only, settings)
-        _show({"claims": rows}, as_json, lambda: _claims(rows))
-        if any(row["verdict"] == "error" for row in rows):
-            raise typer.Exit(1)
-        return
+        return _show({"claims": rows}, as_json, lambda: _claims(rows), all(row["verdict"] != "error" for row in rows))
     if not as_json:
         out.print(audits.foreseen(names, budget), markup=False)
     made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]
     records: list[Any] = [(folder, read_json(folder / f"{folder.name}.json")) for folder in made]
     found = [{"path": str(folder), "summary": said["summary"], "seconds": said["seconds"]} for folder, said in records]
-    _show({"reports": found}, as_json, lambda: _made(found))
-    if any(one["summary"]["error"] for one in found):
-        raise typer.Exit(1)
+    _show({"reports": found}, as_json, lambda: _made(found), not any(one["summary"]["error"] for one in found))
 
 
 def _made(found: list[dict[str, Any]]) -> None:
@@ -661,9 +650,7 @@ def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool)
         except BadInput as error:
             problems[claims.report] = str(error)
     said = problems.values() or ["every report is what its record gives"]
-    _show({"ok": not problems, "problems": problems}, as_json, lambda: _say(*said))
-    if problems:
-        raise typer.Exit(1)
+    _show({"ok": not problems, "problems": problems}, as_json, lambda: _say(*said), not problems)
 
 
 def _claims(rows: list[dict[str, Any]]) -> None:
@@ -673,11 +660,14 @@ def _claims(rows: list[dict[str, Any]]) -> None:
     _table("claim|verdict|measured", cells)
 
 
-def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
+def _show(data: dict[str, Any], as_json: bool, tables: Any, passed: bool = True) -> None:
+    """Print what a command found, and exit with 1 if it did not pass."""
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")  # in ASCII: nothing that would steer a terminal
     else:
         tables()
+    if not passed:
+        raise typer.Exit(1)
 
 
 def _say(*lines: str) -> None:

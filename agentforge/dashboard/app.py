@@ -172,10 +172,9 @@ def summary(run: runs.Run) -> None:
 
 def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
     """The steps of the chain: what was tried, what each gate measured against its limit, what is under way."""
-    journal = run.journal
     for index, step in enumerate(run.chain.steps, 1):
-        tried = [row for row in journal.attempts if row.step == index] if journal else []
-        now = journal.now if journal and journal.now and journal.now.step == index else None
+        tried = [row for row in run.journal.attempts if row.step == index]
+        now = run.journal.now if run.journal.now and run.journal.now.step == index else None
         with st.container(border=True):
             st.markdown(f"**{index}. {plain(step.name)}** {badge(state_of(run, tried, now))}")
             for row in tried:
@@ -246,8 +245,8 @@ def falling(sizes: list[runs.Size]) -> None:
 
 def measurements(run: runs.Run) -> None:
     """One row per try, with standard errors; of the one under way, what is known so far."""
-    rows: list[tuple[runs.Attempt, str]] = [(row, row.decision) for row in run.journal.attempts] if run.journal else []
-    if run.journal and run.journal.now and run.journal.now.measured:
+    rows: list[tuple[runs.Attempt, str]] = [(row, row.decision) for row in run.journal.attempts]
+    if run.journal.now and run.journal.now.measured:
         rows.append((run.journal.now, "undecided so far"))
     if not any(row.measured for row, _ in rows):
         st.caption("Nothing is measured yet.")
@@ -294,7 +293,7 @@ def compare(workspace: Path) -> None:
     rows = []
     for run in found:
         last = run.accepted[-1].measured if run.accepted else {}
-        seconds = sum(row.seconds for row in run.journal.attempts) if run.journal else 0.0
+        seconds = sum(row.seconds for row in run.journal.attempts)
         head = {"run": plain(run.name), "model": plain(run.record.model), "state": run.status}
         taken = f"{len(run.accepted)} of {len(run.chain.steps)}"
         rows.append({**head, "steps accepted": taken, **cells(last, every), "seconds": f"{seconds:.1f}"})
@@ -303,7 +302,7 @@ def compare(workspace: Path) -> None:
     tries = [
         (run, row, row.measured["bytes"].value, row.measured["total_retention"])
         for run in found
-        for row in (run.journal.attempts if run.journal else ())
+        for row in run.journal.attempts
         if {"bytes", "total_retention"} <= set(row.measured)
     ]
     if tries:
