@@ -213,21 +213,10 @@ def compress(
     parsed = parse(stage)
     opened = open_model(model)
     start = time.perf_counter()
+    options: dict[str, Any] = {"embeddings": embeddings, "seed": seed, "workers": workers, "device": device}
+    options |= {"overwrite": overwrite, "fallback": fallback, "calibration": Calibration(calibration, calibration_tokens)}
     with execution.connected(scheduler) as executor:
-        artifact = run(
-            opened,
-            parsed,
-            out_dir,
-            embeddings=embeddings,
-            seed=seed,
-            workers=workers,
-            device=device,
-            overwrite=overwrite,
-            progress=not as_json,
-            calibration=Calibration(calibration, calibration_tokens),
-            executor=executor,
-            fallback=fallback,
-        )
+        artifact = run(opened, parsed, out_dir, executor=executor, progress=not as_json, **options)
     seconds, peak = time.perf_counter() - start, peak_memory()
     touched = [row for row in artifact.rows if row["stage"]]
     fallbacks = {row["name"]: f"{_stage_name(row)}: {row.get('reason')}" for row in artifact.fallbacks}
@@ -271,19 +260,9 @@ def fit(
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
-    found = run(
-        opened,
-        out_dir,
-        Budget(most, bits, max_kl),
-        embeddings=embeddings,
-        recovery=Settings.of_codes(recover) if recover else None,
-        text=text,
-        tokens=tokens,
-        workers=workers,
-        device=device,
-        overwrite=overwrite,
-        progress=not as_json,
-    )
+    options: dict[str, Any] = {"embeddings": embeddings, "text": text, "tokens": tokens, "workers": workers}
+    options |= {"recovery": Settings.of_codes(recover) if recover else None, "device": device, "overwrite": overwrite}
+    found = run(opened, out_dir, Budget(most, bits, max_kl), progress=not as_json, **options)
     seconds = time.perf_counter() - start
     measured = found.measured
     caption = (
@@ -342,8 +321,7 @@ def verify(
         checks = Artifact(artifact_dir).verify()
     except BadInput as error:  # a shard's fault is BadInput, the manifest's BadArtifact
         if as_json:
-            _show({"path": str(artifact_dir), "ok": False, "error": str(error)}, True, None)
-            raise typer.Exit(1) from None
+            _show({"path": str(artifact_dir), "ok": False, "error": str(error)}, True, None, passed=False)
         _complain(str(error), 1)
     said = [f"sound: {artifact_dir}", *(f"  {check}" for check in checks)]
     _show({"path": str(artifact_dir), "ok": True, "checked": checks}, as_json, lambda: _say(*said))
@@ -538,19 +516,9 @@ def recover(
     from .training.recover import Settings
 
     settings = Settings(steps=steps, batch=batch, context=window, lr=lr, optimizer=optimizer)  # type: ignore[arg-type]
-    result = phase(
-        model,
-        out_dir,
-        settings,
-        stage=f"ternary:packing={packing}",
-        text=text,
-        training_text=train_on,
-        tokens=tokens,
-        always_train=always,
-        device=device,
-        overwrite=overwrite,
-        progress=not as_json,
-    )
+    options: dict[str, Any] = {"text": text, "training_text": train_on, "tokens": tokens, "always_train": always}
+    options |= {"stage": f"ternary:packing={packing}", "device": device, "overwrite": overwrite}
+    result = phase(model, out_dir, settings, progress=not as_json, **options)
     data = {
         "path": str(result.path),
         "trained": result.trained,
@@ -559,9 +527,7 @@ def recover(
         "passed": result.passed,
     }
     rows = [[k, f"{v:.5g}"] for k, v in result.metrics.items()]
-    _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)))
-    if not result.passed:
-        raise typer.Exit(1)
+    _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)), result.passed)
 
 
 @app.command()
@@ -578,17 +544,15 @@ def pipeline(
     """Run a model through a chain of stages with gates; a step that fails its gates is rolled back (exit code 1)."""
     from .chain import run_chain
 
-    options = {"workers": workers, "device": device, "overwrite": overwrite, "progress": not as_json, "track": track}
-    result = run_chain(model, chain, out_dir, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"workers": workers, "device": device, "overwrite": overwrite, "track": track}
+    result = run_chain(model, chain, out_dir, progress=not as_json, **options)
     path = str(result.artifact.path) if result.artifact else None
     caption = [f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in result.attempts if row["reason"]]
     caption.append(f"accepted: {path or 'nothing; the original stands'}")
     columns = "step|setting|>ratio|>of this step|>touched tensors|>of this step|>error|>retention|>in total|decision"
     rows = [_attempt_cells(row) for row in result.attempts]
     data = {"path": path, "finished": result.finished, "attempts": result.attempts}
-    _show(data, as_json, lambda: _table(columns, rows, *caption))
-    if not result.finished:
-        raise typer.Exit(1)
+    _show(data, as_json, lambda: _table(columns, rows, *caption), result.finished)
 
 
 def _attempt_cells(row: dict[str, Any]) -> list[str]:
@@ -647,32 +611,28 @@ def audit(
 
     The exit code is 1 if a probe failed, which is not a verdict on its claim, and 2 if the claims file is not in order."""
     from .audit import report as audits
+    from .tensorfiles import read_json
 
     if claims is not None and reports:
         raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
     names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.NAMES)]
     if check:
-        _check_reports(names, out_dir, as_json)
-        return
+        return _check_reports(names, out_dir, as_json)
     budget = budget or ("standard" if only else "quick")
     out_dir = _checked_out(out_dir)
-    settings = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
+    settings: dict[str, Any] = {"model": model, "against": against, "text": text, "tokens": tokens, "budget": budget}
     settings |= {"device": device, "fresh": fresh}
     if only:
         if len(names) != 1:
             raise BadInput("--only asks for claims of one report; name the report, too")
         rows = audits.only(names[0], only, settings)
-        _show({"claims": rows}, as_json, lambda: _claims(rows))
-        if any(row["verdict"] == "error" for row in rows):
-            raise typer.Exit(1)
-        return
+        return _show({"claims": rows}, as_json, lambda: _claims(rows), all(row["verdict"] != "error" for row in rows))
     if not as_json:
         out.print(audits.foreseen(names, budget), markup=False)
-    made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]  # type: ignore[arg-type]
-    found = [{"path": str(folder), **_summary(folder)} for folder in made]
-    _show({"reports": found}, as_json, lambda: _made(found))
-    if any(one["summary"]["error"] for one in found):
-        raise typer.Exit(1)
+    made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]
+    records: list[Any] = [(folder, read_json(folder / f"{folder.name}.json")) for folder in made]
+    found = [{"path": str(folder), "summary": said["summary"], "seconds": said["seconds"]} for folder, said in records]
+    _show({"reports": found}, as_json, lambda: _made(found), not any(one["summary"]["error"] for one in found))
 
 
 def _made(found: list[dict[str, Any]]) -> None:
@@ -688,13 +648,6 @@ def _made(found: list[dict[str, Any]]) -> None:
     out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)
 
 
-def _summary(folder: Path) -> dict[str, Any]:
-    from .tensorfiles import read_json
-
-    record = read_json(folder / f"{folder.name}.json")
-    return {"summary": record["summary"], "seconds": record["seconds"]}
-
-
 def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool) -> None:
     from .audit import report as audits
     from .audit.claims import read_claims
@@ -708,9 +661,7 @@ def _check_reports(names: list[str | Path], out_dir: Path | None, as_json: bool)
         except BadInput as error:
             problems[claims.report] = str(error)
     said = problems.values() or ["every report is what its record gives"]
-    _show({"ok": not problems, "problems": problems}, as_json, lambda: _say(*said))
-    if problems:
-        raise typer.Exit(1)
+    _show({"ok": not problems, "problems": problems}, as_json, lambda: _say(*said), not problems)
 
 
 def _claims(rows: list[dict[str, Any]]) -> None:
@@ -720,11 +671,14 @@ def _claims(rows: list[dict[str, Any]]) -> None:
     _table("claim|verdict|measured", cells)
 
 
-def _show(data: dict[str, Any], as_json: bool, tables: Any) -> None:
+def _show(data: dict[str, Any], as_json: bool, tables: Any, passed: bool = True) -> None:
+    """Print what a command found, and exit with 1 if it did not pass."""
     if as_json:
         sys.stdout.write(json.dumps(data, indent=2) + "\n")  # in ASCII: nothing that would steer a terminal
     else:
         tables()
+    if not passed:
+        raise typer.Exit(1)
 
 
 def _say(*lines: str) -> None:

@@ -7,6 +7,7 @@ accuracy is visible at once.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -30,8 +31,7 @@ class DigitsMLP(nn.Module):
         """pixels: float[n, 64] in 0..1.  Returns logits, float[n, 10]."""
         for layer in self.layers:
             pixels = torch.relu(layer(pixels))
-        logits = self.head(pixels)
-        assert isinstance(logits, torch.Tensor)
+        logits: torch.Tensor = self.head(pixels)
         return logits
 
     def get_output_embeddings(self) -> nn.Module:
@@ -53,19 +53,17 @@ def data() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def train(seed: int = 0) -> tuple[DigitsMLP, dict[str, Any]]:
     """The trained model and its configuration; one thread, so that it is the same model every time on a machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = DigitsMLP()
-            pixels, labels, _, _ = data()
-            optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
-            for _ in range(EPOCHS):
-                for batch in torch.randperm(len(pixels)).split(128):
-                    optimizer.zero_grad()
-                    nn.functional.cross_entropy(model(pixels[batch]), labels[batch]).backward()
-                    optimizer.step()
-    finally:
-        torch.set_num_threads(threads)
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        stack.enter_context(torch.random.fork_rng(devices=[]))
+        torch.manual_seed(seed)
+        model = DigitsMLP()
+        pixels, labels, _, _ = data()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=1e-2)
+        for _ in range(EPOCHS):
+            for batch in torch.randperm(len(pixels)).split(128):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(pixels[batch]), labels[batch]).backward()
+                optimizer.step()
     return model.eval(), {"model_type": MODEL_TYPE, "hidden": list(HIDDEN), "seed": seed, "epochs": EPOCHS}

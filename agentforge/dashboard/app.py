@@ -65,11 +65,6 @@ def plain(text: object) -> str:
     return re.sub(r"([\\`*_\[\]<>$:#|~{}()!&^=+])", r"\\\1", " ".join(str(text).split()))
 
 
-def plotted(rows: list[dict[str, Any]]) -> alt.Data:
-    """Rows as a chart takes them."""
-    return alt.Data.from_dict({"values": rows})
-
-
 def badge(word: str) -> str:
     """A word with its colour, as Markdown."""
     return f":{COLOURS[word]}-badge[{word}]"
@@ -150,15 +145,16 @@ def moments(began: Iterable[float]) -> str:
 def controls(workspace: Path, run: runs.Run) -> None:
     """Pause, resume and abort, each if possible."""
     over = run.status in ("finished", "stopped", "aborted")
-    active = run.status in runs.ACTIVE
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.button("Pause", key="pause", disabled=not active, on_click=attempted, args=(runs.pause, workspace, run.name))
-        resumable = run.status in ("paused", "failed")
-        again = (runs.resume, workspace, run.name)
-        st.button("Resume", key="resume", disabled=not resumable, on_click=attempted, args=again)
+
+        def button(label: str, action: Callable[..., None], ready: bool) -> None:
+            about = (action, workspace, run.name)
+            st.button(label, key=label.lower(), disabled=not ready, on_click=attempted, args=about)
+
+        button("Pause", runs.pause, run.status in runs.ACTIVE)
+        button("Resume", runs.resume, run.status in ("paused", "failed"))
         sure = st.checkbox("Abort for good", key=f"sure-{run.name}", disabled=over)
-        ready = sure and not over
-        st.button("Abort", key="abort", disabled=not ready, on_click=attempted, args=(runs.abort, workspace, run.name))
+        button("Abort", runs.abort, sure and not over)
 
 
 def summary(run: runs.Run) -> None:
@@ -176,10 +172,9 @@ def summary(run: runs.Run) -> None:
 
 def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
     """The steps of the chain: what was tried, what each gate measured against its limit, what is under way."""
-    journal = run.journal
     for index, step in enumerate(run.chain.steps, 1):
-        tried = [row for row in journal.attempts if row.step == index] if journal else []
-        now = journal.now if journal and journal.now and journal.now.step == index else None
+        tried = [row for row in run.journal.attempts if row.step == index]
+        now = run.journal.now if run.journal.now and run.journal.now.step == index else None
         with st.container(border=True):
             st.markdown(f"**{index}. {plain(step.name)}** {badge(state_of(run, tried, now))}")
             for row in tried:
@@ -238,7 +233,7 @@ def falling(sizes: list[runs.Size]) -> None:
     if len(sizes) == 1:
         st.caption(plain(f"{sizes[0].bytes:,} bytes ({sizes[0].what})."))
         return
-    data = plotted([size._asdict() for size in sizes])
+    data = alt.InlineData(values=[size._asdict() for size in sizes])
     x = alt.X("tensors:Q", title="tensors finished, all tries counted", axis=alt.Axis(tickMinStep=1))
     y = alt.Y("bytes:Q", title="bytes (log scale)", scale=LOG, axis=alt.Axis(format="~s"))
     tooltip = ["what:N", "tensors:Q", alt.Tooltip("bytes:Q", format=",")]
@@ -250,8 +245,8 @@ def falling(sizes: list[runs.Size]) -> None:
 
 def measurements(run: runs.Run) -> None:
     """One row per try, with standard errors; of the one under way, what is known so far."""
-    rows: list[tuple[runs.Attempt, str]] = [(row, row.decision) for row in run.journal.attempts] if run.journal else []
-    if run.journal and run.journal.now and run.journal.now.measured:
+    rows: list[tuple[runs.Attempt, str]] = [(row, row.decision) for row in run.journal.attempts]
+    if run.journal.now and run.journal.now.measured:
         rows.append((run.journal.now, "undecided so far"))
     if not any(row.measured for row, _ in rows):
         st.caption("Nothing is measured yet.")
@@ -298,7 +293,7 @@ def compare(workspace: Path) -> None:
     rows = []
     for run in found:
         last = run.accepted[-1].measured if run.accepted else {}
-        seconds = sum(row.seconds for row in run.journal.attempts) if run.journal else 0.0
+        seconds = sum(row.seconds for row in run.journal.attempts)
         head = {"run": plain(run.name), "model": plain(run.record.model), "state": run.status}
         taken = f"{len(run.accepted)} of {len(run.chain.steps)}"
         rows.append({**head, "steps accepted": taken, **cells(last, every), "seconds": f"{seconds:.1f}"})
@@ -307,7 +302,7 @@ def compare(workspace: Path) -> None:
     tries = [
         (run, row, row.measured["bytes"].value, row.measured["total_retention"])
         for run in found
-        for row in (run.journal.attempts if run.journal else ())
+        for row in run.journal.attempts
         if {"bytes", "total_retention"} <= set(row.measured)
     ]
     if tries:
@@ -331,7 +326,7 @@ def beside(tries: list[tuple[runs.Run, runs.Done, float, Measurement]]) -> None:
     title, below = "share of the accuracy kept", alt.Legend(orient="bottom")
     grey = alt.Legend(orient="bottom", symbolFillColor="grey", symbolStrokeColor="grey")
     x = alt.X("bytes:Q", title="bytes (log scale)", scale=LOG, axis=alt.Axis(format="~s"))
-    base = alt.Chart(plotted(data)).encode(x=x, color=alt.Color("run:N", legend=below, scale=SERIES))
+    base = alt.Chart(alt.InlineData(values=data)).encode(x=x, color=alt.Color("run:N", legend=below, scale=SERIES))
     y, shape = alt.Y("kept:Q", title=title, scale=alt.Scale(zero=False)), alt.Shape("decision:N", legend=grey)
     tooltip = ["run:N", "try:N", "decision:N", "bytes:Q", "kept:Q"]
     marks = base.mark_point(filled=True, size=80).encode(y=y, shape=shape, tooltip=tooltip)
@@ -368,12 +363,12 @@ def rate_and_quality(workspace: Path) -> None:
     colour = alt.Color("source:N", legend=legend, scale=SERIES)
     shape = alt.Shape("source:N", legend=legend)
     marks = (
-        alt.Chart(plotted(data))
+        alt.Chart(alt.InlineData(values=data))
         .mark_point(filled=True, size=60)
         .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
     )
     line = (
-        alt.Chart(plotted([point._asdict() for point in found.best]))
+        alt.Chart(alt.InlineData(values=[point._asdict() for point in found.best]))
         .mark_line(interpolate="step-after", opacity=0.6)
         .encode(x=x, y=y)
     )

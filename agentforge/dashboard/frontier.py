@@ -62,7 +62,7 @@ def originals(workspace: Path) -> dict[str, str]:
             found.update({row["retention"]["inputs"]["original"]: name for row in rows if "inputs" in row["retention"]})
     for run, row in _accepted(workspace):
         known = next((m.inputs["original"] for m in row.measured.values() if "original" in m.inputs), None)
-        if known is not None and run.journal is not None:
+        if known is not None:
             found.setdefault(known, run.journal.original.name)
     twice = {name for name, count in Counter(found.values()).items() if count > 1}
     return {key: f"{name} ({key[:8]})" if name in twice else name for key, name in found.items()}

@@ -109,14 +109,15 @@ class Now(Attempt):
 
 
 class Original(_Data):
-    """What is compressed.  tensors: parameters of each, in the order in which they are encoded."""
+    """What is compressed.  tensors: parameters of each, in the order in which they are encoded; none is known before the
+    process has opened the model."""
 
     name: str
     tensors: dict[str, int]
 
 
 class Journal(_Data):
-    """The chain's journal."""
+    """The chain's journal, or what stands for it as long as there is none."""
 
     original: Original
     attempts: tuple[Done, ...] = ()
@@ -130,7 +131,7 @@ class Run(NamedTuple):
     folder: Path
     record: Record
     chain: Chain
-    journal: Journal | None
+    journal: Journal
     status: Status
     reason: str = ""
 
@@ -142,7 +143,7 @@ class Run(NamedTuple):
     @property
     def accepted(self) -> list[Done]:
         """The tries that were accepted, in order."""
-        return [row for row in self.journal.attempts if row.decision == "accepted"] if self.journal else []
+        return [row for row in self.journal.attempts if row.decision == "accepted"]
 
     @property
     def command(self) -> list[str]:
@@ -430,7 +431,7 @@ def read(workspace: Path, name: str) -> Run:
     folder = _existing(workspace, name)
     record, chain = _record(folder), read_chain(folder / "chain.yaml")
     file, reason = folder / "out" / "journal.json", ""
-    journal = _checked(Journal, file) if file.is_file() else None
+    journal = _checked(Journal, file) if file.is_file() else Journal(original=Original(name="", tensors={}))
     if _alive(folder):
         status: Status = "running" if record.asked is None else "pausing" if record.asked == "pause" else "aborting"
     elif (finished := _finished(folder / "result.json")) is not None:
@@ -489,7 +490,7 @@ def _last_words(log: str) -> str:
 
 def progress(run: Run) -> Progress | None:
     """How far the try under way is: the tensors that are finished on disk.  None if nothing is under way."""
-    if run.journal is None or (now := run.journal.now) is None:
+    if (now := run.journal.now) is None:
         return None
     tensors, pieces = list(run.journal.original.tensors), _pieces(run)
     if not pieces:
@@ -506,9 +507,9 @@ def progress(run: Run) -> Progress | None:
 def sizes(run: Run) -> list[Size]:
     """The bytes of the model, falling: from `bits` a parameter; try by try as measured on disk, back to the last accepted
     one if a try was rejected; tensor by tensor in the try that is under way."""
-    if run.journal is None:
-        return []
     counts = list(run.journal.original.tensors.values())
+    if not counts:
+        return []
     size = sum(counts) * run.chain.bits // 8
     found, done = [Size(0, size, f"original, {run.chain.bits} bits per parameter")], 0
     accepted: int | None = None
@@ -536,7 +537,7 @@ def sizes(run: Run) -> list[Size]:
 
 def _pieces(run: Run) -> dict[int, Path]:
     """The finished tensors of the try that is under way, by their number."""
-    if run.journal is None or run.journal.now is None:
+    if run.journal.now is None:
         return {}
     folder = run.out / f"step-{run.journal.now.step}.partial" / "tensors"
     return {int(piece.stem): piece for piece in _entries(folder) if piece.suffix == ".safetensors" and piece.stem.isdigit()}

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
+from torch.nn.functional import cross_entropy
 from tqdm.auto import tqdm
 
 from ..errors import BadInput
@@ -79,10 +80,10 @@ def perplexity(
     """
     found = find_text(text)
     windows, protocol = plan(model, found, context, stride, tokens, bos)
-    losses = [
-        torch.cat([_losses(rows, targets) for rows, targets in _rows(model, window)])[:, None]
-        for window in _bar(windows, f"perplexity of {model.name}", progress)
-    ]
+    losses = []
+    for window in _bar(windows, f"perplexity of {model.name}", progress):
+        parts = [cross_entropy(rows, targets, reduction="none").double() for rows, targets in _rows(model, window)]
+        losses.append(torch.cat(parts)[:, None])
     sums, error = _clusters(losses)
     return _perplexity(sums[:, 1], sums[:, 0], error, protocol, model.fingerprint)
 
@@ -286,10 +287,6 @@ def _rows(model: LanguageModel, window: Window) -> Iterator[tuple[torch.Tensor, 
     targets = ids[0, window.first :]
     for part, ids_part in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
         yield part.float(), ids_part
-
-
-def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="none").double()
 
 
 def _perplexity(losses: torch.Tensor, counts: torch.Tensor, error: str, protocol: dict[str, Any], model: str) -> Measurement:

@@ -245,9 +245,7 @@ def fit_curve(levels: Sequence[int], hits: torch.Tensor) -> Curve:
     starts = [torch.tensor([m, math.log(w)], dtype=torch.float64) for m in range(-20, 141, 10) for w in (1, 4, 10, 30)]
     theta = min(starts, key=lambda start: float(loss(start)))
     for _ in range(100):
-        with torch.enable_grad():
-            point = theta.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(loss(point), point)
+        gradient = torch.autograd.functional.jacobian(loss, theta)
         step = torch.linalg.solve(information(theta) + 1e-9 * torch.eye(2, dtype=torch.float64), gradient)
         now, size = loss(theta), 1.0
         while size > 1e-6 and loss(trial := (theta - size * step).clamp(bounds[0], bounds[1])) > now:

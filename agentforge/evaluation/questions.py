@@ -24,22 +24,8 @@ LEVELS = range(1, 101)
 OPTIONS = 4
 CHANCE = 1 / OPTIONS
 WORDS = (
-    "dog",
-    "cat",
-    "fox",
-    "cow",
-    "bear",
-    "wolf",
-    "fish",
-    "bird",
-    "horse",
-    "mouse",
-    "sheep",
-    "goat",
-    "lion",
-    "tiger",
-    "frog",
-    "duck",
+    *("dog", "cat", "fox", "cow", "bear", "wolf", "fish", "bird"),
+    *("horse", "mouse", "sheep", "goat", "lion", "tiger", "frog", "duck"),
 )
 
 

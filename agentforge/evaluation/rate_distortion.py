@@ -18,8 +18,6 @@ import torch
 
 from ..bits import tensor_bytes
 from ..stages import Stage, parse
-from ..stages.base import Layer
-from ..statistics import InputStatistics
 from . import intervals
 from .measurement import Measurement
 
@@ -49,30 +47,15 @@ def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
     return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32))
 
 
-def measure(
-    stages: Sequence[Stage | str],
-    weights: Mapping[str, torch.Tensor],
-    stats: Mapping[str, InputStatistics] | None = None,
-    seed: int = 0,
-) -> list[Row]:
-    """Bits, coded bits and relative squared error of every stage on every weight, float[out, in], decoded from its planes.
-
-    stats: input statistics, for the weights that have them.  Planes that a stage shares between weights are
-    shared by all of `weights`, and their bits are charged in proportion to a weight's size.
-    """
-    stats = stats or {}
-    layers = [Layer(name, lambda w=weight: w.to(torch.float32), stats.get(name)) for name, weight in weights.items()]  # type: ignore[misc]
-    whole = sum(weight.numel() for weight in weights.values())
+def measure(stages: Sequence[Stage | str], weights: Mapping[str, torch.Tensor], seed: int = 0) -> list[Row]:
+    """Bits, coded bits and relative squared error of every stage on every weight, float[out, in], each by itself."""
     rows = []
     for stage in (parse(stage) if isinstance(stage, str) else stage for stage in stages):
-        shared = stage.fit_shared(layers, seed) if stage.shared_layout() else None
-        for layer in layers:
-            weight = layer.load()
-            packed = stage.encode(weight, layer.stats, seed, name=layer.name, shared=shared)
+        for name, given in weights.items():
+            weight = given.to(torch.float32)
+            packed = stage.encode(weight, None, seed, name=name)
             bits, coded = packed.bits / weight.numel(), 8 * packed.coded_bytes / weight.numel()
-            if shared is not None:
-                bits, coded = bits + shared.bits / whole, coded + 8 * shared.coded_bytes / whole
-            rows.append(_row(stage, layer.name, weight, stage.decode(packed), bits, coded, seed))
+            rows.append(_row(stage, name, weight, stage.decode(packed), bits, coded, seed))
     return rows
 
 

@@ -11,8 +11,7 @@ What the kernel enforces (Linux: namespaces and resource limits):
     processes   the candidate can start none, and sees none but its own two; whatever is left dies with the judge
     identity    no environment variables, no capabilities, no new privileges; nobody if the caller is root
     resources   wall and CPU time, address space, size of a file; output is cut
-If the kernel refuses one of these, nothing runs, unless the caller accepts that and reads in the verdict what was
-not enforced.
+If the kernel refuses one of these, nothing runs.
 """
 
 from __future__ import annotations
@@ -56,34 +55,26 @@ class Verdict(NamedTuple):
     """What came of a candidate.
 
     passed: all its tests did.  status: passed, failed, timeout or refused (nothing ran).  detail: why, in a line.
-    output: what it printed, at most 64 KiB.  unenforced: limits that the kernel did not take.
+    output: what it printed, at most 64 KiB.
     """
 
     passed: bool
     status: str
     detail: str
     output: str
-    unenforced: tuple[str, ...]
 
 
 def check(
-    solution: str,
-    entry_point: str,
-    tests: str,
-    prelude: str = "",
-    *,
-    seconds: float = SECONDS,
-    memory: int = MEMORY,
-    accept_unenforced: bool = False,
+    solution: str, entry_point: str, tests: str, prelude: str = "", *, seconds: float = SECONDS, memory: int = MEMORY
 ) -> Verdict:
     """Run `solution`, Python source that defines the function `entry_point`, against `tests`, source that defines
     check(candidate) and raises if a test fails.
 
     prelude: source that the tests may use.  seconds: of wall and of CPU time.  memory: address space in bytes, of
-    judge and candidate each.  accept_unenforced: run although the kernel refuses a limit; the verdict says which.
-    Arguments and results must be Python literals (numbers, strings, lists, tuples, dicts, sets, None).
+    judge and candidate each.  Arguments and results must be Python literals (numbers, strings, lists, tuples, dicts,
+    sets, None).
     """
-    settings = {"seconds": seconds, "memory": memory, "accept": accept_unenforced, "entry_point": entry_point}
+    settings = {"seconds": seconds, "memory": memory, "entry_point": entry_point}
     message = b"".join(
         struct.pack("<Q", len(part)) + part
         for part in (json.dumps({**settings, "solution": solution}).encode(), json.dumps([prelude, tests]).encode())
@@ -103,12 +94,12 @@ def check(
             os.killpg(process.pid, signal.SIGKILL)  # judge and candidate go with it
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return Verdict(False, "timeout", f"still running after {seconds:g} s", "", ())
+            return Verdict(False, "timeout", f"still running after {seconds:g} s", "")
     try:
-        status, detail, output, unenforced = json.loads(answer)
+        status, detail, output = json.loads(answer)
     except ValueError:
-        return Verdict(False, "failed", "ended without a verdict", "", ())
-    return Verdict(status == "passed", status, detail, output, tuple(unenforced))
+        return Verdict(False, "failed", "ended without a verdict", "")
+    return Verdict(status == "passed", status, detail, output)
 
 
 def _inside() -> None:
@@ -122,14 +113,14 @@ def _inside() -> None:
     cpu = math.ceil(job["seconds"]) + 1
     limits = {"AS": job["memory"], "CPU": cpu, "FSIZE": FILE, "CORE": 0, "NOFILE": 64}
     unenforced += [f"RLIMIT_{name}" for name, value in limits.items() if not _limit(name, value)]
-    if unenforced and not job["accept"]:
-        _say("refused", f"this system does not enforce: {'; '.join(unenforced)}", "", unenforced)
+    if unenforced:
+        _say("refused", f"this system does not enforce: {'; '.join(unenforced)}", "")
     elif judge := os.fork():
         os.waitpid(judge, 0)
     else:
         with contextlib.suppress(OSError, AttributeError):
             _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
-        _judge(job, unenforced)
+        _judge(job)
 
 
 def _isolate() -> None:
@@ -164,7 +155,7 @@ def _isolate() -> None:
     _call("prctl", PR_SET_DUMPABLE, 0, 0, 0, 0)  # so that nobody attaches to the judge or reads its memory
 
 
-def _judge(job: dict[str, Any], unenforced: list[str]) -> NoReturn:
+def _judge(job: dict[str, Any]) -> NoReturn:
     """Start the candidate, run the tests against it and say what came of it."""
     requests, replies, prints = os.pipe(), os.pipe(), os.pipe()
     candidate = os.fork()
@@ -217,7 +208,7 @@ def _judge(job: dict[str, Any], unenforced: list[str]) -> NoReturn:
     os.kill(candidate, signal.SIGKILL)
     os.waitpid(candidate, 0)
     reader.join(0.5)
-    _say(status, detail, bytes(printed).decode(errors="replace"), unenforced)
+    _say(status, detail, bytes(printed).decode(errors="replace"))
     os._exit(0)
 
 
@@ -272,8 +263,8 @@ def _write(end: int, line: str) -> None:
         data = data[os.write(end, data) :]
 
 
-def _say(status: str, detail: str, output: str, unenforced: list[str]) -> None:
-    _write(1, json.dumps([status, detail, output, unenforced]))
+def _say(status: str, detail: str, output: str) -> None:
+    _write(1, json.dumps([status, detail, output]))
 
 
 def _limit(name: str, value: int) -> bool:

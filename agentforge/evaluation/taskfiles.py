@@ -94,11 +94,8 @@ def _mmlu(root: Path) -> dict[str, dict[str, Rows]]:
 
 
 def _existing(root: Path, stem: str) -> Path | None:
-    for ending in ENDINGS:
-        for packing in OPENERS:
-            if (path := root / f"{stem}{ending}{packing}").is_file():
-                return path
-    return None
+    files = (root / f"{stem}{ending}{packing}" for ending in ENDINGS for packing in OPENERS)
+    return next((file for file in files if file.is_file()), None)
 
 
 def _read(path: Path) -> str:
@@ -106,12 +103,11 @@ def _read(path: Path) -> str:
     try:
         with OPENERS[packing](path) as file:
             data = file.read(BYTES + 1)
-        text = str(data, "utf-8") if len(data) <= BYTES else None
+        if len(data) > BYTES:
+            raise BadInput(f"{path}: holds more than {BYTES >> 20} MB; expected the questions of one task")
+        return str(data, "utf-8")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise BadInput(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if text is None:
-        raise BadInput(f"{path}: holds more than {BYTES >> 20} MB; expected the questions of one task")
-    return text
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:

@@ -324,14 +324,10 @@ _HUMANEVAL = {
 def _quiet(progress: bool) -> Iterator[None]:
     """No advice from lm-eval and transformers, and no progress bars unless asked for (they go to standard error)."""
     logger = logging.getLogger("lm_eval")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         stack.enter_context(quiet_transformers())
+        stack.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.ERROR)
         if not progress:
-            nowhere = stack.enter_context(open(os.devnull, "w"))
-            stack.enter_context(contextlib.redirect_stderr(nowhere))
-        try:
-            yield
-        finally:
-            logger.setLevel(before)
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(open(os.devnull, "w"))))
+        yield

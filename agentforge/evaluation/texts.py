@@ -67,7 +67,9 @@ def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
         chosen = split or SPLITS[name][0]
         if chosen not in SPLITS[name]:
             raise BadInput(f"text {name} has no split {chosen!r}; it has {', '.join(SPLITS[name])}")
-        return _wikitext2(chosen) if name == "wikitext2" else _selftext(chosen)
+        if name == "wikitext2":
+            return _wikitext2(chosen)
+        return Text(name, chosen, "\n\n".join(selftexts(chosen)), f"agentforge/data/selftext-{chosen}.jsonl.xz")
     try:
         path = Path(name).expanduser()
         found_file = path.is_file()
@@ -84,10 +86,6 @@ def selftexts(split: str = "calibration") -> list[str]:
         raise BadInput(f"text selftext has no split {split!r}; it has {', '.join(SPLITS['selftext'])}")
     with lzma.open(DATA / f"selftext-{split}.jsonl.xz", "rt", encoding="utf-8") as file:
         return [json.loads(line)["text"] for line in file]
-
-
-def _selftext(split: str) -> Text:
-    return Text("selftext", split, "\n\n".join(selftexts(split)), f"agentforge/data/selftext-{split}.jsonl.xz")
 
 
 def _wikitext2(split: str) -> Text:
@@ -126,11 +124,9 @@ def _read(path: Path) -> str:
 
 
 def _data_folders() -> list[tuple[str, Path]]:
-    folders = []
-    if os.environ.get("AGENTFORGE_DATA"):
-        folders.append(("AGENTFORGE_DATA", Path(os.environ["AGENTFORGE_DATA"]).expanduser()))
-    folders.append(("../shared/data", CHECKOUT.parent / "shared" / "data"))
-    return folders
+    named = os.environ.get("AGENTFORGE_DATA")
+    beside = ("../shared/data", CHECKOUT.parent / "shared" / "data")
+    return [("AGENTFORGE_DATA", Path(named).expanduser()), beside] if named else [beside]
 
 
 def local_data() -> list[tuple[str, int, int]]:

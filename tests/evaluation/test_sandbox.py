@@ -37,7 +37,7 @@ def told(body: str) -> str:
 
 @confined
 def test_right_answers_pass_and_wrong_ones_do_not() -> None:
-    assert Verdict(True, "passed", "", "", ()) == TRIAL
+    assert Verdict(True, "passed", "", "") == TRIAL
     wrong = check("def f(x):\n    return x + 2\n", "f", TESTS)
     assert (wrong.passed, wrong.status, wrong.detail) == (False, "failed", "AssertionError: ")
     late = check("def f(x):\n    return 3\n", "f", TESTS)  # the first test alone is passed
@@ -289,6 +289,3 @@ def test_nothing_runs_where_the_kernel_refuses(on_another_kernel: ModuleType, tm
     assert (verdict.passed, verdict.status) == (False, "refused")
     assert verdict.detail.startswith("this system does not enforce: no network, no files, no other processes ([Errno 22]")
     assert not mark.exists()
-    accepted = on_another_kernel.check(source, "f", TESTS, accept_unenforced=True)
-    assert accepted.passed and mark.exists()  # it did run, and the verdict says with what
-    assert len(accepted.unenforced) == 1 and "no network" in accepted.unenforced[0]

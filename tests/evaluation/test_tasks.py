@@ -331,7 +331,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_generated_code_is_refused_by_default(tiny: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="humaneval runs code that the model wrote; allow that with --allow-generated-code"):
         evaluate_tasks(tiny, ["hellaswag", "humaneval"], data=folder)
-    refused = sandbox.Verdict(False, "refused", "this system does not enforce: x", "", ("x",))
+    refused = sandbox.Verdict(False, "refused", "this system does not enforce: x", "")
     monkeypatch.setattr(sandbox, "check", lambda *_: refused)
     with pytest.raises(BadInput, match="code cannot be confined here: this system does not enforce: x"):
         evaluate_tasks(tiny, ["humaneval"], data=folder, unsafe_code=True)
