@@ -48,8 +48,9 @@ def table(head: str, rows: Iterable[Sequence[str]], sides: str) -> list[str]:
 
 
 def measurement(found: Row) -> Measurement:
-    """A measurement of a record, its protocol left out."""
-    return Measurement(found["value"], found["unit"], found["stderr"], found["n"], {}, interval=found.get("interval"))
+    """A measurement of a record: what gates and intervals look at."""
+    about = {"environment": {}, "interval": found.get("interval")}
+    return Measurement(found["value"], found.get("unit", ""), found["stderr"], found.get("n", 0), {}, **about)
 
 
 def in_turn(
@@ -89,14 +90,13 @@ def mean(values: list[float]) -> Row:
 
 def coded_bytes(artifact: Artifact) -> int:
     """Bytes of all planes once coded, each of which must come back."""
-    planes: list[Plane] = []
     shared: tuple[Plane, ...] | None = None
     total = 0
     for row in artifact.rows:
         packed = artifact.read(row)
         if isinstance(packed, Packed):
-            shared, planes = packed.shared, list(packed)
-            total += sum(map(_coded, planes))
+            shared = packed.shared
+            total += sum(map(_coded, packed))
     return total + sum(map(_coded, shared or ()))
 
 

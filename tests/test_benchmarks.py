@@ -173,18 +173,8 @@ def test_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 50, encoding="utf-8")
     script = Path(__file__).parents[1] / "benchmarks" / "stages.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--model",
-        str(tiny_llama),
-        "--text",
-        str(text),
-        "--tokens",
-        "100",
-        "--context",
-        "64",
-    ]
+    command = [sys.executable, str(script), "--model", str(tiny_llama), "--text", str(text), "--tokens", "100"]
+    command += ["--context", "64"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path), "--only", "ternary"], capture_output=True, text=True, check=True
     )
