@@ -289,22 +289,21 @@ def inspect(
 
     artifact = Artifact(artifact_dir)
     recipe, original = artifact.manifest["recipe"], artifact.manifest["original"]
-    if not as_json:
-        rows = [
-            [
-                row["name"],
-                _shape(row["shape"]),
-                _stage_name(row),
-                f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
-                f"{row['relative_error']:.5f}",
-                f"{row['bytes']:,}",
-            ]
-            for row in artifact.rows
+    rows = [
+        [
+            row["name"],
+            _shape(row["shape"]),
+            _stage_name(row),
+            f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
+            f"{row['relative_error']:.5f}",
+            f"{row['bytes']:,}",
         ]
-        _table("tensor|shape|stage|>bits per weight|>relative error|>bytes", rows)
+        for row in artifact.rows
+    ]
     stage = {key: value for key, value in recipe["stage"].items() if key != "weights"}
     about = {"recipe": recipe, "original": original, "tensors": artifact.rows}
-    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"])
+    before = ("tensor|shape|stage|>bits per weight|>relative error|>bytes", rows)
+    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"], before)
 
 
 @app.command()
@@ -713,10 +712,14 @@ def _stage_name(row: dict[str, Any]) -> str:
     return row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})"
 
 
-def _show_ratios(artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str]) -> None:
-    """An artifact's path and ratios, with what there is to say about it."""
+def _show_ratios(
+    artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str], before: tuple[str, Any] | None = None
+) -> None:
+    """An artifact's path and ratios, with what there is to say about it.  before: a table above them, without --json."""
     rows = [[r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios]
     data = {"path": str(artifact.path), **about, "ratios": [r.to_json() for r in artifact.ratios]}
+    if before and not as_json:  # only now: a damaged file would have been refused when its ratios were asked for
+        _table(*before)
     _show(data, as_json, lambda: _table("what|>bytes on disk|against|>bytes|>ratio", rows, *caption))
 
 

@@ -13,13 +13,12 @@ Writes OUT/calibration.json and OUT/calibration.md.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import bench
 import numpy as np
 
 from agentforge import stages
@@ -29,7 +28,6 @@ from agentforge.evaluation.measurement import environment
 from agentforge.models import LanguageModel
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, InputStatistics, collect
-from agentforge.tensorfiles import write_atomic
 
 PLAIN = {"ternary:rule=calibrated": "ternary"}
 Statistics = dict[str, InputStatistics]
@@ -69,25 +67,24 @@ def table(result: dict[str, Any]) -> str:
     ]
     specs = list(result["rows"])
     tokens = sorted({int(n) for rows in result["rows"].values() for n in rows})
-    lines += ["| tokens | samples | " + " | ".join(specs) + " |", "|---:" * (len(specs) + 2) + "|"]
+    rows = []
     for n in tokens:
         cells = []
         for spec in specs:
             values, best = (np.array(result["rows"][spec][str(k)]) for k in (n, tokens[-1]))
             spread = values.std(ddof=1) / np.sqrt(len(values))
             cells.append(f"{values.mean():.4f} ± {spread:.4f} ({(values / best).mean():.3f})")
-        lines.append(f"| {n:,} | {n // result['context']:,} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{n:,}", f"{n // result['context']:,}", *cells])
+    return "\n".join([*lines, *bench.table(" | ".join(["tokens", "samples", *specs]), rows, "r" * (len(specs) + 2))]) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Output error against the amount of calibration text.")
+    parser = bench.parser("Output error against the amount of calibration text.", "reports/calibration")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--stages", nargs="+", default=["ternary:rule=calibrated"])
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
     parser.add_argument("--context", type=int, default=128, help="tokens per window")
     parser.add_argument("--judged-tokens", type=int, default=8192)
-    parser.add_argument("--out", type=Path, default=Path("reports/calibration"))
     options = parser.parse_args(arguments)
     model, began = open_model(options.model), time.perf_counter()
     judged_by, name = judge_by(model, options.judged_tokens, options.context)
@@ -109,9 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
         "seconds": time.perf_counter() - began,
         "environment": environment(),
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    for file, text in (("calibration.json", json.dumps(result) + "\n"), ("calibration.md", table(result))):
-        write_atomic(options.out / file, [text.encode()])
+    bench.save(options.out, {"calibration.json": json.dumps(result) + "\n", "calibration.md": table(result)})
     return 0
 
 

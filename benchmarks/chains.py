@@ -20,7 +20,6 @@ What a row says:
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -31,13 +30,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench
+
 import agentforge
 from agentforge import evaluation
 from agentforge.chain import Condition, read_chain
-from agentforge.evaluation import Measurement
 from agentforge.evaluation.measurement import environment
 from agentforge.opening import open_model
-from agentforge.tensorfiles import write_atomic
 
 ROOT = Path(__file__).parents[1]
 RUNS = (
@@ -48,25 +47,9 @@ RUNS = (
 )
 PROMISE, LABEL = 0.84, 280
 COLUMNS = (
-    "step",
-    "setting",
-    "bytes",
-    "whole",
-    "touched",
-    "of this step",
-    "error",
-    "perplexity",
-    "KL (nats per token)",
-    "retention of accuracy, step",
-    "in total",
-    "retention of perplexity, step",
-    "in total",
-    "n",
-    "encode (s)",
-    "decode (s)",
-    "seconds",
-    "peak (GB)",
-    "decision",
+    "step | setting | bytes | whole | touched | of this step | error | perplexity | KL (nats per token) | "
+    "retention of accuracy, step | in total | retention of perplexity, step | in total | n | encode (s) | decode (s) | "
+    "seconds | peak (GB) | decision"
 )
 Run = dict[str, Any]
 
@@ -112,9 +95,7 @@ def accepted(run: Run) -> dict[str, Any] | None:
 
 def promise(row: dict[str, Any]) -> str:
     """What an attempt says about 84%: holds, does not hold, or open, by the whole 95% interval."""
-    m = row["measured"]["total_retention"]
-    taken = Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}, interval=m.get("interval"))
-    found = Condition("total_retention", ">=", PROMISE).decide(taken)
+    found = Condition("total_retention", ">=", PROMISE).decide(bench.measurement(row["measured"]["total_retention"]))
     return {"passed": "holds", "failed": "does not hold", "undecided": "is open within two standard errors"}[found]
 
 
@@ -171,9 +152,7 @@ def report(runs: list[Run]) -> str:
             f"{sum(row['seconds'] for row in attempts) / 60:.1f} minutes in all on {env['cpu']}, {env['cores']} threads; "
             f"{run['load']:.1f} other processes were ready to run at its begin. agentforge {about['agentforge']}.",
             "",
-            "| " + " | ".join(COLUMNS) + " |",
-            "|---|---" + "|---:" * (len(COLUMNS) - 3) + "|---|",
-            *("| " + " | ".join(_cells(row)) + " |" for row in attempts),
+            *bench.table(COLUMNS, map(_cells, attempts), "ll" + "r" * 16 + "l"),
             "",
         ]
         reasons = [f"* {row['name']}, try {row['attempt']}: {row['reason']}" for row in attempts if row["reason"]]
@@ -207,41 +186,32 @@ def _cells(row: dict[str, Any]) -> list[str]:
     return cells
 
 
-def write(folder: Path, runs: list[Run]) -> None:
-    """Both files, each replaced in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in (("chains.json", json.dumps(runs, indent=1) + "\n"), ("chains.md", report(runs))):
-        write_atomic(folder / name, [text.encode()])
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The documented chains, run for real.")
+    parser = bench.parser("The documented chains, run for real.", "reports/chains")
     parser.add_argument("--only", action="append", help="MODEL/FILE, as in digits-mlp/documented_digits; may be repeated")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-chains")
-    parser.add_argument("--out", type=Path, default=Path("reports/chains"))
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
     options = parser.parse_args(arguments)
     file = options.out / "chains.json"
+
+    def write(runs: list[Run]) -> None:
+        bench.save(options.out, {"chains.json": runs, "chains.md": report(runs)})
+
     for model, name in () if options.report else RUNS:
         if options.only and f"{model}/{name}" not in options.only:
             continue
-        wanted, runs = recipe(model, name), _read(file)
-        if any(run["recipe"] == wanted for run in runs):
+        wanted = recipe(model, name)
+        if any(run["recipe"] == wanted for run in bench.read(file)):
             continue
         print(f"{model}/{name} ...", file=sys.stderr, flush=True)
         run = {"recipe": wanted, **take(model, name, options.work)}
-        kept = [r for r in _read(file) if (r["recipe"]["model"], r["recipe"]["file"]) != (model, wanted["file"])]
+        kept = [r for r in bench.read(file) if (r["recipe"]["model"], r["recipe"]["file"]) != (model, wanted["file"])]
         order = [(model, f"chains/{name}.yaml") for model, name in RUNS]
         runs = sorted([*kept, run], key=lambda r: order.index((r["recipe"]["model"], r["recipe"]["file"])))
-        write(options.out, runs)
+        write(runs)
     if options.report:
-        write(options.out, _read(file))
+        write(bench.read(file))
     return 0
-
-
-def _read(file: Path) -> list[Run]:
-    runs: list[Run] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return runs
 
 
 if __name__ == "__main__":

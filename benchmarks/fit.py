@@ -14,7 +14,6 @@ one protocol: a row of other tokens or windows than the budgets' is left out, an
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -26,6 +25,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import bench
 import torch
 from matplotlib.figure import Figure
 
@@ -39,7 +39,6 @@ from agentforge.models import SAMPLED_TOKENS
 from agentforge.opening import load, open_model
 from agentforge.runtime import held_bytes
 from agentforge.statistics import Calibration, collect
-from agentforge.tensorfiles import write_atomic
 from agentforge.training.recover import Settings, schedule
 from agentforge.training.student import MARGIN, SPAN
 
@@ -51,7 +50,7 @@ ACCIDENT = 1e-4  # relative error below which few bits have found the weights' o
 SAME = 0.005  # bits per weight that count as equal
 SHOWN = 4  # rows that a sentence names
 PROTOCOL = ("text", "split", "text_sha256", "context", "stride", "bos", "scored_tokens", "windows", "tokenizer")
-Row = dict[str, Any]
+Row = bench.Row
 
 
 class Other(NamedTuple):
@@ -151,7 +150,7 @@ def protocol(row: Row) -> tuple[Any, ...]:
 def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[list[Other], list[str]]:
     """Every single stage and every peer that was measured by the protocol `like`; and what is to be said of the rest."""
     found, said, old = [], [], 0
-    for row in _rows(stages_file):
+    for row in bench.read(stages_file):
         if protocol(row) != like:
             old += 1
             continue
@@ -162,7 +161,7 @@ def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[
     if old:
         said.append(f"Of reports/stages {_count(old)} of other tokens or windows, left out.")
     failed = []
-    for row in _rows(peers_file):
+    for row in bench.read(peers_file):
         name, tool = row["recipe"]["name"], row["recipe"]["tool"]
         if "failed" in row:
             failed.append(f"{name} ({row['failed']})")
@@ -174,10 +173,6 @@ def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[
     if failed:
         said.append("Not measured: " + "; ".join(failed) + ".")
     return found, said
-
-
-def _rows(file: Path) -> list[Row]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
 
 
 def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
@@ -293,7 +288,7 @@ def _count(number: int) -> str:
 
 def _apart(better: Other, worse: Other) -> bool:
     """Whether the two 95% intervals of KL do not touch."""
-    return float(_bounds(better.row["kl"])[1]) < float(_bounds(worse.row["kl"])[0])
+    return bench.measurement(better.row["kl"]).bounds[1] < bench.measurement(worse.row["kl"]).bounds[0]
 
 
 def _named(better: list[Other], mine: Other) -> str:
@@ -350,16 +345,8 @@ def _travel(row: Row) -> str:
     return text + (": what is shown is the work of gains and norms." if path < MARGIN else ".")
 
 
-def _bounds(measured: Row) -> tuple[float, float]:
-    if measured.get("interval"):
-        low, high = measured["interval"]
-        return low, high
-    spread = 2 * (measured["stderr"] or 0.0)
-    return measured["value"] - spread, measured["value"] + spread
-
-
 def _cell(measured: Row) -> str:
-    low, high = _bounds(measured)
+    low, high = bench.measurement(measured).bounds
     return f"{measured['value']:.3g} [{low:.3g}, {high:.3g}]"
 
 
@@ -391,7 +378,7 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
     ):
         if some:
             kl = [row["kl"]["value"] for row in some]
-            low, high = zip(*(_bounds(row["kl"]) for row in some), strict=True)
+            low, high = zip(*(bench.measurement(row["kl"]).bounds for row in some), strict=True)
             bars = [[v - a for v, a in zip(kl, low, strict=True)], [b - v for v, b in zip(kl, high, strict=True)]]
             axes.errorbar([row["bits"] for row in some], kl, bars, fmt=style, ms=11, capsize=3, label=label)
     predicted = [row["predicted"] for row in plain]
@@ -411,22 +398,21 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Fit a model to budgets of bits, and measure.")
+    parser = bench.parser("Fit a model to budgets of bits, and measure.", "reports/fit")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default=None)
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--bits", type=float, nargs="*", default=BITS)
     parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
     parser.add_argument("--peers", type=Path, default=Path("reports/fit/peers.json"))
-    parser.add_argument("--out", type=Path, default=Path("reports/fit"))
     parser.add_argument("--recover", type=int, default=0, help="steps to train for; 0 trains nothing")
     parser.add_argument("--batch", type=int, default=8, help="windows of 512 tokens per training step")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-fit")
     parser.add_argument("--report", action="store_true", help="write tables and picture again, measure nothing")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "fit.json"
-    rows = [row for row in _rows(file) if row["recipe"].get("context")]  # rows without were taken on the first tokens alone
+    rows = [
+        row for row in bench.read(options.out / "fit.json") if row["recipe"].get("context")
+    ]  # rows without were taken on the first tokens alone
     if not options.report:
         model, statistics = open_model(options.model), None
         recovery = replace(Settings.of_codes(options.recover), batch=options.batch) if options.recover else None
@@ -441,11 +427,10 @@ def main(arguments: list[str] | None = None) -> int:
             row = {"recipe": wanted, **found}
             same = {"bits": bits, "recovery": wanted.get("recovery")}
             rows = [r for r in rows if {key: r["recipe"].get(key) for key in same} != same] + [row]
-            write_atomic(file, [json.dumps(rows, indent=1).encode() + b"\n"])
+            bench.save(options.out, {"fit.json": rows})
     rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
     found, said = others(options.stages, options.peers, protocol(rows[0]))
-    write_atomic(options.out / "fit.md", [report(rows, found, said).encode()])
-    write_atomic(options.out / "fit.png", [picture(rows, found)])
+    bench.save(options.out, {"fit.md": report(rows, found, said), "fit.png": picture(rows, found)})
     return 0
 
 

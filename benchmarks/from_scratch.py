@@ -20,27 +20,25 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from scipy.stats import t as student
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from agentforge.evaluation.intervals import student
 from agentforge.evaluation.measurement import environment
 from agentforge.evaluation.texts import selftexts
-from agentforge.tensorfiles import write_atomic
 from agentforge.training.bitlinear import convert
 from agentforge.training.recover import schedule
 
 ARMS = ("full precision", "BitNet b1.58")
 RATES = (1e-3, 2e-3, 4e-3, 8e-3)
 BATCH, CONTEXT, TUNING_SEED = 8, 256, 100
-Row = dict[str, Any]
+Row = bench.Row
 
 
 def tokens(vocabulary: int, heldout: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,10 +157,8 @@ def wanted(rows: list[Row], options: argparse.Namespace) -> tuple[str, int, floa
 
 def interval(values: list[float]) -> tuple[float, float]:
     """Mean and the half width of Student's 95% interval; infinite for a single value."""
-    if len(values) < 2:
-        return values[0], math.inf
-    half = student.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), float(half)
+    found = bench.mean(values)
+    return found["value"], student(len(values) - 1) * found["stderr"] if len(values) > 1 else math.inf
 
 
 def report(rows: list[Row], options: argparse.Namespace) -> str:
@@ -178,20 +174,24 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
             "",
             f"Learning rates, tuned on {max(1, options.steps // 4)} steps with seed {TUNING_SEED}:",
             "",
-            "| arm | " + " | ".join(f"{rate:g}" for rate in options.rates) + " |",
-            "|---" * (len(options.rates) + 1) + "|",
         ]
+        found = []
         for arm in ARMS:
             sweep = {row["rate"]: row["loss"] for row in rows if row["arm"] == arm and row["seed"] == TUNING_SEED}
-            lines.append(f"| {arm} | " + " | ".join(f"{sweep.get(rate, math.nan):.3f}" for rate in options.rates) + " |")
+            found.append([arm, *(f"{sweep.get(rate, math.nan):.3f}" for rate in options.rates)])
+        lines += bench.table(
+            " | ".join(["arm", *(f"{rate:g}" for rate in options.rates)]), found, "l" * (len(options.rates) + 1)
+        )
     if final:
-        lines += ["", "| arm | learning rate | held-out loss, seed by seed | mean | perplexity |", "|---|---|---|---|---|"]
+        found = []
         for arm in ARMS:
             mine = [row for row in final if row["arm"] == arm]
             if mine:
                 mean, half = interval([row["loss"] for row in mine])
                 each = ", ".join(f"{row['loss']:.4f}" for row in mine)
-                lines.append(f"| {arm} | {mine[0]['rate']:g} | {each} | {mean:.4f} ± {half:.4f} | {math.exp(mean):.2f} |")
+                found.append([arm, f"{mine[0]['rate']:g}", each, f"{mean:.4f} ± {half:.4f}", f"{math.exp(mean):.2f}"])
+        head = "arm | learning rate | held-out loss, seed by seed | mean | perplexity"
+        lines += ["", *bench.table(head, found, "lllll")]
         pairs = [
             b["loss"] - a["loss"]
             for a in final
@@ -210,15 +210,8 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(rows: list[Row], options: argparse.Namespace) -> None:
-    """Both files, each replaced in one step."""
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("from_scratch.json", json.dumps(rows) + "\n"), ("from_scratch.md", report(rows, options))):
-        write_atomic(options.out / name, [text.encode()])
-
-
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Ternary against full precision, from scratch, on equal tokens.")
+    parser = bench.parser("Ternary against full precision, from scratch, on equal tokens.", "reports/from_scratch")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=250)
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES))
@@ -227,22 +220,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heldout", type=int, default=32768)
     parser.add_argument("--seconds", type=float, default=math.inf)
-    parser.add_argument("--out", type=Path, default=Path("reports/from_scratch"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args(arguments)
-    file = options.out / "from_scratch.json"
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     size = [options.vocabulary, options.hidden, options.layers]
-    rows = [row for row in rows if row["size"] == size]
+    rows: list[Row] = [row for row in bench.read(options.out / "from_scratch.json") if row["size"] == size]
+
+    def write() -> None:
+        files = {"from_scratch.json": json.dumps(rows) + "\n", "from_scratch.md": report(rows, options)}
+        bench.save(options.out, files)
+
     began = time.perf_counter()
     data = None
     while not options.report and (run := wanted(rows, options)) and time.perf_counter() - began < options.seconds:
         data = data or tokens(options.vocabulary, options.heldout)
         print(f"{run[0]}, seed {run[1]}, rate {run[2]:g}, {run[3]} steps ...", file=sys.stderr, flush=True)
         rows.append(train(*run, options, data))
-        write(rows, options)
+        write()
     if options.report:
-        write(rows, options)
+        write()
     return 0
 
 

@@ -25,8 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from bench import table
 
 from agentforge import evaluation, stages
 from agentforge.errors import AgentForgeError
@@ -54,6 +53,7 @@ TOLERANCES = {
 ENCODED = ("seedlm:bits=4", "seedlm:bits=4,weighted=true", "vptq:bits=3", "vptq:bits=2,outliers=0.02")
 DECODED = ("rounding:bits=4,group=64", "vptq:bits=3")
 PROMPT = "The history of the city begins"
+COLUMNS = "check | CPU | GPU | difference | tolerance | ok | CPU s | GPU s | GPU's speed, of its limit"
 
 
 @dataclass(frozen=True)
@@ -324,12 +324,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     start = time.perf_counter()
     rows = run(model, "cuda", Sizes())
-    table = Table(title=f"{model.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}")
-    for column in ("check", "CPU", "GPU", "difference", "tolerance", "ok", "CPU s", "GPU s", "GPU's speed, of its limit"):
-        table.add_column(column, overflow="fold")
-    for line in rows:
-        table.add_row(*line)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    print(f"{model.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
+    print("\n".join(table(COLUMNS, rows, "lrrrrlrrl")))
     passed = sum(line[5] == "yes" for line in rows)
     print(f"{passed} of {len(rows)} checks within tolerance; {time.perf_counter() - start:.0f} s")
     return 0 if passed == len(rows) else 1

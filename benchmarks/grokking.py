@@ -38,13 +38,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
 
 from agentforge.evaluation.measurement import environment
-from agentforge.tensorfiles import write_atomic
 from agentforge.training import mugrokfast
 from agentforge.training.mugrokfast import MuGrokfast, amplify_slow, parameter_groups
 
@@ -52,7 +52,7 @@ P, WIDTH, HEADS, LAYERS = 97, 128, 4, 2
 BATCH, LR, WARMUP, BETAS, ALPHA = 512, 1e-3, 10, (0.9, 0.98), 0.98
 EVERY, GOAL = 20, 0.95
 PROTOCOL = 1  # raised where a change makes earlier runs another experiment
-Row = dict[str, Any]
+Row = bench.Row
 
 
 @dataclass(frozen=True)
@@ -333,9 +333,8 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
         "",
         "## Steps",
         "",
-        "| optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step |",
-        "|---|---:|---:|---|---:|---:|",
     ]
+    found = []
     for arm in (arm for group in ORDER for arm in group):
         runs = _runs(rows, arm)
         if runs:
@@ -344,8 +343,9 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
             milliseconds = 1000 * statistics.median(run["cpu_seconds_a_step"] for run in runs.values())
             seeds = ", ".join(f"{seed}: {show(steps_of(run))}" for seed, run in runs.items())
             cells = [arm, show(median(steps)), _interval(steps, 0), seeds, show(learned), f"{milliseconds:.0f}"]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            found.append([str(cell) for cell in cells])
     lines += [
+        *bench.table("optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step", found, "lrrlrr"),
         "",
         "## Comparisons",
         "",
@@ -353,9 +353,8 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
         "differs, so does more than the filter.  L2 0.00167 is 0.005 / 3: on a gradient that stays, the filter is a factor "
         "of 3, which Adam takes out again, but for the L2 term, which is then worth a third.",
         "",
-        "| first | second | median ratio | interval | by seed | the second is |",
-        "|---|---|---:|---:|---|---|",
     ]
+    found = []
     for first, second in COMPARISONS:
         left, right = _runs(rows, first), _runs(rows, second)
         ratios = {seed: ratio(steps_of(left[seed]), steps_of(right[seed])) for seed in left if seed in right}
@@ -363,8 +362,9 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
             values = list(ratios.values())
             seeds = ", ".join(f"{seed}: {show(value, 2)}" for seed, value in ratios.items())
             cells = [first, second, show(median(values), 2), _interval(values, 2), seeds, verdict(values)]
-            lines.append(f"| {' | '.join(map(str, cells))} |")
+            found.append([str(cell) for cell in cells])
     lines += [
+        *bench.table("first | second | median ratio | interval | by seed | the second is", found, "llrrll"),
         "",
         "The paper: 39,890 steps without filter and weight decay, 910 with the filter and a weight decay of 0.005 (43.8).",
     ]
@@ -387,18 +387,8 @@ def _interval(values: list[Range], digits: int) -> str:
     return f"{low:,.{digits}f} to {end} ({chance:.1%})"
 
 
-def write(folder: Path, rows: list[Row], options: argparse.Namespace) -> None:
-    """Both files, each replaced in one step.  The table has the runs with these settings, the JSON file has all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    wanted = {key: value for key, value in recipe(PAIRS[0][0], 0, options).items() if key not in ("arm", "seed")}
-    shown = [row for row in rows if wanted.items() <= row["recipe"].items()]
-    data = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
-    for name, text in (("grokking.json", data), ("grokking.md", table(shown, options))):
-        write_atomic(folder / name, [text.encode()])
-
-
 def options_of(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Steps to grok a product, with and without Grokfast's filter.")
+    parser = bench.parser("Steps to grok a product, with and without Grokfast's filter.", "reports/grokking")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cap", type=int, default=6000, help="steps after which a run is censored")
     parser.add_argument("--p", type=int, default=P, help="the prime")
@@ -407,7 +397,6 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="stop after so long; the same command goes on from there"
     )
-    parser.add_argument("--out", type=Path, default=Path("reports/grokking"))
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
     return parser.parse_args(arguments)
 
@@ -415,8 +404,14 @@ def options_of(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = options_of(sys.argv[1:] if arguments is None else arguments)
     torch.set_num_threads(1)
-    file = options.out / "grokking.json"
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+    rows: list[Row] = bench.read(options.out / "grokking.json")
+
+    def write() -> None:  # the table has the runs with these settings, the JSON file has all
+        wanted = {key: value for key, value in recipe(PAIRS[0][0], 0, options).items() if key not in ("arm", "seed")}
+        shown = [row for row in rows if wanted.items() <= row["recipe"].items()]
+        data = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
+        bench.save(options.out, {"grokking.json": data, "grokking.md": table(shown, options)})
+
     sources = [Path(__file__), Path(inspect.getsourcefile(mugrokfast) or "")]
     hashes = {source.name: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
     deadline = time.monotonic() + options.seconds
@@ -434,9 +429,9 @@ def main(arguments: list[str] | None = None) -> int:
             print("out of time; the same command goes on", file=sys.stderr)
             break
         rows.append({**row, "sources_sha256": hashes, "environment": environment()})
-        write(options.out, rows, options)
+        write()
         print(f"{show(steps_of(row))} steps, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    write(options.out, rows, options)
+    write()
     return 0
 
 

@@ -10,13 +10,13 @@ from the sums that are there and measures nothing.  What it writes: OUT/coverage
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 
 from agentforge import stages
@@ -25,7 +25,6 @@ from agentforge.evaluation.likelihood import compared, divergence_of, plan
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
 from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
-from agentforge.tensorfiles import write_atomic
 
 STAGE = "rounding:bits=4,group=64"
 DRAWS = 200
@@ -94,15 +93,17 @@ def report(record: dict[str, Any]) -> str:
     before = covered_by_tokens(record)
     whole = divergence_of(sums, "", {}, "", "")._asdict()
     rows = [
-        f"| {name.replace('_', ' ')} | {whole[name].value:.4g} | "
-        + " | ".join(f"{column[name]:.1%}" for column in columns)
-        + f" | {f'{before[name]:.1%}' if name in before else '-'} |"
+        [
+            name.replace("_", " "),
+            f"{whole[name].value:.4g}",
+            *(f"{column[name]:.1%}" for column in columns),
+            f"{before[name]:.1%}" if name in before else "-",
+        ]
         for name in QUANTITIES
     ]
     single = [covered(sums, PLACED[-1], size) for size in (4, 6, 8, 16)]
     sizes = [
-        f"| {size} | " + " | ".join(f"{one[name]:.1%}" for name in QUANTITIES) + " |"
-        for size, one in zip((4, 6, 8, 16), single, strict=True)
+        [str(size), *(f"{one[name]:.1%}" for name in QUANTITIES)] for size, one in zip((4, 6, 8, 16), single, strict=True)
     ]
     about = record["protocol"]
     return "\n".join(
@@ -114,11 +115,9 @@ def report(record: dict[str, Any]) -> str:
             f"{DRAWS} samples of {SIZE} windows, the default size, are drawn. The table says how many of their intervals "
             f"hold the value of all windows: it should be 95%, and with {DRAWS} draws 92% to 98% is noise.",
             "",
-            "| Quantity | Whole | "
-            + " | ".join(placed.capitalize() for placed in PLACED)
-            + " | Tokens taken as independent |",
-            "|---|---:|---:|---:|---:|---:|",
-            *rows,
+            *bench.table(
+                f"Quantity | Whole | {' | '.join(map(str.capitalize, PLACED))} | Tokens taken as independent", rows, "lrrrrr"
+            ),
             "",
             "An even grid is what agentforge measures. Windows that are spread over the text come nearer to the whole "
             "than random ones, so that their intervals tend to hold more often: they are rather too wide than too "
@@ -127,9 +126,7 @@ def report(record: dict[str, Any]) -> str:
             "",
             "Samples of other sizes, random windows:",
             "",
-            "| Windows | " + " | ".join(name.replace("_", " ") for name in QUANTITIES) + " |",
-            "|---:|" + "---:|" * len(QUANTITIES),
-            *sizes,
+            *bench.table("Windows | " + " | ".join(QUANTITIES).replace("_", " "), sizes, "r" * (len(QUANTITIES) + 1)),
             "",
             "Again: `python benchmarks/intervals.py`; `--report` draws from the kept sums.",
             "",
@@ -139,17 +136,14 @@ def report(record: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, or read what was measured, and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__ or "", "reports/coverage")
     parser.add_argument("--windows", type=int, default=593)
-    parser.add_argument("--out", type=Path, default=Path("reports/coverage"))
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
     options = parser.parse_args()
     file = options.out / "coverage.json"
-    options.out.mkdir(parents=True, exist_ok=True)
     if not options.report:
-        write_atomic(file, [json.dumps(measure(options.windows)).replace("], [", "],\n[").encode()])
-    text = report(json.loads(file.read_text(encoding="utf-8")))
-    write_atomic(options.out / "coverage.md", [text.encode()])
+        bench.save(options.out, {file.name: json.dumps(measure(options.windows)).replace("], [", "],\n[")})
+    bench.save(options.out, {"coverage.md": report(bench.read(file))})
 
 
 if __name__ == "__main__":

@@ -20,9 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -30,6 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 from torch import nn
 
@@ -51,30 +50,15 @@ STAGES = [
     "trajectory",
     "curves",
 ]
-PROMPT = "Once upon a time, in a village by the sea, there lived"
 COPIED = 64 << 20  # float32 values
 DENSE = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def mean(values: list[float]) -> dict[str, Any]:
-    """Mean, standard error and n."""
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"value": statistics.fmean(values), "stderr": error, "n": len(values)}
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def bandwidth(device: str) -> float:
     """Bytes per second that torch reads and writes as it copies, best of seven."""
     source = torch.ones(COPIED, device=device)
     target = torch.empty_like(source)
-    return 2 * source.nbytes / min(seconds(lambda: target.copy_(source), device) for _ in range(7))
+    return 2 * source.nbytes / min(bench.once(lambda: target.copy_(source), device) for _ in range(7))
 
 
 def read_bytes(model: nn.Module) -> int:
@@ -102,11 +86,11 @@ def rounds(models: dict[str, Any], ids: torch.Tensor, args: argparse.Namespace) 
             speeds: dict[str, list[float]] = {name: [] for name in models}
             for _ in range(args.rounds):
                 for name, model in models.items():
-                    speeds[name].append(count / seconds(lambda m=model, run=run: run(m), args.device))  # type: ignore[misc]
-            found[kind] = {name: mean(values) for name, values in speeds.items()}
+                    speeds[name].append(count / bench.once(lambda m=model, run=run: run(m), args.device))  # type: ignore[misc]
+            found[kind] = {name: bench.mean(values) for name, values in speeds.items()}
             for name in DENSE:
                 ratios = [ours / theirs for ours, theirs in zip(speeds["packed"], speeds[name], strict=True)]
-                found[kind][f"packed / {name}"] = mean(ratios)
+                found[kind][f"packed / {name}"] = bench.mean(ratios)
     return found
 
 
@@ -161,10 +145,11 @@ def table(record: dict[str, Any]) -> str:
         error = "" if found["stderr"] is None else f" ± {found['stderr']:.{digits}f}"
         return f"{found['value']:.{digits}f}{error}"
 
-    head = ["stage", "bits a weight", "held (MB)", "peak (MB)", "load (s)", "generation (tokens/s)", "of float32's"]
-    head += ["of bfloat16's", "limit (tokens/s)", f"prompt of {record['prompt']} (tokens/s)"]
-    head += ["of float32's", "of bfloat16's"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    head = (
+        "stage | bits a weight | held (MB) | peak (MB) | load (s) | generation (tokens/s) | of float32's | of bfloat16's | "
+        f"limit (tokens/s) | prompt of {record['prompt']} (tokens/s) | of float32's | of bfloat16's"
+    )
+    lines: list[list[str]] = []
 
     def line(name: str, bits: str, kind: str, row: dict[str, Any], alone: dict[str, Any] | None) -> None:
         limit = row["copy_bytes_per_s"] / row["read_bytes"][kind]
@@ -174,7 +159,7 @@ def table(record: dict[str, Any]) -> str:
             cells.append(shown(row[what][kind]))
             cells += [shown(row[what][f"packed / {other}"], 2) if kind == "packed" else "-" for other in DENSE]
             cells += [f"{limit:.0f}"] if what == "generation" else []
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
 
     rows = list(record["rows"].items())
     for name, row in rows:
@@ -190,9 +175,9 @@ def table(record: dict[str, Any]) -> str:
             "# Packed layers of every stage: memory and speed",
             "",
             (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2],
-            *lines,
+            *bench.table(head, lines, "l" + "r" * 11),
             "",
-            f"{record['model']}; {about['cpu']}, {os.cpu_count()} cores, torch {about['packages']['torch']}, "
+            f"{record['model']}; {about['cpu']}, {about['cores']} cores, torch {about['packages']['torch']}, "
             f"{rows[0][1]['threads']} threads, device {rows[0][1]['device']}; "
             f"{rows[0][1]['generation']['packed']['n']} rounds, "
             f"{record['tokens']} new tokens.  Load averages before and after each row (this benchmark's own threads "
@@ -205,13 +190,11 @@ def table(record: dict[str, Any]) -> str:
 def keep(record: dict[str, Any], out: Path | None) -> None:
     """Write what is measured so far, if a folder was asked for."""
     if out:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "packed.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / "packed.md").write_text(table(record))
+        bench.save(out, {"packed.json": record, "packed.md": table(record)})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = bench.parser(__doc__ or "", None)
     parser.add_argument("artifacts", nargs="*", type=Path)
     parser.add_argument("--stages", nargs="*", default=STAGES)
     parser.add_argument("--model", default="smollm2-135m")
@@ -221,7 +204,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--scratch", type=Path, default=Path("packed-artifacts"), help="where compressed models are kept")
-    parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", nargs=2, metavar=("PATH", "KIND"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.alone:
@@ -229,9 +211,7 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     original = open_model(args.model)
-    record: dict[str, Any] = {"rows": {}}
-    if args.out and (args.out / "packed.json").is_file():
-        record = json.loads((args.out / "packed.json").read_text())
+    record: dict[str, Any] = {"rows": {}, **dict(bench.read(args.out / "packed.json") if args.out else {})}
     record |= {"model": original.name, "tokens": args.tokens, "prompt": args.prompt, "environment": environment()}
     record["version"] = agentforge.__version__
     dense: dict[str, Any] = {kind: open_model(args.model).model.to(args.device, dtype) for kind, dtype in DENSE.items()}
@@ -239,7 +219,7 @@ def main() -> None:
         model.generation_config.eos_token_id = None
     if "dense" not in record:
         record["dense"] = {kind: alone(args.model, kind) if args.device == "cpu" else None for kind in DENSE}
-    ids = original.tokenizer(PROMPT, return_tensors="pt").input_ids.to(args.device)
+    ids = original.tokenizer(bench.PROMPT, return_tensors="pt").input_ids.to(args.device)
     for text in [*args.stages, *args.artifacts]:
         if isinstance(text, Path):
             path, name = text, f"artifact {text.name}"

@@ -32,6 +32,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import bench
 import torch
 from torch import nn
 
@@ -42,7 +43,7 @@ from agentforge.gguf_import import convert
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
 from agentforge.opening import SMOLLM2, open_model
 from agentforge.statistics import Calibration, first_tokens
-from agentforge.tensorfiles import write_atomic, write_tensors
+from agentforge.tensorfiles import write_tensors
 
 MODEL = str(SMOLLM2["name"])
 TOKENS = SAMPLED_TOKENS  # as in reports/fit, and in the audit's own reports
@@ -67,7 +68,7 @@ PINNED = {
         "maturin==1.16.0",
     ),
 }
-Row = dict[str, Any]
+Row = bench.Row
 
 
 class Peer(NamedTuple):
@@ -475,22 +476,18 @@ def environment(tool: str, work: Path) -> Path:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Measure what other tools make of the default model.")
+    parser = bench.parser("Measure what other tools make of the default model.", "reports/fit")
     parser.add_argument("--only", default="", help="rows whose name begins like this")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-peers")
-    parser.add_argument("--out", type=Path, default=Path("reports/fit"))
     parser.add_argument("--make", help=argparse.SUPPRESS)  # what a process of a tool is asked for; into --work
     options = parser.parse_args(arguments)
     if options.make:
         make(next(peer for peer in PEERS if peer.name == options.make), options.work)
         return 0
     options.work.mkdir(parents=True, exist_ok=True)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "peers.json"
-    rows: list[Row] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     model, llama = open_model(MODEL), LlamaCpp(options.work.resolve())
     wanted = {peer.name: recipe(peer, model) for peer in PEERS}
-    rows = [row for row in rows if row["recipe"] in wanted.values()]
+    rows: list[Row] = [row for row in bench.read(options.out / "peers.json") if row["recipe"] in wanted.values()]
     done = [row["recipe"] for row in rows if "failed" not in row]
     known = [row["recipe"] for row in rows]
     rows += [{"recipe": how, "failed": "not taken yet"} for how in wanted.values() if how not in known]
@@ -508,7 +505,7 @@ def main(arguments: list[str] | None = None) -> int:
                 row["failed"] = str(error)
         rows = [old for old in rows if old["recipe"] != row["recipe"]] + [row]
         rows.sort(key=lambda row: list(wanted).index(row["recipe"]["name"]))
-        write_atomic(file, [json.dumps(rows, indent=1).encode() + b"\n"])
+        bench.save(options.out, {"peers.json": rows})
     return 0
 
 

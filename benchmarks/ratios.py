@@ -21,28 +21,23 @@ attempts of --chains that were measured on the same tokens in the same windows. 
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
 import math
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
 from matplotlib.figure import Figure
 
 import agentforge
 from agentforge import digits, evaluation, stages
-from agentforge.artifact import Artifact
 from agentforge.chain import Condition, model_error
-from agentforge.evaluation import Measurement
 from agentforge.models import LanguageModel
 from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
-from agentforge.planes import Packed, Plane
-from agentforge.tensorfiles import write_atomic
 
 CLASSIFIER, LANGUAGE = "digits-mlp", "smollm2-135m"
 PROMISE = 0.84
@@ -67,7 +62,7 @@ GRID = [
     *(f"curves:degree=7,segment={length}" for length in (64, 256, 1171)),
     "trajectory:U=31,M=1,l=0,variant=korobov,centred=true,select=false",
 ]
-Row = dict[str, Any]
+Row = bench.Row
 
 
 def measure(model: LanguageModel, stage: stages.Stage) -> Row:
@@ -83,31 +78,12 @@ def measure(model: LanguageModel, stage: stages.Stage) -> Row:
             "agentforge": agentforge.__version__,
             "bits": 8 * touched.bytes / count,
             "model_bytes": artifact.weight_bytes,
-            "coded_bits": 8 * _coded_bytes(artifact) / count,
+            "coded_bits": 8 * bench.coded_bytes(artifact) / count,
             "error": model_error(model, loaded),
             "retention": evaluation.accuracy_retention(loaded, model).to_json(),
             "accuracy": evaluation.accuracy(loaded).to_json(),
             "chosen_by": _on_training_pictures(loaded),
         }
-
-
-def _coded_bytes(artifact: Artifact) -> int:
-    """Bytes of all planes once coded, each of which must come back."""
-    total, shared = 0, None
-    for row in artifact.rows:
-        packed = artifact.read(row)
-        if isinstance(packed, Packed):
-            shared = packed.shared
-            total += sum(_coded(plane) for plane in packed)
-    return total + sum(_coded(plane) for plane in shared or ())
-
-
-def _coded(plane: Any) -> int:
-    coded = plane.coded()
-    back = Plane.from_stored(plane.name, coded.coding, tuple(plane.values.shape), coded.stored())
-    if not torch.equal(back.values, plane.values):
-        raise AssertionError(f"plane {plane.name} does not come back from its code")
-    return coded.stored().numel()
 
 
 def _on_training_pictures(model: LanguageModel) -> float:
@@ -236,18 +212,13 @@ def _short(text: str) -> str:
 
 def decide(point: Row) -> str:
     """Whether 84% holds there, by the whole 95% interval: the rule of gates and verdicts."""
-    found = Condition("total_retention", ">=", PROMISE).decide(_measurement(point))
+    found = Condition("total_retention", ">=", PROMISE).decide(bench.measurement(point["retention"]))
     return {"passed": "holds", "failed": "does not hold", "undecided": "open"}[found]
-
-
-def _measurement(point: Row) -> Measurement:
-    m = point["retention"]
-    return Measurement(m["value"], m["unit"], m["stderr"], m["n"], {}, interval=m.get("interval"))
 
 
 def _kept(point: Row) -> str:
     """Accuracy kept, with its 95% interval."""
-    low, high = _measurement(point).bounds
+    low, high = bench.measurement(point["retention"]).bounds
     return f"{point['retention']['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -372,7 +343,7 @@ def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:
             bits = [p["bits"] for p in own]
             above.plot(bits, [p["error"] ** 2 for p in own], "o", ms=4, color=colours[name], label=name)
             kept = [p["retention"]["value"] for p in own]
-            bounds = [_measurement(p).bounds for p in own]
+            bounds = [bench.measurement(p["retention"]).bounds for p in own]
             spread = [[v - low for v, (low, _) in zip(kept, bounds, strict=True)]]
             spread += [[high - v for v, (_, high) in zip(kept, bounds, strict=True)]]
             below.errorbar(bits, kept, yerr=spread, fmt="o", ms=4, lw=1, color=colours[name])
@@ -404,17 +375,12 @@ def _stage(point: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="The best setting at each ratio, and the largest at which 84% holds.")
-    parser.add_argument("--stages", type=Path, default=Path("reports/stages/stages.json"))
-    parser.add_argument("--chains", type=Path, default=Path("reports/chains/chains.json"))
-    parser.add_argument("--fit", type=Path, default=Path("reports/fit/fit.json"))
-    parser.add_argument("--peers", type=Path, default=Path("reports/fit/peers.json"))
-    parser.add_argument("--out", type=Path, default=Path("reports/ratios"))
+    parser = bench.parser("The best setting at each ratio, and the largest at which 84% holds.", "reports/ratios")
+    for name in ("stages/stages", "chains/chains", "fit/fit", "fit/peers"):
+        parser.add_argument(f"--{Path(name).name}", type=Path, default=Path(f"reports/{name}.json"))
     parser.add_argument("--report", action="store_true", help="write table and picture again, measure nothing")
     options = parser.parse_args(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "ratios.json"
-    rows: list[Row] = _read(file).get("grid", []) if file.is_file() else []
+    rows: list[Row] = dict(bench.read(options.out / "ratios.json")).get("grid", [])
     model = open_model(CLASSIFIER)
     made_from = {"model": model.fingerprint, "agentforge": agentforge.__version__}
     rows = [row for row in rows if {key: row[key] for key in made_from} == made_from and "model_bytes" in row]
@@ -424,13 +390,11 @@ def main(arguments: list[str] | None = None) -> int:
             continue
         print(f"{stage} ...", file=sys.stderr, flush=True)
         rows.append(measure(model, stage))
-        write_atomic(file, [json.dumps({"grid": rows}, indent=1).encode()])
+        bench.save(options.out, {"ratios.json": {"grid": rows}})
     order = [str(stage) for stage in wanted]
     rows = sorted((row for row in rows if row["stage"] in order), key=lambda row: order.index(row["stage"]))
-    runs = _read(options.chains) if options.chains.is_file() else []
-    table = _read(options.stages) if options.stages.is_file() else []
-    budgets = _read(options.fit) if options.fit.is_file() else []
-    peers = _read(options.peers) if options.peers.is_file() else []
+    runs, table = bench.read(options.chains), bench.read(options.stages)
+    budgets, peers = bench.read(options.fit), bench.read(options.peers)
     points = points_of_fit(budgets) + points_of_stages(table) + points_of_chains(runs, LANGUAGE)
     language, left_out = of_one_protocol(points)
     models = {
@@ -447,14 +411,9 @@ def main(arguments: list[str] | None = None) -> int:
         for name, points in models.items()
     }
     record = {"says": summary(models, about), "about": about, "models": found, "points": models, "grid": rows}
-    write_atomic(file, [json.dumps(record, indent=1).encode() + b"\n"])
-    write_atomic(options.out / "ratios.md", [report(models, about, left_out).encode()])
-    write_atomic(options.out / "ratios.png", [picture(models, about)])
+    files = {"ratios.md": report(models, about, left_out), "ratios.png": picture(models, about)}
+    bench.save(options.out, {"ratios.json": record, **files})
     return 0
-
-
-def _read(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

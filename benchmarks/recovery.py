@@ -16,21 +16,22 @@ nothing.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import bench
 from matplotlib.figure import Figure
 
 import agentforge
 from agentforge.evaluation.measurement import environment
 from agentforge.opening import load, open_model
-from agentforge.tensorfiles import write_atomic
 from agentforge.training.recover import Settings, recover
 
-Row = dict[str, Any]
+Row = bench.Row
 # What others came to on an H100, without tuning.  Tokens, seconds, perplexity, KL, top-1.
 REFERENCE = (13.9e6, 230, 138.7, 0.630, 0.629)
 
@@ -84,10 +85,8 @@ def report(rows: list[Row]) -> str:
         "artifact loaded back from disk: with int8 activations, and with floats.  Held-out KL: selftext, as training saw "
         "it.  ± is one standard error.",
         "",
-        "| run | machine | tokens | seconds | held-out KL, untrained | trained | top-1 | perplexity, int8 | floats | KL, "
-        "int8 | floats | settings |",
-        "|---" * 12 + "|",
     ]
+    found = []
     for row in rows:
         start, kept, last = row["history"][0], best(row), row["history"][-1]
         int8, floats = row["measured"]["int8"], row["measured"]["floats"]
@@ -106,7 +105,9 @@ def report(rows: list[Row]) -> str:
             f"{training['steps']} steps of {training['batch']} x {training['context']}, {training['optimizer']}, "
             f"lr {training['lr']:g}",
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        found.append(cells)
+    head = "run | machine | tokens | seconds | held-out KL, untrained | trained | top-1 | perplexity, int8 | floats | "
+    lines += bench.table(head + "KL, int8 | floats | settings", found, "l" * 12)
     tokens, seconds, perplexity, kl, top1 = REFERENCE
     lines += [
         "",
@@ -119,7 +120,7 @@ def report(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def picture(rows: list[Row]) -> Figure:
+def picture(rows: list[Row]) -> bytes:
     """Held-out KL against tokens seen, one line per run."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -145,19 +146,13 @@ def picture(rows: list[Row]) -> Figure:
     )
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    return figure
-
-
-def write(rows: list[Row], out: Path) -> None:
-    """Table and picture, each replaced in one step."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / "recovery.md", [report(rows).encode()])
-    if rows:
-        picture(rows).savefig(out / "recovery.png", dpi=110, metadata={"Software": None})
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=110, metadata={"Software": None})
+    return stream.getvalue()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Ternary recovery of a whole model.")
+    parser = bench.parser("Ternary recovery of a whole model.", "reports/recovery")
     parser.add_argument("--name", default="cpu", help="name of the run, and of its file")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--steps", type=int, default=100)
@@ -171,16 +166,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--recompute", action="store_true", help="gradient checkpointing")
     parser.add_argument("--tokens", type=int, default=6132, help="tokens to measure on at the end")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-recovery")
-    parser.add_argument("--out", type=Path, default=Path("reports/recovery"))
     parser.add_argument("--report", action="store_true")
     options = parser.parse_args(arguments)
     if not options.report:
         options.work.mkdir(parents=True, exist_ok=True)
-        options.out.mkdir(parents=True, exist_ok=True)
-        row = measure(options)
-        write_atomic(options.out / f"{options.name}.json", [(json.dumps(row) + "\n").encode()])
-    files = sorted(options.out.glob("*.json"))
-    write([json.loads(file.read_text(encoding="utf-8")) for file in files], options.out)
+        bench.save(options.out, {f"{options.name}.json": json.dumps(measure(options)) + "\n"})
+    rows = [bench.read(file) for file in sorted(options.out.glob("*.json"))]
+    bench.save(options.out, {"recovery.md": report(rows), **({"recovery.png": picture(rows)} if rows else {})})
     return 0
 
 

@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench
 import numpy as np
 import torch
 
@@ -45,8 +46,6 @@ from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
 from agentforge.opening import load, open_model
 from agentforge.pipeline import compress
-from agentforge.planes import Packed, Plane
-from agentforge.tensorfiles import write_atomic
 
 ROWS = [
     *(f"rounding:bits={bits},group=64" for bits in (2, 3, 4)),
@@ -66,22 +65,12 @@ ROWS = [
     "seedlm:bits=8",  # last, for it takes longest: with 3 coefficients for 4 weights few seeds can be ruled out at sight
 ]
 COLUMNS = (
-    "stage",
-    "bits",
-    "coded",
-    "error",
-    "perplexity",
-    "KL (nats per token)",
-    "top-1",
-    "encode (s)",
-    "decode (s)",
-    "peak (GB)",
-    "load",
-    "against rounding at matched bytes",
+    "stage | bits | coded | error | perplexity | KL (nats per token) | top-1 | encode (s) | decode (s) | peak (GB) | load | "
+    "against rounding at matched bytes"
 )
 ACCIDENT = 1e-4  # relative error below which rounding to 5 bits or fewer has found the weights' own grid
 USABLE = 0.05  # share of top tokens that agree, below which a model is gone
-Row = dict[str, Any]
+Row = bench.Row
 
 
 def recipe(stage: stages.Stage, options: argparse.Namespace) -> dict[str, Any]:
@@ -127,40 +116,25 @@ def _planes(model: LanguageModel, artifact: Artifact) -> Row:
     rows = [row for row in artifact.rows if row["stage"] is not None]
     shared = artifact.manifest.get("shared") or {"bytes": 0}
     count = sum(math.prod(row["shape"]) for row in rows)
-    coded, seconds, lost, power = 0, 0.0, [], []
-    common: Packed | None = None
+    seconds, lost, power = 0.0, [], []
     for row in rows:
         start = time.perf_counter()
         packed = artifact.read(row)
         decoded = artifact.decode(row, packed)
         seconds += time.perf_counter() - start
-        assert isinstance(packed, Packed)
-        common = packed.shared
-        coded += sum(_coded(plane) for plane in packed)
         dense = weights[row["name"]].load().to(torch.float64).numpy()
         back = (decoded.T if row["transposed"] else decoded).to(torch.float64).numpy()
         lost.append(float(np.square(back - dense).sum()))
         power.append(float(np.square(dense).sum()))
-    if common is not None:
-        coded += sum(_coded(plane) for plane in common)
     stored = sum(row["bytes"] for row in rows) + shared["bytes"]
     return {
         "weights": count,
         "bits": 8 * stored / count,
-        "coded_bits": 8 * coded / count,
+        "coded_bits": 8 * bench.coded_bytes(artifact) / count,
         "model_bytes": artifact.weight_bytes,
         "relative_error": math.sqrt(sum(lost) / sum(power)),
         "decode_seconds": seconds,
     }
-
-
-def _coded(plane: Plane) -> int:
-    """Bytes of a plane once coded; it must come back."""
-    coded = plane.coded()
-    back = Plane.from_stored(plane.name, coded.coding, tuple(plane.values.shape), coded.stored())
-    if not torch.equal(back.values, plane.values):
-        raise AssertionError(f"plane {plane.name} does not come back from its code")
-    return coded.stored().numel()
 
 
 def verdict(row: Row, rows: list[Row]) -> str:
@@ -251,8 +225,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
 
 
 def _table(rows: list[Row]) -> list[str]:
-    head = ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 2) + "|---|"]
-    return head + ["| " + " | ".join(_cells(row, rows)) + " |" for row in rows]
+    return bench.table(COLUMNS, (_cells(row, rows) for row in rows), "l" + "r" * 10 + "l")
 
 
 def _name(row: Row) -> str:
@@ -282,13 +255,10 @@ def _cells(row: Row, rows: list[Row]) -> list[str]:
 
 def write(folder: Path, rows: list[Row], options: argparse.Namespace) -> None:
     """All files, each replaced in one step; rows of other tokens or windows in one of their own, which nobody else reads."""
-    folder.mkdir(parents=True, exist_ok=True)
     older = _older(rows, options)
     kept = {"stages.json": [row for row in rows if row not in older], "earlier.json": older}
-    for name, some in kept.items():
-        if some or (folder / name).is_file():
-            write_atomic(folder / name, [json.dumps(some, indent=1).encode() + b"\n"])
-    write_atomic(folder / "stages.md", [table(rows, options).encode()])
+    files = {name: some for name, some in kept.items() if some or (folder / name).is_file()}
+    bench.save(folder, {**files, "stages.md": table(rows, options)})
 
 
 def _older(rows: list[Row], options: argparse.Namespace) -> list[Row]:
@@ -305,12 +275,11 @@ def _in_a_process(stage: stages.Stage, arguments: list[str]) -> Row:
 
 
 def options_of(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="A table of every stage, beside rounding at matched bytes.")
+    parser = bench.parser("A table of every stage, beside rounding at matched bytes.", "reports/stages")
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--text", default="wikitext2")
     parser.add_argument("--tokens", type=int, default=SAMPLED_TOKENS, help="tokens to score")
     parser.add_argument("--context", type=int, default=SAMPLED)
-    parser.add_argument("--out", type=Path, default=Path("reports/stages"))
     parser.add_argument("--only", action="append", help="stages that begin like this; may be given more than once")
     parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
     parser.add_argument("--row", help=argparse.SUPPRESS)
@@ -325,8 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
         row = measure(stages.from_json(json.loads(options.row)), options)
         (Path(options.work) / "row.json").write_text(json.dumps(row), encoding="utf-8")
         return 0
-    files = [options.out / name for name in ("stages.json", "earlier.json")]
-    rows: list[Row] = [row for file in files if file.is_file() for row in json.loads(file.read_text(encoding="utf-8"))]
+    rows: list[Row] = bench.read(options.out / "stages.json") + bench.read(options.out / "earlier.json")
     failed = 0
     order = {}
     for place, text in enumerate(ROWS):

@@ -39,16 +39,8 @@ SHARD_BYTES = 10**9
 SLACK = 500 * 10**6
 PROBE_BYTES = 10**9  # written to learn the disk's rate
 COLUMNS = (
-    "stage",
-    "peak (MB)",
-    "bound (MB)",
-    "seconds",
-    "CPU (s)",
-    "MB/s of the model",
-    "read (GB)",
-    "written (GB)",
-    "disk alone (s)",
-    "load",
+    "stage | peak (MB) | bound (MB) | seconds | CPU (s) | MB/s of the model | read (GB) | written (GB) | disk alone (s) | "
+    "load"
 )
 Row = dict[str, Any]
 
@@ -202,8 +194,8 @@ def table(rows: list[Row]) -> str:
         f"({first['read_rate'] / 1e6:.0f} MB/s read, {first['write_rate'] / 1e6:.0f} MB/s written before the first row). "
         f"{first['machine']}.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|---" + "|---:" * (len(COLUMNS) - 1) + "|",
+        f"| {COLUMNS} |",
+        "|---" + "|---:" * 9 + "|",
     ]
     for row in rows:
         disk = row["read_bytes"] / row["read_rate"] + row["written_bytes"] / row["write_rate"]
@@ -244,8 +236,9 @@ def main(arguments: list[str] | None = None) -> int:
                 measured = rates(model)
                 rows.append({**compress(model, stage, Path(work) / "out"), **measured})
                 subprocess.run(["rm", "-r", str(Path(work) / "out")], check=True)
+    import bench
+
     from agentforge.evaluation.measurement import environment
-    from agentforge.tensorfiles import write_atomic
 
     about = environment()
     machine = f"{about['cpu']}, {os.cpu_count()} cores, torch {about['packages']['torch']}"
@@ -253,9 +246,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.only:
         print(table(rows))
         return 0
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name, text in (("streaming.json", json.dumps(rows, indent=1) + "\n"), ("streaming.md", table(rows))):
-        write_atomic(options.out / name, [text.encode()])
+    bench.save(options.out, {"streaming.json": rows, "streaming.md": table(rows)})
     return 0
 
 

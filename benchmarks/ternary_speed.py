@@ -21,21 +21,17 @@ One process, other work on the machine moves all numbers: the load average is wr
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import os
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bench
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 import agentforge
@@ -51,7 +47,7 @@ THREADS = [1, 2]
 OUT_OF_CACHE = 128 << 20
 BLOCK = 5e-3  # seconds
 OURS = "packed"
-PROMPT = "Once upon a time, in a village by the sea, there lived"
+Row = bench.Row
 
 
 def contestants(rows: int, columns: int, copies: int) -> dict[str, tuple[list[nn.Module], torch.dtype, int]]:
@@ -75,28 +71,6 @@ def contestants(rows: int, columns: int, copies: int) -> dict[str, tuple[list[nn
     }
 
 
-def in_turn(work: dict[str, Callable[[], object]], seconds: float, least: int = 5) -> dict[str, list[float]]:
-    """Seconds of a call, from blocks of calls: a block of each contestant in turn, for about so long in all.
-
-    A block takes 5 ms or one call: what a contestant leaves behind (threads that still spin, caches) is not the next one's.
-    """
-    calls = {}
-    for name, call in work.items():
-        call()
-        start = time.perf_counter()
-        call()
-        calls[name] = max(1, round(BLOCK / (time.perf_counter() - start)))
-    times: dict[str, list[float]] = {name: [] for name in work}
-    until = time.perf_counter() + seconds
-    while time.perf_counter() < until or len(times[OURS]) < least:
-        for name, call in work.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / calls[name])
-    return times
-
-
 def summary(times: list[float]) -> dict[str, Any]:
     """Median and quartiles, and of how many blocks."""
     low, middle, high = statistics.quantiles(times, n=4)
@@ -106,12 +80,7 @@ def summary(times: list[float]) -> dict[str, Any]:
 def read_bandwidth() -> float:
     """Bytes a second that torch sums, with the threads it has: the best of seven."""
     values = torch.ones(64 << 20)
-    times = []
-    for _ in range(7):
-        start = time.perf_counter()
-        values.sum()
-        times.append(time.perf_counter() - start)
-    return values.nbytes / min(times)
+    return values.nbytes / min(bench.once(values.sum) for _ in range(7))
 
 
 def products(seconds: float, numbers: list[int]) -> list[dict[str, Any]]:
@@ -129,7 +98,7 @@ def products(seconds: float, numbers: list[int]) -> list[dict[str, Any]]:
                         x, turn = torch.randn(tokens, columns).to(dtype), iter(range(1 << 62))
                         work[name] = lambda copies=copies, x=x, turn=turn: copies[next(turn) % len(copies)](x)  # type: ignore[misc]
                     with torch.inference_mode():
-                        times = in_turn(work, seconds)
+                        times = bench.in_turn(work, seconds, block=BLOCK)
                     row: dict[str, Any] = {
                         "out": rows,
                         "in": columns,
@@ -156,7 +125,7 @@ def generation(tokens: int, rounds: int, numbers: list[int]) -> dict[str, Any]:
             "bfloat16": load(path).model.to(torch.bfloat16),
         }
         weights = sum(row["shape"][0] * row["shape"][1] for row in Artifact(path).rows if row["stage"])
-        ids = original.tokenizer(PROMPT, return_tensors="pt").input_ids
+        ids = original.tokenizer(bench.PROMPT, return_tensors="pt").input_ids
     layers = [m for m in models[OURS].modules() if isinstance(m, TernaryLinear)]
     held = {
         OURS: sum(t.nbytes for layer in layers for t in layer.buffers()),
@@ -176,7 +145,7 @@ def generation(tokens: int, rounds: int, numbers: list[int]) -> dict[str, Any]:
     for threads in numbers:
         torch.set_num_threads(threads)
         with torch.inference_mode():
-            times = in_turn({name: lambda m=model: run(m) for name, model in models.items()}, 0, rounds)  # type: ignore[misc]
+            times = bench.in_turn({name: lambda m=model: run(m) for name, model in models.items()}, 0, rounds)  # type: ignore[misc]
         runs.append({"threads": threads, "contestants": {name: summary(times[name]) for name in models}})
     return {
         "model": original.name,
@@ -236,29 +205,43 @@ def table_of_generation(found: dict[str, Any]) -> list[list[str]]:
 
 
 def show(title: str, lines: list[list[str]]) -> str:
-    """Print a table; returns it in Markdown."""
-    table = Table(title=title)
-    for column in lines[0]:
-        table.add_column(column, justify="right")
-    for line in lines[1:]:
-        table.add_row(*line)
-    Console(width=190).print(table)
+    """A table in Markdown, under its title."""
     text = ["| " + " | ".join(line) + " |" for line in lines]
     return "\n".join([f"## {title}", "", text[0], "|" + " ---: |" * len(lines[0]), *text[1:], ""])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def table(record: Row) -> str:
+    """The report as Markdown."""
+    text = ["# Ternary layers that stay packed: speed", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2], ""]
+    for part, lines_of in (("products", table_of_products), ("generation", table_of_generation)):
+        if part not in record:
+            continue
+        found, about = record[part]["found"], record[part]["environment"]
+        text.append(show(part.capitalize(), lines_of(found)))
+        loads = " to ".join(f"{load:.1f}" for load in record[part]["load_average"])
+        text.append(
+            f"{about['cpu']}, {about['cores']} cores, torch {about['packages']['torch']}, kernel {record[part]['kernel']}; "
+            f"load average {loads} (this benchmark's own included).\n"
+        )
+        if part == "generation":
+            share = found["linear_bytes"][OURS] / found["linear_bytes"]["bfloat16"]
+            text.append(
+                f"{found['model']}, {found['prompt_tokens']} tokens of prompt, {found['new_tokens']} new ones.  The "
+                f"packed linear weights take {share:.4f} of bfloat16's bytes; embedding and head of the packed model are "
+                "float16, as the artifact keeps them.\n"
+            )
+    return "\n".join(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = bench.parser(__doc__ or "", None)
     parser.add_argument("--only", choices=["products", "generation"])
     parser.add_argument("--seconds", type=float, default=1.0, help="seconds per row of products")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of a generation")
     parser.add_argument("--rounds", type=int, default=5, help="generations of each model")
     parser.add_argument("--threads", type=int, nargs="+", default=THREADS)
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    record: dict[str, Any] = {}
-    if args.out and (args.out / "ternary_speed.json").is_file():
-        record = json.loads((args.out / "ternary_speed.json").read_text())
+    args = parser.parse_args(arguments)
+    record: Row = dict(bench.read(args.out / "ternary_speed.json")) if args.out else {}
     for part in ("products", "generation"):
         if args.only in (None, part):
             before = os.getloadavg()[0]
@@ -268,29 +251,9 @@ def main() -> None:
                 found = generation(args.tokens, args.rounds, args.threads)
             about = {"load_average": [before, os.getloadavg()[0]], "kernel": ternary_cpu.available()[0]}
             record[part] = {"found": found, **about, "version": agentforge.__version__, "environment": environment()}
-    text = ["# Ternary layers that stay packed: speed", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2], ""]
-    for part, lines_of in (("products", table_of_products), ("generation", table_of_generation)):
-        if part not in record:
-            continue
-        text.append(show(part.capitalize(), lines_of(record[part]["found"])))
-        about = record[part]
-        loads = " to ".join(f"{load:.1f}" for load in about["load_average"])
-        text.append(
-            f"{about['environment']['cpu']}, {os.cpu_count()} cores, torch {torch.__version__}, kernel {about['kernel']}; "
-            f"load average {loads} (this benchmark's own included).\n"
-        )
-        if part == "generation":
-            found = about["found"]
-            share = found["linear_bytes"][OURS] / found["linear_bytes"]["bfloat16"]
-            text.append(
-                f"{found['model']}, {found['prompt_tokens']} tokens of prompt, {found['new_tokens']} new ones.  The "
-                f"packed linear weights take {share:.4f} of bfloat16's bytes; embedding and head of the packed model are "
-                "float16, as the artifact keeps them.\n"
-            )
+            print(show(part.capitalize(), (table_of_products if part == "products" else table_of_generation)(found)))
     if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "ternary_speed.json").write_text(json.dumps(record, indent=1) + "\n")
-        (args.out / "ternary_speed.md").write_text("\n".join(text))
+        bench.save(args.out, {"ternary_speed.json": record, "ternary_speed.md": table(record)})
 
 
 if __name__ == "__main__":

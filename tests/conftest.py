@@ -45,8 +45,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def load_benchmark() -> Callable[[str], ModuleType]:
     """A file of benchmarks/, by its name, as a module."""
 
+    folder = Path(__file__).parents[1] / "benchmarks"
+    sys.path.append(str(folder))  # where Python finds `bench` for a script of that folder
+
     def load(name: str) -> ModuleType:
-        file = Path(__file__).parents[1] / "benchmarks" / f"{name}.py"
+        file = folder / f"{name}.py"
         spec = importlib.util.spec_from_file_location(f"benchmark_{name}", file)
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)

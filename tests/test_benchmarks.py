@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -135,6 +136,36 @@ def test_finished_rows_are_not_taken_again(
     assert (tmp_path / "out" / "stages.md").read_text(encoding="utf-8") == "2 rows\n"
 
 
+REPORTS = Path(__file__).parents[1] / "reports"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("chains", []),
+        ("fit", []),
+        ("from_scratch", ["--steps", "280"]),
+        ("grokking", []),
+        pytest.param("ratios", [], marks=pytest.mark.slow),
+        ("recovery", []),
+        ("stages", []),
+    ],
+)
+def test_report_draws_what_is_committed(
+    load_benchmark: Callable[[str], ModuleType], tmp_path: Path, name: str, options: list[str]
+) -> None:
+    shutil.copytree(REPORTS / name, tmp_path / name)
+    assert load_benchmark(name).main(["--report", "--out", str(tmp_path / name), *options]) == 0
+    drawn = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.suffix != ".png"}
+    assert drawn == {file.name: file.read_bytes() for file in (REPORTS / name).iterdir() if file.suffix != ".png"}
+
+
+@pytest.mark.parametrize("name", ["calibration", "packed", "streaming", "ternary_speed"])
+def test_a_record_gives_the_committed_table(load_benchmark: Callable[[str], ModuleType], name: str) -> None:
+    record = json.loads((REPORTS / name / f"{name}.json").read_text(encoding="utf-8"))
+    assert load_benchmark(name).table(record) == (REPORTS / name / f"{name}.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
     import subprocess
@@ -142,18 +173,8 @@ def test_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox " * 50, encoding="utf-8")
     script = Path(__file__).parents[1] / "benchmarks" / "stages.py"
-    command = [
-        sys.executable,
-        str(script),
-        "--model",
-        str(tiny_llama),
-        "--text",
-        str(text),
-        "--tokens",
-        "100",
-        "--context",
-        "64",
-    ]
+    command = [sys.executable, str(script), "--model", str(tiny_llama), "--text", str(text), "--tokens", "100"]
+    command += ["--context", "64"]
     done = subprocess.run(
         [*command, "--out", str(tmp_path), "--only", "ternary"], capture_output=True, text=True, check=True
     )
