@@ -146,7 +146,7 @@ def table(record: dict[str, Any]) -> str:
         return f"{found['value']:.{digits}f}{error}"
 
     head = (
-        "stage | bits a weight | held (MB) | peak (MB) | load (s) | generation (tokens/s) | of float32's | of bfloat16's | "
+        "stage | bits per weight | held (MB) | peak (MB) | load (s) | generation (tokens/s) | of float32's | of bfloat16's | "
         f"limit (tokens/s) | prompt of {record['prompt']} (tokens/s) | of float32's | of bfloat16's"
     )
     lines: list[list[str]] = []
@@ -183,6 +183,7 @@ def table(record: dict[str, Any]) -> str:
             f"{record['tokens']} new tokens.  Load averages before and after each row (this benchmark's own threads "
             f"included): {loads}.",
             "",
+            *([] if "decoder" in record else [bench.FUSED.format("`ternary`"), ""]),
         ]
     )
 
@@ -213,6 +214,7 @@ def main() -> None:
     original = open_model(args.model)
     record: dict[str, Any] = {"rows": {}, **dict(bench.read(args.out / "packed.json") if args.out else {})}
     record |= {"model": original.name, "tokens": args.tokens, "prompt": args.prompt, "environment": environment()}
+    record["decoder"] = "transformers"
     record["version"] = agentforge.__version__
     dense: dict[str, Any] = {kind: open_model(args.model).model.to(args.device, dtype) for kind, dtype in DENSE.items()}
     for model in dense.values():

@@ -230,6 +230,7 @@ def table(record: Row) -> str:
                 f"packed linear weights take {share:.4f} of bfloat16's bytes; embedding and head of the packed model are "
                 "float16, as the artifact keeps them.\n"
             )
+            text += [] if "decoder" in record[part] else [bench.FUSED.format("packed") + "\n"]
     return "\n".join(text)
 
 
@@ -249,7 +250,11 @@ def main(arguments: list[str] | None = None) -> None:
                 found: Any = products(args.seconds, args.threads)
             else:
                 found = generation(args.tokens, args.rounds, args.threads)
-            about = {"load_average": [before, os.getloadavg()[0]], "kernel": ternary_cpu.available()[0]}
+            about = {
+                "load_average": [before, os.getloadavg()[0]],
+                "kernel": ternary_cpu.available()[0],
+                "decoder": "transformers",
+            }
             record[part] = {"found": found, **about, "version": agentforge.__version__, "environment": environment()}
             print(show(part.capitalize(), (table_of_products if part == "products" else table_of_generation)(found)))
     if args.out:

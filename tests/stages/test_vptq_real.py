@@ -69,7 +69,7 @@ def test_two_runs_give_the_same_bytes(weights: dict[str, Weight], statistics: di
 def test_three_bits_beat_rounding(
     smollm2: LanguageModel, wikitext2: Text, statistics: dict[str, InputStatistics], tmp_path: Path
 ) -> None:
-    """VPTQ with fewer bits a weight than rounding to three bits in groups of 64, clipped for least squared error."""
+    """VPTQ with fewer bits per weight than rounding to three bits in groups of 64, clipped for least squared error."""
     found = {}
     for spec in ("vptq:bits=3,shared=true,norm=std,outliers=0.01,outlier_v=2,refine=1", "rounding:bits=3,group=64,clip=mse"):
         out = tmp_path / spec[:4]
