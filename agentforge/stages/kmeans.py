@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from numba import njit
 
+from .base import kernels_for
 from .codebook import Codebook, nearest_kernel
-from .gpu import kernels_for
 
 CPU = torch.device("cpu")
 SPREAD = 8192  # most centroids that k-means++ places

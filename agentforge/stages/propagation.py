@@ -97,6 +97,13 @@ def add_product(out: np.ndarray, a: np.ndarray, e: np.ndarray) -> None:  # pragm
                     out[j, c] += a[i, j] * e[i, c]
 
 
+def product(hessian: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """hessian @ matrix, of a symmetric one."""
+    out = np.zeros_like(matrix)
+    add_product(out, hessian, matrix)
+    return out
+
+
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def sweep_block(  # pragma: no cover  (compiled)
     first: int,

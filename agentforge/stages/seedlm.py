@@ -37,8 +37,7 @@ import torch
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, times_power_of_two
-from .base import InputStatistics, Stage, register
-from .gpu import kernels_for
+from .base import InputStatistics, Stage, kernels_for, register
 from .seedlm_search import LARGEST_EXPONENT, LEAST_EXPONENT, reconstruct, reweigh, search_seeds, tables_of, taps_mask
 
 LARGEST_K = 20  # of a search: its tables grow with 2^K, a tenth of a GB for K = 20

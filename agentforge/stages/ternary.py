@@ -26,7 +26,7 @@ import torch
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, power_of_two_exponent, times_power_of_two
 from .base import Stage, register
-from .propagation import add_product
+from .propagation import product
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # tau of the calibrated rule, in units of a row's mean |w|
 
@@ -131,11 +131,7 @@ def _calibrated(weight: np.ndarray, hessian: np.ndarray | None) -> tuple[torch.T
 def _through(hessian: np.ndarray | None, matrix: np.ndarray) -> np.ndarray:
     """H matrix^T, float32[in, out], with sums in a fixed order whatever the number of threads."""
     columns = np.ascontiguousarray(matrix.T)
-    if hessian is None:
-        return columns
-    out = np.zeros_like(columns)
-    add_product(out, np.ascontiguousarray(hessian), columns)
-    return out
+    return columns if hessian is None else product(np.ascontiguousarray(hessian), columns)
 
 
 def absmean(weight: torch.Tensor, eps: float = 1e-5) -> torch.Tensor:

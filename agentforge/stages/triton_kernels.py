@@ -1,6 +1,6 @@
 """Triton kernels for the two exhaustive searches, nearest centroid and seed, with the results of the CPU's kernels.
 
-Imported only where Triton is installed, by `gpu.kernels_for`, for weights on a GPU (or on the CPU under
+Imported only where Triton is installed, by `base.kernels_for`, for weights on a GPU (or on the CPU under
 TRITON_INTERPRET=1, as in the tests).
 
 Both searches go in two steps.  Tensor cores score everything, fast and with errors of which a bound is known; whatever is

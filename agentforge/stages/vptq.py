@@ -50,7 +50,7 @@ from ..planes import Packed, Plane, power_of_two_exponent, times_power_of_two
 from .base import InputStatistics, Layer, Stage, register
 from .codebook import Codebook
 from .kmeans import CPU, kmeans
-from .propagation import add_product, gather, scatter, sweep_block, unit_factor
+from .propagation import add_product, gather, product, scatter, sweep_block, unit_factor
 
 PRESETS = {2: (6, 4096, 0), 3: (4, 4096, 0), 4: (6, 4096, 4096)}  # bits: v, k, residual (Tables 8 and 10)
 BLOCK = 128  # columns between which errors are passed on one by one
@@ -349,7 +349,7 @@ class Vptq(Stage):
         hessian = problem.hessian
         relaxation = hessian / np.diag(hessian)
         np.fill_diagonal(relaxation, 0)
-        slope = _product(hessian, codes.error)
+        slope = product(hessian, codes.error)
         cost = _dot(codes.error, slope)
         for _ in range(self.refine):
             found = _sweep(problem, segments, books, relaxation, codes)
@@ -361,7 +361,7 @@ class Vptq(Stage):
             if self.norm == "std":
                 better = _fit_scale(problem, new, places, found.error)
                 found = replace(found, error=_error(better, new, places))
-            slope = _product(hessian, found.error)
+            slope = product(hessian, found.error)
             last, cost = cost, _dot(found.error, slope)
             if not cost < last:
                 break
@@ -585,12 +585,6 @@ def _readable(book: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return (blocks[: len(book)], halves[: len(book)], book)
 
 
-def _product(hessian: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    out = np.zeros_like(matrix)
-    add_product(out, hessian, matrix)
-    return out
-
-
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
     """In double precision, not by BLAS, whose sums depend on the number of threads."""
     return float((a * b).sum(dtype=np.float64))
@@ -674,7 +668,7 @@ def _least_squares(
 
     apply: A x; collect: its transpose; curvature: what `collect` makes the diagonal of.
     """
-    left = collect(_product(hessian, error))
+    left = collect(product(hessian, error))
     diagonal = collect(np.ascontiguousarray(curvature))
     inverse = np.divide(1, diagonal, out=np.zeros_like(diagonal), where=diagonal > 0)
     step = np.zeros_like(left)
@@ -683,7 +677,7 @@ def _least_squares(
     for _ in range(STEPS):
         if not size > 1e-6 * first:
             break
-        moved = collect(_product(hessian, apply(direction)))
+        moved = collect(product(hessian, apply(direction)))
         bend = _dot(direction, moved)
         if not bend > 0:
             break

@@ -154,15 +154,12 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
     inside = {id(part) for block in blocks for part in block.modules()}
     kept = {id(parameter) for outer in _ends(module) for parameter in outer.parameters(recurse=False)}
     groups: list[dict[str, Any]] = [{"params": [], "param_names": [], "muon": muon} for muon in (True, False)]
-    seen: set[int] = set()
-    for prefix, owner in module.named_modules():
-        for leaf, parameter in owner.named_parameters(recurse=False):
-            if id(parameter) in seen or not parameter.requires_grad:
-                continue
-            seen.add(id(parameter))
-            matrix = parameter.dim() >= 2 and (leaf == "weight" or leaf.endswith("_weight"))
-            group = groups[0 if matrix and id(owner) in inside and id(parameter) not in kept else 1]
-            group["params"].append((f"{prefix}.{leaf}" if prefix else leaf, parameter))
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            owner, _, leaf = name.rpartition(".")
+            matrix = parameter.dim() >= 2 and (leaf == "weight" or leaf.endswith("_weight")) and id(parameter) not in kept
+            group = groups[0 if matrix and id(module.get_submodule(owner)) in inside else 1]
+            group["params"].append((name, parameter))
     if not inside:
         raise BadInput(
             f"parameter_groups: {type(module).__name__} has no blocks (an nn.ModuleList, or an nn.Sequential of larger "

@@ -14,7 +14,7 @@ import torch
 from agentforge import stages
 from agentforge.errors import BadInput
 from agentforge.planes import times_power_of_two
-from agentforge.stages import codebook, gpu, kmeans, seedlm
+from agentforge.stages import base, codebook, kmeans, seedlm
 from agentforge.stages import seedlm_search as search
 from agentforge.statistics import InputStatistics
 
@@ -238,12 +238,12 @@ def test_a_stage_encodes_to_the_same_planes_by_these_kernels(
 
 
 def test_a_weight_on_the_cpu_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert gpu.kernels_for(torch.device("cpu")) is None
-    assert gpu.kernels_for(torch.device("cuda")) is kernels
+    assert base.kernels_for(torch.device("cpu")) is None
+    assert base.kernels_for(torch.device("cuda")) is kernels
     monkeypatch.setitem(sys.modules, "agentforge.stages.triton_kernels", None)
     monkeypatch.delattr(stages, "triton_kernels")
     with pytest.raises(BadInput, match="device cuda: Triton is not installed"):
-        gpu.kernels_for(torch.device("cuda"))
+        base.kernels_for(torch.device("cuda"))
 
 
 def test_blocks_may_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
