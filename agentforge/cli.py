@@ -280,27 +280,18 @@ def fit(
 
 
 @app.command()
-def inspect(
-    artifact_dir: ArtifactDir,
-    as_json: AsJson = False,
-) -> None:
+def inspect(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
     """Show an artifact's tensors, bits per weight, errors, bytes and ratios, from its manifest."""
     from .artifact import Artifact
 
     artifact = Artifact(artifact_dir)
     recipe, original = artifact.manifest["recipe"], artifact.manifest["original"]
     if not as_json:
-        rows = [
-            [
-                row["name"],
-                _shape(row["shape"]),
-                _stage_name(row),
-                f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
-                f"{row['relative_error']:.5f}",
-                f"{row['bytes']:,}",
-            ]
-            for row in artifact.rows
-        ]
+        rows = []
+        for row in artifact.rows:
+            bits = row["bits"] / max(1, math.prod(row["shape"]))
+            cells = [f"{bits:.4f}", f"{row['relative_error']:.5f}", f"{row['bytes']:,}"]
+            rows.append([row["name"], _shape(row["shape"]), _stage_name(row), *cells])
         _table("tensor|shape|stage|>bits per weight|>relative error|>bytes", rows)
     stage = {key: value for key, value in recipe["stage"].items() if key != "weights"}
     about = {"recipe": recipe, "original": original, "tensors": artifact.rows}
@@ -308,10 +299,7 @@ def inspect(
 
 
 @app.command()
-def verify(
-    artifact_dir: ArtifactDir,
-    as_json: AsJson = False,
-) -> None:
+def verify(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
     """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 if something is wrong)."""
     from .artifact import Artifact
 
