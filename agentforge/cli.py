@@ -286,16 +286,14 @@ def inspect(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
 
     artifact = Artifact(artifact_dir)
     recipe, original = artifact.manifest["recipe"], artifact.manifest["original"]
-    if not as_json:
-        rows = []
-        for row in artifact.rows:
-            bits = row["bits"] / max(1, math.prod(row["shape"]))
-            cells = [f"{bits:.4f}", f"{row['relative_error']:.5f}", f"{row['bytes']:,}"]
-            rows.append([row["name"], _shape(row["shape"]), _stage_name(row), *cells])
-        _table("tensor|shape|stage|>bits per weight|>relative error|>bytes", rows)
+    rows = []
+    for row in artifact.rows:
+        bits = row["bits"] / max(1, math.prod(row["shape"]))
+        cells = [f"{bits:.4f}", f"{row['relative_error']:.5f}", f"{row['bytes']:,}"]
+        rows.append([row["name"], _shape(row["shape"]), _stage_name(row), *cells])
     stage = {key: value for key, value in recipe["stage"].items() if key != "weights"}
     about = {"recipe": recipe, "original": original, "tensors": artifact.rows}
-    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"])
+    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"], rows)
 
 
 @app.command()
@@ -690,11 +688,18 @@ def _stage_name(row: dict[str, Any]) -> str:
     return row["stage"]["stage"] if row["stage"] else f"kept ({row['dtype']})"
 
 
-def _show_ratios(artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str]) -> None:
-    """An artifact's path and ratios, with what there is to say about it."""
+def _show_ratios(
+    artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str], tensors: list[list[str]] | None = None
+) -> None:
+    """An artifact's path and ratios, with what there is to say about it.  tensors: rows of a table of them."""
     rows = [[r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios]
-    data = {"path": str(artifact.path), **about, "ratios": [r.to_json() for r in artifact.ratios]}
-    _show(data, as_json, lambda: _table("what|>bytes on disk|against|>bytes|>ratio", rows, *caption))
+
+    def tables() -> None:
+        if tensors is not None:
+            _table("tensor|shape|stage|>bits per weight|>relative error|>bytes", tensors)
+        _table("what|>bytes on disk|against|>bytes|>ratio", rows, *caption)
+
+    _show({"path": str(artifact.path), **about, "ratios": [r.to_json() for r in artifact.ratios]}, as_json, tables)
 
 
 def _complain(message: str, code: int) -> NoReturn:
