@@ -280,37 +280,24 @@ def fit(
 
 
 @app.command()
-def inspect(
-    artifact_dir: ArtifactDir,
-    as_json: AsJson = False,
-) -> None:
+def inspect(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
     """Show an artifact's tensors, bits per weight, errors, bytes and ratios, from its manifest."""
     from .artifact import Artifact
 
     artifact = Artifact(artifact_dir)
     recipe, original = artifact.manifest["recipe"], artifact.manifest["original"]
-    rows = [
-        [
-            row["name"],
-            _shape(row["shape"]),
-            _stage_name(row),
-            f"{row['bits'] / max(1, math.prod(row['shape'])):.4f}",
-            f"{row['relative_error']:.5f}",
-            f"{row['bytes']:,}",
-        ]
-        for row in artifact.rows
-    ]
+    rows = []
+    for row in artifact.rows:
+        bits = row["bits"] / max(1, math.prod(row["shape"]))
+        cells = [f"{bits:.4f}", f"{row['relative_error']:.5f}", f"{row['bytes']:,}"]
+        rows.append([row["name"], _shape(row["shape"]), _stage_name(row), *cells])
     stage = {key: value for key, value in recipe["stage"].items() if key != "weights"}
     about = {"recipe": recipe, "original": original, "tensors": artifact.rows}
-    before = ("tensor|shape|stage|>bits per weight|>relative error|>bytes", rows)
-    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"], before)
+    _show_ratios(artifact, about, as_json, [f"made from {original['name']} with {stage}"], rows)
 
 
 @app.command()
-def verify(
-    artifact_dir: ArtifactDir,
-    as_json: AsJson = False,
-) -> None:
+def verify(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
     """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 if something is wrong)."""
     from .artifact import Artifact
 
@@ -713,14 +700,17 @@ def _stage_name(row: dict[str, Any]) -> str:
 
 
 def _show_ratios(
-    artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str], before: tuple[str, Any] | None = None
+    artifact: Any, about: dict[str, Any], as_json: bool, caption: list[str], tensors: list[list[str]] | None = None
 ) -> None:
-    """An artifact's path and ratios, with what there is to say about it.  before: a table above them, without --json."""
+    """An artifact's path and ratios, with what there is to say about it.  tensors: rows of a table of them."""
     rows = [[r.what, f"{r.bytes:,}", r.denominator, f"{r.denominator_bytes:,}", f"{r.ratio:.3f}x"] for r in artifact.ratios]
-    data = {"path": str(artifact.path), **about, "ratios": [r.to_json() for r in artifact.ratios]}
-    if before and not as_json:  # only now: a damaged file would have been refused when its ratios were asked for
-        _table(*before)
-    _show(data, as_json, lambda: _table("what|>bytes on disk|against|>bytes|>ratio", rows, *caption))
+
+    def tables() -> None:
+        if tensors is not None:
+            _table("tensor|shape|stage|>bits per weight|>relative error|>bytes", tensors)
+        _table("what|>bytes on disk|against|>bytes|>ratio", rows, *caption)
+
+    _show({"path": str(artifact.path), **about, "ratios": [r.to_json() for r in artifact.ratios]}, as_json, tables)
 
 
 def _complain(message: str, code: int) -> NoReturn:

@@ -146,8 +146,8 @@ def table(record: dict[str, Any]) -> str:
         return f"{found['value']:.{digits}f}{error}"
 
     head = (
-        "stage | bits per weight | held (MB) | peak (MB) | load (s) | generation (tokens/s) | of float32's | of bfloat16's | "
-        f"limit (tokens/s) | prompt of {record['prompt']} (tokens/s) | of float32's | of bfloat16's"
+        "stage | bits per weight | held (MB) | peak (MB) | load (s) | generation (tokens/s) | of float32's | of bfloat16's "
+        f"| limit (tokens/s) | prompt of {record['prompt']} (tokens/s) | of float32's | of bfloat16's"
     )
     lines: list[list[str]] = []
 
