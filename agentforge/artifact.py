@@ -44,6 +44,7 @@ from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
 from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
     DTYPES,
+    TEMPLATES,
     WEIGHTS_INDEX,
     Entry,
     check_files,
@@ -52,6 +53,7 @@ from .tensorfiles import (
     index_file,
     index_folder,
     json_bytes,
+    names_in,
     plain_file,
     problem_of,
     read_json,
@@ -68,6 +70,9 @@ MANIFEST = "agentforge.json"
 FORMAT = 1
 SHARED = "agentforge.shared"  # the name of the planes that all encoded tensors share
 SHARD_BYTES = 2 << 30
+TOKENIZER = (  # the files that `tokenizer.save_pretrained` writes
+    rf"tokenizer.*|(special_tokens_map|added_tokens|vocab)\.json|(vocab|merges)\.txt|.*\.model|chat_template\..*|{TEMPLATES}/.*"
+)
 RECIPE = "recipe.json"  # marks what is unfinished
 HISTORY = "history.json"  # of training, beside what the manifest knows
 NO_HASH = "0" * 64
@@ -162,8 +167,10 @@ class Artifact:
         Raises BadArtifact at the first thing that is not as it should be.
         """
         self.check(again=True)
-        others = sorted({file.name for file in self.path.iterdir()} - {*self.manifest["files"], MANIFEST})
-        if read := [n for n in others if re.search(r"\.(safetensors|json|txt|model|jinja)$", n) and n != HISTORY]:
+        others = sorted(names_in(self.path) - {*self.manifest["files"], MANIFEST})
+        left_out = not any(re.fullmatch(TOKENIZER, name) for name in self.manifest["files"])  # by `save_pretrained`
+        read = [n for n in others if re.search(r"\.(safetensors|json|txt|model|jinja)$", n) and n != HISTORY]
+        if read := [n for n in read if not (left_out and re.fullmatch(TOKENIZER, n))]:
             raise BadArtifact(f"{self.path}: {read[0]!a:.80} is not in the manifest, loaders may read it; take it away")
         self.entries()  # every tensor of the weight files is one that the manifest knows
         if self.manifest["shared"] and self.shared.sha256 != self.manifest["shared"]["sha256"]:
@@ -470,7 +477,9 @@ class Writer:
             write_json(folder / WEIGHTS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         for file in model.side_files:
             if file.name not in ("config.json", MANIFEST):
-                shutil.copyfile(file, folder / file.name)
+                target = folder / file.relative_to(model.path)
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, target)
         stage = {key: value for key, value in self.recipe["stage"].items() if key != "weights"}  # the manifest has them
         quantization = {"quant_method": "agentforge", "format": FORMAT, "stage": stage}
         write_json(folder / "config.json", {**model.config, "quantization_config": quantization})

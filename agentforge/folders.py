@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import BadInput
-from .tensorfiles import read_json
+from .tensorfiles import TEMPLATES, read_json
 
 # The mark of a folder, and what may lie beside it; if the mark has "files", these may, too.
 MARKS = {
@@ -50,7 +50,10 @@ def foreign(folder: Path) -> str | None:
             return f"holds {child.name!a:.80}, which agentforge did not put there"
         if child.is_symlink() or not child.is_dir() or (mark, child.name) == ("recipe.json", "folder"):
             continue
-        if mark == "recipe.json":
+        if child.name == TEMPLATES:
+            strange = [file.name for file in child.iterdir() if not re.fullmatch(pattern, f"{TEMPLATES}/{file.name}")]
+            found = f"holds {strange[0]!a:.80}, which agentforge did not put there" if strange else None
+        elif mark == "recipe.json":
             pieces = sorted(child.iterdir())
             strange = [piece.name for piece in pieces if not (re.fullmatch(PIECES, piece.name) or _temporary(piece))]
             found = f"holds {strange[0]!a:.80}, which agentforge did not put there" if strange else None
@@ -77,7 +80,7 @@ def _mark(folder: Path) -> tuple[str | None, str]:
                 continue  # somebody else's file of that name
             files = data.get("files")
             listed = map(re.escape, files) if isinstance(files, dict) else [USUAL]
-            return name, "|".join([pattern, *listed] if name.startswith("agentforge") else [pattern])
+            return name, "|".join([pattern, TEMPLATES, *listed] if name.startswith("agentforge") else [pattern])
     for file in sorted(folder.glob("*.json")):  # a report is marked by its record
         with contextlib.suppress(BadInput):
             data = read_json(file)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import stages
-from .artifact import FORMAT, MANIFEST, Artifact, oriented, relative_error, write_manifest
+from .artifact import FORMAT, MANIFEST, TOKENIZER, Artifact, oriented, relative_error, write_manifest
 from .bits import tensor_bytes
 from .errors import BadArtifact, BadInput
 from .opening import ArtifactModel
@@ -36,6 +37,7 @@ from .tensorfiles import (
     WEIGHTS_INDEX,
     Entry,
     describe_files,
+    names_in,
     plain_file,
     read_json,
     read_tensor,
@@ -138,7 +140,8 @@ def _generation_of(model: Any) -> dict[str, Any]:
 def _save_pretrained(
     self: Any, save_directory: str | Path, is_main_process: bool = True, push_to_hub: bool = False, **options: Any
 ) -> None:
-    """Write the artifact again: the same bytes, if nothing was changed since it was loaded.
+    """Write the artifact again: the same bytes, if nothing was changed since it was loaded.  Its manifest leaves out the
+    tokenizer's files, which lie there as they were: `tokenizer.save_pretrained` writes them in its own way.
 
     Kept tensors and settings of config.json and generation_config.json that were changed are written as they are now, with
     their hashes in the manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
@@ -161,11 +164,12 @@ def _save_pretrained(
             raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, not an artifact's; choose another folder")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
         _write(self, Path(scratch))
-        names = {file.name for file in Path(scratch).iterdir()}
+        names = names_in(Path(scratch))
         for file in earlier:  # weights of an earlier save would be read in place of these
             if file.name not in names:
                 file.unlink()
         for name in sorted(names, key=lambda name: name == MANIFEST):  # the manifest last
+            (out / name).parent.mkdir(exist_ok=True)
             os.replace(Path(scratch) / name, out / name)
     if push_to_hub:
         _push_to_hub(self, repo_id, **options)
@@ -183,6 +187,7 @@ def _write(model: Any, out: Path) -> None:
     for file in artifact.manifest["files"]:
         source = _fetch(model.config, artifact.path, file)
         if not any(entries[name].file.name == file for name in changed):
+            (out / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / file)
             continue
         with safe_open(source, framework="pt") as old:
@@ -198,7 +203,7 @@ def _write(model: Any, out: Path) -> None:
         write_json(out / "config.json", {**read_json(out / "config.json"), **changed})
     if _generation_of(model) != model.hf_quantizer.loaded_generation:
         model.generation_config.save_pretrained(out)
-    files = describe_files(out)
+    files = {name: about for name, about in describe_files(out).items() if not re.fullmatch(TOKENIZER, name)}
     if rows == artifact.rows and files == artifact.manifest["files"]:
         shutil.copyfile(artifact.path / MANIFEST, out / MANIFEST)  # older ones may lack what reading them fills in
     else:

@@ -24,6 +24,7 @@ from torch import nn
 from . import digits
 from .errors import BadInput
 from .tensorfiles import (
+    TEMPLATES,
     WEIGHTS_INDEX,
     Entry,
     plain_file,
@@ -35,7 +36,8 @@ from .tensorfiles import (
 SAMPLED = 512  # context of samples: short, so that a few thousand tokens are enough windows for an error
 SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
 SOURCE_FILE = "agentforge-source.json"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "LICENCE*")
+SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja")
+SIDE_FILES += ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)
 
@@ -137,7 +139,7 @@ class LanguageModel:
         Raises BadInput for a link that leads out of the folder.
         """
         found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern)}
-        checked = [plain_file(self.path, file.name) for file in sorted(found)]
+        checked = [plain_file(self.path, file.relative_to(self.path).as_posix()) for file in sorted(found)]
         return [file for file in checked if file.is_file() and file.name not in (SOURCE_FILE, WEIGHTS_INDEX)]
 
     @cached_property

@@ -39,6 +39,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+TEMPLATES = "additional_chat_templates"  # the one folder inside a model's that transformers reads
 WEIGHTS_INDEX = "model.safetensors.index.json"
 SETTLED = 2.0  # seconds after a change, from which on a file's times tell any further one
 CODES = {dtype: code for code, dtype in DTYPES.items()}
@@ -118,8 +119,11 @@ def index_folder(folder: Path) -> dict[str, Entry]:
 
 
 def plain_file(folder: Path, name: str) -> Path:
-    """`name` inside `folder`.  Raises BadInput if it would lead out of the folder or into another one, and for a link to
-    a file elsewhere, which would be copied; only the hub's cache keeps its files beside the folder, in blobs/."""
+    """`name` inside `folder`.  Raises BadInput if it would lead out of the folder or into another one (but that of chat
+    templates), and for a link to a file elsewhere, which would be copied; only the hub's cache keeps its files beside the
+    folder, in blobs/."""
+    if name.startswith(f"{TEMPLATES}/"):
+        return plain_file(plain_file(folder, TEMPLATES), name.removeprefix(f"{TEMPLATES}/"))
     plain = name.isprintable() and len(os.fsencode(name)) <= 255
     if not plain or not name or Path(name).name != name or name in (".", "..") or "\\" in name:
         raise BadInput(f"{folder}: file name {name!a:.80} leads out of the folder; expected a plain name")
@@ -279,8 +283,15 @@ _hashes: dict[tuple[int, ...], str] = {}
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of each file in a folder, by name: what `check_files` holds the folder against."""
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in files}
+    names = sorted(name for name in names_in(folder) if (folder / name).is_file())
+    return {name: {"bytes": (folder / name).stat().st_size, "sha256": sha256_file(folder / name)} for name in names}
+
+
+def names_in(folder: Path) -> set[str]:
+    """What lies in a folder, by name; of chat templates each with their folder's."""
+    found = {child.name for child in folder.iterdir()}
+    inner = {f"{TEMPLATES}/{child.name}" for child in folder.glob(f"{TEMPLATES}/*")}
+    return (found - {TEMPLATES}) | inner if inner else found
 
 
 def check_files(folder: Path, files: Mapping[str, Any], again: bool = False) -> None:

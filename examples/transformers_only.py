@@ -30,6 +30,6 @@ with tempfile.TemporaryDirectory() as scratch:
     model.save_pretrained(scratch)
     saved = Artifact(scratch)
     saved.verify()
-    print("saved again: ", "the same manifest" if saved.sha256 == Artifact(folder).sha256 else "another manifest")
-    same = saved.sha256 == Artifact(folder).sha256
+    same = saved.rows == Artifact(folder).rows
+    print("saved again: ", "the same tensors" if same else "other tensors")
 sys.exit(0 if torch.equal(ids, expected) and same else 1)

@@ -575,6 +575,6 @@ def test_smollm2(smollm2: LanguageModel, tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, str(script), str(made.path)], capture_output=True, text=True, check=True)
     lines = [line.partition(":")[2].strip() for line in done.stdout.splitlines()]
     assert lines[0] == lines[1] and "Paris" in lines[0]
-    assert lines[2] == "the same manifest"
+    assert lines[2] == "the same tensors"
     card = ModelCard(model_card(made))
     assert card.data.license == "apache-2.0" and card.data.base_model == "HuggingFaceTB/SmolLM2-135M-Instruct"
