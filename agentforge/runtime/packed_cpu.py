@@ -9,9 +9,9 @@ forms cover most stages:
 
 `half` multiplies the 16 bits in which embedding and head are kept: a small model's head is its largest matrix.
 
-All take four rows (of vectors) at a time, which share what is loaded of x, and are written in LLVM's own terms.  Products
-and sums are float32 in a fixed order, whatever the number of threads: a result differs from x W^T by rounding alone, at
-most 1e-6 |x| |W|^T.
+The first two take four rows (of vectors) at a time, which share what is loaded of x, and are written in LLVM's own terms.
+Products and sums are float32 in an order that does not depend on the number of threads: a result differs from x W^T by
+rounding alone, at most 1e-6 |x| |W|^T.
 
 Functions take addresses.  What they inline is in this file, but for single loads and stores, because numba's cache on disk
 does not notice changes elsewhere.
@@ -23,13 +23,14 @@ import platform
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .ternary_cpu import Value, _int, _load, _store, f32, features, i8, i16, i32, i64, in_parts
+from .ternary_cpu import Value, _floats, _int, _load, _store, f32, features, i8, i16, i32, i64, in_parts
 
 ROWS = 4
 LANES = 16
@@ -352,43 +353,36 @@ def vectors(
     return out
 
 
-@intrinsic(prefer_literal=True)
-def _half_rows(typing: Any, brain: Any, weights: Any, x: Any, columns: Any, out: Any) -> Any:
-    """Products of four rows of 16 bits with one vector.
+@intrinsic
+def _shorts(typing: Any, address: Any) -> Any:
+    """An address as a pointer to int16."""
+    kind = types.CPointer(types.int16)
+    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], i16.as_pointer())
 
-    brain: 1 for bfloat16, 0 for float16, a literal.  Addresses: weights [4, columns], x and out float32.
-    """
+
+@intrinsic(prefer_literal=True)
+def _float_of(typing: Any, brain: Any, bits: Any) -> Any:
+    """The float32 of 16 bits: of a bfloat16 if brain, a literal, is 1, of a float16 if it is 0."""
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-        _, weights, x, columns, out = args
-        floats, words = ir.VectorType(f32, LANES), ir.VectorType(i32, LANES)
-        stored = ir.VectorType(i16 if brain.literal_value else ir.HalfType(), LANES)
-        sums = [_zero(b, floats) for _ in range(ROWS)]
-        with cgutils.for_range(b, b.sdiv(columns, _int(LANES))) as loop:
-            at = b.mul(loop.index, _int(2 * LANES))
-            value = _load(b, b.add(x, b.add(at, at)), floats)
-            for row, place in enumerate(sums):
-                weight = _load(b, b.add(weights, b.add(b.mul(columns, _int(2 * row)), at)), stored)
-                if brain.literal_value:
-                    weight = b.bitcast(b.shl(b.zext(weight, words), _all(16, words)), floats)
-                else:
-                    weight = b.fpext(weight, floats)
-                b.store(b.fadd(b.load(place), b.fmul(weight, value)), place)
-        for row, place in enumerate(sums):
-            _store(b, _sum(b, b.load(place)), b.add(out, _int(4 * row)))
-        return context.get_dummy_value()
+        if brain.literal_value:
+            return b.bitcast(b.shl(b.zext(args[1], i32), ir.Constant(i32, 16)), f32)
+        return b.fpext(b.bitcast(args[1], ir.HalfType()), f32)
 
-    return types.void(brain, *([types.int64] * 4)), emit
+    return types.float32(brain, types.int16), emit
 
 
 @cache
 def _half_kernel(brain: int) -> Any:
-    @njit(nogil=True, cache=True)
+    @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
     def kernel(weights, x, columns, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
-        for row in range(first, last, ROWS):
-            r = min(row, rows - ROWS)
-            for t in range(tokens):
-                _half_rows(brain, weights + 2 * r * columns, x + 4 * t * columns, columns, out + 4 * (t * rows + r))
+        for t in range(tokens):
+            vector, results = carray(_floats(x + 4 * t * columns), columns), carray(_floats(out + 4 * t * rows), rows)
+            for r in range(first, last):
+                row, total = carray(_shorts(weights + 2 * r * columns), columns), np.float32(0)
+                for i in range(columns):
+                    total += _float_of(brain, row[i]) * vector[i]
+                results[r] = total
 
     return kernel
 
@@ -400,7 +394,7 @@ def half(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     rows, columns = weight.shape
     tokens = x.numel() // columns
-    if x.is_cpu and tokens <= HALF_FEW and columns % LANES == 0 and rows >= ROWS and available():
+    if x.is_cpu and tokens <= HALF_FEW and available():
         out = torch.empty((*x.shape[:-1], rows))
         dtype, x = x.dtype, x.to(torch.float32).contiguous()
         operands = weight.data_ptr(), x.data_ptr(), columns, out.data_ptr(), tokens, rows
