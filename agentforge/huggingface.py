@@ -163,7 +163,7 @@ def _save_pretrained(
         if strange := [file.name for file in earlier if file.name not in ours]:
             raise BadInput(f"{out}: holds the weights {strange[0]!a:.80}, not an artifact's; choose another folder")
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as scratch:
-        _write(self, Path(scratch))
+        _write(self, Path(scratch), with_tokenizer=False)
         names = names_in(Path(scratch))
         for file in earlier:  # weights of an earlier save would be read in place of these
             if file.name not in names:
@@ -175,8 +175,9 @@ def _save_pretrained(
         _push_to_hub(self, repo_id, **options)
 
 
-def _write(model: Any, out: Path) -> None:
-    """Write the artifact that `model` was loaded from, as it is in memory, into the empty folder `out`."""
+def _write(model: Any, out: Path, with_tokenizer: bool = True) -> None:
+    """Write the artifact that `model` was loaded from, as it is in memory, into the empty folder `out`.  with_tokenizer:
+    whether its manifest is to vouch for the tokenizer's files, too."""
     artifact: Artifact = model.hf_quantizer.artifact
     entries = artifact.entries()
     rows, changed = [], {}
@@ -203,7 +204,9 @@ def _write(model: Any, out: Path) -> None:
         write_json(out / "config.json", {**read_json(out / "config.json"), **changed})
     if _generation_of(model) != model.hf_quantizer.loaded_generation:
         model.generation_config.save_pretrained(out)
-    files = {name: about for name, about in describe_files(out).items() if not re.fullmatch(TOKENIZER, name)}
+    files = {
+        name: about for name, about in describe_files(out).items() if with_tokenizer or not re.fullmatch(TOKENIZER, name)
+    }
     if rows == artifact.rows and files == artifact.manifest["files"]:
         shutil.copyfile(artifact.path / MANIFEST, out / MANIFEST)  # older ones may lack what reading them fills in
     else:
@@ -284,8 +287,8 @@ def _push_to_hub(
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / "artifact"
-        _save_pretrained(self, folder)
+        folder = Path(scratch)
+        _write(self, folder)
         card = model_card(Artifact(folder), measurements, repo)
         (folder / "README.md").write_text(card, encoding="utf-8")
         done = api.upload_folder(

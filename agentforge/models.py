@@ -36,8 +36,10 @@ from .tensorfiles import (
 SAMPLED = 512  # context of samples: short, so that a few thousand tokens are enough windows for an error
 SAMPLED_TOKENS = 12 * (SAMPLED - 1)  # twelve windows
 SOURCE_FILE = "agentforge-source.json"
-SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja")
-SIDE_FILES += ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*")
+SIDE_FILES = (
+    *("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja"),
+    *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
+)
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)
 

@@ -380,14 +380,20 @@ def test_what_a_change_of_a_moment_ago_left_is_not_remembered(tmp_path: Path) ->
         assert sha256_file(file) == hashlib.sha256(bytes([i])).hexdigest()
 
 
-def test_files_that_should_not_be_there_are_named(digits: LanguageModel, tmp_path: Path) -> None:
-    artifact = agentforge.compress(digits, "ternary", tmp_path / "a", progress=False)
+def test_files_that_should_not_be_there_are_named(digits: LanguageModel, tiny_llama: Path, tmp_path: Path) -> None:
+    artifact = agentforge.compress(tiny_llama, "ternary", tmp_path / "a", progress=False)
     (tmp_path / "a" / "README.md").write_text("mine")
     assert artifact.verify()[-1] == "not in the manifest, and not checked: 'README.md'"
     (tmp_path / "a" / "added_tokens.json").write_text("{}")
     with pytest.raises(BadArtifact) as error:
         artifact.verify()
     assert_sentence(error, "added_tokens.json")
+    artifact = agentforge.compress(digits, "ternary", tmp_path / "b", progress=False)  # without a tokenizer's files
+    (tmp_path / "b" / "added_tokens.json").write_text("{}")
+    assert artifact.verify()[-1] == "not in the manifest, and not checked: 'added_tokens.json'"
+    (tmp_path / "b" / "preprocessor_config.json").write_text("{}")
+    with pytest.raises(BadArtifact, match=r"preprocessor_config\.json"):
+        artifact.verify()
 
 
 def test_a_piece_damaged_after_a_kill_is_made_again(tiny_llama: Path, tmp_path: Path) -> None:

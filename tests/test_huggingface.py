@@ -97,8 +97,41 @@ def generated(model: Any) -> list[int]:
     return [int(i) for i in ids[0]]
 
 
-def assert_same_folder(one: Path, other: Path) -> None:
-    assert {f.name: f.read_bytes() for f in one.iterdir()} == {f.name: f.read_bytes() for f in other.iterdir()}
+def assert_same_folder(made: Path, saved: Path) -> None:
+    """The same files; the manifest of what was saved leaves the tokenizer's to `tokenizer.save_pretrained`."""
+    files = [{f.name: f.read_bytes() for f in folder.iterdir()} for folder in (made, saved)]
+    before, after = (json.loads(one.pop("agentforge.json")) for one in files)
+    assert files[0] == files[1]
+    assert before["files"].keys() - after["files"].keys() <= {"tokenizer.json", "tokenizer_config.json"}
+    for manifest in (before, after):
+        manifest["files"] = {name: manifest["files"][name] for name in after["files"]}
+        del manifest["sha256"]
+    assert before == after
+
+
+def test_what_model_and_tokenizer_save_is_sound_and_can_be_registered(tiny_llama: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tiny_llama, tmp_path / "m")
+    (source / "NOTICE").write_text("made by x")
+    (source / "USE_POLICY.md").write_text("for good")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages[0].content }} tools")
+    (source / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    made = af.compress(source, "rounding:bits=8,group=16", tmp_path / "a", progress=False)
+    for name in ("NOTICE", "USE_POLICY.md", "additional_chat_templates/tool_use.jinja"):
+        assert (made.path / name).read_bytes() == (source / name).read_bytes()
+        assert name in made.manifest["files"]
+    model, tokenizer = opened(made.path), AutoTokenizer.from_pretrained(made.path)
+    assert tokenizer.chat_template.keys() == {"default", "tool_use"}
+    tokenizer.add_tokens(["<new>"])  # other bytes than those that were loaded
+    for folder in (tmp_path / "b", tmp_path / "b"):  # and once more, over the first
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        assert any("not checked" in check and "tokenizer.json" in check for check in Artifact(folder).verify())
+    assert (tmp_path / "b" / "NOTICE").read_text() == "made by x"
+    flipped = made.path / "additional_chat_templates" / "tool_use.jinja"
+    flipped.write_text("{{ messages[0].content }} fools")
+    with pytest.raises(BadArtifact, match="damaged"):
+        af.load(made.path)
 
 
 @pytest.mark.parametrize(
