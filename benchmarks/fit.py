@@ -37,7 +37,7 @@ from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED_TOKENS
 from agentforge.opening import load, open_model
-from agentforge.runtime import held_bytes
+from agentforge.runtime import resident_bytes
 from agentforge.statistics import Calibration, collect
 from agentforge.training.recover import Settings, schedule
 from agentforge.training.student import MARGIN, SPAN
@@ -139,7 +139,7 @@ def _held(artifact: Artifact) -> int:
     with torch.inference_mode():
         module(input_ids=torch.tensor([[0]]), use_cache=False)  # what is made when it is first needed
     layers = dict(module.named_modules())
-    return sum(held_bytes(layers[row["name"].removesuffix(".weight")]) for row in artifact.rows if row["stage"])
+    return sum(resident_bytes(layers[row["name"].removesuffix(".weight")]) for row in artifact.rows if row["stage"])
 
 
 def protocol(row: Row) -> tuple[Any, ...]:

@@ -38,7 +38,7 @@ from agentforge.artifact import Artifact
 from agentforge.evaluation.measurement import environment
 from agentforge.opening import load
 from agentforge.pipeline import compress
-from agentforge.runtime import PackedWeight, held_bytes
+from agentforge.runtime import PackedWeight, resident_bytes
 
 # SeedLM with seeds of 8 bits, which are found in seconds: regenerating a block takes as long for any seed.
 STAGES = [
@@ -63,7 +63,7 @@ def bandwidth(device: str) -> float:
 
 def read_bytes(model: nn.Module) -> int:
     """What a token reads: all in memory but planes that were replaced by plain ones."""
-    total = held_bytes(model)
+    total = resident_bytes(model)
     for module in model.modules():
         if isinstance(module, PackedWeight):
             kept = {held.stored.data_ptr() for held in module.ready.planes.values()}
@@ -127,7 +127,7 @@ def measured(path: Path, dense: dict[str, Any], ids: torch.Tensor, args: argpars
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     return {
         "bits": sum(row["bits"] for row in rows) / weights,
-        "held_bytes": {name: held_bytes(model) for name, model in models.items()},
+        "held_bytes": {name: resident_bytes(model) for name, model in models.items()},
         "read_bytes": {name: read_bytes(model) for name, model in models.items()},
         "copy_bytes_per_s": bandwidth(args.device),
         "alone": alone(str(path), "packed") if args.device == "cpu" else None,

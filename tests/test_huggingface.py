@@ -29,7 +29,7 @@ from agentforge.errors import BadArtifact, BadInput
 from agentforge.evaluation import Measurement
 from agentforge.modelcard import licence, model_card
 from agentforge.runtime import TernaryLinear
-from agentforge.runtime.layers import Holding, PackedEmbedding, PackedLinear, PackedWeight
+from agentforge.runtime.layers import PackedEmbedding, PackedLinear, PackedWeight, WithPacked
 from agentforge.tensorfiles import (
     describe_files,
     index_folder,
@@ -208,7 +208,7 @@ def test_experts_are_one_weight_a_layer(mixtral: Path, tmp_path: Path) -> None:
     assert sum(row["bytes"] for row in made.rows) - kept > 0.8 * sum(row["bytes"] for row in made.rows) - kept
 
     experts = opened(made.path).model.layers[0].mlp.experts
-    assert isinstance(experts, Holding) and isinstance(experts, type(original.model.model.layers[0].mlp.experts))
+    assert isinstance(experts, WithPacked) and isinstance(experts, type(original.model.model.layers[0].mlp.experts))
     assert isinstance(experts.gate_up_proj, PackedWeight)  # decoded only while it computes
 
 

@@ -1,6 +1,6 @@
 """Packed layers that compute without becoming dense first."""
 
-from .layers import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, held_bytes
+from .layers import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, resident_bytes
 from .linear import TernaryLinear
 
-__all__ = ["PackedEmbedding", "PackedLinear", "PackedWeight", "SharedPlanes", "TernaryLinear", "held_bytes"]
+__all__ = ["PackedEmbedding", "PackedLinear", "PackedWeight", "SharedPlanes", "TernaryLinear", "resident_bytes"]

@@ -25,7 +25,7 @@ FEW = 16  # vectors up to which the kernels are used: for more, decoding once is
 EXPONENTS = 60  # the largest power of two beside the weights for which float32 sums keep their range
 
 
-class Held(NamedTuple):
+class Loaded(NamedTuple):
     """A plane that products read: `stored` is what `Plane.stored` gives for a coding that is not entropy-coded."""
 
     coding: str
@@ -47,7 +47,7 @@ class Ready(NamedTuple):
 
     stage: Stage
     shape: tuple[int, int]
-    planes: dict[str, Held]
+    planes: dict[str, Loaded]
     shared: Packed | None
     block: int  # rows that can be decoded by themselves, 0 where only all can
     sizes: dict[str, int]  # values of a plane that belong to a block; the planes that are not named serve all rows
@@ -57,14 +57,14 @@ class Ready(NamedTuple):
         """float32[last - first, in], decoded; both are places where a part begins or ends."""
         shape = (last - first, self.shape[1])
         layout, planes = self.stage.layout(shape), []
-        for name, held in self.planes.items():
-            size = held.shape
+        for name, loaded in self.planes.items():
+            size = loaded.shape
             if name in self.sizes:
                 size = layout[name][1]
-                values = held.values(first // self.block * self.sizes[name], math.prod(size))
+                values = loaded.values(first // self.block * self.sizes[name], math.prod(size))
             else:
-                values = held.values(0, math.prod(size))
-            planes.append(Plane(name, values.reshape(size), held.coding))
+                values = loaded.values(0, math.prod(size))
+            planes.append(Plane(name, values.reshape(size), loaded.coding))
         return self.stage.decode(Packed(shape, tuple(planes), self.shared))
 
     def parts(self) -> list[tuple[int, int]]:
@@ -103,8 +103,8 @@ def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
 
 def _small(ready: Ready, name: str) -> torch.Tensor:
     """All values of a float plane, as float32."""
-    held = ready.planes[name]
-    return held.values(0, math.prod(held.shape)).reshape(held.shape).to(torch.float32)
+    loaded = ready.planes[name]
+    return loaded.values(0, math.prod(loaded.shape)).reshape(loaded.shape).to(torch.float32)
 
 
 def _exponent(ready: Ready) -> int:

@@ -21,7 +21,7 @@ from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
 from ..stages.refined import Refined
 from . import forms, packed_cpu
-from .forms import Held, Ready
+from .forms import Loaded, Ready
 
 # What modules read of a weight, beside device, dtype and shape.  (Planes have names that tensors have, too, such as min.)
 READ = {*["T", "mT", "t", "transpose", "view", "reshape", "unsqueeze", "chunk", "split", "detach", "data", "size", "dim"]}
@@ -62,8 +62,8 @@ class PackedWeight(Fixed):
     shape, and is decoded for what else torch does with it.
 
     Planes are checked when they are first used, and again after they were loaded or moved.  If they are entropy-coded or
-    refined, they are kept a second time, as packed integers, and `held_bytes` counts both.  With the entropy code decoded
-    at each call, SmolLM2 at 4 bits gave 0.19 tokens per second on two cores; with this copy, 14.
+    refined, they are kept a second time, as packed integers, and `resident_bytes` counts both.  With the entropy code
+    decoded at each call, SmolLM2 at 4 bits gave 0.19 tokens per second on two cores; with this copy, 14.
 
     Nothing is decoded ahead in another thread: on two cores decoding the next layer during this one's product saved 6 to
     10% of the linear layers' time for 512 tokens (rounding, trajectory, vptq), for a second decoded weight.
@@ -105,14 +105,14 @@ class PackedWeight(Fixed):
             packed = Packed(packed.shape, packed.planes, plain)
             stage.decode(packed)  # the stage's own checks
             layout = self.stage.layout(packed.shape)
-            held = {}
+            loaded = {}
             for plane in packed:
                 if plane.name in layout and layout[plane.name][0] == plane.coding and not is_coded(plane.coding):
-                    held[plane.name] = Held(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
+                    loaded[plane.name] = Loaded(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
                 else:
-                    held[plane.name] = _held(plane)
+                    loaded[plane.name] = _loaded(plane)
             prepared = forms.prepare(stage, packed)
-            self._ready = Ready(stage, packed.shape, held, plain, *stage.row_blocks(packed.shape), prepared)
+            self._ready = Ready(stage, packed.shape, loaded, plain, *stage.row_blocks(packed.shape), prepared)
         return self._ready  # type: ignore[no-any-return]
 
     @property
@@ -311,10 +311,10 @@ class TiedHead(nn.Module):
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
-class Holding(nn.Module):
-    """A module with packed tensors.  held: their names and shapes.  like: holds the dtype that the model computes in."""
+class WithPacked(nn.Module):
+    """A module with packed tensors.  packed_shapes: of each, by name.  like: has the dtype that the model computes in."""
 
-    held: dict[str, tuple[int, ...]]
+    packed_shapes: dict[str, tuple[int, ...]]
     like: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -322,7 +322,7 @@ class Holding(nn.Module):
         inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
         dtype = next(inputs, self.like).dtype
         found = dict(_decoded.get())
-        for name, shape in self.held.items():
+        for name, shape in self.packed_shapes.items():
             weight = self._modules[name]
             assert isinstance(weight, PackedWeight)
             found[id(self), name] = weight.dense(dtype).reshape(shape)
@@ -340,30 +340,30 @@ def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
     def tensor(name: str) -> property:
         return property(lambda self: _decoded.get().get((id(self), name), self._modules[name]))
 
-    return type(f"Packed{own.__name__}", (Holding, own), {name: tensor(name) for name in names})
+    return type(f"Packed{own.__name__}", (WithPacked, own), {name: tensor(name) for name in names})
 
 
-def hold(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
-    """Put `weight` in place of the module's parameter `name`, which has this shape; its class becomes a `Holding`."""
+def pack_parameter(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
+    """Put `weight` in place of the module's parameter `name`, which has this shape; its class becomes a `WithPacked`."""
     own: Any = type(module)
-    held: dict[str, tuple[int, ...]] = {}
-    if isinstance(module, Holding):
-        own, held = type(module).__bases__[1], module.held
+    packed_shapes: dict[str, tuple[int, ...]] = {}
+    if isinstance(module, WithPacked):
+        own, packed_shapes = type(module).__bases__[1], module.packed_shapes
     else:
         module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
     del module._parameters[name]
     module._modules[name] = weight
-    held = {**held, name: tuple(shape)}
-    module.__class__ = _class_of(own, tuple(held))
-    cast(Holding, module).held = held
+    packed_shapes = {**packed_shapes, name: tuple(shape)}
+    module.__class__ = _class_of(own, tuple(packed_shapes))
+    cast(WithPacked, module).packed_shapes = packed_shapes
 
 
-def held_bytes(model: nn.Module) -> int:
+def resident_bytes(model: nn.Module) -> int:
     """Bytes that a model holds between two calls: parameters, buffers, and what packed weights keep beside their buffers."""
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, PackedWeight) and module._ready is not None:
-            tensors += [*(held.stored for held in module._ready.planes.values()), *module._ready.prepared.values()]
+            tensors += [*(loaded.stored for loaded in module._ready.planes.values()), *module._ready.prepared.values()]
         elif isinstance(module, SharedPlanes) and module._ready is not None:
             tensors += [plane.values for plane in module._ready]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
@@ -385,10 +385,10 @@ def _planes(module: nn.Module, layout: Mapping[str, tuple[str, tuple[int, ...]]]
     return tuple(Plane.from_stored(name, coding, shape, module.get_buffer(name)) for name, (coding, shape) in layout.items())
 
 
-def _held(plane: Plane) -> Held:
+def _loaded(plane: Plane) -> Loaded:
     """A plane that is not stored as it is used: floats as they are, integers in as many bits as the largest one takes."""
     kind = plane.coding.lstrip("~")
     if kind not in FLOATS and kind != "trit":
         kind = f"uint{max(1, int(plane.values.max()).bit_length())}"
     plane = Plane(plane.name, plane.values, kind)
-    return Held(kind, tuple(plane.values.shape), plane.stored())
+    return Loaded(kind, tuple(plane.values.shape), plane.stored())

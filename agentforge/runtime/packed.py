@@ -17,7 +17,7 @@ from ..artifact import SHARED, Artifact, oriented
 from ..errors import BadArtifact
 from ..stages.ternary import Ternary
 from ..tensorfiles import read_tensor
-from .layers import Fixed, Half, PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, TiedHead, hold
+from .layers import Fixed, Half, PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, TiedHead, pack_parameter
 from .linear import TernaryLinear
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
             elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):
                 _put(model, path, PackedLinear(weight, owner.bias))
             else:
-                hold(owner, leaf, weight, row["shape"], dtype)
+                pack_parameter(owner, leaf, weight, row["shape"], dtype)
             placed[name] = weight
         elif (
             row["dtype"] in ("float16", "bfloat16")

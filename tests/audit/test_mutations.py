@@ -23,7 +23,7 @@ from numba import njit
 from agentforge import audit, chain, entropy, evaluation, registry, stages, tensorfiles
 from agentforge.artifact import Artifact, Ratio
 from agentforge.audit import claims, probes, record
-from agentforge.audit import workshop as workshop_room
+from agentforge.audit import workshop as shops
 from agentforge.audit.claims import Claim
 from agentforge.bits import FLOATS
 from agentforge.dashboard import runs
@@ -202,7 +202,7 @@ def by_name(file: Any, shop: Any, *args: Any) -> Path:
 
 
 def of_any_source(file: Any, *args: Any) -> Path:
-    with mock.patch.object(workshop_room, "source_sha256", return_value=""):
+    with mock.patch.object(shops, "source_sha256", return_value=""):
         return Path(file(*args))
 
 
@@ -291,7 +291,7 @@ def bits_of_settings(shop: Any, stage: str) -> Measurement:
 
 FAULTS: dict[str, Fault] = {
     "audit: it calibrates on the text it scores": Fault(
-        lambda to: to.setattr(workshop_room, "Calibration", partial(Calibration, find_text("selftext"))),
+        lambda to: to.setattr(shops, "Calibration", partial(Calibration, find_text("selftext"))),
         ("self.calibration",),
     ),
     "calibration: the split that is measured on": Fault(
@@ -306,9 +306,9 @@ FAULTS: dict[str, Fault] = {
     "audit: git is never dirty": Fault(
         wrapped(record, "git_state", lambda state, *args: {**state(*args), "dirty": False}), ("self.commit",)
     ),
-    "audit: the cache knows texts by their names": Fault(wrapped(workshop_room.Workshop, "_file", by_name), ("self.cache",)),
+    "audit: the cache knows texts by their names": Fault(wrapped(shops.Workshop, "_file", by_name), ("self.cache",)),
     "audit: the source is no part of the cache's key": Fault(
-        wrapped(workshop_room.Workshop, "_file", of_any_source), ("self.cache",)
+        wrapped(shops.Workshop, "_file", of_any_source), ("self.cache",)
     ),
     "audit: no accuracy is ever lost": Fault(
         other_answer("accuracy_drop", lambda m: dataclasses.replace(m, value=0.0)), ("self.drop",)
@@ -487,7 +487,7 @@ def caches_cleared() -> None:
 def judged(row: str, model: Path, folder: Path) -> audit.Judged:
     """The row as an audit would have it."""
     workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128, progress=False)
-    workshop.effort = workshop_room.EFFORTS["smoke"]
+    workshop.effort = shops.EFFORTS["smoke"]
     taken = record.take(workshop, CLAIMS[row])
     return audit.judge(CLAIMS[row], taken.measured, taken.failure, taken.missing)
 

@@ -12,7 +12,7 @@ import torch
 
 from agentforge import audit
 from agentforge.audit import judge, probes
-from agentforge.audit import workshop as workshop_room
+from agentforge.audit import workshop as shops
 from agentforge.audit.workshop import Workshop
 from agentforge.evaluation import Measurement
 from reports.claims_vs_measurements import phase5
@@ -37,7 +37,7 @@ class Named:
 def workshop(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """A workshop whose models have known numbers of answers right, each those of a better one but for some."""
     made = audit.workshop_for(str(tiny_llama), tmp_path, "selftext", 127, 128, progress=False)
-    made.effort = workshop_room.EFFORTS["smoke"]
+    made.effort = shops.EFFORTS["smoke"]
     original: Any = Named("original")
     made.model = original
     level = Measurement(19.0, "level", 2.0, 80, {"on_scale": True})

@@ -15,7 +15,7 @@ import agentforge as af
 from agentforge import audit, stages
 from agentforge.artifact import Artifact
 from agentforge.audit import PROBES, judge, probes
-from agentforge.audit import workshop as workshop_room
+from agentforge.audit import workshop as shops
 from agentforge.chain import Result
 from agentforge.digits import data as digits_data
 from agentforge.errors import BadInput
@@ -38,7 +38,7 @@ def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> prob
 
 
 def smoke(workshop: probes.Workshop) -> probes.Workshop:
-    return dataclasses.replace(workshop, effort=workshop_room.EFFORTS["smoke"])
+    return dataclasses.replace(workshop, effort=shops.EFFORTS["smoke"])
 
 
 def value(workshop: probes.Workshop, name: str, **parameters: Any) -> float:

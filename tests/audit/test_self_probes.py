@@ -11,7 +11,7 @@ import pytest
 
 from agentforge import audit, evaluation
 from agentforge.audit import probes
-from agentforge.audit import workshop as room
+from agentforge.audit import workshop as shops
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation import Text, find_text
 from agentforge.evaluation.texts import selftexts
@@ -26,12 +26,12 @@ CLAIMS = [claim for claim in audit.read_claims("claims_vs_measurements").claims 
 
 
 @pytest.fixture(scope="module")
-def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> room.Workshop:
+def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> shops.Workshop:
     return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("self"), "selftext", 127, 128, progress=False)
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)
-def test_what_the_audit_rests_on_holds(workshop: room.Workshop, claim: audit.Claim) -> None:
+def test_what_the_audit_rests_on_holds(workshop: shops.Workshop, claim: audit.Claim) -> None:
     """That each of these rows sees its fault is in test_mutations.py."""
     assert claim.probe is not None
     assert audit.judge(claim, probes.run(workshop, claim.probe, claim.parameters)).verdict == "confirmed"
@@ -45,7 +45,7 @@ def test_the_splits_of_a_text_share_no_text() -> None:
     assert sum(piece in scored.text for piece in begin) < len(begin) / 1000  # "Once upon a time", not a text twice
 
 
-def test_a_calibration_text_is_found_wherever_it_stands_in_the_scored_one(workshop: room.Workshop) -> None:
+def test_a_calibration_text_is_found_wherever_it_stands_in_the_scored_one(workshop: shops.Workshop) -> None:
     """Its own text holds all of it, whatever hash and name the scored one has; half of it half."""
     calibrated = Calibration().find().text
     for text, low, high in ((f"Preface. {calibrated}", 1.0, 1.0), (calibrated[:2000], 0.3, 0.7)):
@@ -55,8 +55,8 @@ def test_a_calibration_text_is_found_wherever_it_stands_in_the_scored_one(worksh
     assert sum(window.numel() for window in windows) > workshop.effort.calibration
 
 
-def test_a_probe_that_calibrates_no_more_is_noticed(workshop: room.Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(room.Workshop, "artifact", lambda *_: None)
+def test_a_probe_that_calibrates_no_more_is_noticed(workshop: shops.Workshop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shops.Workshop, "artifact", lambda *_: None)
     with pytest.raises(AgentForgeError, match="without collecting statistics"):
         calibration_windows(workshop)
 
@@ -66,15 +66,15 @@ def test_the_sample_has_all_kinds_of_matrices_and_all_depths() -> None:
     for kinds, blocks in ((7, 30), (4, 12)):
         weights = [SimpleNamespace(name=f"{block}.{kind}") for block in range(blocks) for kind in range(kinds)]
         model = cast(Any, SimpleNamespace(weights=lambda weights=weights: weights))
-        for effort in (room.EFFORTS["standard"], room.EFFORTS["full"]):
-            shop = room.Workshop(model, Path(), Text("none", "file", ""), 2, effort=effort)
+        for effort in (shops.EFFORTS["standard"], shops.EFFORTS["full"]):
+            shop = shops.Workshop(model, Path(), Text("none", "file", ""), 2, effort=effort)
             names = [weight.name.split(".") for weight in shop.sample()]
             if len(names) >= kinds:
                 assert len({kind for _, kind in names}) == kinds
             assert {3 * int(block) // blocks for block, _ in names} == {0, 1, 2}
 
 
-def test_a_drop_of_accuracy_is_no_constant(workshop: room.Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_drop_of_accuracy_varies(workshop: shops.Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Coarse and fine artifacts of digits-mlp, their hits counted from logits."""
     model, drops = open_model("digits-mlp"), []
     for name, stage in (("fine", "rounding:bits=8"), ("coarse", "ternary:rule=threshold,tau=2.0")):

@@ -15,7 +15,7 @@ import agentforge as af
 from agentforge import stages
 from agentforge.bits import pack_uint
 from agentforge.errors import BadArtifact
-from agentforge.runtime import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, forms, held_bytes, packed_cpu
+from agentforge.runtime import PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, forms, packed_cpu, resident_bytes
 from agentforge.runtime.forms import PART
 from agentforge.stages.base import Layer
 
@@ -140,16 +140,16 @@ def test_planes_are_checked_once_and_after_loading() -> None:
     assert torch.equal(moved.to(torch.bfloat16).product(x), before)
 
 
-def test_what_is_held() -> None:
+def test_what_is_in_memory() -> None:
     weight, _ = weight_of("rounding:bits=4,group=64", 64, 128)
     layer = PackedLinear(weight, torch.zeros(64))
     layer(torch.randn(1, 128))
-    assert held_bytes(layer) == 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1 + 4 * 64
+    assert resident_bytes(layer) == 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1 + 4 * 64
     coded, _ = weight_of("rounding:bits=4,group=64 | entropy", 64, 128)
     stored = sum(buffer.nbytes for buffer in coded.buffers())
-    assert held_bytes(coded) == stored
+    assert resident_bytes(coded) == stored
     coded.product(torch.randn(1, 128))
-    assert held_bytes(coded) == stored + 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1  # the codes once more, without the entropy code
+    assert resident_bytes(coded) == stored + 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1  # the codes once more, plain
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
