@@ -104,12 +104,14 @@ def budget_bytes(size: str | None, target: str | None, parameters: int) -> int |
 
 class Fit(NamedTuple):
     """artifact: meets the budget.  predicted: damage of its linear layers, nats per token.  measured: as loaded back from
-    disk.  bits: per weight of the linear layers, planes on disk."""
+    disk.  bits: per weight of the linear layers that have statistics, planes on disk.  outside: the weights that have none,
+    because what they are multiplied with does not go through their layer: they are kept, and the bits do not count them."""
 
     artifact: Artifact
     predicted: float
     measured: Divergence
     bits: float
+    outside: tuple[str, ...] = ()
 
 
 def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) -> float:
@@ -337,7 +339,8 @@ class _Search(NamedTuple):
     def finished(self, artifact: Artifact, predicted: float, measured: Divergence | None = None) -> Fit:
         """The result; measured: if it is already."""
         bits = 8 * self.planes(artifact) / self.parameters
-        return Fit(artifact, predicted, measured or self.measure(artifact), bits)
+        outside = tuple(weight.name for weight in self.model.weights() if weight.name not in self.options)
+        return Fit(artifact, predicted, measured or self.measure(artifact), bits, outside)
 
     def recovered(self, planes: int, recovery: Settings, out: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""

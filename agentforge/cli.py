@@ -270,7 +270,13 @@ def fit(
         f"perplexity {measured.perplexity} (original {measured.original_perplexity.value:.2f}); "
         f"{seconds:.0f} s; written to {found.artifact.path}"
     )
+    if found.outside:
+        caption += (
+            f"\n{len(found.outside)} weights have no statistics, such as {found.outside[0]}: they are kept as they are, and "
+            "the bits do not count them"
+        )
     about = {
+        "outside": found.outside,
         "bits_per_weight": found.bits,
         "predicted_kl": found.predicted,
         "measured": {name: value.to_json() for name, value in measured._asdict().items()},

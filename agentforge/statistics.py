@@ -196,7 +196,15 @@ def _sensitivities(
             model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
             scores = logits.reshape(-1, logits.shape[-1]).to(torch.float32).log_softmax(-1)
             drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
-            scores.gather(1, drawn).sum().backward()
+            try:
+                scores.gather(1, drawn).sum().backward()
+            except RuntimeError as error:
+                if "inplace operation" not in str(error):
+                    raise
+                raise BadInput(
+                    f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
+                    "sensitivities, such as vptq"
+                ) from None
             seen += len(scores)
     return {name: (total / seen).to("cpu", torch.float32) for name, total in sums.items()}
 

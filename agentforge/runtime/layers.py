@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils._pytree import tree_map_only
 
 from ..bits import FLOATS
+from ..errors import BadInput
 from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
 from ..stages.refined import Refined
@@ -136,6 +137,10 @@ class PackedWeight(Fixed):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name.endswith("_") and not name.startswith("_") and hasattr(torch.Tensor, name):
+                raise BadInput(
+                    f"packed weights: a module changes them in place ({name}), which planes cannot; load with runtime=dense"
+                ) from None
             if name not in READ:
                 raise
             return getattr(self._as_tensor(), name)

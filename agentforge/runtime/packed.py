@@ -117,6 +117,9 @@ def finish(model: nn.Module) -> None:
         except BadArtifact as error:
             raise BadArtifact(f"tensor {path}.weight: {error}") from None
         _put(model, path, ternary.to(device))
+    if next(model.parameters(), None) is None:  # transformers asks for the device and the dtype of one
+        device, like = next((b.device, b) for name, b in model.named_buffers() if name.rpartition(".")[2] == "like")
+        model.register_parameter("no_weight", nn.Parameter(torch.empty(0, dtype=like.dtype, device=device)))
     model.requires_grad_(False)
 
 
