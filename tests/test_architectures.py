@@ -1,4 +1,4 @@
-"""Every architecture that people have comes out right, or is refused in a sentence before any work.
+"""Every architecture that people have comes out right, or is refused in a sentence.
 
 docs/architectures.md shows what is found here; `python tests/test_architectures.py` writes it.
 """
