@@ -336,10 +336,14 @@ def test_audit_is_a_verb_and_a_room() -> None:
 def test_sigterm_ends_the_kernel_too(tmp_path: Path) -> None:
     """Nor does the kernel warn of an unencrypted connection."""
     claim = {"id": "a", "stage": "pipeline", "section": "-", "title": "-", "documentation": "-", "protocol": "-"}
-    claim |= {"probe": {"name": "steps_build_on_each_other"}, "confirmed": [0, None]}
+    claim |= {"probe": {"name": "takes_long"}, "confirmed": [0, None]}
     texts = dict.fromkeys(("report", "title", "about", "source"), "mine")
-    (tmp_path / "mine.yaml").write_text(json.dumps({**texts, "model": "digits-mlp", "claims": [claim]}))
-    command = [sys.executable, "-m", "agentforge", "audit", "--claims", "mine.yaml", "--out", "out", "--fresh"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "claims.yaml").write_text(json.dumps({**texts, "model": "digits-mlp", "claims": [claim]}))
+    (tmp_path / "mine" / "probes.py").write_text(
+        "import time\nfrom agentforge.audit.probes import probe\n\n@probe()\ndef takes_long(workshop):\n    time.sleep(60)\n"
+    )
+    command = [sys.executable, "-m", "agentforge", "audit", "--claims", "mine", "--out", "out", "--fresh"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     find = ["pgrep", "-f", "-P", str(process.pid), "ipykernel"]
     while not (found := subprocess.run(find, capture_output=True, text=True, check=False).stdout.split()):
