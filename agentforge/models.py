@@ -89,6 +89,7 @@ class LanguageModel:
         self.name, self.path, self.entries, self.source = name, path, entries, source
         self.weight_files = sorted({entry.file for entry in entries.values()})
         self.config = read_json(path / "config.json")
+        self.config.pop("transformers_weights", None)  # names a file, which what is made of the model does not have
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, {self.parameters / 1e6:.1f} M parameters, {self.path})"

@@ -93,7 +93,8 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     _refuse_adapter(path)
     if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
         raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
-    entries = index_folder(path)
+    weights = config.get("transformers_weights")
+    entries = index_folder(path, weights if isinstance(weights, str) else None)
     for name_, entry in entries.items():
         if name_.endswith(QUANTISED) or (name_.endswith("weight") and not entry.dtype.is_floating_point):
             raise BadInput(

@@ -86,20 +86,22 @@ def index_file(path: Path) -> dict[str, Entry]:
     return entries
 
 
-def index_folder(folder: Path) -> dict[str, Entry]:
-    """The tensors of a model folder: model.safetensors, or the shards that model.safetensors.index.json names.
+def index_folder(folder: Path, weights: str | None = None) -> dict[str, Entry]:
+    """The tensors of a model folder, in the files that transformers takes: model.safetensors, whatever else is there;
+    without it the shards that model.safetensors.index.json names.  weights: the file, or index, that config.json names.
 
     Raises BadInput if there are none; pickled weights are never opened.
     """
-    index = plain_file(folder, WEIGHTS_INDEX)
+    single = plain_file(folder, weights or "model.safetensors")
+    index = single if single.name.endswith(".index.json") else plain_file(folder, WEIGHTS_INDEX)
     weight_map: Any = None
-    if index.is_file():
+    if index is single or (weights is None and index.is_file() and not single.is_file()):
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
             raise BadInput(f"{index}: expected a weight_map of tensor names to file names")
         shards = sorted(set(weight_map.values()))
     else:
-        shards = ["model.safetensors"]
+        shards = [single.name]
     entries: dict[str, Entry] = {}
     for shard in shards:
         path = plain_file(folder, shard)

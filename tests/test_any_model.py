@@ -13,6 +13,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import agentforge as af
+import agentforge.huggingface
 from agentforge.allocation import Budget, fit
 from agentforge.cli import app
 from agentforge.errors import BadInput
@@ -174,6 +175,37 @@ def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> N
     assert [i for w in windows_seen for i in w[0, 1:].tolist()] == ids[:100]
 
 
+@pytest.mark.parametrize(
+    "mixture", ["a stale index", "stale shards", "shards alone", "a name in config.json", "consolidated, fp16"]
+)
+def test_the_weights_are_those_that_transformers_takes(tmp_path: Path, mixture: str) -> None:
+    folder, other = make_tiny_llama(tmp_path / "m"), make_tiny_llama(tmp_path / "other", seed=1)
+    shards = transformers.AutoModelForCausalLM.from_pretrained(other)
+    if mixture in ("a stale index", "stale shards", "shards alone"):
+        shards.save_pretrained(tmp_path / "shards", max_shard_size="60KB")
+        for file in (tmp_path / "shards").glob("model*"):
+            if mixture != "a stale index" or file.suffix == ".json":
+                (folder / file.name).write_bytes(file.read_bytes())
+    if mixture == "shards alone":
+        (folder / "model.safetensors").unlink()
+    if mixture in ("a name in config.json", "consolidated, fp16"):
+        for name in ("consolidated.safetensors", "model.fp16.safetensors"):
+            (folder / name).write_bytes((other / "model.safetensors").read_bytes())
+    if mixture == "a name in config.json":
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": "consolidated.safetensors"}))
+    ids = torch.tensor([[5, 9, 70]])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    opened = open_model(folder)
+    with torch.inference_mode():
+        assert torch.equal(opened.model(ids).logits, theirs(ids).logits)
+    made = af.compress(opened, "rounding:bits=8,group=16", tmp_path / "a", progress=False)
+    made.verify()
+    with torch.inference_mode():
+        found = transformers.AutoModelForCausalLM.from_pretrained(made.path, dtype=torch.float32)(ids).logits
+    assert (found - theirs(ids).logits).abs().max() < 0.2 * found.abs().max()
+
+
 def test_an_adapter_is_told_from_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "somebody/base"}))
     with pytest.raises(BadInput, match=r"holds an adapter \(PEFT\) for 'somebody/base', not a model; merge"):
@@ -252,8 +284,6 @@ def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path)
 @pytest.mark.parametrize("made", ["mamba", "mamba2", "llama4", "bert", "gpt2"], indirect=True)
 def test_modules_that_read_a_packed_weight_find_it(made: LanguageModel, tmp_path: Path, embeddings: bool) -> None:
     """They take a layer's matrix, or its dtype and device, instead of calling it; a tied head has a bias of its own."""
-    import agentforge.huggingface  # noqa: F401  (registers artifacts)
-
     if hasattr(made.model, "cls"):  # else nothing would show that a head lost its bias
         torch.nn.init.normal_(made.model.cls.predictions.bias)
         made.model.save_pretrained(made.path)

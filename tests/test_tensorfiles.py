@@ -220,7 +220,7 @@ def test_an_index_that_points_out_of_the_folder_is_refused(tmp_path: Path, name:
 
 @pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 1}, {"a": ["model.safetensors"]}])
 def test_an_index_without_a_weight_map_is_refused(tmp_path: Path, weight_map: object) -> None:
-    save_file({"a": torch.ones(3)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(3)}, tmp_path / "model-00001-of-00001.safetensors")
     write_json(tmp_path / "model.safetensors.index.json", {"weight_map": weight_map})
     with pytest.raises(BadInput, match="expected a weight_map") as error:
         index_folder(tmp_path)
