@@ -6,6 +6,7 @@ docs/architectures.md shows what is found here; `python tests/test_architectures
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -192,7 +193,7 @@ def line(name: str, found: dict[str, str], reasons: dict[str, int]) -> str:
 def test_an_architecture_is_right_or_refused(name: str, tmp_path: Path) -> None:
     found = outcomes(name, tmp_path)
     text = PAGE.read_text(encoding="utf-8")
-    numbers = {sentence: int(n) for n, sentence in (row.split(". ", 1) for row in text.splitlines() if row[:1].isdigit())}
+    numbers = {sentence: int(n) for n, sentence in re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE)}
     assert line(name, found, numbers) in text.splitlines(), found
 
 
