@@ -187,7 +187,7 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
         device=settings["device"],
         subject=None if claims.report in NAMES else model,
         memory=not settings["fresh"],
-        own=claims.folder,
+        own=None if claims.folder and claims.folder.parent == REPORTS else claims.folder,  # the checkout's all count anyway
     )
     for claim in claims.claims:
         if claim.probe in COMPARES and (made.subject is None or made.subject.fingerprint == made.model.fingerprint):

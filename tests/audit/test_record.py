@@ -486,6 +486,7 @@ def test_a_folder_of_own_is_a_report_with_its_own_probes_beside_its_sources(tmp_
     made = {f"mine.{end}" for end in ("html", "ipynb", "json", "md", "sarif")}
     assert {file.name for file in mine.iterdir()} - {"__pycache__"} == made | sources.keys() | {"notes.txt", "figure-8.png"}
     (row,) = read_json(mine / "mine.json")["claims"]
+    assert row["provenance"]["source"] == workshop.source_sha256(mine) != workshop.source_sha256()
     assert (row["verdict"], row["measured"]["value"]) == ("confirmed", 10)
     assert "The end of mine." in (mine / "mine.html").read_text()
     report.check(mine, read_claims(mine))
