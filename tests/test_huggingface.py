@@ -519,10 +519,8 @@ def tampered(rounded: Path, out: Path, what: str) -> None:
     elif what == "another model's configuration":
         write_json(out / "config.json", {**read_json(out / "config.json"), "hidden_size": 1 << 20})
     elif what == "two sets of weights":
-        name = "model-00001-of-00001.safetensors"
-        shutil.copyfile(out / "model.safetensors", out / name)
-        index = {"metadata": {}, "weight_map": dict.fromkeys(tensors, name)}
-        write_json(out / "model.safetensors.index.json", index)
+        shutil.copyfile(out / "model.safetensors", out / "other.safetensors")
+        write_json(out / "config.json", {**read_json(out / "config.json"), "transformers_weights": "other.safetensors"})
     elif what == "a huge plane that is not there":
         header = [(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
         write_safetensors(out / "model.safetensors", header, (b"\0" * t.nbytes for t in tensors.values()))
