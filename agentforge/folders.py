@@ -22,14 +22,13 @@ from .tensorfiles import TEMPLATES, read_json
 MARKS = {
     "agentforge.json": r"history\.json",
     "agentforge-source.json": r"",
-    "recipe.json": r"lock|tensors|folder|(checkpoint|best)\.safetensors",
+    "recipe.json": r"lock|tensors(/(\d{5,}|shared)\.safetensors)?|folder|(checkpoint|best)\.safetensors",
     "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.agentforge-old)?",
 }
 # What a mark says in any case, if others may use its name, too.
 MARKED: dict[str, set[str]] = {"recipe.json": set(), "journal.json": {"recipe", "original", "attempts"}}
 # What an artifact can be of, if its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
-PIECES = r"(\d{5,}|shared)\.safetensors"
 REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
 
 
@@ -50,12 +49,9 @@ def foreign(folder: Path) -> str | None:
             return f"holds {child.name!a:.80}, which agentforge did not put there"
         if child.is_symlink() or not child.is_dir() or (mark, child.name) == ("recipe.json", "folder"):
             continue
-        if child.name == TEMPLATES:
-            strange = [file.name for file in child.iterdir() if not re.fullmatch(pattern, f"{TEMPLATES}/{file.name}")]
-            found = f"holds {strange[0]!a:.80}, which agentforge did not put there" if strange else None
-        elif mark == "recipe.json":
-            pieces = sorted(child.iterdir())
-            strange = [piece.name for piece in pieces if not (re.fullmatch(PIECES, piece.name) or _temporary(piece))]
+        if mark == "recipe.json" or child.name == TEMPLATES:
+            files = [file for file in sorted(child.iterdir()) if not _temporary(file)]
+            strange = [file.name for file in files if not re.fullmatch(pattern, f"{child.name}/{file.name}")]
             found = f"holds {strange[0]!a:.80}, which agentforge did not put there" if strange else None
         else:
             found = foreign(child)

@@ -191,11 +191,10 @@ def _is_packed(model: LanguageModel) -> bool:
 
 def _about(model: LanguageModel) -> dict[str, Any]:
     """What a hand-off says of a model, beside its files and its quality."""
-    rows = model.config.get("vocab_size")
     return {
         "form": "packed" if _is_packed(model) else "dense",
         "dtypes": model.dtypes,
-        "vocabulary": rows if isinstance(rows, int) and not model.is_classifier else None,
+        "vocabulary": None if model.is_classifier else model.vocabulary,
         "special_tokens": None if model.is_classifier else _special_tokens(model),
     }
 

@@ -237,8 +237,8 @@ class LanguageModel:
         ids = found[0] if found else TimeoutError(f"not done after {limit:.0f} s")
         if isinstance(ids, BaseException):
             raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({first_line(ids)})") from None
-        size = self.config.get("vocab_size")
-        if isinstance(size, int) and max(ids, default=0) >= size:
+        size = self.vocabulary
+        if size is not None and max(ids, default=0) >= size:
             raise BadInput(
                 f"{self.path}: its tokenizer gives the id {max(ids)}, its model knows {size} tokens; use its own tokenizer"
             )
@@ -261,7 +261,7 @@ class LanguageModel:
     @cached_property
     def _is_causal(self) -> bool:
         module = self.model
-        ids = torch.arange(1, 9, device=next(module.parameters()).device) % max(self.vocabulary, 2)
+        ids = torch.arange(1, 9, device=next(module.parameters()).device) % (self.vocabulary or 10)
         with torch.inference_mode():
             one, other = (
                 module(input_ids=torch.cat([ids, last])[None]).logits[0, :-1].double() for last in (ids[:1], ids[1:2])
@@ -269,10 +269,10 @@ class LanguageModel:
         return not bool((one - other).abs().max() > 1e-3 * one.abs().max())  # NaN is for others to find
 
     @property
-    def vocabulary(self) -> int:
-        """How many tokens the model knows."""
+    def vocabulary(self) -> int | None:
+        """How many tokens the model knows, if its configuration says so."""
         size = self.config.get("vocab_size")
-        return size if isinstance(size, int) else len(self.tokenizer)
+        return size if isinstance(size, int) else None
 
     def check_finite(self, found: torch.Tensor | float) -> None:
         """Raise BadInput if what the model gave is not finite, naming a tensor that is the reason if there is one."""

@@ -72,9 +72,6 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
             path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", {"file": path.name, "sha256": digest})
         )
     if path.is_dir():
-        _refuse_adapter(path)
-        if not (path / "config.json").is_file():
-            raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
         return _open_folder(path.resolve().name, path)
     if path.exists():
         raise BadInput(f"{path}: expected a folder or a file that ends in .gguf")
@@ -86,11 +83,18 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
 
 
 def _open_folder(name: str, path: Path) -> LanguageModel:
+    if (path / "adapter_config.json").is_file():
+        base = read_json(plain_file(path, "adapter_config.json")).get("base_model_name_or_path")
+        raise BadInput(
+            f"{path}: holds an adapter (PEFT) for {str(base)!a:.120}, not a model; merge it into that one first "
+            "(peft: merge_and_unload, save_pretrained)"
+        )
+    if not (path / "config.json").is_file():
+        raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
     config = read_json(plain_file(path, "config.json"))
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
         return load(path)
-    _refuse_adapter(path)
     if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
         raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
     weights = config.get("transformers_weights")
@@ -127,15 +131,6 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             if same and torch.equal(opened.tensor(kept), opened.tensor(tensor)):
                 del entries[tensor]
     return opened
-
-
-def _refuse_adapter(path: Path) -> None:
-    if (path / "adapter_config.json").is_file():
-        base = read_json(plain_file(path, "adapter_config.json")).get("base_model_name_or_path")
-        raise BadInput(
-            f"{path}: holds an adapter (PEFT) for {str(base)!a:.120}, not a model; merge it into that one first "
-            "(peft: merge_and_unload, save_pretrained)"
-        )
 
 
 def _smollm2() -> Path:
