@@ -118,7 +118,7 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
     """
     path, folder = Path(name_or_path).absolute(), None
     if path.suffix not in (".yaml", ".yml"):
-        folder = path if isinstance(name_or_path, Path) or is_path(name_or_path) else REPORTS / name_or_path
+        folder = path if is_path(name_or_path) else REPORTS / name_or_path
     elif path.parent.parent == REPORTS:
         folder = path.parent
     path = folder / "claims.yaml" if folder else Path(name_or_path)
@@ -157,9 +157,9 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
     return ClaimsFile(claims=claims, baselines=baselines, file=path.name, folder=folder, places=places, **rest)
 
 
-def is_path(report: str) -> bool:
+def is_path(report: str | Path) -> bool:
     """Whether a report is asked for by a path and not by its name."""
-    return os.sep in report or report.endswith((".yaml", ".yml"))
+    return isinstance(report, Path) or os.sep in report or report.endswith((".yaml", ".yml"))
 
 
 def claims_sha256(claims: Iterable[Claim]) -> str:

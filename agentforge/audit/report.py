@@ -237,8 +237,7 @@ def _comparable(file: Path) -> str:
 
 def _place(report: str | Path) -> str | Path:
     """A report's name as it is; a path made absolute, because the notebook runs elsewhere."""
-    path = Path(report).expanduser()
-    return path.absolute() if isinstance(report, Path) or is_path(report) else report
+    return Path(report).expanduser().absolute() if is_path(report) else report
 
 
 def _places(claims: ClaimsFile, settings: dict[str, Any]) -> list[str | None]:
