@@ -20,7 +20,6 @@ from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -76,7 +75,6 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = Path(checkpoint_files[0]).parent
         _fetch(model.config, folder, MANIFEST)
         self.artifact = Artifact(folder)
-        self.artifact.check(absent=True)
         entries = self.artifact.entries()
         if {Path(file) for file in checkpoint_files} != {entry.file for entry in entries.values()}:
             raise BadArtifact(f"{folder}: transformers reads other weight files here than those that the manifest has")
@@ -191,8 +189,8 @@ def _write(model: Any, out: Path, with_tokenizer: bool = True) -> None:
             (out / file).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, out / file)
             continue
-        with safe_open(source, framework="pt") as old:
-            names = old.offset_keys()  # the order in which they lie there
+        names = [name for name, entry in entries.items() if entry.file.name == file]
+        names.sort(key=lambda name: entries[name].offset)  # the order in which they lie there
         about = {name: changed.get(name, entries[name]) for name in names}
         write_safetensors(
             out / file,
@@ -222,7 +220,7 @@ def _rows_now(
     """
     state, modules = model.state_dict(), dict(model.named_modules())
 
-    def held(name: str) -> torch.Tensor:
+    def in_memory(name: str) -> torch.Tensor:
         found = state.get(name_in(model, name))
         if found is None:
             raise BadInput(f"save_pretrained: the model has no {name}; load the whole artifact to save it")
@@ -241,13 +239,13 @@ def _rows_now(
                 pairs = [(own.packed, layer.packed.cpu()), (own.scales, layer.scales.cpu())]
             else:
                 planes = [f"{name}.{plane}" for plane in stages.from_json(row["stage"]).layout(oriented(row))]
-                pairs = [(read_tensor(plane, entries[plane]), held(plane)) for plane in planes]
+                pairs = [(read_tensor(plane, entries[plane]), in_memory(plane)) for plane in planes]
             if not all(torch.equal(disk, memory) for disk, memory in pairs):
                 raise BadInput(f"save_pretrained: planes of {name} are not the artifact's; compress the model again")
             yield row, None
             continue
         kept = read_tensor(name, entries[name])
-        now = layer.bias.cpu() if isinstance(layer, TernaryLinear) and layer.bias is not None else held(name)
+        now = layer.bias.cpu() if isinstance(layer, TernaryLinear) and layer.bias is not None else in_memory(name)
         if torch.equal(kept.to(now.dtype), now):  # what was only rounded for memory is not changed
             yield row, None
             continue
