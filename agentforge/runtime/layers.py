@@ -47,20 +47,74 @@ class Fixed(nn.Module):
         kept = dict(self.named_buffers())
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in kept.items():
-            moved = self.get_buffer(name)
-            if moved.dtype != tensor.dtype and name != "like":
-                owner, _, leaf = name.rpartition(".")
-                setattr(self.get_submodule(owner), leaf, tensor.to(moved.device))
+            moved = self._buffers[name]
+            if moved is not None and moved.dtype != tensor.dtype and name != "like":
+                self._buffers[name] = tensor.to(moved.device)
         return self
 
 
-class PackedWeight(Fixed):
+class Readable(Fixed):
+    """A weight that is a tensor to modules that read the weight of a layer, instead of calling the layer: it says device,
+    dtype and shape, and is made dense, by `as_tensor`, for what else torch does with it.
+
+    like: empty, in what the model computes in.  Some modules round what they multiply to the dtype that a weight says.
+    """
+
+    like: torch.Tensor
+
+    def __init__(self, stored: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+        """stored: what is on disk, by name."""
+        super().__init__()
+        self._buffers.update(stored)
+        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+
+    @property
+    def shape(self) -> torch.Size:
+        """As the model has it."""
+        raise NotImplementedError
+
+    def as_tensor(self) -> torch.Tensor:
+        """The dense weight, of this shape and dtype."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.buffers()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in, as its other weights say."""
+        return self.like.dtype
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.endswith("_") and not name.startswith("_") and hasattr(torch.Tensor, name):
+                raise BadInput(
+                    f"packed weights: a module changes them in place ({name}), which planes cannot; load with runtime=dense"
+                ) from None
+            if name not in READ:
+                raise
+            return getattr(self.as_tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Readable, lambda weight: weight.as_tensor(), (args, kwargs or {}))
+        return function(*args, **kwargs)
+
+    def __matmul__(self, other: Any) -> Any:
+        return self.as_tensor() @ other
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.as_tensor()[index]
+
+
+class PackedWeight(Readable):
     """A weight float[out, in] as the planes of a stage, from which products are computed.
 
-    Buffers: a plane each, as stored (`Plane.stored`), under its name; if that has a dot, in modules of their own.
-
-    To modules that read the weight of a layer, instead of calling the layer, it is a tensor: it says device, dtype and
-    shape, and is decoded for what else torch does with it.
+    Buffers: a plane each, as stored (`Plane.stored`), under its name.
 
     Planes are checked when they are first used, and again after they were loaded or moved.  If they are entropy-coded or
     refined, they are kept a second time, as packed integers, and `resident_bytes` counts both.  With the entropy code
@@ -81,10 +135,8 @@ class PackedWeight(Fixed):
     ) -> None:
         """stored: the planes by name, in the order of `stage.layout(shape)`.  shared: those that all weights share.  dtype:
         what the model computes in.  transposed: whether the model has it as [in, out]."""
-        super().__init__()
+        super().__init__(stored, dtype)
         self.stage, self.out_features, self.in_features, self.transposed = stage, shape[0], shape[1], transposed
-        _hang(self, stored)
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
         self._shared = (shared,)  # in a tuple: it belongs to the model, not to each weight
 
     @property
@@ -117,52 +169,19 @@ class PackedWeight(Fixed):
         return self._ready  # type: ignore[no-any-return]
 
     @property
-    def device(self) -> torch.device:
-        """Where the planes are."""
-        return next(self.buffers()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the model computes in, as its other weights say."""
-        dtype: torch.dtype = self.like.dtype
-        return dtype
-
-    @property
     def shape(self) -> torch.Size:
         """As the model has it."""
         rows, columns = self.out_features, self.in_features
         return torch.Size((columns, rows) if self.transposed else (rows, columns))
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.endswith("_") and not name.startswith("_") and hasattr(torch.Tensor, name):
-                raise BadInput(
-                    f"packed weights: a module changes them in place ({name}), which planes cannot; load with runtime=dense"
-                ) from None
-            if name not in READ:
-                raise
-            return getattr(self._as_tensor(), name)
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(cls, cls._as_tensor, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-    def __matmul__(self, other: Any) -> Any:
-        return self._as_tensor() @ other
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._as_tensor()[index]
-
-    def _as_tensor(self) -> torch.Tensor:
+    def as_tensor(self) -> torch.Tensor:
+        """The decoded weight, of this shape and dtype."""
         found = self.dense(self.dtype)
         return found.T if self.transposed else found
 
     def dense(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """The decoded weight: dtype[out, in]."""
-        out = torch.empty(self.ready.shape, dtype=dtype, device=next(self.buffers()).device)
+        out = torch.empty(self.ready.shape, dtype=dtype, device=self.device)
         for first, last in self.ready.parts():
             out[first:last] = self.ready.rows(first, last)
         return out
@@ -200,7 +219,7 @@ class SharedPlanes(Fixed):
     def __init__(self, stage: Stage, stored: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
         self.stage = stage
-        _hang(self, stored)
+        self._buffers.update(stored)
 
     @property
     def packed(self) -> Packed:
@@ -247,44 +266,44 @@ class PackedLinear(nn.Module):
 
 
 class PackedEmbedding(nn.Module):
-    """ids -> rows of W, from its planes; `like` holds the dtype that the model computes in."""
+    """ids -> rows of W, from its planes."""
 
-    like: torch.Tensor
-
-    def __init__(self, weight: PackedWeight, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         self.weight = weight
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids: int[...].  Returns [..., size]."""
-        return self.weight.lines(ids, self.like.dtype)
+        return self.weight.lines(ids, self.weight.dtype)
 
 
-class Half(Fixed):
+class Half(Readable):
     """A token embedding or an output head whose matrix stays in 16 bits.  dtype: what the model computes in."""
 
-    like: torch.Tensor
-
     def __init__(self, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self._buffers["weight"] = weight.detach()
-        self.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
+        super().__init__({"weight": weight.detach()}, dtype)
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The matrix in what the model computes in, to modules that read it: some round what they multiply to its dtype."""
-        return self._stored.to(self.like.dtype)
+    def weight(self) -> Half:
+        """Itself, to modules that read it."""
+        return self
+
+    @property
+    def shape(self) -> torch.Size:
+        """As the model has it."""
+        return self._stored.shape
+
+    def as_tensor(self) -> torch.Tensor:
+        """The matrix in what the model computes in."""
+        return self._stored.to(self.dtype)
 
     @property
     def _stored(self) -> torch.Tensor:
-        stored = self._buffers["weight"]
-        assert stored is not None
-        return stored
+        return cast(torch.Tensor, self._buffers["weight"])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rows of the matrix for ids, x: int[...]; their products with vectors, in x's dtype, for x: float[..., in]."""
-        return self.product(x) if x.is_floating_point() else nn.functional.embedding(x, self._stored).to(self.like.dtype)
+        return self.product(x) if x.is_floating_point() else nn.functional.embedding(x, self._stored).to(self.dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """x W^T in x's dtype, x: float[..., in]."""
@@ -304,33 +323,30 @@ class TiedHead(nn.Module):
         self.bias = bias
 
     @property
-    def weight(self) -> Any:
+    def weight(self) -> PackedWeight | Half:
         """The embedding's, to modules that read it."""
-        (weight,) = self._weight
-        return weight.weight if isinstance(weight, Half) else weight
+        return self._weight[0]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., vocabulary] in x's dtype."""
-        (weight,) = self._weight
-        out = weight.product(x.to(next(weight.buffers()).device)).to(x.device)
+        out = self.weight.product(x.to(self.weight.device)).to(x.device)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
 class WithPacked(nn.Module):
-    """A module with packed tensors.  packed_shapes: of each, by name.  like: has the dtype that the model computes in."""
+    """A module with packed tensors.  packed_shapes: of each, by name."""
 
     packed_shapes: dict[str, tuple[int, ...]]
-    like: torch.Tensor
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own, with packed tensors decoded to the dtype of the input, or of `like` if that is not a float."""
+        """The module's own, with packed tensors decoded to the dtype of the input, or to the model's if that is no float."""
         inputs = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.is_floating_point())
-        dtype = next(inputs, self.like).dtype
+        like = next(inputs, None)
         found = dict(_decoded.get())
         for name, shape in self.packed_shapes.items():
             weight = self._modules[name]
             assert isinstance(weight, PackedWeight)
-            found[id(self), name] = weight.dense(dtype).reshape(shape)
+            found[id(self), name] = weight.dense(weight.dtype if like is None else like.dtype).reshape(shape)
         token = _decoded.set(found)
         try:
             return super().forward(*args, **kwargs)
@@ -348,14 +364,12 @@ def _class_of(own: Any, names: tuple[str, ...]) -> type[nn.Module]:
     return type(f"Packed{own.__name__}", (WithPacked, own), {name: tensor(name) for name in names})
 
 
-def pack_parameter(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int], dtype: torch.dtype) -> None:
+def pack_parameter(module: nn.Module, name: str, weight: PackedWeight, shape: Sequence[int]) -> None:
     """Put `weight` in place of the module's parameter `name`, which has this shape; its class becomes a `WithPacked`."""
     own: Any = type(module)
     packed_shapes: dict[str, tuple[int, ...]] = {}
     if isinstance(module, WithPacked):
         own, packed_shapes = type(module).__bases__[1], module.packed_shapes
-    else:
-        module.register_buffer("like", torch.empty(0, dtype=dtype), persistent=False)
     del module._parameters[name]
     module._modules[name] = weight
     packed_shapes = {**packed_shapes, name: tuple(shape)}
@@ -372,18 +386,6 @@ def resident_bytes(model: nn.Module) -> int:
         elif isinstance(module, SharedPlanes) and module._ready is not None:
             tensors += [plane.values for plane in module._ready]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
-
-
-def _hang(module: nn.Module, stored: Mapping[str, torch.Tensor]) -> None:
-    """Register tensors as buffers; a dotted name makes modules on the way."""
-    for name, tensor in stored.items():
-        *way, leaf = name.split(".")
-        owner = module
-        for part in way:
-            if part not in owner._modules:
-                owner.add_module(part, nn.Module())
-            owner = owner.get_submodule(part)
-        owner.register_buffer(leaf, tensor)
 
 
 def _planes(module: nn.Module, layout: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[Plane, ...]:

@@ -17,7 +17,17 @@ from ..artifact import SHARED, Artifact, oriented
 from ..errors import BadArtifact
 from ..stages.ternary import Ternary
 from ..tensorfiles import read_tensor
-from .layers import Fixed, Half, PackedEmbedding, PackedLinear, PackedWeight, SharedPlanes, TiedHead, pack_parameter
+from .layers import (
+    Fixed,
+    Half,
+    PackedEmbedding,
+    PackedLinear,
+    PackedWeight,
+    Readable,
+    SharedPlanes,
+    TiedHead,
+    pack_parameter,
+)
 from .linear import TernaryLinear
 
 if TYPE_CHECKING:
@@ -72,11 +82,11 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
                 stage, shape, planes, shared if stage.shared_layout() else None, dtype, tuple(row["shape"]) != shape
             )
             if leaf == "weight" and type(owner) is nn.Embedding:
-                _put(model, path, PackedEmbedding(weight, dtype))
+                _put(model, path, PackedEmbedding(weight))
             elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):
                 _put(model, path, PackedLinear(weight, owner.bias))
             else:
-                pack_parameter(owner, leaf, weight, row["shape"], dtype)
+                pack_parameter(owner, leaf, weight, row["shape"])
             placed[name] = weight
         elif (
             row["dtype"] in ("float16", "bfloat16")
@@ -109,7 +119,7 @@ def finish(model: nn.Module) -> None:
     for path, layer in list(model.named_modules()):
         if not isinstance(layer, PackedLinear) or type(layer.weight.stage) is not Ternary:
             continue
-        device = next(layer.weight.buffers()).device
+        device = layer.weight.device
         if device.type == "meta":
             continue  # offloaded: decoded when it comes back
         try:
@@ -117,9 +127,9 @@ def finish(model: nn.Module) -> None:
         except BadArtifact as error:
             raise BadArtifact(f"tensor {path}.weight: {error}") from None
         _put(model, path, ternary.to(device))
-    if next(model.parameters(), None) is None:  # transformers asks for the device and the dtype of one
-        device, like = next((b.device, b) for name, b in model.named_buffers() if name.rpartition(".")[2] == "like")
-        model.register_parameter("no_weight", nn.Parameter(torch.empty(0, dtype=like.dtype, device=device)))
+    weight = next((module for module in model.modules() if isinstance(module, Readable)), None)
+    if weight is not None and next(model.parameters(), None) is None:  # transformers asks for device and dtype of one
+        model.register_parameter("no_weight", nn.Parameter(torch.empty(0, dtype=weight.dtype, device=weight.device)))
     model.requires_grad_(False)
 
 
