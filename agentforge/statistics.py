@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import islice
 from threading import local
@@ -91,9 +91,10 @@ def collect(
     module = model.on(calibration.device).model
     most = min(workers or os.cpu_count() or 1, 4) if device.type == "cpu" else 1
     body = module if model.is_classifier else getattr(module, "base_model", module)
-    layers = dict(module.named_modules())
-    owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in model.weights() if not weight.experts}
-    same = _same_input(body, windows[0], owners) | {weight.name: weight.name for weight in model.weights() if weight.experts}
+    layers, weights = dict(module.named_modules()), model.weights()
+    experts = [weight.name for weight in weights if weight.experts]
+    owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in weights if not weight.experts}
+    same = _same_input(body, windows[0], owners) | {name: name for name in experts}
     mine = local()
 
     def add(key: str, values: torch.Tensor) -> None:
@@ -108,7 +109,7 @@ def collect(
 
     def run(window: torch.Tensor) -> dict[str, tuple[torch.Tensor, int]]:
         mine.found = {}
-        with torch.no_grad(), _Experts(model, of_expert):
+        with torch.no_grad(), watched:
             body(window)
         found, mine.found = mine.found, {}
         return found  # type: ignore[no-any-return]
@@ -119,7 +120,7 @@ def collect(
     with ExitStack() as stack:
         for key in set(same.values()) & owners.keys():
             stack.enter_context(owners[key].register_forward_pre_hook(lambda _, args, key=key: add(key, args[0])))
-        stack.enter_context(_expert_by_expert(module))
+        watched = stack.enter_context(_expert_by_expert(module, experts, of_expert))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)  # a product's bits depend on how many threads share it
         pool = stack.enter_context(ThreadPoolExecutor(most))
@@ -137,16 +138,22 @@ def collect(
     found = {name: means[key] for name, key in same.items() if key in means}
     if not calibration.sensitivity_tokens:
         return found
-    curvatures = _sensitivities(
-        model, calibration, {name: o for name, o in owners.items() if name in found}, windows, progress
-    )
+    rows = {weight.name: weight.shape[0] for weight in weights if weight.name in found}
+    curvatures = _sensitivities(model, calibration, rows, owners, windows, progress)
     return {name: replace(about, sensitivity=curvatures.get(name)) for name, about in found.items()}
 
 
 def _sensitivities(
-    model: LanguageModel, calibration: Calibration, owners: dict[str, Any], windows: list[torch.Tensor], progress: bool
+    model: LanguageModel,
+    calibration: Calibration,
+    rows: dict[str, int],
+    owners: dict[str, Any],
+    windows: list[torch.Tensor],
+    progress: bool,
 ) -> dict[str, torch.Tensor]:
     """`InputStatistics.sensitivity` of each weight: float32[out]; none of one whose module gives more than its output.
+
+    rows: of each weight, which is of experts if it has no owner.
 
     For each window, log p(y) is differentiated for one token y per position, drawn from the model's own prediction: scores
     of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
@@ -156,8 +163,6 @@ def _sensitivities(
     wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
     sums: dict[str, torch.Tensor] = {}
     seen = 0
-
-    rows = {weight.name: weight.shape[0] for weight in model.weights()}
 
     def noted(name: str, output: Any, first: int = 0) -> Any:
         """The output, whose gradients are added to the sums of a weight's rows from `first` on."""
@@ -178,10 +183,9 @@ def _sensitivities(
         return noted(name, output, expert * output.shape[-1])  # type: ignore[no-any-return]
 
     with ExitStack() as stack:
-        for name, owner in owners.items():
-            stack.enter_context(owner.register_forward_hook(lambda _, __, output, name=name: noted(name, output)))
-        stack.enter_context(_expert_by_expert(module))
-        stack.enter_context(_Experts(model, of_expert))
+        for name in rows.keys() & owners.keys():
+            stack.enter_context(owners[name].register_forward_hook(lambda _, __, output, name=name: noted(name, output)))
+        stack.enter_context(stack.enter_context(_expert_by_expert(module, rows.keys() - owners.keys(), of_expert)))
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
         for parameter in wanted:
@@ -212,19 +216,19 @@ def _sensitivities(
 class _Experts(TorchFunctionMode):
     """Calls `note(name, expert, input, output)` for the product of each expert's matrix, and takes its output from there.
 
-    Experts are slices of one tensor, not modules; a product is theirs if its matrix lies in that tensor.
+    names: of the parameters of which experts are slices; a product is an expert's if its matrix lies in one of them.
     """
 
-    def __init__(self, model: LanguageModel, note: Callable[[str, int, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def __init__(
+        self, module: Any, names: Collection[str], note: Callable[[str, int, torch.Tensor, torch.Tensor], Any]
+    ) -> None:
         super().__init__()
-        parameters = dict(model.model.named_parameters())
-        names = [weight.name for weight in model.weights() if weight.experts]
-        self.names = {parameters[name].untyped_storage().data_ptr(): name for name in names}
+        self.names = {module.get_parameter(name).untyped_storage().data_ptr(): name for name in names}
         self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear and self.names:
+        if func is torch.nn.functional.linear:
             matrix = args[1]
             if name := self.names.get(matrix.untyped_storage().data_ptr()):
                 return self.note(name, matrix.storage_offset() // matrix.numel(), args[0], output)
@@ -232,15 +236,18 @@ class _Experts(TorchFunctionMode):
 
 
 @contextmanager
-def _expert_by_expert(module: Any) -> Iterator[None]:
-    """transformers multiplies one expert after the other, and not all of them by one kernel."""
-    if not hasattr(module, "get_experts_implementation"):
-        yield
+def _expert_by_expert(
+    module: Any, names: Collection[str], note: Callable[..., Any]
+) -> Iterator[AbstractContextManager[Any]]:
+    """While this is open, transformers multiplies one expert after the other, not all by one kernel.  Gives `_Experts`, to
+    be entered by each thread that runs the module; without names nothing happens."""
+    if not names:
+        yield nullcontext()
         return
     before = module.get_experts_implementation()
     module.set_experts_implementation("eager")
     try:
-        yield
+        yield _Experts(module, names, note)
     finally:
         module.set_experts_implementation(before)
 
