@@ -21,69 +21,23 @@ from agentforge.evaluation import Text, likelihood
 from agentforge.models import LanguageModel
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, collect
+from tests.architectures import make
 from tests.conftest import make_tiny_llama
 
 TEXT = Text("counting", "test", " ".join(str(i) for i in range(400)))
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 258, "initializer_range": 0.2}
-CONFIGS = {
-    "gpt2": transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, vocab_size=258, initializer_range=0.2),
-    "bert": transformers.BertConfig(**SIZES, intermediate_size=64, max_position_embeddings=64),
-    "llama4": transformers.Llama4TextConfig(
-        **SIZES,
-        intermediate_size=32,
-        intermediate_size_mlp=64,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_local_experts=2,
-        num_experts_per_tok=1,
-        max_position_embeddings=64,
-    ),
-    "mamba": transformers.MambaConfig(
-        vocab_size=258, hidden_size=32, num_hidden_layers=1, state_size=8, initializer_range=0.2, pad_token_id=0
-    ),
-    "mamba2": transformers.Mamba2Config(
-        vocab_size=258,
-        hidden_size=32,
-        num_hidden_layers=1,
-        state_size=16,
-        num_heads=4,
-        head_dim=16,
-        n_groups=1,
-        pad_token_id=0,
-    ),
-    "mixtral": transformers.MixtralConfig(
-        **SIZES, intermediate_size=48, num_key_value_heads=1, num_local_experts=4, max_position_embeddings=64
-    ),
-    "qwen3_moe": transformers.Qwen3MoeConfig(
-        **SIZES,
-        intermediate_size=64,
-        moe_intermediate_size=16,
-        num_key_value_heads=1,
-        head_dim=16,
-        num_experts=4,
-        num_experts_per_tok=2,
-        max_position_embeddings=64,
-    ),
-}
 
 
 @pytest.fixture
 def made(tmp_path: Path, request: pytest.FixtureRequest) -> LanguageModel:
-    """A tiny model of the architecture that the test names, one token per byte."""
-    folder = make_tiny_llama(tmp_path / request.param)
-    (folder / "model.safetensors").unlink()
-    config = CONFIGS[request.param]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return open_model(folder)
+    """A tiny model of the architecture that the test names, of 64 positions."""
+    return open_model(make(request.param, tmp_path / request.param, max_position_embeddings=64))
 
 
-@pytest.mark.parametrize("made", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("made", ["GPT2"], indirect=True)
 def test_sensitivities_of_conv1d_are_of_its_outputs(made: LanguageModel) -> None:
     """GPT-2 stores [in, out]; by hand, with a gradient for each output."""
     found = collect(made, Calibration(TEXT, 48, 48, 48), progress=False)
-    (window,) = ([*made.encode(TEXT.text)[:48]],)
+    window = made.encode(TEXT.text)[:48]
     outputs: dict[str, torch.Tensor] = {}
     module = made.model
     for name in found:
@@ -98,7 +52,7 @@ def test_sensitivities_of_conv1d_are_of_its_outputs(made: LanguageModel) -> None
         torch.testing.assert_close(found[name].sensitivity, gradient[0].square().mean(0), rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("made", ["gpt2"], indirect=True)
+@pytest.mark.parametrize("made", ["GPT2"], indirect=True)
 def test_windows_are_no_longer_than_the_model_takes(made: LanguageModel, tmp_path: Path) -> None:
     """64 positions; calibration asks for 1024 and evaluation for 2048 if nothing else is said."""
     assert af.perplexity(made, TEXT, progress=False).protocol["context"] == 64
@@ -108,7 +62,7 @@ def test_windows_are_no_longer_than_the_model_takes(made: LanguageModel, tmp_pat
     assert fitted.measured.kl.protocol["context"] == 64 and fitted.bits <= 4
 
 
-@pytest.mark.parametrize("made", ["llama4"], indirect=True)
+@pytest.mark.parametrize("made", ["Llama4Text"], indirect=True)
 def test_a_router_that_gives_several_outputs_has_no_sensitivity(made: LanguageModel) -> None:
     found = collect(made, Calibration(TEXT, 64, 64, 64), progress=False)
     without = [name for name, stats in found.items() if stats.sensitivity is None]
@@ -116,7 +70,7 @@ def test_a_router_that_gives_several_outputs_has_no_sensitivity(made: LanguageMo
     assert all(stats.sensitivity is None or stats.sensitivity.any() for stats in found.values())
 
 
-@pytest.mark.parametrize("made", ["bert"], indirect=True)
+@pytest.mark.parametrize("made", ["Bert"], indirect=True)
 def test_what_sees_later_tokens_has_no_perplexity(made: LanguageModel, tmp_path: Path) -> None:
     for ask in (
         lambda: af.perplexity(made, TEXT, tokens=64, progress=False),
@@ -230,7 +184,7 @@ def test_what_another_tool_quantised_is_not_taken_for_weights(tmp_path: Path, ki
         open_model(folder)
 
 
-@pytest.mark.parametrize("made", ["mixtral", "qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe"], indirect=True)
 def test_experts_have_statistics_of_the_tokens_that_the_router_sends_them(made: LanguageModel) -> None:
     """By hand, from the router's own choice: what each expert is fed, and the gradients of what it gives."""
     found = collect(made, Calibration(TEXT, 48, 48, 48), progress=False)
@@ -272,7 +226,7 @@ def test_experts_have_statistics_of_the_tokens_that_the_router_sends_them(made: 
     torch.testing.assert_close(down.sensitivity.reshape(4, 32), by_hand, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("made", ["mixtral", "qwen3_moe"], indirect=True)
+@pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe"], indirect=True)
 def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path) -> None:
     fitted = fit(made, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=128, progress=False)
     kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
@@ -281,7 +235,7 @@ def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])
-@pytest.mark.parametrize("made", ["mamba", "mamba2", "llama4", "bert", "gpt2"], indirect=True)
+@pytest.mark.parametrize("made", ["Mamba", "Mamba2", "Llama4Text", "Bert", "GPT2"], indirect=True)
 def test_modules_that_read_a_packed_weight_find_it(made: LanguageModel, tmp_path: Path, embeddings: bool) -> None:
     """They take a layer's matrix, or its dtype and device, instead of calling it; a tied head has a bias of its own."""
     if hasattr(made.model, "cls"):  # else nothing would show that a head lost its bias
