@@ -274,7 +274,7 @@ def fit(
     model.check()
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
-    model.check_causal()
+    evaluation.check_causal(model)
     out = check_out(out, model.path, replace=True)
     if budget.bits is None and not overwrite and out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")

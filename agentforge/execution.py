@@ -7,7 +7,6 @@ result does not depend on the worker.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import gc
 import math
 from collections.abc import Callable, Iterator
@@ -20,14 +19,13 @@ import torch
 
 from . import stages
 from .artifact import Encoded, read_shared, relative_error
+from .blockwise import give_back_freed_memory
 from .errors import AgentForgeError, BadInput
 from .models import Weight, as_matrix, device_named
 from .statistics import InputStatistics
 from .version import __version__
 
 FALLBACK = stages.get("rounding", bits=8)
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-OWN_BLOCK = 4 << 20  # bytes from which a block is returned as soon as it is freed
 PATIENCE = 5  # seconds until a scheduler that does not answer is given up
 
 
@@ -109,19 +107,6 @@ def encode_tensor(task: Task) -> Encoded | str:
         del decoded
         return Encoded.of(stage, packed, error_, reasons[0] if reasons else None)
     return "; ".join(reasons)
-
-
-def give_back_freed_memory() -> None:
-    """Have the C library return what is free to the system: what is there now, and large blocks at once from here on.
-
-    glibc raises the size from which it asks the system for a block of its own up to 32 MB, and serves smaller ones from
-    heaps of each thread.  Freed ones become holes there, and holes side by side even take in the largest tensors, which then
-    stay resident: without this, memory grows for as long as there are tensors.
-    """
-    library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim") and hasattr(library, "mallopt"):  # other C libraries have neither
-        library.mallopt(M_MMAP_THRESHOLD, OWN_BLOCK)
-        library.malloc_trim(0)
 
 
 def is_finite(values: torch.Tensor) -> bool:

@@ -181,14 +181,32 @@ class LanguageModel:
             module = self.skeleton(device="cpu")
             module.load_state_dict({k: v.to(torch.float32) for k, v in self.state_dict().items()})
             return module.eval()
+        return self._build(self.state_dict())
+
+    def _build(self, tensors: dict[str, torch.Tensor]) -> Any:
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         config = self._hf_config
         with quiet_transformers():
             built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=self.state_dict(), dtype=torch.float32
+                None, config=config, state_dict=tensors, dtype=torch.float32
             )
         return built.eval()
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether the module can be built without its matrices, which are then read block by block."""
+        return "model" not in vars(self) and not self.is_classifier
+
+    def hollow(self) -> tuple[Any, list[str]]:
+        """The module, and the names of its matrices that are not in memory: none if it was built before."""
+        if not self.in_blocks:
+            return self.model, []
+        self.check()
+        names = [name for name, e in self.entries.items() if len(e.shape) > 1 and e.dtype.is_floating_point]
+        gone = {name: absent(self.entries[name].shape) for name in names}
+        module = self._build({name: gone[name] if name in gone else self.tensor(name) for name in self.entries})
+        return module.requires_grad_(False), names
 
     def on(self, device: str) -> LanguageModel:
         """Itself, its module moved to this device, on which it is measured and trained from then on.
@@ -249,24 +267,6 @@ class LanguageModel:
         """The BOS token, if the tokenizer puts it before every text; else nothing."""
         bos = self.tokenizer.bos_token_id
         return [bos] if bos is not None and self.encode("a", special=True)[:1] == [bos] else []
-
-    def check_causal(self) -> None:
-        """Raise BadInput if what the model says at a token depends on later ones: it sees what it is to predict."""
-        if not self._is_causal:
-            raise BadInput(
-                f"{self.name}: is no causal model: it sees the tokens that it is to predict, so that its likelihoods mean "
-                "nothing; choose a decoder"
-            )
-
-    @cached_property
-    def _is_causal(self) -> bool:
-        module = self.model
-        ids = torch.arange(1, 9, device=next(module.parameters()).device) % (self.vocabulary or 10)
-        with torch.inference_mode():
-            one, other = (
-                module(input_ids=torch.cat([ids, last])[None]).logits[0, :-1].double() for last in (ids[:1], ids[1:2])
-            )
-        return not bool((one - other).abs().max() > 1e-3 * one.abs().max())  # NaN is for others to find
 
     @property
     def vocabulary(self) -> int | None:
@@ -438,6 +438,11 @@ class BuiltModel(LanguageModel):
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
         """A function that holds the tensor itself: another process would have to build the model first."""
         return partial(torch.tensor, self.tensor(name).numpy())
+
+
+def absent(shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of NaN that takes no memory."""
+    return torch.tensor(torch.nan).expand(shape)
 
 
 def converted_bytes(source: Any) -> int | None:

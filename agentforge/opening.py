@@ -268,6 +268,11 @@ class ArtifactModel(LanguageModel):
         return packed.build(self, self.artifact)
 
     @property
+    def in_blocks(self) -> bool:
+        """Only what is decoded; packed layers are small enough."""
+        return self.runtime == "dense" and super().in_blocks
+
+    @property
     def bytes_on_disk(self) -> int:
         """Size of the artifact's weight files."""
         return self.artifact.weight_bytes

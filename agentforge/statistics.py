@@ -1,28 +1,25 @@
 """Statistics of the inputs of each layer on calibration text: H = E[x x^T], its diagonal, and how many tokens were seen.
 
-One pass over the text serves all layers.  A window of tokens runs through the model on one thread, and the windows' sums
-are added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the
-same tensor (q, k and v; gate and up), and the experts of one layer, share one H.  All H are in memory at once, as float32:
-4 bytes * in^2 per distinct one, 0.4 GB for SmolLM2-135M, plus as much for each worker.
+One pass over the text, block by block, serves all layers.  A window of tokens runs on one thread, and the windows' sums are
+added in the windows' order: the result is the same bits whatever the number of workers.  Layers that are fed the same tensor
+(q, k and v; gate and up), and the experts of one layer, share one H.  In memory are the H of one block, one set for each
+worker; the others wait on the disk, 4 bytes * in^2 per distinct one: 0.4 GB for SmolLM2-135M, 22 GB for 7 B parameters.
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from itertools import islice
-from threading import local
+from threading import Lock, local
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from tqdm.auto import tqdm
 
 from . import digits
+from .blockwise import Passes, Spill, progress_bar
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
 from .models import LanguageModel, check_workers, device_named
@@ -31,6 +28,7 @@ from .stages.base import Stage
 
 TOKENS = 8192
 CONTEXT = 1024
+RECENT = 3  # distinct H in memory that were asked for last
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
 
@@ -73,82 +71,124 @@ class Calibration:
         return self
 
 
+class Collected(Mapping[str, InputStatistics]):
+    """Statistics by the weight's name, which are read from the disk when they are asked for, the last few of them once."""
+
+    def __init__(self) -> None:
+        self._spill, self._lock = Spill(), Lock()
+        self._sums: dict[str, tuple[Callable[[], torch.Tensor], int]] = {}
+        self._last: dict[str, InputStatistics] = {}
+        self.keys_of: dict[str, str] = {}  # of each weight, the first one that is fed the same tensor
+        self.sensitivities: dict[str, torch.Tensor] = {}
+
+    def add(self, key: str, total: torch.Tensor, count: int) -> None:
+        """Add the sum of x x^T over `count` tokens."""
+        if key in self._sums:
+            before, more = self._sums[key]
+            total, count = before() + total, more + count
+        self._sums[key] = self._spill.put(total), count
+
+    def __getitem__(self, name: str) -> InputStatistics:
+        key = self.keys_of[name]
+        with self._lock:
+            found = self._last.pop(key, None)
+            if found is None:
+                total, count = self._sums[key]
+                mean = total().div_(count)
+                found = InputStatistics(mean.add_(mean.T.clone()).div_(2), count)  # symmetric to the last bit
+            self._last[key] = found  # as the last one
+            if len(self._last) > RECENT:
+                del self._last[next(iter(self._last))]
+        return replace(found, sensitivity=self.sensitivities[name]) if name in self.sensitivities else found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys_of)
+
+    def __len__(self) -> int:
+        return len(self.keys_of)
+
+
 def collect(
     model: LanguageModel, calibration: Calibration | None = None, workers: int | None = None, progress: bool = True
-) -> dict[str, InputStatistics]:
+) -> Collected:
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
     The experts of a layer share one H, of the tokens that the router sends to any of them; sensitivities are of each one.
 
-    workers: threads, each with one window in memory (default: one per core, at most 4; on a GPU one).  The model's module
-    is moved to `calibration.device`; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for
-    settings out of range.
+    workers: windows that run at once (default: one per core, at most 4; on a GPU one).  On a GPU the model's module is built
+    there; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for settings out of range.
     """
     calibration = (calibration or Calibration()).for_model(model)
     check_workers(workers)
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
-    module = model.on(calibration.device).model
-    most = min(workers or os.cpu_count() or 1, 4) if device.type == "cpu" else 1
+    if device.type != "cpu" or not model.in_blocks:
+        model.on(calibration.device)
+    passes = Passes(model)
+    module = passes.module
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers, weights = dict(module.named_modules()), model.weights()
     experts = [weight.name for weight in weights if weight.experts]
     owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in weights if not weight.experts}
-    same = _same_input(body, windows[0], owners) | {name: name for name in experts}
+    found = Collected()
+    sums: dict[str, tuple[torch.Tensor, int]] = {}
     mine = local()
 
-    def add(key: str, values: torch.Tensor) -> None:
+    def add(key: str, values: torch.Tensor, into: dict[str, tuple[torch.Tensor, int]]) -> None:
         x = values.detach().reshape(-1, values.shape[-1]).to(torch.float32)
         product = x.T @ x
-        total, n = mine.found.get(key, (None, 0))
-        mine.found[key] = (product if total is None else total + product, n + len(x))
+        total, n = into.get(key, (None, 0))
+        into[key] = (product if total is None else total.add_(product), n + len(x))
+
+    def see(name: str, values: torch.Tensor) -> None:
+        same = next((key for key, other in mine.inputs if other is values), name)
+        found.keys_of[name] = same
+        if same == name:
+            mine.inputs.append((name, values))  # keeping it keeps its identity from being given to another
+            add(name, values, mine.sums)
 
     def of_expert(name: str, _: int, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        add(name, values)
+        found.keys_of[name] = name
+        add(name, values, mine.sums)
         return output
 
-    def run(window: torch.Tensor) -> dict[str, tuple[torch.Tensor, int]]:
-        mine.found = {}
-        with torch.no_grad(), watched:
-            body(window)
-        found, mine.found = mine.found, {}
-        return found  # type: ignore[no-any-return]
+    def run(_: Any, window: torch.Tensor) -> None:
+        mine.inputs, mine.sums = [], {}
+        with torch.no_grad():
+            body(window, **without_cache(model))
 
-    sums: dict[str, torch.Tensor] = {}
-    seen: Counter[str] = Counter()
-    running: deque[Future[dict[str, tuple[torch.Tensor, int]]]] = deque()
+    def passed(_: Any) -> None:
+        for key, (product, n) in mine.sums.items():
+            total, before = sums.get(key, (None, 0))
+            sums[key] = (product if total is None else total.add_(product), before + n)
+        mine.inputs, mine.sums = [], {}
+
+    def closed(_: Any) -> None:
+        while sums:
+            key, (total, n) = sums.popitem()
+            found.add(key, total.cpu(), n)
+
     with ExitStack() as stack:
-        for key in set(same.values()) & owners.keys():
-            stack.enter_context(owners[key].register_forward_pre_hook(lambda _, args, key=key: add(key, args[0])))
+        for name, owner in owners.items():
+            stack.enter_context(owner.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])))
         watched = stack.enter_context(_expert_by_expert(module, experts, of_expert))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)  # a product's bits depend on how many threads share it
-        pool = stack.enter_context(ThreadPoolExecutor(most))
-        waiting = iter(windows)
-        for _ in _bar(windows, f"statistics: {model.name}", progress):
-            # No more windows than threads are under way, whose sums are in memory.
-            running += [pool.submit(run, window) for window in islice(waiting, most - len(running))]
-            for key, (product, n) in running.popleft().result().items():
-                sums[key] = sums[key].add_(product) if key in sums else product
-                seen[key] += n
-    means = {}
-    for key, total in sums.items():
-        mean = total.cpu() / seen[key]
-        means[key] = InputStatistics((mean + mean.T) / 2, seen[key])  # symmetric to the last bit
-    found = {name: means[key] for name, key in same.items() if key in means}
-    if not calibration.sensitivity_tokens:
-        return found
-    rows = {weight.name: weight.shape[0] for weight in weights if weight.name in found}
-    curvatures = _sensitivities(model, calibration, rows, owners, windows, progress)
-    return {name: replace(about, sensitivity=curvatures.get(name)) for name, about in found.items()}
+        with progress_bar(f"statistics: {model.name}" if progress else None, passes.steps) as bar:
+            deque(passes.map(run, windows, bar, workers, passed, closed, within=watched), maxlen=0)
+    found.keys_of = {weight.name: found.keys_of[weight.name] for weight in weights if weight.name in found.keys_of}
+    if calibration.sensitivity_tokens:
+        rows = {weight.name: weight.shape[0] for weight in weights if weight.name in found}
+        some = windows[: -(-calibration.sensitivity_tokens // calibration.context)]
+        found.sensitivities = _sensitivities(model, passes, rows, owners, some, workers, progress)
+    return found
 
 
 def _sensitivities(
     model: LanguageModel,
-    calibration: Calibration,
+    passes: Passes,
     rows: dict[str, int],
     owners: dict[str, Any],
     windows: list[torch.Tensor],
+    workers: int | None,
     progress: bool,
 ) -> dict[str, torch.Tensor]:
     """`InputStatistics.sensitivity` of each weight: float32[out]; none of one whose module gives more than its output.
@@ -159,21 +199,19 @@ def _sensitivities(
     of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
     their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
     """
-    module = model.model
-    wanted = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    sums: dict[str, torch.Tensor] = {}
-    seen = 0
+    module, mine = passes.module, local()
 
     def noted(name: str, output: Any, first: int = 0) -> Any:
         """The output, whose gradients are added to the sums of a weight's rows from `first` on."""
-        if not isinstance(output, torch.Tensor):  # of a router that gives several, which one the weight made is unknown
+        # Of a router that gives several outputs, which one the weight made is unknown.
+        if not isinstance(output, torch.Tensor) or not torch.is_grad_enabled():
             return output
 
         def add(gradient: torch.Tensor) -> None:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
-            if name not in sums:
-                sums[name] = squares.new_zeros(rows[name])
-            sums[name][first : first + len(squares)] += squares
+            if name not in mine.sums:
+                mine.sums[name] = squares.new_zeros(rows[name])
+            mine.sums[name][first : first + len(squares)] += squares
 
         output = output if output.requires_grad else output.detach().requires_grad_()
         output.register_hook(add)
@@ -182,35 +220,41 @@ def _sensitivities(
     def of_expert(name: str, expert: int, _: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         return noted(name, output, expert * output.shape[-1])  # type: ignore[no-any-return]
 
+    def run(module: Any, numbered: tuple[int, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+        mine.sums = {}
+        generator = torch.Generator().manual_seed(numbered[0])
+        output = module(numbered[1], **without_cache(model))
+        logits = getattr(output, "logits", output)
+        logits = logits.reshape(-1, logits.shape[-1])
+        with torch.no_grad():
+            model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
+            gradient = logits.to(torch.float32).softmax(-1)
+            drawn = torch.multinomial(gradient.cpu(), 1, generator=generator).to(logits.device)
+            gradient.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))  # of log p(drawn)
+        try:
+            logits.backward(gradient.to(logits.dtype))
+        except RuntimeError as error:
+            if "inplace operation" not in str(error):
+                raise
+            raise BadInput(
+                f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
+                "sensitivities, such as vptq"
+            ) from None
+        return mine.sums, len(drawn)
+
     with ExitStack() as stack:
         for name in rows.keys() & owners.keys():
             stack.enter_context(owners[name].register_forward_hook(lambda _, __, output, name=name: noted(name, output)))
-        stack.enter_context(stack.enter_context(_expert_by_expert(module, rows.keys() - owners.keys(), of_expert)))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        torch.set_num_threads(1)
-        for parameter in wanted:
-            stack.callback(parameter.requires_grad_, True)
-            parameter.requires_grad_(False)  # gradients of activations are all that is asked for
-        generator = torch.Generator().manual_seed(0)
-        for window in _bar(windows, f"sensitivity: {model.name}", progress):
-            if seen >= calibration.sensitivity_tokens and not model.is_classifier:
-                break
-            output = module(window)
-            logits = getattr(output, "logits", output)
-            model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
-            scores = logits.reshape(-1, logits.shape[-1]).to(torch.float32).log_softmax(-1)
-            drawn = torch.multinomial(scores.detach().exp().cpu(), 1, generator=generator).to(scores.device)
-            try:
-                scores.gather(1, drawn).sum().backward()
-            except RuntimeError as error:
-                if "inplace operation" not in str(error):
-                    raise
-                raise BadInput(
-                    f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
-                    "sensitivities, such as vptq"
-                ) from None
-            seen += len(scores)
-    return {name: (total / seen).to("cpu", torch.float32) for name, total in sums.items()}
+        watched = stack.enter_context(_expert_by_expert(module, rows.keys() - owners.keys(), of_expert))
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                stack.callback(parameter.requires_grad_, True)
+                parameter.requires_grad_(False)  # gradients of activations are all that is asked for
+        with progress_bar(f"sensitivity: {model.name}" if progress else None, 2 * passes.steps) as bar:
+            parts = list(passes.map(run, list(enumerate(windows)), bar, workers, backward=True, within=watched))
+    seen = sum(count for _, count in parts)
+    sums = {name: [part[name] for part, _ in parts if name in part] for name in rows}
+    return {name: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for name, of in sums.items() if of}
 
 
 class _Experts(TorchFunctionMode):
@@ -282,23 +326,6 @@ def first_tokens(model: LanguageModel, text: str, count: int, special: bool = Fa
     return ids[:count]
 
 
-def _same_input(body: Any, window: torch.Tensor, owners: dict[str, Any]) -> dict[str, str]:
-    """For each weight the first one that is fed the same tensor, found by running a few tokens."""
-    inputs: dict[str, torch.Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        def hook(_: Any, args: tuple[torch.Tensor, ...]) -> None:
-            inputs[name] = args[0]  # keeping it keeps its identity from being given to another
-
-        return hook
-
-    with torch.no_grad(), ExitStack() as stack:
-        for name, owner in owners.items():
-            stack.enter_context(owner.register_forward_pre_hook(note(name)))
-        body(window[:, :4] if window.dtype == torch.int64 else window)
-    first: dict[int, str] = {}
-    return {name: first.setdefault(id(inputs[name]), name) if name in inputs else name for name in owners}
-
-
-def _bar(windows: list[torch.Tensor], what: str, progress: bool) -> Any:
-    return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)
+def without_cache(model: LanguageModel) -> dict[str, bool]:
+    """What keeps a language model from storing keys and values that nobody asks for again."""
+    return {} if model.is_classifier else {"use_cache": False}

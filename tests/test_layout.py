@@ -16,7 +16,7 @@ LAYERS = (
     ("artifact",),
     ("runtime",),
     ("opening",),
-    ("evaluation", "statistics"),
+    ("blockwise", "evaluation", "statistics"),
     ("execution", "pipeline", "tracking", "modelcard", "huggingface"),
     ("chain",),
     ("training", "handoff", "registry", "allocation"),

@@ -1,7 +1,7 @@
 """Evaluation: what a model does, as Measurements."""
 
 from .classification import accuracy, accuracy_retention
-from .likelihood import Divergence, divergence, divergences, perplexity
+from .likelihood import Divergence, check_causal, divergence, divergences, perplexity
 from .measurement import Measurement
 from .phase5 import EdgeOfChaos, Eudaimonia, edge_of_chaos, eudaimonia
 from .tasks import TaskResult, evaluate_tasks
@@ -16,6 +16,7 @@ __all__ = [
     "Text",
     "accuracy",
     "accuracy_retention",
+    "check_causal",
     "divergence",
     "divergences",
     "edge_of_chaos",

@@ -15,13 +15,14 @@ reports/coverage shows how often the intervals hold the whole text's value.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
-from tqdm.auto import tqdm
 
+from ..blockwise import Passes, progress_bar
 from ..errors import BadInput
 from ..models import LanguageModel
 from . import intervals
@@ -30,7 +31,9 @@ from .texts import Text, find_text
 
 Bos = Literal["none", "text", "window"]
 ROWS = 256  # positions whose distributions are in memory at once
+LOGITS = 1 << 28  # numbers that a model's answers to windows may have together: 1 GB
 LEAST, MOST = 4, 32  # clusters of a measurement
+_CAUSAL: dict[str, bool] = {}
 
 
 class Divergence(NamedTuple):
@@ -80,10 +83,16 @@ def perplexity(
     """
     found = find_text(text)
     windows, protocol = plan(model, found, context, stride, tokens, bos)
-    losses = []
-    for window in _bar(windows, f"perplexity of {model.name}", progress):
-        parts = [cross_entropy(rows, targets, reduction="none").double() for rows, targets in _rows(model, window)]
-        losses.append(torch.cat(parts)[:, None])
+
+    def of_window(module: Any, window: Window) -> torch.Tensor:
+        parts = zip(*(x.split(ROWS) for x in _scored(module, window)), strict=True)
+        return torch.cat([cross_entropy(rows.float(), ids, reduction="none").double() for rows, ids in parts])[:, None]
+
+    passes, groups = Passes(model), _groups(model, windows)
+    losses: list[torch.Tensor] = []
+    with progress_bar(f"perplexity of {model.name}" if progress else None, len(groups) * passes.steps) as bar:
+        for group in groups:
+            losses += passes.map(of_window, group, bar, threads=0)
     sums, error = _clusters(losses)
     return _perplexity(sums[:, 1], sums[:, 0], error, protocol, model.fingerprint)
 
@@ -135,21 +144,35 @@ def compared(
 ) -> list[list[torch.Tensor]]:
     """What each model says of each window's scored tokens beside the original, float64[tokens, 6] a window: KL, same top-1,
     both models' losses, hits of both."""
-    parts: list[list[torch.Tensor]] = [[] for _ in models]
+
+    def beside(module: Any, both: tuple[Window, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        window, (theirs, targets) = both
+        rows = []
+        for p, q, ids in zip(*(x.split(ROWS) for x in (theirs, _scored(module, window)[0], targets)), strict=True):
+            p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+            mine, top = q.argmax(-1), p.argmax(-1)
+            losses, base = (-x.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for x in (q, p))
+            kl = (p.exp() * (p - q)).sum(-1)
+            columns = (kl, top == mine, losses, base, mine == ids, top == ids)
+            rows.append(torch.stack([column.double() for column in columns], 1))
+        return torch.cat(rows)
+
     names = ", ".join(model.name for model in models)
-    for window in _bar(windows, f"{names} against {original.name}", progress):
-        theirs = [(p := logits.log_softmax(-1), p.argmax(-1), targets) for logits, targets in _rows(original, window)]
-        for model, of_windows in zip(models, parts, strict=True):
-            rows = []
-            for (p, top, targets), (logits, _) in zip(theirs, _rows(model, window), strict=True):
-                q = logits.log_softmax(-1)
-                mine = q.argmax(-1)
-                losses, base = (-x.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for x in (q, p))
-                kl = (p.exp() * (p - q)).sum(-1)
-                columns = (kl, top == mine, losses, base, mine == targets, top == targets)
-                rows.append(torch.stack([column.double() for column in columns], 1))
-            of_windows.append(torch.cat(rows))
+    first, passes, groups = Passes(original), [Passes(model) for model in models], _groups(original, windows)
+    steps = len(groups) * (first.steps + sum(one.steps for one in passes))
+    parts: list[list[torch.Tensor]] = [[] for _ in models]
+    with progress_bar(f"{names} against {original.name}" if progress else None, steps) as bar:
+        for group in groups:
+            base = list(first.map(_scored, group, bar, threads=0))
+            for one, of_windows in zip(passes, parts, strict=True):
+                of_windows += one.map(beside, list(zip(group, base, strict=True)), bar, threads=0)
     return parts
+
+
+def _groups(model: LanguageModel, windows: list[Window]) -> list[list[Window]]:
+    """Windows that run at the same time: as many as have LOGITS numbers for answers, and one at least."""
+    most = max(1, LOGITS // (max(len(window.ids) for window in windows) * (model.vocabulary or 1)))
+    return [windows[i : i + most] for i in range(0, len(windows), most)]
 
 
 def divergence_of(sums: torch.Tensor, error: str, protocol: dict[str, Any], model: str, original: str) -> Divergence:
@@ -211,7 +234,7 @@ def plan(
         raise BadInput(f"tokens={tokens}; expected 2 or more, for a standard error")
     if bos not in ("none", "text", "window"):
         raise BadInput(f"bos={bos!r}; expected none, text or window")
-    model.check_causal()
+    check_causal(model)
     tokenizer = model.tokenizer
     ids = model.encode(text.text)
     first_id: list[int] = []
@@ -277,22 +300,33 @@ def _tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _rows(model: LanguageModel, window: Window) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits, float32[rows, vocabulary], and target ids, int64[rows], of a window's scored tokens, in parts."""
-    module = model.model
-    device = next(module.parameters()).device
-    ids = torch.tensor([window.ids], device=device)
+def _scored(module: Any, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, float[tokens, vocabulary], and target ids, int64[tokens], of a window's scored tokens."""
+    ids = torch.tensor([window.ids], device=next(module.parameters()).device)
     with torch.inference_mode():
         logits = module(input_ids=ids, use_cache=False).logits[0, window.first - 1 : -1]
-    targets = ids[0, window.first :]
-    for part, ids_part in zip(logits.split(ROWS), targets.split(ROWS), strict=True):
-        yield part.float(), ids_part
+    return logits, ids[0, window.first :]
+
+
+def check_causal(model: LanguageModel) -> None:
+    """Raise BadInput if what the model says at a token depends on later ones: it sees what it is to predict.
+
+    It is tried once for each configuration, which compressed models share with their originals.
+    """
+    ours = ("quantization_config", "dtype", "torch_dtype")
+    key = json.dumps({name: value for name, value in model.config.items() if name not in ours}, sort_keys=True)
+    if key not in _CAUSAL:
+        ids = [i % (model.vocabulary or 10) for i in range(1, 9)]
+        both = [Window([*ids, last], 1) for last in ids[:2]]
+        one, other = (logits[:-1].double() for logits, _ in Passes(model).map(_scored, both))
+        _CAUSAL[key] = not bool((one - other).abs().max() > 1e-3 * one.abs().max())  # NaN is for others to find
+    if not _CAUSAL[key]:
+        raise BadInput(
+            f"{model.name}: is no causal model: it sees the tokens that it is to predict, so that its likelihoods mean "
+            "nothing; choose a decoder"
+        )
 
 
 def _perplexity(losses: torch.Tensor, counts: torch.Tensor, error: str, protocol: dict[str, Any], model: str) -> Measurement:
     found = intervals.mean(losses, counts, error, log=True)
     return Measurement(unit="perplexity", protocol=protocol, inputs={"model": model}, **found)
-
-
-def _bar(windows: list[Window], what: str, progress: bool) -> Any:
-    return tqdm(windows, desc=what, unit="window", leave=False, disable=None if progress else True)
