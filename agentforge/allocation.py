@@ -22,25 +22,29 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from os import cpu_count
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
 from . import evaluation, stages
-from .artifact import Artifact
+from .artifact import Artifact, Encoded
+from .blockwise import Spill
 from .errors import BadInput
 from .evaluation import Divergence, Text
+from .execution import Task, encode_tensor, price_tensor, results
 from .folders import check_out, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress
+from .stages.base import damage as damage
 from .statistics import Calibration, InputStatistics, collect
 
 if TYPE_CHECKING:
@@ -52,11 +56,13 @@ PASSES = 6  # artifacts that are made at most on the way to a limit
 
 
 class Candidate(NamedTuple):
-    """A stage for a weight.  bytes: of its planes on disk.  damage: predicted, nats per token."""
+    """A stage for a weight.  bytes: of its planes on disk.  damage: predicted, nats per token.  counted: whether planes were
+    made to count their bytes, which are estimated otherwise."""
 
     stage: stages.Stage
     bytes: int
     damage: float
+    counted: bool = True
 
 
 @dataclass(frozen=True)
@@ -114,18 +120,6 @@ class Fit(NamedTuple):
     outside: tuple[str, ...] = ()
 
 
-def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) -> float:
-    """1/2 tr(G E H E^T) of E = decoded - weight, float[out, in]: predicted KL divergence, nats per token.
-
-    Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.
-    """
-    error = decoded.double() - weight.double()
-    lost = ((error @ stats.hessian.double()) * error).sum(1)
-    if stats.sensitivity is not None:
-        lost = lost * stats.sensitivity.double()
-    return float(lost.sum()) / 2
-
-
 def candidates(
     model: LanguageModel,
     statistics: Mapping[str, InputStatistics],
@@ -135,58 +129,45 @@ def candidates(
     workers: int | None = None,
     device: str = "cpu",
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> dict[str, list[Candidate]]:
     """Bytes and damage of each stage of `ladder` on each weight that has statistics, sensitivity included, by its name.
 
     The result is kept in the cache folder, under a hash of all its inputs, one line per weight: a second budget,
     or a run after a kill, does not encode again.  device: "cuda" searches on a GPU in the stages that can.
-    Raises BadInput if a stage cannot encode a weight, or shares planes.
+    executor: works in place of threads, as for `compress`.  Raises BadInput if a stage cannot encode a weight, or shares
+    planes.
     """
     check_workers(workers)
     for stage in ladder:
         stage.check()
         if stage.shared_layout():
             raise BadInput(f"{stage}: shares planes between weights, which takes one stage for all of them")
-    torch_device = device_named(device)
+    device_named(device)
     journal = _journal(model, calibration, ladder)
-    found: dict[str, list[tuple[int, float]]] = {}
-    if journal.is_file():
-        for line in journal.read_text(encoding="utf-8").splitlines():
-            try:
-                found.update(json.loads(line))
-            except ValueError:  # the end of a line that a kill cut off
-                continue
+    found: dict[str, list[tuple[int, float, bool]]] = _read_lines(journal)
     weights = [w for w in model.weights() if w.name in statistics and statistics[w.name].sensitivity is not None]
     todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
-
-    def measure(weight: Weight) -> tuple[str, list[tuple[int, float]]]:
-        dense, stats = weight.load().to(torch.float32), statistics[weight.name]
-        rows = []
-        for stage in ladder:
-            packed = stage.encode(dense.to(torch_device) if stage.uses_gpu else dense, stats, name=weight.name)
-            size = sum(plane.stored().nbytes for plane in packed)
-            rows.append((size, damage(dense, stage.decode(packed), stats)))
-        return weight.name, rows
-
     journal.parent.mkdir(parents=True, exist_ok=True)
-    pool = ThreadPoolExecutor(workers or cpu_count() or 1)
-    about = {"unit": "weight", "leave": False, "desc": "candidates", "disable": None if progress else True}
-    with open(journal, "a", encoding="utf-8") as lines:
-        try:
-            made = pool.map(measure, todo)
-            for name, rows in tqdm(made, total=len(weights), initial=len(weights) - len(todo), **about):
-                found[name] = rows
-                lines.write(json.dumps({name: rows}) + "\n")
-                lines.flush()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    bar = _bar("candidates", len(weights), len(weights) - len(todo), progress)
+    about: dict[str, Any] = {"stage": ladder[0], "seed": 0, "device": device, "fallback": False}
+    tasks = (
+        partial(price_tensor, Task.of(w, model.reader(w.name), statistics[w.name], **about), tuple(ladder)) for w in todo
+    )
+    with bar, open(journal, "a", encoding="utf-8") as lines:
+        for weight, rows in zip(todo, results(tasks, executor, workers), strict=True):
+            found[weight.name] = rows
+            lines.write(json.dumps({weight.name: rows}) + "\n")
+            lines.flush()
+            bar.update()
     return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
 
 
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
     """The file of a model's candidates; its name is a hash of all their inputs, our own source included."""
     here = Path(__file__).parent
-    sources = [*sorted((here / "stages").glob("*.py")), here / "statistics.py", here / "planes.py", here / "allocation.py"]
+    others = ("statistics", "blockwise", "planes", "entropy", "execution", "allocation")
+    sources = [*sorted((here / "stages").glob("*.py")), *(here / f"{name}.py" for name in others)]
     depends = {
         "model": model.fingerprint,
         "calibration": calibration.to_json(),
@@ -195,6 +176,15 @@ def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[st
     }
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()[:16]
     return cache_dir() / "candidates" / f"{key}.jsonl"
+
+
+def _read_lines(journal: Path) -> dict[str, Any]:
+    """All lines of a journal, one JSON object each, as one."""
+    found: dict[str, Any] = {}
+    for line in journal.read_text(encoding="utf-8").splitlines() if journal.is_file() else []:
+        with suppress(ValueError):  # the end of a line that a kill cut off
+            found.update(json.loads(line))
+    return found
 
 
 def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
@@ -256,6 +246,7 @@ def fit(
     device: str = "cpu",
     overwrite: bool = False,
     progress: bool = True,
+    executor: Executor | None = None,
 ) -> Fit:
     """The artifact of least predicted damage in `budget`, measured as it is loaded back from `out`.
 
@@ -264,7 +255,8 @@ def fit(
     sensitivities included, if already available.  recovery: how to train the codes afterwards, by distillation on
     selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the divergence is measured
     on; max_kl is checked against it.  device: for statistics, training, measuring, and the search of stages that can use it;
-    sums are rounded differently on a GPU, so the recipe names it.
+    sums are rounded differently on a GPU, so the recipe names it.  executor: works in place of threads, as for
+    `compress`; the result is the same.
 
     Raises BadInput if the budget cannot be met, and as `compress` does.
     """
@@ -286,10 +278,13 @@ def fit(
     for stage in ladder:
         calibration = calibration.for_stage(stage)
     statistics = statistics or collect(model, calibration, workers, progress)
-    options = candidates(model, statistics, calibration, ladder, workers=workers, device=device, progress=progress)
+    how: dict[str, Any] = {"workers": workers, "executor": executor}
+    options = candidates(model, statistics, calibration, ladder, device=device, progress=progress, **how)
     rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}
-    settings = {"calibration": calibration, "statistics": statistics, "workers": workers}
-    search = _Search(model, options, rest, found_text, tokens, device, progress, settings)
+    settings = {"calibration": calibration, "statistics": statistics, **how}
+    journal = _journal(model, calibration, ladder).with_suffix(".counted.jsonl")
+    counted = _read_lines(journal)
+    search = _Search(model, options, rest, found_text, tokens, device, progress, settings, journal, counted, Spill(), {})
     if budget.bytes is not None:
         return search.finished(*search.within_bytes(budget.bytes, out, overwrite))
     if budget.bits is None:
@@ -302,16 +297,21 @@ def fit(
 
 class _Search(NamedTuple):
     """What the artifacts of one fit are made of and measured on.  rest: a stage for each weight beside `options`.  settings:
-    the same for every `compress`."""
+    the same for every `compress`.  encoded: by weight and stage, what has been encoded already and waits on the disk.
+    counted: bytes by weight and place in `options`, as the journal has them."""
 
     model: LanguageModel
-    options: Mapping[str, Sequence[Candidate]]
+    options: Mapping[str, list[Candidate]]
     rest: Mapping[str, stages.Stage]
     text: Text
     tokens: int
     device: str
     progress: bool
     settings: dict[str, Any]
+    journal: Path
+    counted: dict[str, int]
+    spill: Spill
+    encoded: dict[tuple[str, stages.Stage], Callable[[], Encoded]]
 
     @property
     def parameters(self) -> int:
@@ -320,11 +320,47 @@ class _Search(NamedTuple):
 
     def make(self, plane_bytes: int, folder: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most so many bytes of planes, and its predicted damage."""
-        chosen = allocate(self.options, plane_bytes)
+        chosen = self.chosen(plane_bytes)
         plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
-        about = self.settings | {"embeddings": bool(self.rest), "overwrite": overwrite}
+        ready = {name: self.encoded[name, one.stage] for name, one in chosen.items() if (name, one.stage) in self.encoded}
+        about = self.settings | {"embeddings": bool(self.rest), "overwrite": overwrite, "ready": ready}
         artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, **about)
         return artifact, sum(one.damage for one in chosen.values())
+
+    def chosen(self, plane_bytes: int) -> dict[str, Candidate]:
+        """The allocation for so many bytes, counted ones: what was estimated is encoded, until nothing else is chosen."""
+        while True:
+            found = allocate(self.options, plane_bytes)
+            todo = [weight for weight in self.model.weights() if weight.name in found and not found[weight.name].counted]
+            if not todo:
+                return found
+            keys = {w.name: f"{w.name} {self.options[w.name].index(found[w.name])}" for w in todo}
+            # What an earlier run counted saves the work, and nothing else: the way to the result stays the same.
+            new = [weight for weight in todo if keys[weight.name] not in self.counted]
+            tasks = (partial(encode_tensor, self._task(weight, found[weight.name].stage)) for weight in new)
+            how = self.settings["executor"], self.settings["workers"]
+            with _bar("encoding", len(new), 0, self.progress) as bar, open(self.journal, "a", encoding="utf-8") as lines:
+                for weight, encoded in zip(new, results(tasks, *how), strict=True):
+                    assert isinstance(encoded, Encoded)
+                    self.encoded[weight.name, encoded.stage] = self._put(encoded)
+                    self.counted[keys[weight.name]] = sum(plane.data.nbytes for plane in encoded.planes)
+                    lines.write(json.dumps({keys[weight.name]: self.counted[keys[weight.name]]}) + "\n")
+                    lines.flush()
+                    bar.update()
+            for name, key in keys.items():
+                options = self.options[name]
+                options[options.index(found[name])] = found[name]._replace(bytes=self.counted[key], counted=True)
+
+    def _task(self, weight: Weight, stage: stages.Stage) -> Task:
+        about = {"stage": stage, "seed": 0, "device": self.device, "fallback": False}
+        return Task.of(weight, self.model.reader(weight.name), self.settings["statistics"][weight.name], **about)
+
+    def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
+        waiting = [self.spill.put(torch.from_numpy(np.require(plane.data, requirements="W"))) for plane in encoded.planes]
+        empty = encoded._replace(planes=tuple(plane._replace(data=np.empty(0, np.uint8)) for plane in encoded.planes))
+        return lambda: empty._replace(
+            planes=tuple(p._replace(data=data().numpy()) for p, data in zip(empty.planes, waiting, strict=True))
+        )
 
     def planes(self, artifact: Artifact) -> int:
         """Bytes of the planes of the weights that have options."""
@@ -417,6 +453,10 @@ def _bytes_for(options: Mapping[str, Sequence[Candidate]], damage: float) -> int
         else:
             low = middle
     return high
+
+
+def _bar(what: str, total: int, done: int, progress: bool) -> Any:
+    return tqdm(total=total, initial=done, unit="weight", leave=False, desc=what, disable=None if progress else True)
 
 
 @contextmanager

@@ -40,6 +40,9 @@ out = Console(soft_wrap=True)
 
 Model = Annotated[str, Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")]
 ArtifactDir = Annotated[Path, Argument(metavar="DIR", help="An artifact.")]
+Scheduler = Annotated[
+    str | None, Option(help="Address of a Dask scheduler, such as tcp://host:8786, whose workers encode; same bytes.")
+]
 Overwrite = Annotated[bool, Option(help="Replace an artifact made with other settings.")]
 Threads = Annotated[int | None, Option(help="Threads (default: one per core); same bytes.")]
 Device = Annotated[str, Option(help="cpu or cuda.")]
@@ -194,10 +197,7 @@ def compress(
     fallback: Annotated[
         bool, Option(help="Encode weights that the stage cannot with rounding:bits=8, or keep them; off: refuse them.")
     ] = False,
-    scheduler: Annotated[
-        str | None,
-        Option(help="Address of a Dask scheduler, such as tcp://host:8786, whose workers encode; same bytes."),
-    ] = None,
+    scheduler: Scheduler = None,
     calibration: Annotated[str, Option(help="Text for input statistics: selftext, wikitext2 or a text file.")] = "selftext",
     calibration_tokens: Annotated[int, Option(min=1, help="How many tokens of the calibration text to read.")] = 8192,
     as_json: AsJson = False,
@@ -246,10 +246,12 @@ def fit(
     recover: Annotated[int | None, Option(min=1, help="Train the codes: steps of 4,096 tokens, in the same bits.")] = None,
     workers: Threads = None,
     device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
+    scheduler: Scheduler = None,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Find the settings that meet a budget with the least damage, one per weight, and measure the result."""
+    from . import execution
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
     from .models import device_named
@@ -262,7 +264,8 @@ def fit(
     start = time.perf_counter()
     options: dict[str, Any] = {"embeddings": embeddings, "text": text, "tokens": tokens, "workers": workers}
     options |= {"recovery": Settings.of_codes(recover) if recover else None, "device": device, "overwrite": overwrite}
-    found = run(opened, out_dir, Budget(most, bits, max_kl), progress=not as_json, **options)
+    with execution.connected(scheduler) as executor:
+        found = run(opened, out_dir, Budget(most, bits, max_kl), executor=executor, progress=not as_json, **options)
     seconds = time.perf_counter() - start
     measured = found.measured
     caption = (

@@ -120,15 +120,36 @@ def _sealed(kind: int, body: bytes) -> bytes:
 
 def _encode_digit(lines: Array, width: int) -> bytes:
     """The shortest section for a digit, int32[rows, columns] below 2**width, as far as the histograms tell beforehand."""
-    ways = [(ONE, lines, np.zeros(len(lines), np.int64))]
-    for kind, these in ((ROWS, lines), (COLUMNS, lines.T)):
-        if min(these.shape) >= CLASSES and lines.max() < these.shape[1]:  # more values than frequencies in a line
-            ways.append((kind, these, _classes(these)))
-    counts = [_counts(these, classes) for _, these, classes in ways]
-    sizes = [_coded_size(found, len(these)) for found, (_, these, _) in zip(counts, ways, strict=True)]
-    best = sizes.index(min(sizes))
+    best = min(_ways(lines, len(lines), int(lines.max())), key=lambda way: way[0])
     packed = bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))
-    return min(packed, _modelled(*ways[best], counts[best]), key=len)
+    return min(packed, _modelled(*best[1:]), key=len)
+
+
+def _ways(lines: Array, rows: int, largest: int) -> list[tuple[int, int, Array, Array, Array]]:
+    """How a digit can be modelled: `_coded_size`, kind, lines, the class of each, and their counts.
+
+    lines: int32[n, columns], all of the `rows` rows or a sample.  largest: value in all of them.
+    """
+    columns, times = lines.shape[1], rows / len(lines)
+    ways = []
+    for kind, these, count, length in ((ONE, lines, 0, 0), (ROWS, lines, rows, columns), (COLUMNS, lines.T, columns, rows)):
+        # More values than frequencies in a line.
+        if kind == ONE or (min(these.shape) >= CLASSES and largest < length):
+            classes = np.zeros(len(these), np.int64) if kind == ONE else _classes(these)
+            counts = _counts(these, classes)
+            ways.append((_coded_size(counts, count, max(largest + 1, 2), times), kind, these, classes, counts))
+    return ways
+
+
+def expected_bytes(sample: Array, rows: int, largest: int) -> float:
+    """About the bytes of `encode` for a plane of uint16, without coding it.
+
+    sample: int32[n, columns], some of its `rows` rows.  largest: value in all of them.
+    """
+    ways = [[(sample, largest)]]
+    if largest > LIKELIEST:
+        ways.append([(sample >> 8, largest >> 8), (sample & LIKELIEST, LIKELIEST)])
+    return min(sum(min(way[0] for way in _ways(lines, rows, top)) for lines, top in digits) for digits in ways) / (8 << 16)
 
 
 def _counts(lines: Array, classes: Array) -> Array:
@@ -137,12 +158,15 @@ def _counts(lines: Array, classes: Array) -> Array:
     return np.stack([np.bincount(lines[classes == k].reshape(-1), minlength=size) for k in range(int(classes.max()) + 1)])
 
 
-def _coded_size(counts: Array, lines: int) -> int:
-    """About the size of a section, in 2**-16 bits; the logarithms are rounded, so that it is the same on every machine."""
+def _coded_size(counts: Array, lines: int, values: int, times: float) -> int:
+    """About the size of a section, in 2**-16 bits; the logarithms are rounded, so that it is the same on every machine.
+
+    lines: that have a class.  values: in a histogram.  times: how often what was counted is there.
+    """
     frequencies = np.stack([_frequencies(row) for row in counts])
     bits = np.rint(65536 * np.log2(frequencies.sum(1, keepdims=True) / np.maximum(frequencies, 1))).astype(np.int64)
-    header = counts.size * FREQUENCY_BITS + (lines * CLASS_BITS if len(counts) > 1 else 0)
-    return int((counts * bits).sum()) + (header << 16)
+    header = len(counts) * values * FREQUENCY_BITS + lines * CLASS_BITS
+    return int((counts * bits).sum() * times) + (header << 16)
 
 
 def _classes(lines: Array) -> Array:

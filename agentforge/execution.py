@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from .models import Weight, as_matrix, device_named
 from .statistics import InputStatistics
 from .version import __version__
 
+R = TypeVar("R")
 FALLBACK = stages.get("rounding", bits=8)
 PATIENCE = 5  # seconds until a scheduler that does not answer is given up
 
@@ -81,10 +85,7 @@ def encode_tensor(task: Task) -> Encoded | str:
     Raises BadInput if the weight cannot be read, if the stage cannot encode it and there is to be no fallback, or
     if this process runs another agentforge than the one that asked.
     """
-    if task.version != __version__:
-        raise BadInput(
-            f"{task.name}: a worker runs agentforge {__version__}, the command {task.version}; install the same on both"
-        )
+    _check_version(task)
     device = device_named(task.device)
     reasons: list[str] = []
     give_back_freed_memory()
@@ -109,10 +110,64 @@ def encode_tensor(task: Task) -> Encoded | str:
     return "; ".join(reasons)
 
 
+def price_tensor(task: Task, ladder: tuple[stages.Stage, ...]) -> list[tuple[int, float, bool]]:
+    """What `Stage.price` says of a weight, for each stage of `ladder`.
+
+    Raises BadInput as `encode_tensor` does, without a fallback.
+    """
+    _check_version(task)
+    give_back_freed_memory()
+    dense, stats, device = task.load().to(torch.float32), task.stats, device_named(task.device)
+    assert stats is not None
+    return [stage.price(dense.to(device) if stage.uses_gpu else dense, stats, task.name) for stage in ladder]
+
+
+def _check_version(task: Task) -> None:
+    if task.version != __version__:
+        raise BadInput(
+            f"{task.name}: a worker runs agentforge {__version__}, the command {task.version}; install the same on both"
+        )
+
+
 def is_finite(values: torch.Tensor) -> bool:
     """Whether no value is NaN or infinite, without a tensor of the same size for the answer."""
     low, high = torch.aminmax(values)  # either is NaN if any value is
     return math.isfinite(float(low)) and math.isfinite(float(high))
+
+
+def tasks_at_once(executor: Executor | None, workers: int | None) -> int:
+    """How many tasks are under way at the same moment."""
+    if executor and not workers:
+        # Two each: a worker that has finished begins the next one while its planes are on the way.
+        return 2 * (getattr(executor, "_max_workers", None) or os.cpu_count() or 1)
+    return workers or os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def executor_or_threads(executor: Executor | None, threads: int) -> Iterator[Executor]:
+    """The executor, which stays open, or threads of this process; tasks that have not begun are dropped after an error."""
+    if executor:
+        yield executor
+        return
+    pool = ThreadPoolExecutor(threads)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def results(tasks: Iterator[Callable[[], R]], executor: Executor | None, workers: int | None) -> Iterator[R]:
+    """What the tasks give, in their order, by the executor or by threads; a task is made when it can begin soon."""
+    most = tasks_at_once(executor, workers)
+    running: deque[Future[R]] = deque()
+    with executor_or_threads(executor, most) as pool:
+        while True:
+            running.extend(pool.submit(task) for task in islice(tasks, most - len(running)))
+            if not running:
+                return
+            with failures_of(executor):
+                result = running.popleft().result()
+            yield result
 
 
 @contextlib.contextmanager

@@ -209,11 +209,13 @@ class LanguageModel:
         return module.requires_grad_(False), names
 
     def on(self, device: str) -> LanguageModel:
-        """Itself, its module moved to this device, on which it is measured and trained from then on.
+        """Itself, its module moved to this device, on which it is measured and trained from then on; one that has not been
+        built yet need not be on the CPU.
 
         Raises BadInput if there is no such device.
         """
-        self.model.to(device_named(device))
+        if device_named(device).type != "cpu" or "model" in vars(self):
+            self.model.to(device)
         return self
 
     @cached_property

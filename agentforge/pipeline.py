@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import deque
-from collections.abc import Callable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from tqdm.auto import tqdm
 from . import stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
 from .errors import BadInput
-from .execution import Task, encode_tensor, failures_of, is_finite
+from .execution import Task, encode_tensor, executor_or_threads, failures_of, is_finite, tasks_at_once
 from .folders import check_out
 from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
@@ -43,6 +41,7 @@ def compress(
     statistics: Mapping[str, InputStatistics] | None = None,
     executor: Executor | None = None,
     fallback: bool = False,
+    ready: Mapping[str, Callable[[], Encoded]] | None = None,
 ) -> Artifact:
     """Encode the model's weights with `stage` and write the artifact `out`.
 
@@ -58,7 +57,7 @@ def compress(
     fallback: a weight that the stage cannot encode (it holds NaN, say) is encoded with rounding:bits=8, or kept as it is
     if that cannot either; its row says why, and `Artifact.fallbacks` lists it.  Otherwise such a weight ends the run.
     calibration: text for stages that need statistics.  statistics: what `statistics.collect` gave for this model and
-    calibration, if already available.
+    calibration, if already available.  ready: weights that are encoded already, with the same stage, seed and statistics.
 
     Run again after a kill, the same call continues from the tensors that are finished and gives the same bytes; for an
     artifact that is complete it only returns it.  Raises BadInput if model, stage or `out` cannot be used, and
@@ -108,13 +107,15 @@ def compress(
         layers = [stages.Layer(name, partial(load, touched[name]), known.get(name)) for name in names if name in touched]
         shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
         common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
-        work = {
-            name: partial(encode_tensor, Task.of(weight, model.reader(name), known.get(name), stage=plan[name], **common))
-            for name, weight in touched.items()
-        }
+
+        def work(name: str) -> Callable[[], Encoded | str]:  # made when its turn comes, with its statistics
+            reader = model.reader(name)
+            return partial(encode_tensor, Task.of(touched[name], reader, known.get(name), stage=plan[name], **common))
+
         reasons = {**dict.fromkeys(names, "no stage was chosen for it"), **model.kept(embeddings)}
         title = f"{_names(plan)}: {model.name}" if progress else None
-        return _fill(writer, model, names, work, lambda name: (model.tensor(name), reasons[name]), title, workers, executor)
+        keep = partial(_as_it_is, model, reasons)
+        return _fill(writer, model, names, touched, work, keep, title, workers, executor, ready or {})
 
 
 def _plan(
@@ -136,6 +137,10 @@ def _plan(
     if not stage:
         raise BadInput(f"{model.name}: no weight has a stage; name at least one")
     return {name: stage[name] for name in names if name in stage}
+
+
+def _as_it_is(model: LanguageModel, reasons: Mapping[str, str], name: str) -> tuple[torch.Tensor, str]:
+    return model.tensor(name), reasons[name]
 
 
 def _names(plan: Mapping[str, stages.Stage]) -> str:
@@ -190,8 +195,10 @@ def refine(
         def keep(name: str) -> tuple[torch.Tensor, str]:
             return artifact.decode(rows[name]), rows[name]["reason"]
 
-        work = {name: partial(again, name) for name in refined}
-        return _fill(writer, original, list(rows), work, keep, f"refining: {original.name}" if progress else None, 1)
+        work = partial(partial, again)
+        return _fill(
+            writer, original, list(rows), refined, work, keep, f"refining: {original.name}" if progress else None, 1
+        )
 
 
 def store(
@@ -229,45 +236,47 @@ def store(
     def keep(name: str) -> tuple[torch.Tensor, str]:
         return kept.get(name, model.tensor(name)), reasons[name]
 
-    work = {name: partial(encoded, name) for name in touched}
-    return _fill(writer, model, sorted(model.entries), work, keep, f"writing {model.name}" if progress else None, 1)
+    work = partial(partial, encoded)
+    return _fill(writer, model, sorted(model.entries), touched, work, keep, f"writing {model.name}" if progress else None, 1)
 
 
 def _fill(
     writer: Writer,
     model: LanguageModel,
     names: list[str],
-    work: Mapping[str, Callable[[], Encoded | str]],
+    touched: Collection[str],
+    work: Callable[[str], Callable[[], Encoded | str]],
     keep: Callable[[str], tuple[torch.Tensor, str]],
     title: str | None,
     workers: int | None = None,
     executor: Executor | None = None,
+    ready: Mapping[str, Callable[[], Encoded]] | None = None,
 ) -> Artifact:
     """Write the tensors of these names that the writer has not finished yet, in this order, and finish the artifact.
 
-    work: what encodes each weight, to be called by the executor, or by threads of this process; any other tensor stays as
-    `keep` says: the tensor, and why.  This thread writes.  title: of the bar; None for no bar.
+    work: gives what encodes one of the `touched`, to be called by the executor, or by threads of this process; any other
+    tensor stays as `keep` says: the tensor, and why.  This thread writes.  title: of the bar; None for no bar.
     """
     weights = {weight.name: weight for weight in model.weights(embeddings=True)}
     sizes = {name: math.prod(entry.shape) for name, entry in model.entries.items()}
     todo = deque((index, name) for index, name in enumerate(names) if not writer.has(index))
-    most = workers or os.cpu_count() or 1
-    if executor and not workers:
-        # Two each: a worker that has finished begins the next one while its planes are on the way.
-        most = 2 * (getattr(executor, "_max_workers", None) or most)
+    most = tasks_at_once(executor, workers)
     # Together they are no larger than the largest; a number that was asked for is kept.
     limit = sum(sizes.values()) if workers or executor else max(sizes.values())
     running, held = dict[Future[Encoded | str], tuple[int, str]](), 0
     start = len(names) - len(todo)
     bar = tqdm(total=len(names), initial=start, unit="tensor", leave=False, desc=title, disable=None if title else True)
-    with bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
+    with bar, executor_or_threads(executor, most) as pool:
         try:
             while todo or running:
                 while todo and len(running) < most and held + sizes[todo[0][1]] <= limit:
                     index, name = todo.popleft()
-                    if name in work:
+                    if ready and name in ready:
+                        writer.put_encoded(index, weights[name], ready[name]())
+                        bar.update()
+                    elif name in touched:
                         with failures_of(executor):
-                            running[pool.submit(work[name])] = index, name
+                            running[pool.submit(work(name))] = index, name
                         held += sizes[name]
                     else:
                         writer.put_kept(index, name, *keep(name))

@@ -122,9 +122,7 @@ def collect(
     check_workers(workers)
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
-    if device.type != "cpu" or not model.in_blocks:
-        model.on(calibration.device)
-    passes = Passes(model)
+    passes = Passes(model.on(calibration.device))
     module = passes.module
     body = module if model.is_classifier else getattr(module, "base_model", module)
     layers, weights = dict(module.named_modules()), model.weights()

@@ -62,6 +62,18 @@ class Layer(NamedTuple):
     stats: InputStatistics | None
 
 
+def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) -> float:
+    """1/2 tr(G E H E^T) of E = decoded - weight, float[out, in]: predicted KL divergence, nats per token.
+
+    Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.
+    """
+    error = decoded.double() - weight.double()
+    lost = ((error @ stats.hessian.double()) * error).sum(1)
+    if stats.sensitivity is not None:
+        lost = lost * stats.sensitivity.double()
+    return float(lost.sum()) / 2
+
+
 @dataclass(frozen=True)
 class Stage:
     """One way to encode a weight.  Subclasses add settings as fields and a class variable `name`."""
@@ -100,6 +112,19 @@ class Stage:
         Raises BadInput for settings out of range, for a weight that is not a finite, non-empty float matrix, and for
         statistics of another size.
         """
+        values = self._checked(weight, stats, name)
+        if not self.shared_layout():
+            # Handed over, not lent: if the caller keeps no reference either, `_encode` may drop the only one.
+            handed = [values]
+            del weight, values
+            return self._encode(handed.pop(), stats, seed)
+        if shared is None:
+            raise BadInput(f"{name}: {self.name} shares planes between weights; compress a model, or pass fit_shared's")
+        packed = self._encode_shared(values, stats, seed, shared)
+        return Packed(packed.shape, packed.planes, shared)
+
+    def _checked(self, weight: torch.Tensor, stats: InputStatistics | None, name: str) -> torch.Tensor:
+        """The weight as `_encode` takes it, float32, contiguous.  Raises BadInput as `encode` does."""
         self.check()
         if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or weight.numel() == 0:
             shape = list(weight.shape) if isinstance(weight, torch.Tensor) else type(weight).__name__
@@ -116,15 +141,16 @@ class Stage:
             )
         if stats is not None:
             stats.check((weight.shape[0], weight.shape[1]), name)
-        if not self.shared_layout():
-            # Handed over, not lent: if the caller keeps no reference either, `_encode` may drop the only one.
-            handed = [values]
-            del weight, values
-            return self._encode(handed.pop(), stats, seed)
-        if shared is None:
-            raise BadInput(f"{name}: {self.name} shares planes between weights; compress a model, or pass fit_shared's")
-        packed = self._encode_shared(values, stats, seed, shared)
-        return Packed(packed.shape, packed.planes, shared)
+        return values
+
+    def price(self, weight: torch.Tensor, stats: InputStatistics, name: str) -> tuple[int, float, bool]:
+        """What this stage would cost: bytes of planes on disk, `damage`, and whether the bytes were counted, not estimated.
+
+        weight: float32[out, in].  Raises BadInput as `encode` does.
+        """
+        packed = self.encode(weight, stats, name=name)
+        lost = damage(weight.cpu(), self.decode(packed).cpu(), stats)
+        return sum(plane.stored().nbytes for plane in packed), lost, True
 
     def fit_shared(self, layers: Sequence[Layer], seed: int = 0) -> Packed:
         """The planes that all these layers share, as `shared_layout` says.

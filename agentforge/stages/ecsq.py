@@ -23,19 +23,21 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 
+from ..entropy import expected_bytes
 from ..errors import BadInput
-from ..planes import FLOAT32_MAX, Packed
+from ..planes import FLOAT32_MAX, Packed, Plane
 from .base import InputStatistics, Stage, register
 from .propagation import add_product, unit_factor
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
+SAMPLED = 96  # rows that a price is estimated from
 BLOCK = 64  # columns that pass on their errors together
 
 
@@ -92,19 +94,10 @@ class ECSQ(Stage):
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
-        values = weight.numpy()
-        factor, exponents = _of_columns(shape[1], stats, self.damping)
-        of_rows = _exponents(_of_rows(shape[0], stats))
-        of_columns = _exponents(exponents)
-        rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
-        step = np.float32(min(self.step * rms, FLOAT32_MAX))
-        row_steps, column_steps = _steps(of_rows, of_columns, step)
-        codes = _quantise(np.ascontiguousarray(values.T), factor, row_steps, column_steps, self.rounding)
-        planes = {
+        plan = self._plan(weight.numpy(), stats)
+        codes = _quantise(np.ascontiguousarray(weight.numpy().T), *plan.settings, self.rounding)
+        planes = plan.planes | {
             "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
-            "rows": torch.from_numpy(of_rows),
-            "columns": torch.from_numpy(of_columns),
-            "step": torch.tensor([step]),
             "gains": torch.ones(shape[0], dtype=torch.float16),
         }
         packed = self.packed(shape, planes)
@@ -112,6 +105,40 @@ class ECSQ(Stage):
             return packed
         planes["gains"] = _gains(weight, self.decode(packed), stats)
         return self.packed(shape, planes)
+
+    def price(self, weight: torch.Tensor, stats: InputStatistics, name: str) -> tuple[int, float, bool]:
+        """Bytes and damage, estimated from a sample of the rows if there are more than it has.
+
+        A row's bits depend on how large its values are beside its step, as does its damage in units of that step: the sample
+        has one row of each of `SAMPLED` parts of all rows, sorted by that.
+        """
+        if len(weight) <= SAMPLED or self.gains:
+            return super().price(weight, stats, name)
+        values = self._checked(weight, stats, name).numpy()
+        plan = self._plan(values, stats)
+        factor, rows, columns = plan.settings
+        squares = np.square(rows, dtype=np.float64)
+        parts = np.array_split(np.argsort(np.square(values).mean(1, dtype=np.float64) / squares, kind="stable"), SAMPLED)
+        some = np.array([part[len(part) // 2] for part in parts])
+        codes = _quantise(np.ascontiguousarray(values[some].T), factor, rows[some], columns, self.rounding).T
+        error = torch.from_numpy(codes * (rows[some, None] * columns) - values[some]).to(torch.float32)
+        lost = ((error @ stats.hessian) * error).sum(1).double().numpy() / squares[some]
+        if stats.sensitivity is not None:
+            squares = squares * stats.sensitivity.double().numpy()
+        largest = min(float((np.abs(values) / rows[:, None] / columns).max()) + self.rounding, LARGEST)
+        stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes))).numpy()
+        size = expected_bytes(stored, len(values), max(2 * int(largest), int(stored.max())))
+        size += sum(Plane(name, plan.planes[name], "~uint8").stored().nbytes for name in ("rows", "columns")) + 4
+        return math.ceil(size), float(lost @ [squares[part].sum() for part in parts]) / 2, False
+
+    def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
+        factor, exponents = _of_columns(values.shape[1], stats, self.damping)
+        of_rows = _exponents(_of_rows(len(values), stats))
+        of_columns = _exponents(exponents)
+        rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
+        step = np.float32(min(self.step * rms, FLOAT32_MAX))
+        planes = {"rows": torch.from_numpy(of_rows), "columns": torch.from_numpy(of_columns), "step": torch.tensor([step])}
+        return _Plan(planes, (factor, *_steps(of_rows, of_columns, step)))
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
@@ -123,6 +150,13 @@ class ECSQ(Stage):
         column_steps = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
         dense: torch.Tensor = unzigzag(packed["codes"]).to(torch.float32) * rows[:, None] * column_steps
         return dense * floats["gains"][:, None] if self.gains else dense
+
+
+class _Plan(NamedTuple):
+    """planes: of the steps.  settings: M, and the factors of rows and of columns, for `_quantise`."""
+
+    planes: dict[str, torch.Tensor]
+    settings: tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
