@@ -46,7 +46,7 @@ class Passes:
 
     def __init__(self, model: LanguageModel) -> None:
         self.module, hollow = model.hollow()
-        self._model = model
+        self._model, self._mine = model, threading.local()
         lists = [inner for inner in self.module.modules() if isinstance(inner, nn.ModuleList)]
         nested = {inner for outer in lists for inner in list(outer.modules())[1:]}
         self.blocks = [block for outer in lists if outer not in nested for block in outer]
@@ -62,6 +62,11 @@ class Passes:
                 self._units.setdefault(inside.get(owner, owner), []).extend(own)
             else:  # of a module that is open while others are
                 self._fill(own)
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether this thread computes a unit once more, on its way back."""
+        return getattr(self._mine, "back", False)
 
     @property
     def steps(self) -> int:
@@ -93,7 +98,7 @@ class Passes:
         on_gpu = next(self.module.parameters()).device.type != "cpu"
         cores = os.cpu_count() or 1
         most = 1 if on_gpu else min(workers or cores, 4)
-        gate = _Gate(len(inputs), most, passed, closed, self._turn, bar, within or nullcontext())
+        gate = _Gate(len(inputs), most, passed, closed, self._turn, bar, within or nullcontext(), self._mine)
         with ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads or max(cores // min(len(inputs), most), 1))
@@ -147,10 +152,11 @@ class _Gate:
         turn: Callable[..., None],
         bar: Any,
         within: AbstractContextManager[Any],
+        mine: threading.local,
     ) -> None:
         self.most, self.passed, self.closed, self.turn, self.bar, self.within = most, passed, closed, turn, bar, within
         self.changed = threading.Condition()
-        self.mine = threading.local()
+        self.mine = mine
         self.open: nn.Module | None = None  # the unit whose turn it is
         self.waiting: dict[int, nn.Module | None] = dict.fromkeys(range(windows))  # None: to begin
         self.inside: set[int] = set()
@@ -306,8 +312,10 @@ class _Again(torch.autograd.Function):
         unit, gate, call = ctx.about
         gate.enter(unit)
         given = [x().requires_grad_() if callable(x) else x for x in ctx.given]
+        gate.mine.back = True
         with gate.within, torch.enable_grad():  # the engine has left it
             found = call(given)
+        gate.mine.back = False
         pairs = [(x, g) for x, g in zip(found, gradients, strict=True) if isinstance(x, torch.Tensor) and x.requires_grad]
         del found
         if pairs:

@@ -119,7 +119,8 @@ def price_tensor(task: Task, ladder: tuple[stages.Stage, ...]) -> list[tuple[int
     give_back_freed_memory()
     dense, stats, device = task.load().to(torch.float32), task.stats, device_named(task.device)
     assert stats is not None
-    return [stage.price(dense.to(device) if stage.uses_gpu else dense, stats, task.name) for stage in ladder]
+    scratch: dict[str, Any] = {}
+    return [stage.price(dense.to(device) if stage.uses_gpu else dense, stats, task.name, scratch) for stage in ladder]
 
 
 def _check_version(task: Task) -> None:

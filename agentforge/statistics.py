@@ -8,7 +8,6 @@ worker; the others wait on the disk, 4 bytes * in^2 per distinct one: 0.4 GB for
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +27,8 @@ from .stages.base import Stage
 
 TOKENS = 8192
 CONTEXT = 1024
+STRIPE = 192  # columns of second moments that are computed at once
+DRAWN = 128  # positions at which a token is drawn at once
 RECENT = 3  # distinct H in memory that were asked for last
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
@@ -114,6 +115,11 @@ def collect(
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
     The experts of a layer share one H, of the tokens that the router sends to any of them; sensitivities are of each one.
+    A module that gives more than its output has none: which of them the weight made is unknown.
+
+    For sensitivities, log p(y) of a window is differentiated for one token y per position, drawn from the model's own
+    prediction: scores of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased
+    estimate of the sum of their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
 
     workers: windows that run at once (default: one per core, at most 4; on a GPU one).  On a GPU the model's module is built
     there; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for settings out of range.
@@ -122,43 +128,61 @@ def collect(
     check_workers(workers)
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
+    backward = -(-calibration.sensitivity_tokens // calibration.context)  # so many of the windows go back, too
     passes = Passes(model.on(calibration.device))
-    module = passes.module
+    module, found, mine = passes.module, Collected(), local()
     body = module if model.is_classifier else getattr(module, "base_model", module)
-    layers, weights = dict(module.named_modules()), model.weights()
-    experts = [weight.name for weight in weights if weight.experts]
-    owners = {weight.name: layers[weight.name.rpartition(".")[0]] for weight in weights if not weight.experts}
-    found = Collected()
-    sums: dict[str, tuple[torch.Tensor, int]] = {}
-    mine = local()
+    quiet = {} if model.is_classifier else {"use_cache": False}  # nobody asks for keys and values again
+    layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
+    sums: dict[str, tuple[torch.Tensor, int]] = {}  # of the open block
 
-    def add(key: str, values: torch.Tensor, into: dict[str, tuple[torch.Tensor, int]]) -> None:
+    def add(key: str, values: torch.Tensor) -> None:
         x = values.detach().reshape(-1, values.shape[-1]).to(torch.float32)
-        product = x.T @ x
-        total, n = into.get(key, (None, 0))
-        into[key] = (product if total is None else total.add_(product), n + len(x))
+        _add_to(mine.sums, key, _moments(x), len(x))
 
     def see(name: str, values: torch.Tensor) -> None:
+        if passes.recomputing:
+            return
         same = next((key for key, other in mine.inputs if other is values), name)
         found.keys_of[name] = same
         if same == name:
             mine.inputs.append((name, values))  # keeping it keeps its identity from being given to another
-            add(name, values, mine.sums)
+            add(name, values)
 
-    def of_expert(name: str, _: int, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        found.keys_of[name] = name
-        add(name, values, mine.sums)
+    def note(name: str, output: Any, first: int = 0) -> Any:
+        """The output, whose gradients are added to the sums of a weight's rows from `first` on."""
+        if not isinstance(output, torch.Tensor) or not torch.is_grad_enabled():
+            return output
+
+        def square(gradient: torch.Tensor) -> None:
+            squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
+            if name not in mine.squares:
+                mine.squares[name] = squares.new_zeros(weights[name].shape[0])
+            mine.squares[name][first : first + len(squares)] += squares
+
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        output.register_hook(square)
         return output
 
-    def run(_: Any, window: torch.Tensor) -> None:
-        mine.inputs, mine.sums = [], {}
+    def of_expert(name: str, expert: int, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        if passes.recomputing:
+            return note(name, output, expert * output.shape[-1])  # type: ignore[no-any-return]
+        found.keys_of[name] = name
+        add(name, values)
+        return output
+
+    def run(_: Any, numbered: tuple[int, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
+        index, window = numbered
+        mine.inputs, mine.sums, mine.squares = [], {}, {}
+        if index < backward:
+            return mine.squares, _go_back(model, module(window, **quiet), index)
         with torch.no_grad():
-            body(window, **without_cache(model))
+            body(window, **quiet)
+        return {}, 0
 
     def passed(_: Any) -> None:
         for key, (product, n) in mine.sums.items():
-            total, before = sums.get(key, (None, 0))
-            sums[key] = (product if total is None else total.add_(product), before + n)
+            _add_to(sums, key, product, n)
         mine.inputs, mine.sums = [], {}
 
     def closed(_: Any) -> None:
@@ -166,93 +190,67 @@ def collect(
             key, (total, n) = sums.popitem()
             found.add(key, total.cpu(), n)
 
+    title = f"statistics: {model.name}" if progress else None
     with ExitStack() as stack:
-        for name, owner in owners.items():
-            stack.enter_context(owner.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])))
+        for name, weight in weights.items():
+            if not weight.experts:
+                owner = layers[name.rpartition(".")[0]]
+                stack.enter_context(owner.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])))
+                stack.enter_context(owner.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
+        experts = [name for name, weight in weights.items() if weight.experts]
         watched = stack.enter_context(_expert_by_expert(module, experts, of_expert))
-        with progress_bar(f"statistics: {model.name}" if progress else None, passes.steps) as bar:
-            deque(passes.map(run, windows, bar, workers, passed, closed, within=watched), maxlen=0)
-    found.keys_of = {weight.name: found.keys_of[weight.name] for weight in weights if weight.name in found.keys_of}
-    if calibration.sensitivity_tokens:
-        rows = {weight.name: weight.shape[0] for weight in weights if weight.name in found}
-        some = windows[: -(-calibration.sensitivity_tokens // calibration.context)]
-        found.sensitivities = _sensitivities(model, passes, rows, owners, some, workers, progress)
-    return found
-
-
-def _sensitivities(
-    model: LanguageModel,
-    passes: Passes,
-    rows: dict[str, int],
-    owners: dict[str, Any],
-    windows: list[torch.Tensor],
-    workers: int | None,
-    progress: bool,
-) -> dict[str, torch.Tensor]:
-    """`InputStatistics.sensitivity` of each weight: float32[out]; none of one whose module gives more than its output.
-
-    rows: of each weight, which is of experts if it has no owner.
-
-    For each window, log p(y) is differentiated for one token y per position, drawn from the model's own prediction: scores
-    of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased estimate of the sum of
-    their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
-    """
-    module, mine = passes.module, local()
-
-    def noted(name: str, output: Any, first: int = 0) -> Any:
-        """The output, whose gradients are added to the sums of a weight's rows from `first` on."""
-        # Of a router that gives several outputs, which one the weight made is unknown.
-        if not isinstance(output, torch.Tensor) or not torch.is_grad_enabled():
-            return output
-
-        def add(gradient: torch.Tensor) -> None:
-            squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
-            if name not in mine.sums:
-                mine.sums[name] = squares.new_zeros(rows[name])
-            mine.sums[name][first : first + len(squares)] += squares
-
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        output.register_hook(add)
-        return output
-
-    def of_expert(name: str, expert: int, _: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        return noted(name, output, expert * output.shape[-1])  # type: ignore[no-any-return]
-
-    def run(module: Any, numbered: tuple[int, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
-        mine.sums = {}
-        generator = torch.Generator().manual_seed(numbered[0])
-        output = module(numbered[1], **without_cache(model))
-        logits = getattr(output, "logits", output)
-        logits = logits.reshape(-1, logits.shape[-1])
-        with torch.no_grad():
-            model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
-            gradient = logits.to(torch.float32).softmax(-1)
-            drawn = torch.multinomial(gradient.cpu(), 1, generator=generator).to(logits.device)
-            gradient.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))  # of log p(drawn)
-        try:
-            logits.backward(gradient.to(logits.dtype))
-        except RuntimeError as error:
-            if "inplace operation" not in str(error):
-                raise
-            raise BadInput(
-                f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
-                "sensitivities, such as vptq"
-            ) from None
-        return mine.sums, len(drawn)
-
-    with ExitStack() as stack:
-        for name in rows.keys() & owners.keys():
-            stack.enter_context(owners[name].register_forward_hook(lambda _, __, output, name=name: noted(name, output)))
-        watched = stack.enter_context(_expert_by_expert(module, rows.keys() - owners.keys(), of_expert))
-        for parameter in module.parameters():
+        for parameter in module.parameters() if backward else ():
             if parameter.requires_grad:
                 stack.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)  # gradients of activations are all that is asked for
-        with progress_bar(f"sensitivity: {model.name}" if progress else None, 2 * passes.steps) as bar:
-            parts = list(passes.map(run, list(enumerate(windows)), bar, workers, backward=True, within=watched))
+        bar = stack.enter_context(progress_bar(title, passes.steps * (2 if backward else 1)))
+        how: dict[str, Any] = {"passed": passed, "closed": closed, "backward": backward > 0, "within": watched}
+        parts = list(passes.map(run, list(enumerate(windows)), bar, workers, **how))
+    found.keys_of = {name: found.keys_of[name] for name in weights if name in found.keys_of}
     seen = sum(count for _, count in parts)
-    sums = {name: [part[name] for part, _ in parts if name in part] for name in rows}
-    return {name: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for name, of in sums.items() if of}
+    squares = {name: [part[name] for part, _ in parts if name in part] for name in found}
+    found.sensitivities = {n: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for n, of in squares.items() if of}
+    return found
+
+
+def _go_back(model: LanguageModel, output: Any, seed: int) -> int:
+    """Differentiate the scores of tokens drawn from what the model gave for a window; gives their number."""
+    logits = getattr(output, "logits", output)
+    logits = logits.reshape(-1, logits.shape[-1])
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
+        gradient = logits.to(torch.float32).softmax(-1)
+        for rows in gradient.split(DRAWN):
+            drawn = torch.multinomial(rows.cpu(), 1, generator=generator).to(rows.device)
+            rows.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))  # of log p(drawn)
+    try:
+        logits.backward(gradient.to(logits.dtype))
+    except RuntimeError as error:
+        if "inplace operation" not in str(error):
+            raise
+        raise BadInput(
+            f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
+            "sensitivities, such as vptq"
+        ) from None
+    return len(gradient)
+
+
+def _moments(x: torch.Tensor) -> torch.Tensor:
+    """x^T x, float32[in, in], of x, float32[tokens, in]: the part on and above the diagonal is computed, in blocks."""
+    product = x.new_empty(x.shape[1], x.shape[1])
+    for first in range(0, x.shape[1], STRIPE):
+        part = x[:, first : first + STRIPE].T @ x[:, first:]
+        product[first : first + STRIPE, first:] = part
+        product[first:, first : first + STRIPE] = part.T
+    return product
+
+
+def _add_to(sums: dict[str, tuple[torch.Tensor, int]], key: str, product: torch.Tensor, n: int) -> None:
+    if key in sums:
+        sums[key] = sums[key][0].add_(product), sums[key][1] + n
+    else:
+        sums[key] = product, n
 
 
 class _Experts(TorchFunctionMode):
@@ -322,8 +320,3 @@ def first_tokens(model: LanguageModel, text: str, count: int, special: bool = Fa
             break
         characters *= 2
     return ids[:count]
-
-
-def without_cache(model: LanguageModel) -> dict[str, bool]:
-    """What keeps a language model from storing keys and values that nobody asks for again."""
-    return {} if model.is_classifier else {"use_cache": False}

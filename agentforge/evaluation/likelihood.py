@@ -31,7 +31,7 @@ from .texts import Text, find_text
 
 Bos = Literal["none", "text", "window"]
 ROWS = 256  # positions whose distributions are in memory at once
-LOGITS = 1 << 28  # numbers that a model's answers to windows may have together: 1 GB
+LOGITS = 1 << 27  # numbers that a model's answers to windows may have together: 0.5 GB
 LEAST, MOST = 4, 32  # clusters of a measurement
 _CAUSAL: dict[str, bool] = {}
 

@@ -143,10 +143,13 @@ class Stage:
             stats.check((weight.shape[0], weight.shape[1]), name)
         return values
 
-    def price(self, weight: torch.Tensor, stats: InputStatistics, name: str) -> tuple[int, float, bool]:
+    def price(
+        self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
+    ) -> tuple[int, float, bool]:
         """What this stage would cost: bytes of planes on disk, `damage`, and whether the bytes were counted, not estimated.
 
-        weight: float32[out, in].  Raises BadInput as `encode` does.
+        weight: float32[out, in].  scratch: where a stage leaves what it need not find out again about the same weight.
+        Raises BadInput as `encode` does.
         """
         packed = self.encode(weight, stats, name=name)
         lost = damage(weight.cpu(), self.decode(packed).cpu(), stats)

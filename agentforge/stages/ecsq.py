@@ -94,10 +94,15 @@ class ECSQ(Stage):
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
-        plan = self._plan(weight.numpy(), stats)
-        codes = _quantise(np.ascontiguousarray(weight.numpy().T), *plan.settings, self.rounding)
-        planes = plan.planes | {
+        factor, of_rows, of_columns, rms = self._plan(weight.numpy(), stats)
+        step = np.float32(min(self.step * rms, FLOAT32_MAX))
+        values = np.ascontiguousarray(weight.numpy().T)
+        codes = _quantise(values, factor, *_steps(of_rows, of_columns, step), self.rounding)
+        planes = {
             "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
+            "rows": torch.from_numpy(of_rows),
+            "columns": torch.from_numpy(of_columns),
+            "step": torch.tensor([step]),
             "gains": torch.ones(shape[0], dtype=torch.float16),
         }
         packed = self.packed(shape, planes)
@@ -106,39 +111,30 @@ class ECSQ(Stage):
         planes["gains"] = _gains(weight, self.decode(packed), stats)
         return self.packed(shape, planes)
 
-    def price(self, weight: torch.Tensor, stats: InputStatistics, name: str) -> tuple[int, float, bool]:
-        """Bytes and damage, estimated from a sample of the rows if there are more than it has.
-
-        A row's bits depend on how large its values are beside its step, as does its damage in units of that step: the sample
-        has one row of each of `SAMPLED` parts of all rows, sorted by that.
-        """
+    def price(
+        self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
+    ) -> tuple[int, float, bool]:
+        """Bytes and damage, estimated from a sample of the rows if there are more than it has."""
         if len(weight) <= SAMPLED or self.gains:
-            return super().price(weight, stats, name)
-        values = self._checked(weight, stats, name).numpy()
-        plan = self._plan(values, stats)
-        factor, rows, columns = plan.settings
-        squares = np.square(rows, dtype=np.float64)
-        parts = np.array_split(np.argsort(np.square(values).mean(1, dtype=np.float64) / squares, kind="stable"), SAMPLED)
-        some = np.array([part[len(part) // 2] for part in parts])
-        codes = _quantise(np.ascontiguousarray(values[some].T), factor, rows[some], columns, self.rounding).T
-        error = torch.from_numpy(codes * (rows[some, None] * columns) - values[some]).to(torch.float32)
-        lost = ((error @ stats.hessian) * error).sum(1).double().numpy() / squares[some]
-        if stats.sensitivity is not None:
-            squares = squares * stats.sensitivity.double().numpy()
-        largest = min(float((np.abs(values) / rows[:, None] / columns).max()) + self.rounding, LARGEST)
-        stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes))).numpy()
-        size = expected_bytes(stored, len(values), max(2 * int(largest), int(stored.max())))
-        size += sum(Plane(name, plan.planes[name], "~uint8").stored().nbytes for name in ("rows", "columns")) + 4
-        return math.ceil(size), float(lost @ [squares[part].sum() for part in parts]) / 2, False
+            return super().price(weight, stats, name, scratch)
+        key = f"ecsq {self.damping}"
+        if key not in scratch:
+            scratch[key] = _Sample.of(self._checked(weight, stats, name).numpy(), stats, self._plan(weight.numpy(), stats))
+        sample: _Sample = scratch[key]
+        step = np.float32(min(self.step * sample.rms, FLOAT32_MAX))
+        rows, columns = _steps(sample.of_rows, sample.of_columns, step)
+        codes = _quantise(sample.values, sample.factor, rows, columns, self.rounding)
+        error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
+        lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
+        stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
+        largest = 2 * int(min(sample.largest / float(step) + self.rounding, LARGEST))
+        size = sample.beside + expected_bytes(stored, len(weight), max(largest, int(stored.max())))
+        return math.ceil(size), float(lost @ sample.shares) / 2, False
 
     def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
         factor, exponents = _of_columns(values.shape[1], stats, self.damping)
-        of_rows = _exponents(_of_rows(len(values), stats))
-        of_columns = _exponents(exponents)
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
-        step = np.float32(min(self.step * rms, FLOAT32_MAX))
-        planes = {"rows": torch.from_numpy(of_rows), "columns": torch.from_numpy(of_columns), "step": torch.tensor([step])}
-        return _Plan(planes, (factor, *_steps(of_rows, of_columns, step)))
+        return _Plan(factor, _exponents(_of_rows(len(values), stats)), _exponents(exponents), rms)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
@@ -153,10 +149,51 @@ class ECSQ(Stage):
 
 
 class _Plan(NamedTuple):
-    """planes: of the steps.  settings: M, and the factors of rows and of columns, for `_quantise`."""
+    """What is the same for every step.  factor: M.  of_rows, of_columns: exponents of the steps.  rms: of the weight."""
 
-    planes: dict[str, torch.Tensor]
-    settings: tuple[np.ndarray, np.ndarray, np.ndarray]
+    factor: np.ndarray
+    of_rows: np.ndarray
+    of_columns: np.ndarray
+    rms: float
+
+
+class _Sample(NamedTuple):
+    """Rows that stand for all rows of a weight.
+
+    A row's bits depend on how large its values are beside its step, as does its damage in units of that step: all rows are
+    sorted by that, and of each of `SAMPLED` parts one row is taken.
+
+    values: float32[in, rows].  factor, of_rows, of_columns, rms: as in `_Plan`, of_rows of these rows.  shares: what a row's
+    error counts for, its whole part with it.  largest: value of the weight in units of its step, for a step of 1.  beside:
+    bytes of the planes that are no codes.
+    """
+
+    values: np.ndarray
+    factor: np.ndarray
+    of_rows: np.ndarray
+    of_columns: np.ndarray
+    rms: float
+    shares: np.ndarray
+    largest: float
+    beside: int
+
+    @classmethod
+    def of(cls, values: np.ndarray, stats: InputStatistics, plan: _Plan) -> _Sample:
+        factor, of_rows, of_columns, rms = plan
+        rows, columns = _steps(of_rows, of_columns, np.float32(1))
+        squares = np.square(rows, dtype=np.float64)
+        loudness = np.square(values, dtype=np.float64).mean(1) / squares
+        parts = np.array_split(np.argsort(loudness, kind="stable"), SAMPLED)
+        some = np.array([part[len(part) // 2] for part in parts])
+        weights = squares if stats.sensitivity is None else squares * stats.sensitivity.double().numpy()
+        shares = np.array([weights[part].sum() for part in parts]) / squares[some]
+        largest = float((np.abs(values / columns).max(1) / rows).max())
+        planes = (
+            Plane(name, torch.from_numpy(plane), "~uint8") for name, plane in (("rows", of_rows), ("columns", of_columns))
+        )
+        beside = sum(plane.stored().nbytes for plane in planes) + 4
+        chosen = np.ascontiguousarray(values[some].T)
+        return cls(chosen, factor, of_rows[some], of_columns, rms, shares, largest, beside)
 
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
