@@ -203,7 +203,8 @@ class LanguageModel:
         if not self.in_blocks:
             return self.model, []
         self.check()
-        names = [name for name, e in self.entries.items() if len(e.shape) > 1 and e.dtype.is_floating_point]
+        parameters = dict(self.skeleton().named_parameters(remove_duplicate=False))
+        names = [name for name, e in self.entries.items() if len(e.shape) > 1 and name in parameters]
         gone = {name: absent(self.entries[name].shape) for name in names}
         module = self._build({name: gone[name] if name in gone else self.tensor(name) for name in self.entries})
         return module.requires_grad_(False), names
