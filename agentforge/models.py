@@ -40,6 +40,7 @@ SIDE_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
+LOWEST = -1e8  # of a logit that says anything
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)
 
@@ -237,12 +238,16 @@ class LanguageModel:
         ids = found[0] if found else TimeoutError(f"not done after {limit:.0f} s")
         if isinstance(ids, BaseException):
             raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({first_line(ids)})") from None
+        return self.known(ids)
+
+    def known(self, ids: list[int]) -> list[int]:
+        """The same ids.  Raises BadInput if the model does not have one of them."""
         size = self.vocabulary
         if size is not None and max(ids, default=0) >= size:
             raise BadInput(
                 f"{self.path}: its tokenizer gives the id {max(ids)}, its model knows {size} tokens; use its own tokenizer"
             )
-        return list(ids)
+        return ids
 
     @cached_property
     def first_ids(self) -> list[int]:
@@ -266,12 +271,14 @@ class LanguageModel:
             one, other = (
                 module(input_ids=torch.cat([ids, last])[None]).logits[0, :-1].double() for last in (ids[:1], ids[1:2])
             )
+        # Ids that a model never gives stand at -inf, or at the lowest number that there is.
+        one, other = (x.masked_fill(x < LOWEST, 0.0) for x in (one, other))
         return not bool((one - other).abs().max() > 1e-3 * one.abs().max())  # NaN is for others to find
 
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the model knows, if its configuration says so."""
-        size = self.config.get("vocab_size")
+        size = None if self.is_classifier else getattr(self._hf_config.get_text_config(), "vocab_size", None)
         return size if isinstance(size, int) else None
 
     def check_finite(self, found: torch.Tensor | float) -> None:

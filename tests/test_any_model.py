@@ -82,6 +82,31 @@ def test_what_sees_later_tokens_has_no_perplexity(made: LanguageModel, tmp_path:
     assert not (tmp_path / "f").exists()
 
 
+@pytest.mark.parametrize("never", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("made", ["Bert", "Llama"], indirect=True)
+def test_an_id_that_is_never_given_hides_no_encoder(made: LanguageModel, never: float) -> None:
+    head = made.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: logits.masked_fill(torch.arange(258) > 250, never))
+    if type(made.model).__name__.startswith("Bert"):
+        with pytest.raises(BadInput, match="is no causal model"):
+            made.check_causal()
+    else:
+        made.check_causal()
+
+
+def test_recovery_takes_ids_that_are_never_given() -> None:
+    from agentforge.training.recover import distillation
+
+    ours, theirs = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    rest = distillation(mine := ours.clone().requires_grad_(), theirs)
+    rest.backward()
+    pad = torch.full((5, 3), -math.inf)
+    loss = distillation(wide := torch.cat([ours, pad], 1).requires_grad_(), torch.cat([theirs, pad], 1))
+    loss.backward()
+    assert loss == rest and mine.grad is not None and wide.grad is not None
+    assert torch.equal(wide.grad, torch.cat([mine.grad, torch.zeros(5, 3)], 1))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> None:
     sound = make_tiny_llama(tmp_path / "sound")

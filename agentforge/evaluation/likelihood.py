@@ -14,6 +14,7 @@ reports/coverage shows how often the intervals hold the whole text's value.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
@@ -100,7 +101,8 @@ def divergence(
 ) -> Divergence:
     """KL divergence, top-1 agreement and both perplexities, in one pass.  Arguments as for `perplexity`.
 
-    Raises BadInput, too, if the two models do not share a tokenizer.
+    If one model has more ids than the other, as of a padded embedding, KL and top-1 agreement are of those that both have,
+    and their protocols say so.  Raises BadInput, too, if the two models do not share a tokenizer.
     """
     return divergences([model], original, text, context, stride, tokens, bos, progress)[0]
 
@@ -116,40 +118,57 @@ def divergences(
     progress: bool = True,
 ) -> list[Divergence]:
     """`divergence` for several models at once: the original runs over the text only once."""
-    found = find_text(text)
-    windows, protocol = plan(original, found, context, stride, tokens, bos)
+    of = find_text(text)
+    windows, protocol = plan(original, of, context, stride, tokens, bos)
     for model in models:
-        if plan(model, found, context, stride, tokens, bos)[0] != windows:
+        if plan(model, of, context, stride, tokens, bos)[0] != windows:
             raise BadInput(
                 f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer"
             )
     parts = compared(models, original, windows, progress)
-    return [
-        divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
-        for model, of_windows in zip(models, parts, strict=True)
-    ]
+    found = []
+    for model, of_windows in zip(models, parts, strict=True):
+        one = divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
+        mine, before = model.vocabulary, original.vocabulary
+        if mine is not None and before is not None and mine != before:
+            said = f"KL and top-1 over the {min(mine, before):,} that both have, renormalised"
+            ids = {"ids": f"{said} (model {mine:,}; original {before:,})"}
+            kl, top1 = (dataclasses.replace(m, protocol=m.protocol | ids) for m in (one.kl, one.top1))
+            one = one._replace(kl=kl, top1=top1)
+        found.append(one)
+    return found
 
 
 def compared(
     models: Sequence[LanguageModel], original: LanguageModel, windows: list[Window], progress: bool
 ) -> list[list[torch.Tensor]]:
-    """What each model says of each window's scored tokens beside the original, float64[tokens, 6] a window: KL, same top-1,
-    both models' losses, hits of both."""
+    """What each model says of each window's scored tokens beside the original, float64[tokens, 6] per window: KL, same
+    top-1, both models' losses, hits of both.  KL and top-1 are of the ids that both have, all else is of all ids."""
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     names = ", ".join(model.name for model in models)
     for window in _bar(windows, f"{names} against {original.name}", progress):
-        theirs = [(p := logits.log_softmax(-1), p.argmax(-1), targets) for logits, targets in _rows(original, window)]
+        theirs = list(_rows(original, window))
         for model, of_windows in zip(models, parts, strict=True):
             rows = []
-            for (p, top, targets), (logits, _) in zip(theirs, _rows(model, window), strict=True):
-                q = logits.log_softmax(-1)
-                mine = q.argmax(-1)
+            for (before, targets), (after, _) in zip(theirs, _rows(model, window), strict=True):
+                p, q = before.log_softmax(-1), after.log_softmax(-1)
                 losses, base = (-x.gather(-1, targets.unsqueeze(-1)).squeeze(-1) for x in (q, p))
-                kl = (p.exp() * (p - q)).sum(-1)
-                columns = (kl, top == mine, losses, base, mine == targets, top == targets)
+                right, right_before = (x.argmax(-1) == targets for x in (q, p))
+                if p.shape != q.shape:  # from the logits: beside a very large one nothing is left of the others in p
+                    width = min(p.shape[-1], q.shape[-1])
+                    p, q = before[:, :width].log_softmax(-1), after[:, :width].log_softmax(-1)
+                same = p.argmax(-1) == q.argmax(-1)
+                columns = (relative_entropy(p, q), same, losses, base, right, right_before)
                 rows.append(torch.stack([column.double() for column in columns], 1))
             of_windows.append(torch.cat(rows))
     return parts
+
+
+def relative_entropy(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, float32[...], of log-probabilities, float32[..., ids].  An id that p never gives adds nothing,
+    even if q never gives it either (0 log 0 is 0)."""
+    weight = p.exp()
+    return (weight * (p - q).masked_fill_(weight == 0, 0.0)).sum(-1)
 
 
 def divergence_of(sums: torch.Tensor, error: str, protocol: dict[str, Any], model: str, original: str) -> Divergence:
@@ -219,7 +238,7 @@ def plan(
         token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if token is None:
             raise BadInput(f"{model.name}: its tokenizer has no BOS token; use bos=none")
-        first_id = [token]
+        first_id = model.known([token])
     if bos == "text":
         ids = first_id + ids
     spans = []  # start of a window's text, its first scored token, and its end

@@ -30,6 +30,7 @@ from .. import digits, stages
 from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
+from ..evaluation.likelihood import relative_entropy
 from ..evaluation.texts import Text, find_text
 from ..folders import check_out, foreign, remove
 from ..models import LanguageModel, device_named, fastest_device
@@ -408,7 +409,7 @@ class _Run:
                 with self._autocast():
                     theirs = _forward(self.teacher, part.to(self.device))[0].float().log_softmax(-1)
                     ours = _forward(self.student, part.to(self.device))[0].float().log_softmax(-1)
-                kl.append((theirs.exp() * (theirs - ours)).sum(-1).double().cpu())
+                kl.append(relative_entropy(theirs, ours).double().cpu())
                 same.append((theirs.argmax(-1) == ours.argmax(-1)).double().cpu())
         values = torch.cat(kl)
         found = intervals.mean(values.reshape(len(self.heldout), -1).mean(1))
@@ -514,7 +515,7 @@ class _Distillation(torch.autograd.Function):
         for mine, other, out in zip(ours.split(rows), theirs.split(rows), gradient.split(rows), strict=True):
             log_q, log_p = mine.float().log_softmax(-1), other.float().log_softmax(-1)
             p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
+            total += (p * (log_p - log_q).masked_fill_(p == 0, 0.0)).sum()
             torch.sub(log_q.exp_(), p, out=p)
             out.copy_(p.div_(len(ours)))
         context.save_for_backward(gradient)
