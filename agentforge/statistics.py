@@ -31,6 +31,7 @@ from .stages.base import Stage
 
 TOKENS = 8192
 CONTEXT = 1024
+PRODUCTS = (torch.nn.functional.linear, torch.Tensor.matmul, torch.matmul, torch.bmm)  # of an input and a matrix
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
 
@@ -216,7 +217,8 @@ def _sensitivities(
 class _Experts(TorchFunctionMode):
     """Calls `note(name, expert, input, output)` for the product of each expert's matrix, and takes its output from there.
 
-    names: of the parameters of which experts are slices; a product is an expert's if its matrix lies in one of them.
+    names: of the parameters of which experts are slices; a product is an expert's if its matrix lies in one of them.  If it
+    is of all experts at once, each one's input is what is not zero: the router sent the other tokens elsewhere.
     """
 
     def __init__(
@@ -228,10 +230,14 @@ class _Experts(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear:
-            matrix = args[1]
-            if name := self.names.get(matrix.untyped_storage().data_ptr()):
-                return self.note(name, matrix.storage_offset() // matrix.numel(), args[0], output)
+        if func not in PRODUCTS or not (name := self.names.get(args[1].untyped_storage().data_ptr())):
+            return output
+        x, matrix = args[:2]
+        if matrix.dim() == 2:
+            return self.note(name, matrix.storage_offset() // matrix.numel(), x, output)
+        output = output.clone()
+        for expert, (own, fed) in enumerate(zip(x, x.any(-1), strict=True)):
+            output[expert, fed] = self.note(name, expert, own[fed], output[expert, fed])
         return output
 
 

@@ -65,6 +65,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "Qwen2Moe": {**EXPERTS, "shared_expert_intermediate_size": 32},
     "Llama4Text": {**EXPERTS, "num_experts_per_tok": 1, "intermediate_size_mlp": 64},
     "GptOss": {**EXPERTS, "sliding_window": 32},
+    "JetMoe": {**EXPERTS, "kv_channels": 16, "num_attention_heads": 2},
     "DeepseekV2": {**EXPERTS, **MLA, "n_routed_experts": 4, "q_lora_rank": None, "first_k_dense_replace": 1},
 }
 

@@ -18,7 +18,7 @@ from agentforge.allocation import Budget, fit
 from agentforge.cli import app
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text, likelihood
-from agentforge.models import LanguageModel
+from agentforge.models import LanguageModel, as_matrix
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, collect
 from tests.architectures import make
@@ -251,11 +251,45 @@ def test_experts_have_statistics_of_the_tokens_that_the_router_sends_them(made: 
     torch.testing.assert_close(down.sensitivity.reshape(4, 32), by_hand, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe"], indirect=True)
+@pytest.mark.parametrize("name", ["GptOss", "Llama4Text", "Mixtral", "JetMoe"])
+def test_experts_have_the_statistics_of_their_gradients(name: str, tmp_path: Path) -> None:
+    """Of an expert that one token is sent to, the gradient is g x^T; H is the sum of x x^T, the sensitivity g^2."""
+    made = open_model(make(name, tmp_path / name, num_experts_per_tok=1))
+    experts = {weight.name: weight for weight in made.weights() if weight.experts}
+    checked = 0
+    for start in range(4):
+        text = Text("two", "test", TEXT.text[5 * start :])
+        found = collect(made, Calibration(text, 2, 2, 2), progress=False)
+        ids = torch.tensor([made.encode(text.text)[:2]])
+        logp = made.model(ids).logits[0].log_softmax(-1)
+        drawn = torch.multinomial(logp.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+        gradients = torch.autograd.grad(logp.gather(1, drawn).sum(), [made.model.get_parameter(one) for one in experts])
+        for (one, weight), gradient in zip(experts.items(), gradients, strict=True):
+            own = as_matrix(gradient, weight.transposed).reshape(weight.experts, -1, weight.shape[1]).double()
+            hit = [expert for expert in range(weight.experts) if own[expert].any()]
+            sensitivity = found[one].sensitivity
+            assert found[one].n == 2 and sensitivity is not None
+            squares = 2 * sensitivity.reshape(weight.experts, -1).double()
+            assert [expert for expert in range(weight.experts) if squares[expert].any()] == hit
+            if len(hit) < 2:
+                continue
+            total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+            for expert in hit:
+                _, sizes, directions = torch.linalg.svd(own[expert])
+                length = sizes[0] ** 2 / squares[expert].sum()
+                total += length * directions[0].outer(directions[0])
+                torch.testing.assert_close(squares[expert] * length, own[expert].square().sum(1), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(found[one].hessian.double() * 2, total, rtol=1e-3, atol=1e-5)
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe", "GptOss", "Llama4Text", "JetMoe"], indirect=True)
 def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path) -> None:
     fitted = fit(made, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=128, progress=False)
     kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
-    assert not kept & {weight.name for weight in made.weights()}
+    experts = {weight.name for weight in made.weights() if weight.experts}
+    assert experts and not kept & experts
     assert fitted.bits <= 3
 
 

@@ -78,9 +78,8 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
         if row["stage"] is not None and owner is not None:
             stage, shape = stages.from_json(row["stage"]), oriented(row)
             planes = stored(row["name"], stage.layout(shape))
-            weight = PackedWeight(
-                stage, shape, planes, shared if stage.shared_layout() else None, dtype, tuple(row["shape"]) != shape
-            )
+            of_all = shared if stage.shared_layout() else None
+            weight = PackedWeight(stage, shape, planes, of_all, dtype, row["transposed"])
             if leaf == "weight" and type(owner) is nn.Embedding:
                 _put(model, path, PackedEmbedding(weight))
             elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):
