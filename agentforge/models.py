@@ -40,7 +40,9 @@ SIDE_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
-UNMARKED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False}  # layers of experts: whether they are transposed
+# Layers of experts that transformers does not mark: whether they are transposed.
+UNMARKED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False, "LongcatFlashExperts": False}
+IN_PLACE = ("rwkv",)  # model types whose modules change their own weights and states while they compute
 LOWEST = -1e8  # of a logit that says anything
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)

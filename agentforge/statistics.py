@@ -25,12 +25,15 @@ from tqdm.auto import tqdm
 from . import digits
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
-from .models import LanguageModel, check_workers, device_named
+from .models import IN_PLACE, LanguageModel, check_workers, device_named
 from .stages.base import InputStatistics as InputStatistics
 from .stages.base import Stage
 
 TOKENS = 8192
 CONTEXT = 1024
+NO_GRADIENTS = (
+    "{}: has no gradients, because it changes in place what they need; choose a stage without sensitivities, such as vptq"
+)
 PRODUCTS = (torch.nn.functional.linear, torch.Tensor.matmul, torch.matmul, torch.bmm)  # of an input and a matrix
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
@@ -87,6 +90,8 @@ def collect(
     """
     calibration = (calibration or Calibration()).for_model(model)
     check_workers(workers)
+    if calibration.sensitivity_tokens and model.config.get("model_type") in IN_PLACE:
+        raise BadInput(NO_GRADIENTS.format(model.name))
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
     module = model.on(calibration.device).model
@@ -206,10 +211,7 @@ def _sensitivities(
             except RuntimeError as error:
                 if "inplace operation" not in str(error):
                     raise
-                raise BadInput(
-                    f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
-                    "sensitivities, such as vptq"
-                ) from None
+                raise BadInput(NO_GRADIENTS.format(model.name)) from None
             seen += len(scores)
     return {name: (total / seen).to("cpu", torch.float32) for name, total in sums.items()}
 

@@ -21,6 +21,8 @@ from agentforge.evaluation import Text, likelihood
 from agentforge.models import LanguageModel, as_matrix
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, collect
+from agentforge.training.phase import phase
+from agentforge.training.recover import Settings, distillation, recover
 from tests.architectures import make
 from tests.conftest import make_tiny_llama
 
@@ -95,8 +97,6 @@ def test_an_id_that_is_never_given_hides_no_encoder(made: LanguageModel, never: 
 
 
 def test_recovery_takes_ids_that_are_never_given() -> None:
-    from agentforge.training.recover import distillation
-
     ours, theirs = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
     rest = distillation(mine := ours.clone().requires_grad_(), theirs)
     rest.backward()
@@ -291,6 +291,49 @@ def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path)
     experts = {weight.name for weight in made.weights() if weight.experts}
     assert experts and not kept & experts
     assert fitted.bits <= 3
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ("Rwkv", "rwkv changes its weights in place, so that it cannot be trained"),
+        ("GptOss", "model.layers.0.mlp.experts.down_proj is of experts, and linear layers alone are trained"),
+        ("JetMoe", "model.layers.0.mlp.input_linear.weight is of experts"),
+    ],
+    indirect=["made"],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(made: LanguageModel, why: str, tmp_path: Path) -> None:
+    settings = Settings(steps=1, batch=1, context=32, heldout=32)
+    before = set(tmp_path.iterdir())
+    for ask in (
+        lambda: recover(made, tmp_path / "r", "ternary", settings, progress=False),
+        lambda: recover(made, tmp_path / "r", "rounding:bits=4,group=16", settings, progress=False),
+        lambda: fit(made, tmp_path / "r", Budget(bits=4), recovery=settings, text=TEXT, tokens=64, progress=False),
+        lambda: phase(made, tmp_path / "r", settings, text=TEXT, tokens=64, progress=False),
+    ):
+        with pytest.raises(BadInput, match=why):
+            ask()
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("made", ["Rwkv"], indirect=True)
+def test_weights_that_change_in_place_are_refused_before_the_first_token(made: LanguageModel, tmp_path: Path) -> None:
+    af.compress(made, "rounding:bits=8,group=16", tmp_path / "a", progress=False)
+    with pytest.raises(BadInput, match="rwkv changes its own in place, which planes cannot; load with runtime=dense"):
+        _ = af.load(tmp_path / "a", "packed").model
+    with pytest.raises(BadInput, match="rwkv changes its own in place"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    with pytest.raises(BadInput, match="has no gradients, because it changes in place"):
+        fit(made, tmp_path / "f", Budget(bits=4), text=TEXT, tokens=64, progress=False)
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("made", ["Mamba"], indirect=True)
+def test_modules_that_read_a_weight_find_it_in_training(made: LanguageModel, tmp_path: Path) -> None:
+    settings = Settings(steps=2, batch=2, context=32, heldout=32)
+    done = recover(made, tmp_path / "r", "rounding:bits=4,group=16", settings, text=TEXT, progress=False)
+    one = af.divergence(af.load(tmp_path / "r"), made, TEXT, tokens=64, progress=False).kl.value
+    assert math.isfinite(done.after.kl) and math.isfinite(one)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])

@@ -33,7 +33,7 @@ from ..evaluation import intervals
 from ..evaluation.likelihood import relative_entropy
 from ..evaluation.texts import Text, find_text
 from ..folders import check_out, foreign, remove
-from ..models import LanguageModel, device_named, fastest_device
+from ..models import IN_PLACE, LanguageModel, device_named, fastest_device
 from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
@@ -165,6 +165,7 @@ def recover(
     if odd := [name for name in chosen if name not in weights]:
         raise BadInput(f"{odd[0]}: is not a weight of {model.name} that a stage may touch; `agentforge models` lists them")
     begin = _start(stage, start)
+    check_trainable(model, chosen)
     if stage is None and names is not None:
         raise BadInput("recovery: the weights are those that the artifact to start with encodes; expected names=None")
     if most_bytes is not None and stage is not None:
@@ -204,6 +205,16 @@ def recover(
         write_json(history_file, {"history": history})
         remove(work)
     return _recovered(Artifact(out), history)
+
+
+def check_trainable(model: LanguageModel, names: Iterable[str] | None = None) -> None:
+    """Raise BadInput for a model that changes its weights in place, and if one of these weights (default: all that a stage
+    may touch) is of experts: linear layers are trained."""
+    if (kind := model.config.get("model_type")) in IN_PLACE:
+        raise BadInput(f"{model.name}: {kind} changes its weights in place, so that it cannot be trained; compress it alone")
+    experts = {weight.name for weight in model.weights() if weight.experts}
+    if found := sorted(experts if names is None else experts & set(names)):
+        raise BadInput(f"{model.name}: {found[0]} is of experts, and linear layers alone are trained; compress it alone")
 
 
 def _start(stage: stages.Stage | None, start: Artifact | str | Path | None) -> Artifact | None:
