@@ -266,6 +266,10 @@ def fit(
     model.check()
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; fit measures KL divergence on text, so choose a language model")
+    if recovery is not None:
+        from .training.recover import check_trainable
+
+        check_trainable(model)
     evaluation.check_causal(model)
     out = check_out(out, model.path, replace=True)
     if budget.bits is None and not overwrite and out.exists() and any(out.iterdir()):

@@ -40,7 +40,7 @@ from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
 from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
 from .folders import check_out, foreign, locked, remove, replace
-from .models import SOURCE_FILE, LanguageModel, Weight, converted_bytes
+from .models import SOURCE_FILE, LanguageModel, Weight, as_stored, converted_bytes
 from .planes import Packed, Plane, is_coded
 from .tensorfiles import (
     DTYPES,
@@ -268,7 +268,7 @@ class Artifact:
             dense = _stage_of(row).decode(found)
         except BadArtifact as error:
             raise BadArtifact(f"{self.path}: tensor {row['name']}: {error}") from None
-        return dense.T.contiguous() if row["transposed"] else dense.reshape(row["shape"])
+        return as_stored(dense, row["shape"], row["transposed"])
 
 
 def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dtype = torch.float16) -> Path:
@@ -640,8 +640,9 @@ def _stored(row: dict[str, Any]) -> list[_Stored]:
 
 def oriented(row: dict[str, Any]) -> tuple[int, int]:
     """(out, in) of an encoded row, as its stage sees it: the matrices of a layer's experts lie below each other."""
-    *rows, columns = row["shape"]
-    return (columns, rows[0]) if row["transposed"] else (math.prod(rows), columns)
+    *experts, rows, columns = row["shape"]
+    rows, columns = (columns, rows) if row["transposed"] else (rows, columns)
+    return math.prod(experts) * rows, columns
 
 
 def _difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
@@ -760,7 +761,7 @@ def _wrong(row: dict[str, Any], shared: dict[str, Any] | None) -> str:
     try:
         if "name" in row and row["stage"] is not None:
             shape = row["shape"]
-            if len(shape) not in ((2,) if row["transposed"] else (2, 3)) or 0 in shape or max(oriented(row)) > LARGEST_SIDE:
+            if len(shape) not in (2, 3) or 0 in shape or max(oriented(row)) > LARGEST_SIDE:
                 return f"shape {shape!r:.60} is neither a matrix nor one an expert, or not believable"
             if _stage_of(row).shared_layout() and (shared is None or shared["stage"] != row["stage"]):
                 return "the planes that its stage shares are missing"

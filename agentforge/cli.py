@@ -455,7 +455,7 @@ def evaluate(
         for one, name in ((original, "perplexity of the original"), (opened, "perplexity")):
             if one:
                 one.check_finite(measured[name].value)
-    protocol = next(iter(measured.values())).protocol
+    protocol = {key: value for m in measured.values() for key, value in m.protocol.items()}
     caption = ", ".join(f"{k}={v}" for k, v in protocol.items() if v and k not in ("metric", "text_sha256", "tokenizer"))
     found = {"model": opened.name, "measurements": {k: m.to_json() for k, m in measured.items()}}
     _show(found, as_json, lambda: _measure_table(measured, caption))

@@ -286,13 +286,13 @@ def _gates_passed(folder: Path) -> list[dict[str, Any]]:
 def _special_tokens(model: LanguageModel) -> dict[str, int]:
     """Special tokens and their ids.  Raises BadInput if one is not a single token, or beyond the embedding."""
     tokenizer = model.tokenizer
-    rows = model.config.get("vocab_size")
+    rows = model.vocabulary
     found = {}
     for token in tokenizer.all_special_tokens:
         ids = tokenizer(token, add_special_tokens=False)["input_ids"]
         if len(ids) != 1:
             raise BadInput(f"{model.name}: special token {token!r} is cut into {len(ids)} tokens; fix the tokenizer")
-        if isinstance(rows, int) and ids[0] >= rows:
+        if rows is not None and ids[0] >= rows:
             raise BadInput(f"{model.name}: special token {token!r} has id {ids[0]}, the embedding has {rows} rows")
         found[token] = int(ids[0])
     return found

@@ -12,7 +12,7 @@ import hashlib
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -40,6 +40,10 @@ SIDE_FILES = (
     *("*.json", "*.txt", "*.model", "*.jinja", f"{TEMPLATES}/*.jinja"),
     *("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*"),
 )
+# Layers of experts that transformers does not mark: whether they are transposed.
+UNMARKED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False, "LongcatFlashExperts": False}
+IN_PLACE = ("rwkv",)  # model types whose modules change their own weights and states while they compute
+LOWEST = -1e8  # of a logit that says anything
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)
 
@@ -49,8 +53,9 @@ class Weight:
     """A weight that a stage may touch.
 
     name: its name in the model.  shape: (out, in) as a stage sees it.  dtype: as stored.  module: the type of the
-    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D).  experts: if it is stored as
-    [experts, out / experts, in], the number of experts, whose matrices lie below each other; 0 for one matrix.
+    module it belongs to.  transposed: stored as [in, out] (GPT-2's Conv1D, the experts of GPT-OSS and Llama4).  experts: if
+    it is stored as [experts, out / experts, in], or transposed as [experts, in, out / experts], the number of experts, whose
+    matrices lie below each other; 0 for one matrix.
     """
 
     name: str
@@ -65,9 +70,9 @@ class Weight:
     def stored_shape(self) -> tuple[int, ...]:
         """The shape in which the model has it."""
         rows, columns = self.shape
-        if self.experts:
-            return self.experts, rows // self.experts, columns
-        return (columns, rows) if self.transposed else (rows, columns)
+        rows //= self.experts or 1
+        matrix = (columns, rows) if self.transposed else (rows, columns)
+        return (self.experts, *matrix) if self.experts else matrix
 
     def load(self) -> torch.Tensor:
         """The weight as [out, in], in its own dtype."""
@@ -76,7 +81,16 @@ class Weight:
 
 def as_matrix(tensor: torch.Tensor, transposed: bool) -> torch.Tensor:
     """A weight as the model stores it, as the matrix [out, in] that a stage sees."""
-    return tensor.T.contiguous() if transposed else tensor.reshape(-1, tensor.shape[-1])
+    tensor = tensor.mT.contiguous() if transposed else tensor
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def as_stored(matrix: torch.Tensor, shape: Sequence[int], transposed: bool) -> torch.Tensor:
+    """A matrix [out, in] as the model stores it, in this shape: what `as_matrix` undoes."""
+    if not transposed:
+        return matrix.reshape(*shape)
+    *experts, columns, rows = shape
+    return matrix.reshape(*experts, rows, columns).mT.contiguous()
 
 
 class LanguageModel:
@@ -258,12 +272,16 @@ class LanguageModel:
         ids = found[0] if found else TimeoutError(f"not done after {limit:.0f} s")
         if isinstance(ids, BaseException):
             raise BadInput(f"{self.path}: its tokenizer cannot cut the text ({first_line(ids)})") from None
+        return self.known(ids)
+
+    def known(self, ids: list[int]) -> list[int]:
+        """The same ids.  Raises BadInput if the model does not have one of them."""
         size = self.vocabulary
         if size is not None and max(ids, default=0) >= size:
             raise BadInput(
                 f"{self.path}: its tokenizer gives the id {max(ids)}, its model knows {size} tokens; use its own tokenizer"
             )
-        return list(ids)
+        return ids
 
     @cached_property
     def first_ids(self) -> list[int]:
@@ -274,7 +292,7 @@ class LanguageModel:
     @property
     def vocabulary(self) -> int | None:
         """How many tokens the model knows, if its configuration says so."""
-        size = self.config.get("vocab_size")
+        size = None if self.is_classifier else getattr(self._hf_config.get_text_config(), "vocab_size", None)
         return size if isinstance(size, int) else None
 
     def check_finite(self, found: torch.Tensor | float) -> None:
@@ -382,11 +400,11 @@ class LanguageModel:
         kind = type(owner).__name__
         conv = kind == "Conv1D"
         # transformers marks its layers of experts by how they hold their matrices: [experts, out, in], or transposed.
-        if len(entry.shape) == 3 and in_block and entry.dtype.is_floating_point and hasattr(owner, "is_transposed"):
-            if owner.is_transposed:
-                return f"{leaf} of {kind}: experts stored as [experts, in, out], which no stage reads yet"
+        transposed: Any = getattr(owner, "is_transposed", UNMARKED.get(kind))
+        if len(entry.shape) == 3 and in_block and entry.dtype.is_floating_point and transposed is not None:
             experts, rows, columns = entry.shape
-            return Weight(name, (experts * rows, columns), entry.dtype, kind, False, self.tensor, experts)
+            rows, columns = (columns, rows) if transposed else (rows, columns)
+            return Weight(name, (experts * rows, columns), entry.dtype, kind, transposed, self.tensor, experts)
         if leaf != "weight" or len(entry.shape) != 2:
             rank = len(entry.shape)
             return f"{leaf} of {kind}: {'a vector' if rank == 1 else f'{rank} dimensions'}, not the matrix of a linear layer"

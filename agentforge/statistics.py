@@ -21,7 +21,7 @@ from . import digits
 from .blockwise import Passes, Spill, progress_bar
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
-from .models import LanguageModel, check_workers, device_named
+from .models import IN_PLACE, LanguageModel, check_workers, device_named
 from .stages.base import InputStatistics as InputStatistics
 from .stages.base import Stage
 
@@ -30,6 +30,10 @@ CONTEXT = 1024
 STRIPE = 192  # columns of second moments that are computed at once
 DRAWN = 128  # positions at which a token is drawn at once
 RECENT = 3  # distinct H in memory that were asked for last
+NO_GRADIENTS = (
+    "{}: has no gradients, because it changes in place what they need; choose a stage without sensitivities, such as vptq"
+)
+PRODUCTS = (torch.nn.functional.linear, torch.Tensor.matmul, torch.matmul, torch.bmm)  # of an input and a matrix
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
 
@@ -126,6 +130,8 @@ def collect(
     """
     calibration = (calibration or Calibration()).for_model(model)
     check_workers(workers)
+    if calibration.sensitivity_tokens and model.config.get("model_type") in IN_PLACE:
+        raise BadInput(NO_GRADIENTS.format(model.name))
     device = device_named(calibration.device)
     windows = [window.to(device) for window in _windows(model, calibration)]
     backward = -(-calibration.sensitivity_tokens // calibration.context)  # so many of the windows go back, too
@@ -229,10 +235,7 @@ def _go_back(model: LanguageModel, output: Any, seed: int) -> int:
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
-        raise BadInput(
-            f"{model.name}: has no gradients, because it changes in place what they need; choose a stage without "
-            "sensitivities, such as vptq"
-        ) from None
+        raise BadInput(NO_GRADIENTS.format(model.name)) from None
     return len(gradient)
 
 
@@ -256,22 +259,32 @@ def _add_to(sums: dict[str, tuple[torch.Tensor, int]], key: str, product: torch.
 class _Experts(TorchFunctionMode):
     """Calls `note(name, expert, input, output)` for the product of each expert's matrix, and takes its output from there.
 
-    names: of the parameters of which experts are slices; a product is an expert's if its matrix lies in one of them.
+    names: of the parameters of which experts are slices; a product is an expert's if its matrix lies in one of them.  If it
+    is of all experts at once, each one's input is what is not zero: the router sent the other tokens elsewhere.
     """
 
     def __init__(
         self, module: Any, names: Collection[str], note: Callable[[str, int, torch.Tensor, torch.Tensor], Any]
     ) -> None:
         super().__init__()
-        self.names = {module.get_parameter(name).untyped_storage().data_ptr(): name for name in names}
+        self.parameters = {name: module.get_parameter(name) for name in names}
         self.note = note
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        if func is torch.nn.functional.linear:
-            matrix = args[1]
-            if name := self.names.get(matrix.untyped_storage().data_ptr()):
-                return self.note(name, matrix.storage_offset() // matrix.numel(), args[0], output)
+        if func not in PRODUCTS:
+            return output
+        x, matrix = args[:2]
+        where = matrix.untyped_storage().data_ptr()
+        # A parameter has another storage at each turn of its block.
+        name = next((n for n, p in self.parameters.items() if p.untyped_storage().data_ptr() == where), None)
+        if name is None:
+            return output
+        if matrix.dim() == 2:
+            return self.note(name, matrix.storage_offset() // matrix.numel(), x, output)
+        output = output.clone()
+        for expert, (own, fed) in enumerate(zip(x, x.any(-1), strict=True)):
+            output[expert, fed] = self.note(name, expert, own[fed], output[expert, fed])
         return output
 
 

@@ -18,9 +18,11 @@ from agentforge.allocation import Budget, fit
 from agentforge.cli import app
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text, likelihood
-from agentforge.models import LanguageModel
+from agentforge.models import LanguageModel, as_matrix
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, collect
+from agentforge.training.phase import phase
+from agentforge.training.recover import Settings, distillation, recover
 from tests.architectures import make
 from tests.conftest import make_tiny_llama
 
@@ -80,6 +82,29 @@ def test_what_sees_later_tokens_has_no_perplexity(made: LanguageModel, tmp_path:
         with pytest.raises(BadInput, match=r"is no causal model: it sees the tokens"):
             ask()
     assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("never", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+@pytest.mark.parametrize("made", ["Bert", "Llama"], indirect=True)
+def test_an_id_that_is_never_given_hides_no_encoder(made: LanguageModel, never: float) -> None:
+    head = made.model.get_output_embeddings()
+    head.register_forward_hook(lambda _, __, logits: logits.masked_fill(torch.arange(258) > 250, never))
+    if type(made.model).__name__.startswith("Bert"):
+        with pytest.raises(BadInput, match="is no causal model"):
+            check_causal(made)
+    else:
+        check_causal(made)
+
+
+def test_recovery_takes_ids_that_are_never_given() -> None:
+    ours, theirs = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0)).unbind()
+    rest = distillation(mine := ours.clone().requires_grad_(), theirs)
+    rest.backward()
+    pad = torch.full((5, 3), -math.inf)
+    loss = distillation(wide := torch.cat([ours, pad], 1).requires_grad_(), torch.cat([theirs, pad], 1))
+    loss.backward()
+    assert loss == rest and mine.grad is not None and wide.grad is not None
+    assert torch.equal(wide.grad, torch.cat([mine.grad, torch.zeros(5, 3)], 1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -226,12 +251,89 @@ def test_experts_have_statistics_of_the_tokens_that_the_router_sends_them(made: 
     torch.testing.assert_close(down.sensitivity.reshape(4, 32), by_hand, rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe"], indirect=True)
+@pytest.mark.parametrize("name", ["GptOss", "Llama4Text", "Mixtral", "JetMoe"])
+def test_experts_have_the_statistics_of_their_gradients(name: str, tmp_path: Path) -> None:
+    """Of an expert that one token is sent to, the gradient is g x^T; H is the sum of x x^T, the sensitivity g^2."""
+    made = open_model(make(name, tmp_path / name, num_experts_per_tok=1))
+    experts = {weight.name: weight for weight in made.weights() if weight.experts}
+    checked = 0
+    for start in range(4):
+        text = Text("two", "test", TEXT.text[5 * start :])
+        found = collect(made, Calibration(text, 2, 2, 2), progress=False)
+        ids = torch.tensor([made.encode(text.text)[:2]])
+        logp = made.model(ids).logits[0].log_softmax(-1)
+        drawn = torch.multinomial(logp.detach().exp(), 1, generator=torch.Generator().manual_seed(0))
+        gradients = torch.autograd.grad(logp.gather(1, drawn).sum(), [made.model.get_parameter(one) for one in experts])
+        for (one, weight), gradient in zip(experts.items(), gradients, strict=True):
+            own = as_matrix(gradient, weight.transposed).reshape(weight.experts, -1, weight.shape[1]).double()
+            hit = [expert for expert in range(weight.experts) if own[expert].any()]
+            sensitivity = found[one].sensitivity
+            assert found[one].n == 2 and sensitivity is not None
+            squares = 2 * sensitivity.reshape(weight.experts, -1).double()
+            assert [expert for expert in range(weight.experts) if squares[expert].any()] == hit
+            if len(hit) < 2:
+                continue
+            total = torch.zeros(weight.shape[1], weight.shape[1], dtype=torch.float64)
+            for expert in hit:
+                _, sizes, directions = torch.linalg.svd(own[expert])
+                length = sizes[0] ** 2 / squares[expert].sum()
+                total += length * directions[0].outer(directions[0])
+                torch.testing.assert_close(squares[expert] * length, own[expert].square().sum(1), rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(found[one].hessian.double() * 2, total, rtol=1e-3, atol=1e-5)
+            checked += 1
+    assert checked
+
+
+@pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe", "GptOss", "Llama4Text", "JetMoe"], indirect=True)
 def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path) -> None:
     fitted = fit(made, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=128, progress=False)
     kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
-    assert not kept & {weight.name for weight in made.weights()}
+    experts = {weight.name for weight in made.weights() if weight.experts}
+    assert experts and not kept & experts
     assert fitted.bits <= 3
+
+
+@pytest.mark.parametrize(
+    ("made", "why"),
+    [
+        ("Rwkv", "rwkv changes its weights in place, so that it cannot be trained"),
+        ("GptOss", "model.layers.0.mlp.experts.down_proj is of experts, and linear layers alone are trained"),
+        ("JetMoe", "model.layers.0.mlp.input_linear.weight is of experts"),
+    ],
+    indirect=["made"],
+)
+def test_what_cannot_be_trained_is_refused_before_any_work(made: LanguageModel, why: str, tmp_path: Path) -> None:
+    settings = Settings(steps=1, batch=1, context=32, heldout=32)
+    before = set(tmp_path.iterdir())
+    for ask in (
+        lambda: recover(made, tmp_path / "r", "ternary", settings, progress=False),
+        lambda: recover(made, tmp_path / "r", "rounding:bits=4,group=16", settings, progress=False),
+        lambda: fit(made, tmp_path / "r", Budget(bits=4), recovery=settings, text=TEXT, tokens=64, progress=False),
+        lambda: phase(made, tmp_path / "r", settings, text=TEXT, tokens=64, progress=False),
+    ):
+        with pytest.raises(BadInput, match=why):
+            ask()
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("made", ["Rwkv"], indirect=True)
+def test_weights_that_change_in_place_are_refused_before_the_first_token(made: LanguageModel, tmp_path: Path) -> None:
+    af.compress(made, "rounding:bits=8,group=16", tmp_path / "a", progress=False)
+    with pytest.raises(BadInput, match="rwkv changes its own in place, which planes cannot; load with runtime=dense"):
+        _ = af.load(tmp_path / "a", "packed").model
+    with pytest.raises(BadInput, match="rwkv changes its own in place"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "a")
+    with pytest.raises(BadInput, match="has no gradients, because it changes in place"):
+        fit(made, tmp_path / "f", Budget(bits=4), text=TEXT, tokens=64, progress=False)
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize("made", ["Mamba"], indirect=True)
+def test_modules_that_read_a_weight_find_it_in_training(made: LanguageModel, tmp_path: Path) -> None:
+    settings = Settings(steps=2, batch=2, context=32, heldout=32)
+    done = recover(made, tmp_path / "r", "rounding:bits=4,group=16", settings, text=TEXT, progress=False)
+    one = af.divergence(af.load(tmp_path / "r"), made, TEXT, tokens=64, progress=False).kl.value
+    assert math.isfinite(done.after.kl) and math.isfinite(one)
 
 
 @pytest.mark.parametrize("embeddings", [False, True])

@@ -19,7 +19,7 @@ from agentforge.opening import open_model
 WINDOWS = [torch.arange(i, i + 24)[None] % 60 for i in range(5)]
 
 
-@pytest.fixture(params=["GPT2", "Mamba", "Gemma3Text", "MiniMax"])
+@pytest.fixture(params=["GPT2", "Mamba", "Gemma3Text"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return architectures.make(request.param, tmp_path / "model")
 

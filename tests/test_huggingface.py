@@ -224,15 +224,24 @@ def test_experts_have_no_statistics(mixtral: Path, tmp_path: Path) -> None:
     assert all(row["stage"] for row in made.rows if ".experts." in row["name"])
 
 
-def test_transposed_experts_are_kept(tmp_path: Path) -> None:
+def test_transposed_experts(tmp_path: Path) -> None:
+    """Stored as [experts, in, out]: a stage sees [out, in] of each, one below the other."""
     sizes = {**DECODER, "num_key_value_heads": 2, "num_local_experts": 2, "num_experts_per_tok": 1, "head_dim": 16}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         transformers.GptOssForCausalLM(transformers.GptOssConfig(**sizes)).save_pretrained(tmp_path / "model")
-    kept = af.open_model(tmp_path / "model").kept()
-    assert kept["model.layers.0.mlp.experts.gate_up_proj"] == (
-        "gate_up_proj of GptOssExperts: experts stored as [experts, in, out], which no stage reads yet"
-    )
+    original = af.open_model(tmp_path / "model")
+    name = "model.layers.0.mlp.experts.down_proj"
+    weight, stored = next(weight for weight in original.weights() if weight.name == name), original.tensor(name)
+    assert weight.stored_shape == stored.shape and weight.shape == (2 * stored.shape[2], stored.shape[1])
+    assert torch.equal(weight.load(), torch.cat([one.T for one in stored]))
+    made = af.compress(original, "rounding:bits=8,group=32", tmp_path / "a", progress=False)
+    row = next(row for row in made.rows if row["name"] == name)
+    assert row["transposed"] and row["shape"] == list(stored.shape)
+    decoded = made.decode(row)
+    assert decoded.shape == stored.shape and torch.allclose(decoded, stored, atol=0.01)
+    packed = opened(made.path).model.layers[0].mlp.experts
+    assert isinstance(packed, WithPacked) and isinstance(packed.down_proj, PackedWeight)
 
 
 @pytest.mark.parametrize("shape", [[4, 192, 64, 1], [4, 0, 64], [1 << 23, 192, 64]])

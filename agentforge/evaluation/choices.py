@@ -43,7 +43,7 @@ def likelihoods(
     rows: list[_Row] = []
     found = []
     for i, (prompt, options) in enumerate(questions):
-        tokens = [_tokens(model, prompt + option) for option in options]
+        tokens = [model.first_ids + model.encode(prompt + option) for option in options]
         shortest = min(map(len, tokens))
         # What all options share says nothing of them; of each at least one token is scored.
         shared = next((j for j in range(shortest) if len({ids[j] for ids in tokens}) > 1), shortest)
@@ -83,10 +83,3 @@ def _run(model: LanguageModel, batch: Sequence[_Row]) -> list[torch.Tensor]:
     with torch.inference_mode():
         logits: Any = module(input_ids=ids, attention_mask=mask, use_cache=False).logits
     return [logits[i, row.first - 1 : len(row.ids)].float().log_softmax(-1).cpu() for i, row in enumerate(batch)]
-
-
-def _tokens(model: LanguageModel, text: str) -> list[int]:
-    tokenizer = model.tokenizer
-    ids = model.encode(text)
-    bos = tokenizer.bos_token_id
-    return [bos, *ids] if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else ids

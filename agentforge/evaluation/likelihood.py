@@ -14,6 +14,7 @@ reports/coverage shows how often the intervals hold the whole text's value.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from ..blockwise import Passes, progress_bar
 from ..errors import BadInput
-from ..models import LanguageModel
+from ..models import LOWEST, LanguageModel
 from . import intervals
 from .measurement import Measurement
 from .texts import Text, find_text
@@ -109,7 +110,8 @@ def divergence(
 ) -> Divergence:
     """KL divergence, top-1 agreement and both perplexities, in one pass.  Arguments as for `perplexity`.
 
-    Raises BadInput, too, if the two models do not share a tokenizer.
+    If one model has more ids than the other, as of a padded embedding, KL and top-1 agreement are of those that both have,
+    and their protocols say so.  Raises BadInput, too, if the two models do not share a tokenizer.
     """
     return divergences([model], original, text, context, stride, tokens, bos, progress)[0]
 
@@ -125,35 +127,45 @@ def divergences(
     progress: bool = True,
 ) -> list[Divergence]:
     """`divergence` for several models at once: the original runs over the text only once."""
-    found = find_text(text)
-    windows, protocol = plan(original, found, context, stride, tokens, bos)
+    of = find_text(text)
+    windows, protocol = plan(original, of, context, stride, tokens, bos)
     for model in models:
-        if plan(model, found, context, stride, tokens, bos)[0] != windows:
+        if plan(model, of, context, stride, tokens, bos)[0] != windows:
             raise BadInput(
                 f"{model.name} and {original.name} cut the text into different tokens; compare models of one tokenizer"
             )
     parts = compared(models, original, windows, progress)
-    return [
-        divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
-        for model, of_windows in zip(models, parts, strict=True)
-    ]
+    found = []
+    for model, of_windows in zip(models, parts, strict=True):
+        one = divergence_of(*_clusters(of_windows), protocol, model.fingerprint, original.fingerprint)
+        mine, before = model.vocabulary, original.vocabulary
+        if mine is not None and before is not None and mine != before:
+            said = f"KL and top-1 over the {min(mine, before):,} that both have, renormalised"
+            ids = {"ids": f"{said} (model {mine:,}; original {before:,})"}
+            kl, top1 = (dataclasses.replace(m, protocol=m.protocol | ids) for m in (one.kl, one.top1))
+            one = one._replace(kl=kl, top1=top1)
+        found.append(one)
+    return found
 
 
 def compared(
     models: Sequence[LanguageModel], original: LanguageModel, windows: list[Window], progress: bool
 ) -> list[list[torch.Tensor]]:
-    """What each model says of each window's scored tokens beside the original, float64[tokens, 6] a window: KL, same top-1,
-    both models' losses, hits of both."""
+    """What each model says of each window's scored tokens beside the original, float64[tokens, 6] per window: KL, same
+    top-1, both models' losses, hits of both.  KL and top-1 are of the ids that both have, all else is of all ids."""
 
     def beside(module: Any, both: tuple[Window, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         window, (theirs, targets) = both
         rows = []
-        for p, q, ids in zip(*(x.split(ROWS) for x in (theirs, _scored(module, window)[0], targets)), strict=True):
-            p, q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-            mine, top = q.argmax(-1), p.argmax(-1)
+        for before, after, ids in zip(*(x.split(ROWS) for x in (theirs, _scored(module, window)[0], targets)), strict=True):
+            p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
             losses, base = (-x.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for x in (q, p))
-            kl = (p.exp() * (p - q)).sum(-1)
-            columns = (kl, top == mine, losses, base, mine == ids, top == ids)
+            right, right_before = (x.argmax(-1) == ids for x in (q, p))
+            if p.shape != q.shape:  # from the logits: beside a very large one nothing is left of the others in p
+                width = min(p.shape[-1], q.shape[-1])
+                p, q = (x[:, :width].float().log_softmax(-1) for x in (before, after))
+            same = p.argmax(-1) == q.argmax(-1)
+            columns = (relative_entropy(p, q), same, losses, base, right, right_before)
             rows.append(torch.stack([column.double() for column in columns], 1))
         return torch.cat(rows)
 
@@ -173,6 +185,13 @@ def _groups(model: LanguageModel, windows: list[Window]) -> list[list[Window]]:
     """Windows that run at the same time: as many as have LOGITS numbers for answers, and one at least."""
     most = max(1, LOGITS // (max(len(window.ids) for window in windows) * (model.vocabulary or 1)))
     return [windows[i : i + most] for i in range(0, len(windows), most)]
+
+
+def relative_entropy(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats, float32[...], of log-probabilities, float32[..., ids].  An id that p never gives adds nothing,
+    even if q never gives it either (0 log 0 is 0)."""
+    weight = p.exp()
+    return (weight * (p - q).masked_fill_(weight == 0, 0.0)).sum(-1)
 
 
 def divergence_of(sums: torch.Tensor, error: str, protocol: dict[str, Any], model: str, original: str) -> Divergence:
@@ -242,7 +261,7 @@ def plan(
         token = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         if token is None:
             raise BadInput(f"{model.name}: its tokenizer has no BOS token; use bos=none")
-        first_id = [token]
+        first_id = model.known([token])
     if bos == "text":
         ids = first_id + ids
     spans = []  # start of a window's text, its first scored token, and its end
@@ -318,7 +337,9 @@ def check_causal(model: LanguageModel) -> None:
     if key not in _CAUSAL:
         ids = [i % (model.vocabulary or 10) for i in range(1, 9)]
         both = [Window([*ids, last], 1) for last in ids[:2]]
-        one, other = (logits[:-1].double() for logits, _ in Passes(model).map(_scored, both))
+        # Ids that a model never gives stand at -inf, or at the lowest number that there is.
+        logits = (logits[:-1].double() for logits, _ in Passes(model).map(_scored, both))
+        one, other = (x.masked_fill(x < LOWEST, 0.0) for x in logits)
         _CAUSAL[key] = not bool((one - other).abs().max() > 1e-3 * one.abs().max())  # NaN is for others to find
     if not _CAUSAL[key]:
         raise BadInput(

@@ -250,6 +250,8 @@ def _run(
     # A copy: lm-eval gives the tokenizer a padding token.
     tokenizer = copy.deepcopy(model.tokenizer)
     lm = HFLM(pretrained=model.model, tokenizer=tokenizer, max_length=context, batch_size=1)
+    encode = lm.tok_encode
+    lm.tok_encode = lambda *args, **about: model.known(encode(*args, **about))
     for task in tasks.values():
         task.set_fewshot_seed(seed)
     try:

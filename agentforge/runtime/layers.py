@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from ..bits import FLOATS
 from ..errors import BadInput
+from ..models import as_stored
 from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
 from ..stages.refined import Refined
@@ -346,7 +347,8 @@ class WithPacked(nn.Module):
         for name, shape in self.packed_shapes.items():
             weight = self._modules[name]
             assert isinstance(weight, PackedWeight)
-            found[id(self), name] = weight.dense(weight.dtype if like is None else like.dtype).reshape(shape)
+            dense = weight.dense(weight.dtype if like is None else like.dtype)
+            found[id(self), name] = as_stored(dense, shape, weight.transposed)
         token = _decoded.set(found)
         try:
             return super().forward(*args, **kwargs)

@@ -14,7 +14,8 @@ from torch.overrides import TorchFunctionMode
 
 from .. import stages
 from ..artifact import SHARED, Artifact, oriented
-from ..errors import BadArtifact
+from ..errors import BadArtifact, BadInput
+from ..models import IN_PLACE
 from ..stages.ternary import Ternary
 from ..tensorfiles import read_tensor
 from .layers import (
@@ -54,8 +55,11 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
 def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
     """Put layers without memory in place of those whose weights are encoded, or are an embedding or head of 16 bits.
 
-    Each plane has the size that it has on disk.  dtype: what the model computes in.
+    Each plane has the size that it has on disk.  dtype: what the model computes in.  Raises BadInput for a model that
+    changes its weights in place.
     """
+    if (kind := getattr(getattr(model, "config", None), "model_type", None)) in IN_PLACE:
+        raise BadInput(f"packed weights: {kind} changes its own in place, which planes cannot; load with runtime=dense")
     entries = artifact.entries()
 
     def stored(name: str, layout: Mapping[str, object]) -> dict[str, torch.Tensor]:
@@ -78,9 +82,8 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
         if row["stage"] is not None and owner is not None:
             stage, shape = stages.from_json(row["stage"]), oriented(row)
             planes = stored(row["name"], stage.layout(shape))
-            weight = PackedWeight(
-                stage, shape, planes, shared if stage.shared_layout() else None, dtype, tuple(row["shape"]) != shape
-            )
+            of_all = shared if stage.shared_layout() else None
+            weight = PackedWeight(stage, shape, planes, of_all, dtype, row["transposed"])
             if leaf == "weight" and type(owner) is nn.Embedding:
                 _put(model, path, PackedEmbedding(weight))
             elif leaf == "weight" and (type(owner) is nn.Linear or type(owner).__name__ == "Conv1D"):

@@ -32,7 +32,7 @@ from ..tensorfiles import write_json
 from . import gates
 from .bitlinear import convert
 from .gates import Gate
-from .recover import Settings, block_of, recover, windows
+from .recover import Settings, block_of, check_trainable, recover, windows
 
 
 class Size(NamedTuple):
@@ -112,6 +112,7 @@ def phase(
     settings = settings or Settings()
     settings.check()
     model.check_context(settings.context)
+    check_trainable(model)
     out = check_out(out, model.path)
     for name in ("untrained", "quantized", "dequantized"):
         check_out(out / name, replace=True)

@@ -30,9 +30,10 @@ from .. import digits, stages
 from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
+from ..evaluation.likelihood import relative_entropy
 from ..evaluation.texts import Text, find_text
 from ..folders import check_out, foreign, remove
-from ..models import LanguageModel, device_named, fastest_device
+from ..models import IN_PLACE, LanguageModel, device_named, fastest_device
 from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
@@ -164,6 +165,7 @@ def recover(
     if odd := [name for name in chosen if name not in weights]:
         raise BadInput(f"{odd[0]}: is not a weight of {model.name} that a stage may touch; `agentforge models` lists them")
     begin = _start(stage, start)
+    check_trainable(model, chosen)
     if stage is None and names is not None:
         raise BadInput("recovery: the weights are those that the artifact to start with encodes; expected names=None")
     if most_bytes is not None and stage is not None:
@@ -203,6 +205,16 @@ def recover(
         write_json(history_file, {"history": history})
         remove(work)
     return _recovered(Artifact(out), history)
+
+
+def check_trainable(model: LanguageModel, names: Iterable[str] | None = None) -> None:
+    """Raise BadInput for a model that changes its weights in place, and if one of these weights (default: all that a stage
+    may touch) is of experts: linear layers are trained."""
+    if (kind := model.config.get("model_type")) in IN_PLACE:
+        raise BadInput(f"{model.name}: {kind} changes its weights in place, so that it cannot be trained; compress it alone")
+    experts = {weight.name for weight in model.weights() if weight.experts}
+    if found := sorted(experts if names is None else experts & set(names)):
+        raise BadInput(f"{model.name}: {found[0]} is of experts, and linear layers alone are trained; compress it alone")
 
 
 def _start(stage: stages.Stage | None, start: Artifact | str | Path | None) -> Artifact | None:
@@ -408,7 +420,7 @@ class _Run:
                 with self._autocast():
                     theirs = _forward(self.teacher, part.to(self.device))[0].float().log_softmax(-1)
                     ours = _forward(self.student, part.to(self.device))[0].float().log_softmax(-1)
-                kl.append((theirs.exp() * (theirs - ours)).sum(-1).double().cpu())
+                kl.append(relative_entropy(theirs, ours).double().cpu())
                 same.append((theirs.argmax(-1) == ours.argmax(-1)).double().cpu())
         values = torch.cat(kl)
         found = intervals.mean(values.reshape(len(self.heldout), -1).mean(1))
@@ -514,7 +526,7 @@ class _Distillation(torch.autograd.Function):
         for mine, other, out in zip(ours.split(rows), theirs.split(rows), gradient.split(rows), strict=True):
             log_q, log_p = mine.float().log_softmax(-1), other.float().log_softmax(-1)
             p = log_p.exp()
-            total += (p * (log_p - log_q)).sum()
+            total += (p * (log_p - log_q).masked_fill_(p == 0, 0.0)).sum()
             torch.sub(log_q.exp_(), p, out=p)
             out.copy_(p.div_(len(ours)))
         context.save_for_backward(gradient)

@@ -113,6 +113,8 @@ class PlaneLinear(Student):
         self.unit = {name: 2.0 ** round(math.log2(max(float(v.square().mean()), 1e-30)) / 2) for name, v in planes.items()}
         self.floats = nn.ParameterDict({name: nn.Parameter(v / self.unit[name]) for name, v in planes.items()})
 
+    weight = property(lambda self: self.dense())  # for modules that read it instead of calling the layer
+
     def dense(self) -> torch.Tensor:
         """The weight, as a function of the floats."""
         floats = {}
@@ -158,6 +160,8 @@ class CodeLinear(Student):
         self.latent = nn.Parameter(latent / SPAN)
         gains = packed["gains"].float() if stage.gains else torch.ones(len(rows))
         self.gains = nn.Parameter(gains)
+
+    weight = property(lambda self: self.dense())  # for modules that read it instead of calling the layer
 
     def dense(self) -> torch.Tensor:
         """The weight, as a function of latent values and gains; the gains as they would be stored, straight through."""

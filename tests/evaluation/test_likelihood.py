@@ -267,6 +267,73 @@ def test_retention_is_a_ratio_of_pairs(tiny: LanguageModel, other: LanguageModel
     assert itself.perplexity_retention.value == 1.0 and itself.perplexity_retention.stderr == 0.0
 
 
+def padded(source: Path, folder: Path, ids: int, value: float = 0.0) -> LanguageModel:
+    """The same model with an embedding of so many ids, `value` times random numbers in the rows that no token has; at
+    infinity their logits are."""
+    import transformers
+
+    module = transformers.AutoModelForCausalLM.from_pretrained(source)
+    module.resize_token_embeddings(ids, mean_resizing=False)
+    rows = module.get_input_embeddings().weight
+    known = 258
+    rows.data[known:].normal_(generator=torch.Generator().manual_seed(ids)).mul_(value if math.isfinite(value) else 1.0)
+    module.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    model = agentforge.open_model(folder)
+    if math.isinf(value):
+        never = torch.arange(ids) >= known
+        model.model.lm_head.register_forward_hook(lambda _, __, logits: logits.masked_fill(never, value))
+    return model
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, 1e6, -math.inf])
+@pytest.mark.parametrize(("ids", "ids_before"), [(258, 320), (320, 258), (264, 320), (320, 320)])
+def test_vocabularies_of_other_sizes(
+    tiny_llama: Path, tiny_llama_other: Path, tmp_path: Path, ids: int, ids_before: int, value: float
+) -> None:
+    model = padded(tiny_llama_other, tmp_path / "model", ids, value)
+    original = padded(tiny_llama, tmp_path / "original", ids_before, value)
+    settings: dict[str, Any] = {"context": 32, "stride": 32, "bos": "none"}
+    found = agentforge.divergence(model, original, text_of(96), **settings)
+    shared, kl, same = min(ids, ids_before), [], []
+    windows, _ = plan(original, text_of(96), 32, 32, None, "none")
+    for window in windows:
+        with torch.no_grad():
+            rows = [m.model(torch.tensor([window.ids])).logits[0, :-1, :shared].double() for m in (original, model)]
+        p, q = (x.log_softmax(-1).numpy() for x in rows)
+        with np.errstate(invalid="ignore"):
+            kl.append(np.nansum(np.exp(p) * (p - q), 1))  # of two infinities nan
+        same.append(p.argmax(1) == q.argmax(1))
+    assert found.kl.value == pytest.approx(np.concatenate(kl).mean(), rel=1e-4) and found.kl.value > 0.1
+    assert found.top1.value == pytest.approx(np.concatenate(same).mean())
+    for measured, alone in ((found.perplexity, model), (found.original_perplexity, original)):
+        assert measured.value == pytest.approx(agentforge.perplexity(alone, text_of(96), **settings).value, rel=1e-5)
+        assert "ids" not in measured.protocol
+    said = found.kl.protocol.get("ids")
+    assert said == found.top1.protocol.get("ids")
+    if ids == ids_before:
+        assert said is None
+    else:
+        assert said == f"KL and top-1 over the {shared} that both have, renormalised (model {ids}; original {ids_before})"
+
+
+def test_the_other_ids_do_not_count(tiny: LanguageModel, tiny_llama: Path, tmp_path: Path) -> None:
+    """A model beside itself with a padded embedding, whose arg max is always an id that no token has."""
+    folded = padded(tiny_llama, tmp_path / "padded", 320, 1e6)
+    for pair in ((folded, tiny), (tiny, folded)):
+        found = agentforge.divergence(*pair, text_of(96), context=32)
+        assert found.kl.value == pytest.approx(0, abs=1e-6) and found.top1.value == 1.0
+    assert agentforge.divergence(folded, tiny, text_of(96), context=32).accuracy.value == 0.0
+
+
+def test_a_bos_token_beyond_the_embedding_is_refused(tiny_llama: Path) -> None:
+    model = agentforge.open_model(tiny_llama)
+    model.tokenizer.add_special_tokens({"bos_token": "<new>"})
+    for bos in ("text", "window"):
+        with pytest.raises(BadInput, match=r"gives the id 258, its model knows 258 tokens"):
+            agentforge.perplexity(model, text_of(50), context=16, bos=bos)
+
+
 def test_divergences_perplexities_are_perplexities(tiny: LanguageModel, other: LanguageModel) -> None:
     settings: dict[str, Any] = {"context": 24, "stride": 10, "tokens": 77, "bos": "text"}
     found = agentforge.divergence(other, tiny, text_of(120), **settings)

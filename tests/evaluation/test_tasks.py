@@ -171,6 +171,14 @@ def test_accuracy_and_retention_are_those_of_our_own_log_likelihoods(
     assert found.retention.stderr == pytest.approx(math.sqrt(variance / n) / theirs.mean(), abs=1e-9)
 
 
+@pytest.mark.parametrize("name", ["arc_easy", "gsm8k"])
+def test_a_token_that_the_model_does_not_have_is_refused(tiny_llama: Path, folder: Path, name: str) -> None:
+    model = agentforge.open_model(tiny_llama)
+    model.tokenizer.add_tokens(["What", "Question"])
+    with pytest.raises(BadInput, match=r"gives the id 25\d, its model knows 258 tokens; use its own tokenizer"):
+        evaluate_tasks(model, [name], data=folder, progress=False)
+
+
 def test_truthfulqa_counts_first_choices_and_probabilities(tiny: LanguageModel, folder: Path) -> None:
     found = evaluate_tasks(tiny, ["truthfulqa_mc1", "truthfulqa_mc2"], data=folder, progress=False)
     first, mass = [], []
