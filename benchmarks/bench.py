@@ -10,6 +10,7 @@ import io
 import json
 import multiprocessing
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -207,12 +208,27 @@ def bars(found: list[Row]) -> list[list[float]]:
     return [[value - low for value, low, _ in bounds], [high - value for value, _, high in bounds]]
 
 
-def table(head: str, rows: Iterable[Sequence[str] | str], sides: str = "l") -> list[str]:
-    """Lines of a Markdown table.  head: the columns, as in "a | b"; so may be a row.  sides: l or r for each column, the
-    last one for the rest."""
+def table(head: str, rows: Iterable[Sequence[str] | str], sides: str = "l") -> str:
+    """A Markdown table.  head: the columns, as in "a | b".  sides: l or r for each column, the last one for the rest."""
     sides = sides.ljust(head.count(" | ") + 1, sides[-1])
     rule = "|" + "|".join("---:" if side == "r" else "---" for side in sides) + "|"
-    return [f"| {head} |", rule, *(f"| {row if isinstance(row, str) else ' | '.join(row)} |" for row in rows)]
+    return "\n".join([f"| {head} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def page(*parts: str) -> str:
+    """Markdown of parts: the lines of a paragraph are joined, and nothing is indented."""
+    lines = [""]
+    for line in map(str.strip, "\n\n".join(part.strip("\n ") for part in parts if part).splitlines()):
+        if line and lines[-1] and not re.match(r"[|#]|\*\*|\* |!\[", line):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines[1:]) + "\n"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"* {line}" for line in lines)
 
 
 def png(figure: Any, dpi: int = 110) -> bytes:

@@ -2,11 +2,9 @@
 
     python benchmarks/calibration.py [--model smollm2-135m] [--tokens 256 1024 4096 16384] [--out reports/calibration]
 
-The documentation asks for 1,000 samples and never says what fewer would do.  Here each stage is encoded with input
-statistics of that many tokens of selftext's calibration split (windows of --context tokens: a sample), and judged by the
-layers' output error on inputs that it has not seen: sum of tr(E H E^T) over sum of tr(W H W^T), H from WikiText-2's
-validation split (selftext's held-out one if WikiText-2 is missing).  The plain rule, which looks at no inputs, is in the
-first row.
+Each stage is encoded with input statistics of so many tokens of selftext's calibration split (windows of --context tokens:
+a sample), and judged by the layers' output error on inputs that it has not seen: sum of tr(E H E^T) over sum of tr(W H W^T),
+H from WikiText-2's validation split (selftext's held-out one if it is missing).  The first row looks at no inputs.
 """
 
 from __future__ import annotations
@@ -17,12 +15,11 @@ import time
 import bench
 import numpy as np
 
-from agentforge import stages
+from agentforge import open_model, stages
 from agentforge.errors import BadInput
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import environment
 from agentforge.models import LanguageModel
-from agentforge.opening import open_model
 from agentforge.statistics import Calibration, InputStatistics, collect
 
 PLAIN = {"ternary:rule=calibrated": "ternary"}
@@ -61,17 +58,14 @@ def table(result: bench.Row) -> str:
 
     cells = [[f"{int(n):,}", f"{int(n) // result['context']:,}"] for n in tokens]
     cells = [[*line, *(cell(rows, n) for rows in result["rows"].values())] for line, n in zip(cells, tokens, strict=True)]
-    lines = [
-        "# How much calibration text?",
-        "",
-        f"{result['model']}; output error of {result['layers']} layers on {result['judged_tokens']:,} tokens of "
-        f"{result['judged_by']}, as a share of the output's power, mean over the layers ± its standard error; in brackets "
-        f"the mean of the ratio to the row with most tokens.  Calibrated on selftext; a sample has "
-        f"{result['context']} tokens.",
-        "",
-        *bench.table(" | ".join(["tokens", "samples", *result["rows"]]), cells, "r"),
-    ]
-    return "\n".join(lines) + "\n"
+    text = f"""
+        # How much calibration text?
+
+        {result["model"]}; output error of {result["layers"]} layers on {result["judged_tokens"]:,} tokens of
+        {result["judged_by"]}, as a share of the output's power, mean over the layers ± its standard error; in brackets the
+        mean of the ratio to the row with most tokens.  Calibrated on selftext; a sample has {result["context"]} tokens.
+    """
+    return bench.page(text, bench.table(" | ".join(["tokens", "samples", *result["rows"]]), cells, "r"))
 
 
 def measure(name: str, specs: list[str], sizes: list[int], context: int, judged_tokens: int) -> bench.Row:

@@ -4,17 +4,8 @@
 
 Runs each file of RUNS with `agentforge pipeline` in a process of its own.  A finished run is repeated if the chain, the
 model, the text or agentforge's version changed; killed, the same command continues from the chain's last finished attempt
-(in --work).  `--report` measures nothing.
-
-What a row says:
-
-* bytes: of all weight files on disk.  whole: 32 bits for every parameter over these; touched: 32 bits per weight over the
-  planes of the encoded tensors; of this step: the last accepted artifact's planes over these.
-* error: |W - decoded| / |W| over the encoded weights, against the original's.
-* perplexity, KL(original || this); retention of accuracy (right next tokens, or right digits) and of perplexity, of the step
-  and in total: each with its standard error, on n tokens (pictures).  A gate that was undecided asked for more of them.
-* encode, decode, seconds: of the attempt, the last one with its measuring.  peak: most resident memory of the process
-  so far, so that it never falls within a chain.
+(in --work).  Bytes are of all weight files on disk; error is |W - decoded| / |W| over the encoded weights, against the
+original's; seconds are of the attempt, its measuring included; peak is the most memory of the process so far.
 """
 
 from __future__ import annotations
@@ -28,11 +19,9 @@ from pathlib import Path
 
 import bench
 
-import agentforge
-from agentforge import evaluation
+from agentforge import __version__, evaluation, open_model
 from agentforge.chain import Condition, read_chain
 from agentforge.evaluation.measurement import environment
-from agentforge.opening import open_model
 
 ROOT = Path(__file__).parents[1]
 RUNS = (
@@ -57,7 +46,7 @@ def recipe(model_name: str, file: str) -> Row:
     text = None if model.is_classifier else evaluation.find_text(chain.text)
     about = {"model": model_name, "fingerprint": model.fingerprint, "file": f"chains/{file}.yaml"}
     about |= {"chain": chain.model_dump(mode="json", by_alias=True), "text": text and [text.name, text.split, text.sha256]}
-    return {**about, "agentforge": agentforge.__version__}
+    return {**about, "agentforge": __version__}
 
 
 def take(model_name: str, file: str, work: Path) -> Row:
@@ -91,38 +80,35 @@ def verdict(run: Row) -> list[str]:
     return [*lines, text]
 
 
+ABOUT = """
+    # The documented chains, measured
+
+    SeedLM 2x, VPTQ 20x, hypercompression 6.25x; at least 84% of the quality; 250x by multiplication, labelled 280x.
+    Ratios: *whole* is 32 bits for every parameter, over all weight files on disk; *touched* is 32 bits per weight over the
+    planes of the encoded tensors, the only reading in which 100, 50, 2.5, 0.4 MB comes true; *of this step* is touched, over
+    the last accepted artifact. Every step re-encodes what the last accepted one decodes to. ± is one standard error; a gate
+    needs two.
+"""
+
+
 def report(runs: list[Row]) -> str:
     """All runs as Markdown."""
-    lines = [
-        "# The documented chains, measured",
-        "",
-        "SeedLM 2x, VPTQ 20x, hypercompression 6.25x; at least 84% of the quality; 250x by multiplication, labelled 280x. "
-        "Ratios: *whole* is 32 bits for every parameter, over all weight files on disk; *touched* is 32 bits per weight "
-        "over the planes of the encoded tensors, the only reading in which 100, 50, 2.5, 0.4 MB comes true; *of this step* "
-        "is touched, over the last accepted artifact. Every step re-encodes what the last accepted one decodes to. ± is one "
-        "standard error; a gate needs two.",
-        "",
-    ]
+    parts = []
     for run in runs:
         about, attempts, env = run["recipe"], run["attempts"], run["environment"]
         chain = about["chain"]
         gates = "; ".join(f"{step['name']}: {', '.join(step['gates']) or 'none'}" for step in chain["steps"])
         on = f"Text: {about['text'][0]}, {about['text'][1]}. " if about["text"] else "450 held-out pictures. "
-        lines += [
-            f"## {about['model']}, {about['file']}",
-            "",
-            *(f"**{line}**" for line in verdict(run)),
-            "",
-            f"Gates: {gates}; of every step: {', '.join(chain['gates']) or 'none'}. {on}"
-            f"{sum(row['seconds'] for row in attempts) / 60:.1f} minutes in all on {env['cpu']}, {env['cores']} threads; "
-            f"{run['load']:.1f} other processes were ready to run at its begin. agentforge {about['agentforge']}.",
-            "",
-            *bench.table(COLUMNS, map(_cells, attempts), "ll" + "r" * 16 + "l"),
-            "",
-        ]
-        reasons = [f"* {row['name']}, try {row['attempt']}: {row['reason']}" for row in attempts if row["reason"]]
-        lines += [*reasons, ""] if reasons else []
-    return "\n".join(lines)
+        said = "\n".join(f"**{line}**" for line in verdict(run))
+        text = f"""
+            Gates: {gates}; of every step: {", ".join(chain["gates"]) or "none"}. {on}
+            {sum(row["seconds"] for row in attempts) / 60:.1f} minutes in all on {env["cpu"]}, {env["cores"]} threads;
+            {run["load"]:.1f} other processes were ready to run at its begin. agentforge {about["agentforge"]}.
+        """
+        reasons = [f"{row['name']}, try {row['attempt']}: {row['reason']}" for row in attempts if row["reason"]]
+        table = bench.table(COLUMNS, map(_cells, attempts), "ll" + "r" * 16 + "l")
+        parts += [f"## {about['model']}, {about['file']}", said, text, table, bench.bullets(reasons)]
+    return bench.page(ABOUT, *parts)
 
 
 def _value(row: Row, name: str) -> float:

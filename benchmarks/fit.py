@@ -1,27 +1,19 @@
 """What a budget of bits buys: `agentforge fit` against every single stage, common tools, and no model at all.
 
-    python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--out reports/fit]
-    python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8] [--work FOLDER]
+    python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--work FOLDER] [--out reports/fit]
 
-Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk.
-Statistics come from selftext alone; nothing is trained without --recover, which trains the codes for that many steps on
-selftext, within the same bits.  Killed, the same command resumes after the finished budgets, and from the last look of a
-training.
-
-Rows of others are those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has
-one protocol: a row of other tokens or windows than the budgets' is left out, and counted.
+Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; nothing is
+trained.  Rows of others are those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One
+table has one protocol: a row of other tokens or windows than the budgets' is left out, and counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
-import json
 import math
-import shutil
 import tempfile
 import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,18 +21,14 @@ import bench
 import torch
 from matplotlib.figure import Figure
 
-import agentforge
-from agentforge import stages
+from agentforge import __version__, load, open_model, stages
 from agentforge.allocation import Budget, fit
 from agentforge.artifact import Artifact
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED_TOKENS
-from agentforge.opening import load, open_model
 from agentforge.runtime import resident_bytes
 from agentforge.statistics import Calibration, collect
-from agentforge.training.recover import Settings, schedule
-from agentforge.training.student import MARGIN, SPAN
 
 BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
@@ -75,22 +63,17 @@ class Other(NamedTuple):
 def recipe(model: Any, bits: float, options: argparse.Namespace) -> Row:
     """What a row depends on."""
     found = find_text(options.text)
-    about = {"bits": bits, "model": model.fingerprint, "agentforge": agentforge.__version__}
-    about |= {"ladder": [stage.step for stage in LADDER], "text": [found.name, found.split, found.sha256]}
-    about |= {"tokens": options.tokens, "context": model.sampled_context}
-    return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
-
-
-def _recovery(options: argparse.Namespace) -> Settings | None:
-    return replace(Settings.of_codes(options.recover), batch=options.batch) if options.recover else None
+    about = {"bits": bits, "model": model.fingerprint, "agentforge": __version__, "ladder": [s.step for s in LADDER]}
+    about["text"] = [found.name, found.split, found.sha256]
+    return about | {"tokens": options.tokens, "context": model.sampled_context}
 
 
 def measure(model: Any, statistics: Any, bits: float, options: argparse.Namespace) -> Row:
     """Fit to one budget, in a folder of --work that is gone afterwards."""
-    place = options.work / f"{bits:g}{'-recovered' * bool(options.recover)}"
-    start, how = time.perf_counter(), {"ladder": LADDER, "statistics": statistics, "recovery": _recovery(options)}
-    try:
-        found = fit(model, place, Budget(bits=bits), text=options.text, tokens=options.tokens, overwrite=True, **how)
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=options.work) as place:
+        how = {"ladder": LADDER, "statistics": statistics, "text": options.text, "tokens": options.tokens}
+        found = fit(model, Path(place) / "fitted", Budget(bits=bits), **how)
         artifact = found.artifact
         encoded = [(row, math.prod(row["shape"])) for row in artifact.rows if row["stage"]]
         chosen: dict[str, list[float]] = {}
@@ -102,13 +85,7 @@ def measure(model: Any, statistics: Any, bits: float, options: argparse.Namespac
         made["ratios"] = [ratio.to_json() for ratio in artifact.ratios]
         made["bits_by_layer"] = {kind: sum(found) / len(found) for kind, found in sorted(chosen.items())}
         made |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
-        if options.recover:
-            history = json.loads((place / "history.json").read_text(encoding="utf-8"))["history"]
-            made["history"] = [{k: look[k] for k in ("step", "tokens", "kl", "stderr", "seconds")} for look in history]
         return made | bench.to_json(found.measured)
-    finally:
-        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted continues from there
-            shutil.rmtree(place, ignore_errors=True)
 
 
 def _held(artifact: Artifact) -> int:
@@ -145,12 +122,6 @@ def others(stages_file: Path, peers_file: Path, like: tuple[Any, ...]) -> tuple[
     return found, said
 
 
-def parted(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows that nothing was trained for, and the trained ones; each with most bits first."""
-    ordered = sorted(rows, key=lambda row: -row["bits"])
-    return [r for r in ordered if "recovery" not in r["recipe"]], [r for r in ordered if "recovery" in r["recipe"]]
-
-
 def _kept(row: Row) -> list[str]:
     """What is left of the model."""
     return [bench.with_interval(row[key]) if key in row else "-" for key in ("kl", "perplexity", "top1", "retention")]
@@ -179,7 +150,7 @@ def _made(o: Other) -> list[str]:
 
 def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
     """The tables and what they say."""
-    rows, trained = parted(rows)
+    rows = sorted(rows, key=lambda row: -row["bits"])
     first = rows[0]
     how, layers = first["kl"]["protocol"], first["bits_by_layer"]
     own = [Other("fit", f"fit to {row['recipe']['bits']:g} bits", row["bits"], row["held_bits"], row) for row in rows]
@@ -191,46 +162,42 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
         "file | KL (nats per token) | predicted | perplexity | top-1 | accuracy kept"
     )
     kept = "on disk | held | KL (nats per token) | perplexity | top-1 | accuracy kept"
-    lines = [
-        "# What a budget of bits buys",
-        "",
-        f"smollm2-135m, dequantised Q4_1 (perplexity {bench.with_interval(first['original_perplexity'])}).  Bits are per "
-        "weight of the linear layers: *on disk* those of the planes, *held* those in memory of layers that compute from "
-        "them; embedding and norms stay.  KL is "
-        f"KL(original || compressed) on {first['kl']['n']:,} tokens of {how['text']}/{how['split']}, in windows of "
-        f"{how['context']} ({how['windows']}); [ ] holds the value of the whole text 95 times in 100.  Statistics: 8,192 "
-        "tokens of selftext, backward passes on 2,048 of them; no training.  *Whole model*: all weight files, against 16 "
-        "bits for every parameter, and against the file that the model came in; below 1 that file is the smaller one.",
-        "",
-        *bench.table(head, map(_budget, rows), "r"),
-        "",
-        "## With recovery",
-        "",
-        *_recovered(rows, trained, found),
-        "",
-        "## Against everything else",
-        "",
-        *(f"* {line}" for line in verdicts(own, everything)),
-        "",
-        *(f"* {text}" for text in said),
-        "",
-        "![KL against bits](fit.png)",
-        "",
-        "## Everything there is",
-        "",
-        *bench.table(f"what | by | {kept} | remark", map(_compared, everything), "llrrrrrrl"),
-        "",
-        "How the rows of tools were made (`python benchmarks/peers.py`):",
-        "",
-        *bench.table("what | version | command | seed | calibrated on", map(_made, tools), "lllrl"),
-        "",
-        "## Where the bits went",
-        "",
-        "Mean bits per weight of each kind of layer: what the prediction of damage says they are worth.",
-        "",
-        *bench.table(" | ".join(["asked for", *layers]), by_layer, "r"),
-    ]
-    return "\n".join(lines) + "\n"
+    text = f"""
+        # What a budget of bits buys
+
+        smollm2-135m, dequantised Q4_1 (perplexity {bench.with_interval(first["original_perplexity"])}).  Bits are per
+        weight of the linear layers: *on disk* those of the planes, *held* those in memory of layers that compute from them;
+        embedding and norms stay.  KL is KL(original || compressed) on {first["kl"]["n"]:,} tokens of
+        {how["text"]}/{how["split"]}, in windows of {how["context"]} ({how["windows"]}); [ ] holds the value of the whole
+        text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  *Whole
+        model*: all weight files, against 16 bits for every parameter, and against the file that the model came in; below 1
+        that file is the smaller one.
+
+        {bench.table(head, map(_budget, rows), "r")}
+
+        ## Against everything else
+
+        {bench.bullets(verdicts(own, everything))}
+
+        {bench.bullets(said)}
+
+        ![KL against bits](fit.png)
+
+        ## Everything there is
+
+        {bench.table(f"what | by | {kept} | remark", map(_compared, everything), "llrrrrrrl")}
+
+        How the rows of tools were made (`python benchmarks/peers.py`):
+
+        {bench.table("what | version | command | seed | calibrated on", map(_made, tools), "lllrl")}
+
+        ## Where the bits went
+
+        Mean bits per weight of each kind of layer: what the prediction of damage says they are worth.
+
+        {bench.table(" | ".join(["asked for", *layers]), by_layer, "r")}
+    """
+    return bench.page(text)
 
 
 def verdicts(own: list[Other], everything: list[Other]) -> list[str]:
@@ -278,46 +245,6 @@ def _apart(better: Other, worse: Other) -> bool:
     return bench.measurement(better.row["kl"]).bounds[1] < bench.measurement(worse.row["kl"]).bounds[0]
 
 
-def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> list[str]:
-    """What training the codes brought back, and which tools need more bits for it."""
-    if not trained:
-        return [
-            "None was measured on these windows, so none stands here: `python benchmarks/fit.py --recover 24` takes them."
-        ]
-    before = {row["recipe"]["bits"]: bench.with_interval(row["kl"]) for row in rows}
-    tools = [o for o in found if o.kind not in ("single stage", "no model")]
-    cells, said = [], []
-    for row in trained:
-        last, asked = row["history"][-1], row["recipe"]["bits"]
-        line = [f"{asked:g}", f"{row['bits']:.3f}", f"{last['tokens']:,}", f"{last['seconds'] / 60:.0f}"]
-        cells.append([*line, before.get(asked, "-"), *_kept(row)])
-        mine = Other("fit", "trained", row["bits"], None, row)
-        beaten = sorted((o for o in tools if o.bits > mine.bits and o.kl > mine.kl), key=lambda o: -o.bits)
-        ahead = min((o for o in tools if o.kl <= mine.kl), key=lambda o: o.bits, default=None)
-        below = "; ".join(map(str, beaten)) or "no tool of more bits"
-        text = f"* {mine.bits:.2f} bits, trained, KL {mine.kl:.3g}: below {below}"
-        said.append(f"{text}. The tool of fewest bits that is better: {ahead or 'none'}.")
-    head = "asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept"
-    return [
-        "Trained on selftext, by distillation from the original, are the norms, a gain per row (a half float, within the "
-        "same bits) and, straight through their rounding, the codes.  " + "  ".join(dict.fromkeys(map(_travel, trained))),
-        "",
-        *bench.table(head, cells, "r"),
-        "",
-        *said,
-    ]
-
-
-def _travel(row: Row) -> str:
-    """How far the codes of a row can have come."""
-    training = row["recipe"]["recovery"]
-    factors = (math.prod(schedule(step, training["steps"], training["warmup"])) for step in range(training["steps"]))
-    path = training["lr"] * SPAN * sum(factors)
-    text = f"In {training['steps']} steps the learning rates add up to {path:.2f} of a quantisation step; at the start no "
-    text += f"latent value is nearer than {MARGIN:g} to the border of its code"
-    return text + (": what is shown is the work of gains and norms." if path < MARGIN else ".")
-
-
 def picture(rows: list[Row], found: list[Other]) -> bytes:
     """KL against bits per weight, on two logarithmic axes; what is off them stands at their edge."""
     figure = Figure(figsize=(8, 9), layout="constrained", facecolor="white")
@@ -336,15 +263,11 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
     for o in found:
         if not o.bits:
             axes.axhline(o.kl, color="black", lw=1.5, ls="--" if o.name == "uniform" else "-.", label=f"0 bits: {o.name}")
-    styles = ("r*-", "agentforge fit (bars: 95%)"), ("mD-", "agentforge fit, then trained")
-    for some, (style, label) in zip(parted(rows), styles, strict=True):
-        kl = [row["kl"] for row in reversed(some)]
-        x, y = [row["bits"] for row in reversed(some)], [each["value"] for each in kl]
-        if some:
-            axes.errorbar(x, y, bench.bars(kl), fmt=style, ms=11, capsize=3, label=label)
-    plain = parted(rows)[0][::-1]
-    x, y = [row["bits"] for row in plain], [row["predicted"] for row in plain]
-    axes.plot(x, y, "r:", label="agentforge fit, as it predicts itself")
+    ordered = sorted(rows, key=lambda row: row["bits"])
+    x, kl = [row["bits"] for row in ordered], [row["kl"] for row in ordered]
+    how = {"fmt": "r*-", "ms": 11, "capsize": 3, "label": "agentforge fit (bars: 95%)"}
+    axes.errorbar(x, [each["value"] for each in kl], bench.bars(kl), **how)
+    axes.plot(x, [row["predicted"] for row in ordered], "r:", label="agentforge fit, as it predicts itself")
     axes.set(xscale="log", yscale="log", ylim=(least / 1.3, most))
     axes.set_xlabel("bits per weight of the linear layers, on disk", fontsize=12)
     axes.set_ylabel("KL from the original (nats per token)", fontsize=12)
@@ -358,9 +281,8 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    reports, own = Path("reports"), {"text": None, "tokens": SAMPLED_TOKENS, "bits": BITS, "recover": 0, "batch": 8}
-    own |= {"stages": reports / "stages/stages.json", "peers": reports / "fit/peers.json"}
-    own["work"] = Path(tempfile.gettempdir()) / "agentforge-fit"
+    own = {"text": None, "tokens": SAMPLED_TOKENS, "bits": BITS, "work": Path(tempfile.gettempdir()) / "agentforge-fit"}
+    own |= {"stages": Path("reports/stages/stages.json"), "peers": Path("reports/fit/peers.json")}
     options = bench.options(arguments, __doc__, "reports/fit", model=bench.MODEL, **own)
     rows = bench.read(options.out / "fit.json")
     if not options.report:
@@ -375,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
         def keep(rows: list[Row]) -> None:
             bench.save(options.out, {"fit.json": rows})
 
-        rows = bench.run(rows, wanted, take, keep, lambda recipe: (recipe["bits"], recipe.get("recovery")))
+        rows = bench.run(rows, wanted, take, keep, lambda recipe: recipe["bits"])
     rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
     found, said = others(options.stages, options.peers, protocol(rows[0]))
     bench.save(options.out, {"fit.md": report(rows, found, said), "fit.png": picture(rows, found)})

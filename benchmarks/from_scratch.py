@@ -3,16 +3,11 @@
     python benchmarks/from_scratch.py [--seeds 3] [--steps 250] [--out reports/from_scratch]
 
 BitNet b1.58 (arXiv 2402.17764, table 1) reports 12.87 against 12.33 perplexity at 700 M weights, and matches from 3 B on.
-Here the same small Llama (6 layers, hidden 256: 5.8 M weights, a vocabulary of 4,096 made from the same text) learns
-selftext twice: as it is, and with BitLinear in place of every linear layer of its blocks (RMSNorm inside, the norms before
-attention and feed-forward taken out, int8 activations).  Both arms see the same windows in the same order, 2,048 tokens per
-step; AdamW (0.9, 0.95), weight decay 0.1, ten percent warm-up, cosine to a tenth.
-
-Learning rates are tuned first, for each arm alone, on a quarter of the steps with a seed that is not used again.  Loss is
-measured on selftext's held-out split.  Intervals are Student's over the seeds; the difference is taken seed by seed.
-
-The options choose the size of model and vocabulary, the tokens held out, the steps and the number of seeds.  A second call
-takes only the runs that are missing.
+Here the same small Llama (5.8 M weights, a vocabulary made from the same text) learns selftext twice: as it is, and with
+BitLinear in place of every linear layer of its blocks (RMSNorm inside, the norms before attention and feed-forward taken
+out, int8 activations), on the same windows in the same order.  Learning rates are tuned first, for each arm alone, on a
+quarter of the steps with a seed that is not used again.  Loss is measured on selftext's held-out split.  Intervals are
+Student's over the seeds; the difference is taken seed by seed.  A second call takes only the runs that are missing.
 """
 
 from __future__ import annotations
@@ -130,20 +125,19 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(rows: list[Row], options: argparse.Namespace) -> str:
     """The result as Markdown."""
-    lines = ["# From scratch: ternary against full precision, equal tokens", ""]
+    title = "# From scratch: ternary against full precision, equal tokens"
     if not rows:
-        return "\n".join(lines) + "\n"
+        return bench.page(title)
     first, rates = rows[0], options.rates
     swept = [[arm, *(f"{sweep(arm, rows).get(rate, math.nan):.3f}" for rate in rates)] for arm in ARMS]
-    lines += [
-        f"A Llama of {first['parameters'] / 1e6:.1f} M weights, {options.steps * BATCH * CONTEXT:,} tokens of selftext; "
-        f"loss on {first['n']:,} held-out tokens, nats per token.  {first['environment']['cpu']}, torch "
-        f"{first['environment']['packages']['torch']}.",
-        "",
-        f"Learning rates, tuned on {max(1, options.steps // 4)} steps with seed {TUNING_SEED}:",
-        "",
-        *bench.table(" | ".join(["arm", *(f"{rate:g}" for rate in rates)]), swept),
-    ]
+    text = f"""
+        A Llama of {first["parameters"] / 1e6:.1f} M weights, {options.steps * BATCH * CONTEXT:,} tokens of selftext;
+        loss on {first["n"]:,} held-out tokens, nats per token.  {first["environment"]["cpu"]}, torch
+        {first["environment"]["packages"]["torch"]}.
+
+        Learning rates, tuned on {max(1, options.steps // 4)} steps with seed {TUNING_SEED}:
+    """
+    parts = [title, text, bench.table(" | ".join(["arm", *(f"{rate:g}" for rate in rates)]), swept)]
     final = [row for row in rows if row["seed"] != TUNING_SEED and row["steps"] == options.steps]
     losses = {arm: {row["seed"]: row["loss"] for row in final if row["arm"] == arm} for arm in ARMS}
     found = []
@@ -154,19 +148,17 @@ def report(rows: list[Row], options: argparse.Namespace) -> str:
             each = ", ".join(f"{loss:.4f}" for loss in by_seed.values())
             found.append([arm, f"{rate:g}", each, f"{mean:.4f} ± {half:.4f}", f"{math.exp(mean):.2f}"])
     if found:
-        head = "arm | learning rate | held-out loss, seed by seed | mean | perplexity"
-        lines += ["", *bench.table(head, found)]
+        parts.append(bench.table("arm | learning rate | held-out loss, seed by seed | mean | perplexity", found))
     full, ternary = losses.values()
     if pairs := [ternary[seed] - full[seed] for seed in full if seed in ternary]:
         mean, half = interval(pairs)
         verdict = "no difference shown" if abs(mean) <= half else f"ternary is {'worse' if mean > 0 else 'better'}"
-        lines += [
-            "",
-            f"Difference, seed by seed: {mean:+.4f} ± {half:.4f} nats (n = {len(pairs)}; 95%): {verdict}.  The arms "
-            "differ in the place of their norms, too, as the paper has it; and so few tokens show the beginning of "
-            "learning, not its end.",
-        ]
-    return "\n".join(lines) + "\n"
+        parts.append(f"""
+            Difference, seed by seed: {mean:+.4f} ± {half:.4f} nats (n = {len(pairs)}; 95%): {verdict}.  The arms differ in
+            the place of their norms, too, as the paper has it; and so few tokens show the beginning of learning, not its
+            end.
+        """)
+    return bench.page(*parts)
 
 
 def main(arguments: list[str] | None = None) -> None:

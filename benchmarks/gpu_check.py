@@ -29,11 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from bench import say, table
 
-from agentforge import evaluation, stages
+from agentforge import compress, evaluation, load, open_model, stages
 from agentforge.errors import AgentForgeError
 from agentforge.models import LanguageModel
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 from agentforge.runtime import TernaryLinear
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.training.recover import Settings, recover
@@ -296,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     rows = run(model, "cuda", Sizes())
     print(f"{model.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("\n".join(table(COLUMNS, rows, "lrrrrlrrl")))
+    print(table(COLUMNS, rows, "lrrrrlrrl"))
     passed = sum(line[5] == "yes" for line in rows)
     print(f"{passed} of {len(rows)} checks within tolerance; {time.perf_counter() - start:.0f} s")
     return 0 if passed == len(rows) else 1

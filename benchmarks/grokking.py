@@ -2,20 +2,14 @@
 
     python benchmarks/grokking.py [--seeds 5] [--cap 6000] [--only PREFIX] [--out reports/grokking]
 
-The task of the paper (arXiv 2405.20233, its experiment on algorithmic data, as its code has it): a b modulo 97 as the
-sequence a, *, b, =; a decoder of two layers, width 128, 4 heads; half of the 97 * 96 products to train on, the other half to
-validate on; batches of 512 (the last one of an epoch has 48), learning rate 1e-3 after 10 steps of warm-up, betas 0.9 and
-0.98, filter with alpha 0.98 and lambda 2.  Counted are the steps to 95% accuracy on the whole validation half, looked at
-every 20 steps.
+The task of the paper (arXiv 2405.20233, as its code has it): a b modulo 97 as the sequence a, *, b, =; a decoder of two
+layers; half of the 97 * 96 products to train on, the other half to validate on; batches of 512 (the last one of an epoch has
+48).  The paper sets a baseline without weight decay against the filter with a weight decay of 0.005.  Here both sides of
+each comparison have the same, and the same seeds.  The paper's code uses torch.optim.Adam, where weight decay is an L2 term:
+the gradient is filtered first, and Adam adds 0.005 W to what comes out.  So do the arms called Adam here.  AdamW and
+MuGrokfast decay the weights directly (decoupled); 1.0 is what Power et al. (arXiv 2201.02177) grokked with.
 
-The paper sets a baseline without weight decay (39,890 steps) against the filter with a weight decay of 0.005 (910 steps).
-Here both sides of each comparison have the same weight decay, and the same five seeds, each of which sets split, first
-weights and order of the batches.  The paper's code uses torch.optim.Adam, where weight decay is an L2 term: the gradient is
-filtered first, and Adam adds 0.005 W to what comes out.  So do the arms called Adam here.  AdamW and MuGrokfast decay the
-weights directly (decoupled); 1.0 is what Power et al. (arXiv 2201.02177) grokked with.
-
-A run that does not get there within the cap is censored: its steps are known to be more than the cap, and no more.  Medians
-and intervals are those of order statistics: they assume no distribution, and a censored run is one at the far end.  The
+A run that does not get there within the cap is censored: its steps are known to be more than the cap, and no more.  The
 table has the runs with these settings, the JSON file has all; a second call takes only the runs that are missing.
 """
 
@@ -292,7 +286,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
     """The report as Markdown."""
     title = "# Grokking with and without Grokfast's filter, at the same weight decay"
     if not rows:
-        return f"{title}\n\nNo run yet.\n"
+        return bench.page(title, "No run yet.")
     machine = rows[0]["environment"]
     runs = {arm: _runs(rows, arm) for group in ORDER for arm in group}
     steps = {arm: {seed: steps_of(run) for seed, run in found.items()} for arm, found in runs.items()}
@@ -310,34 +304,32 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
         if values := list(ratios.values()):
             cells = [str(first), str(second), show(median(values), 2), _interval(values, 2), _by_seed(ratios, 2)]
             compared.append([*cells, verdict(values)])
-    lines = [
-        title,
-        "",
-        f"Steps to {GOAL:.0%} validation accuracy on a b mod {options.p}; {LAYERS} layers, width {options.width}, {HEADS} "
-        f"heads; half of the products to train on, batches of {BATCH}, learning rate {LR:g}, warm-up of {WARMUP} steps, "
-        f"betas {BETAS[0]} and {BETAS[1]}, filter with alpha {ALPHA}; looked at every {EVERY} steps, at most "
-        f"{options.cap:,}.  A seed sets split, first weights and order of the batches, the same for every row.  wd: "
-        "decoupled; L2: added to the filtered gradient, as in the paper's code.  "
-        f"{machine['cpu']}, {machine['threads']} thread, torch {machine['packages']['torch']}.",
-        "",
-        f'"> {options.cap:,}": censored, not reached in {options.cap:,} steps.  Intervals of a median: order statistics, in '
-        "brackets how often they hold it, whatever the distribution.",
-        "",
-        "## Steps",
-        "",
-        *bench.table("optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step", by_arm, "lrrlrr"),
-        "",
-        "## Comparisons",
-        "",
-        "Steps of the first over steps of the second, seed by seed: above 1 the second is sooner.  Where the weight decay "
-        "differs, so does more than the filter.  L2 0.00167 is 0.005 / 3: on a gradient that stays, the filter is a factor "
-        "of 3, which Adam takes out again, but for the L2 term, which is then worth a third.",
-        "",
-        *bench.table("first | second | median ratio | interval | by seed | the second is", compared, "llrrll"),
-        "",
-        "The paper: 39,890 steps without filter and weight decay, 910 with the filter and a weight decay of 0.005 (43.8).",
-    ]
-    return "\n".join(lines) + "\n"
+    text = f"""
+        Steps to {GOAL:.0%} validation accuracy on a b mod {options.p}; {LAYERS} layers, width {options.width}, {HEADS}
+        heads; half of the products to train on, batches of {BATCH}, learning rate {LR:g}, warm-up of {WARMUP} steps, betas
+        {BETAS[0]} and {BETAS[1]}, filter with alpha {ALPHA}; looked at every {EVERY} steps, at most {options.cap:,}.  A seed
+        sets split, first weights and order of the batches, the same for every row.  wd: decoupled; L2: added to the filtered
+        gradient, as in the paper's code.  {machine["cpu"]}, {machine["threads"]} thread, torch
+        {machine["packages"]["torch"]}.
+
+        "> {options.cap:,}": censored, not reached in {options.cap:,} steps.  Intervals of a median: order statistics, in
+        brackets how often they hold it, whatever the distribution.
+
+        ## Steps
+
+        {bench.table("optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step", by_arm, "lrrlrr")}
+
+        ## Comparisons
+
+        Steps of the first over steps of the second, seed by seed: above 1 the second is sooner.  Where the weight decay
+        differs, so does more than the filter.  L2 0.00167 is 0.005 / 3: on a gradient that stays, the filter is a factor of
+        3, which Adam takes out again, but for the L2 term, which is then worth a third.
+
+        {bench.table("first | second | median ratio | interval | by seed | the second is", compared, "llrrll")}
+
+        The paper: 39,890 steps without filter and weight decay, 910 with the filter and a weight decay of 0.005 (43.8).
+    """
+    return bench.page(title, text)
 
 
 def _runs(rows: list[Row], arm: Arm) -> dict[int, Row]:

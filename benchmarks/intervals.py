@@ -18,12 +18,10 @@ from pathlib import Path
 import bench
 import torch
 
-from agentforge import stages
+from agentforge import compress, load, open_model, stages
 from agentforge.evaluation import find_text
 from agentforge.evaluation.likelihood import compared, divergence_of, plan
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 
 STAGE = "rounding:bits=4,group=64"
 DRAWS = 200
@@ -93,28 +91,28 @@ def report(record: Row) -> str:
     for size in (4, 6, 8, 16):
         sizes.append([str(size), *(f"{share:.1%}" for share in covered(sums, PLACED[-1], size).values())])
     head = f"Quantity | Whole | {' | '.join(map(str.capitalize, PLACED))} | Tokens taken as independent"
-    lines = [
-        "# Do the 95% intervals hold?",
-        "",
-        f"`{STAGE}` of smollm2-135m beside the original on the first {len(sums)} windows of {about['context']} of "
-        f"{about['text']}, {about['split']}, measured whole: {int(sums[:, 0].sum()):,} scored tokens. From these, "
-        f"{DRAWS} samples of {SIZE} windows, the default size, are drawn. The table says how many of their intervals "
-        f"hold the value of all windows: it should be 95%, and with {DRAWS} draws 92% to 98% is noise.",
-        "",
-        *bench.table(head, rows, "lr"),
-        "",
-        "An even grid is what agentforge measures. Windows that are spread over the text come nearer to the whole "
-        "than random ones, so that their intervals tend to hold more often: they are rather too wide than too "
-        f"narrow. There are only about {len(sums) // SIZE} even grids here, so that their shares move in steps. The "
-        "last column is of random windows, had tokens, which resemble their neighbours, been taken as independent.",
-        "",
-        "Samples of other sizes, random windows:",
-        "",
-        *bench.table("Windows | " + " | ".join(QUANTITIES).replace("_", " "), sizes, "r"),
-        "",
-        "Again: `python benchmarks/intervals.py`; `--report` draws from the kept sums.",
-    ]
-    return "\n".join(lines) + "\n"
+    text = f"""
+        # Do the 95% intervals hold?
+
+        `{STAGE}` of smollm2-135m beside the original on the first {len(sums)} windows of {about["context"]} of
+        {about["text"]}, {about["split"]}, measured whole: {int(sums[:, 0].sum()):,} scored tokens. From these,
+        {DRAWS} samples of {SIZE} windows, the default size, are drawn. The table says how many of their intervals
+        hold the value of all windows: it should be 95%, and with {DRAWS} draws 92% to 98% is noise.
+
+        {bench.table(head, rows, "lr")}
+
+        An even grid is what agentforge measures. Windows that are spread over the text come nearer to the whole than random
+        ones, so that their intervals tend to hold more often: they are rather too wide than too narrow. There are only about
+        {len(sums) // SIZE} even grids here, so that their shares move in steps. The last column is of random windows, had
+        tokens, which resemble their neighbours, been taken as independent.
+
+        Samples of other sizes, random windows:
+
+        {bench.table("Windows | " + " | ".join(QUANTITIES).replace("_", " "), sizes, "r")}
+
+        Again: `python benchmarks/intervals.py`; `--report` draws from the kept sums.
+    """
+    return bench.page(text)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -28,12 +28,9 @@ import bench
 import torch
 from torch import nn
 
-import agentforge
-from agentforge import open_model, stages
+from agentforge import __version__, compress, load, open_model, stages
 from agentforge.artifact import Artifact
 from agentforge.evaluation.measurement import environment
-from agentforge.opening import load
-from agentforge.pipeline import compress
 from agentforge.runtime import PackedWeight, resident_bytes
 
 # SeedLM with seeds of 8 bits, which are found in seconds: regenerating a block takes as long for any seed.
@@ -135,7 +132,7 @@ def _cells(name: str, bits: str, kind: str, row: Row, alone: Row | None) -> list
 
 def table(record: Row) -> str:
     """The report in Markdown."""
-    rows, first, about = record["rows"], next(iter(record["rows"].values())), record["environment"]
+    rows, first, env = record["rows"], next(iter(record["rows"].values())), record["environment"]
     cells = []
     for name, row in rows.items():
         escaped = name.replace("|", "\\|")  # it would end the cell
@@ -147,20 +144,15 @@ def table(record: Row) -> str:
         "stage | bits per weight | held (MB) | peak (MB) | load (s) | generation (tokens/s) | of float32's | of bfloat16's "
         f"| limit (tokens/s) | prompt of {record['prompt']} (tokens/s) | of float32's | of bfloat16's"
     )
-    lines = [
-        "# Packed layers of every stage: memory and speed",
-        "",
-        (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2],
-        *bench.table(head, cells, "lr"),
-        "",
-        f"{record['model']}; {about['cpu']}, {about['cores']} cores, torch {about['packages']['torch']}, "
-        f"{first['threads']} threads, device {first['device']}; {first['generation']['packed']['n']} rounds, "
-        f"{record['tokens']} new tokens.  Load averages before and after each row (this benchmark's own threads "
-        f"included): {loads}.",
-        "",
-        *([] if "decoder" in record else [bench.FUSED.format("`ternary`"), ""]),
-    ]
-    return "\n".join(lines)
+    about = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
+    text = f"""
+        {record["model"]}; {env["cpu"]}, {env["cores"]} cores, torch {env["packages"]["torch"]}, {first["threads"]} threads,
+        device {first["device"]}; {first["generation"]["packed"]["n"]} rounds, {record["tokens"]} new tokens.  Load averages
+        before and after each row (this benchmark's own threads included): {loads}.
+    """
+    page = bench.page(bench.table(head, cells, "lr"), text)
+    fused = "" if "decoder" in record else f"\n{bench.FUSED.format('`ternary`')}\n"
+    return f"# Packed layers of every stage: memory and speed\n\n{about}\n{page}{fused}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,7 +165,7 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     original = open_model(args.model)
     record |= {"model": original.name, "tokens": args.tokens, "prompt": args.prompt, "environment": environment()}
-    record |= {"decoder": "transformers", "version": agentforge.__version__}
+    record |= {"decoder": "transformers", "version": __version__}
     dense: dict[str, Any] = {kind: open_model(args.model).model.to(args.device, dtype) for kind, dtype in DENSE.items()}
     for model in dense.values():
         model.generation_config.eos_token_id = None

@@ -37,12 +37,12 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from agentforge import evaluation
+from agentforge import evaluation, open_model
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
-from agentforge.opening import SMOLLM2, open_model
+from agentforge.opening import SMOLLM2
 from agentforge.statistics import Calibration, first_tokens
 from agentforge.tensorfiles import write_tensors
 

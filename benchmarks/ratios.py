@@ -6,16 +6,10 @@ For digits-mlp every setting of GRID is encoded, written, loaded from disk and m
 For the language model nothing is measured here: its candidates are the budgets of --fit, and those rows of --stages and
 attempts of --chains that were measured on the same tokens in the same windows.
 
-* bits: of the encoded tensors on disk, per weight, all planes included; coded: the same through `agentforge.entropy`, each
-  plane decoded again and compared.  A ratio is 32 (or 16) over these.
-* whole model: bytes of all weight files, against 16 bits for every parameter and against the file that the model came in.
-* retention: accuracy over the original's, with the 95% interval of pairs.
-* chance: what answers keep that do not look at the question: of digits-mlp the most frequent digit of the training pictures,
-  of the language model the most frequent token of selftext (--peers).
-* A setting is best at a ratio if none of that ratio or more keeps more.  digits-mlp's are chosen by their accuracy on the
-  1,347 training pictures, and reported on the 450 others; a language model's are chosen and reported on the same tokens, so
-  that the best of many is a little flattered.
-* Shannon: no code of R bits per weight gets independent Gaussian weights below 2**(-2 R) of relative squared error.
+Bits are of the encoded tensors on disk, per weight; coded: through `agentforge.entropy`, each plane decoded again and
+compared.  A setting is best at a ratio if none of that ratio or more keeps more.  Chance keeps what an answer does that
+looks at no question: the most frequent digit, or token (--peers).  Shannon: no code of R bits per weight gets independent
+Gaussian weights below 2**(-2 R) of relative squared error.
 """
 
 from __future__ import annotations
@@ -29,11 +23,9 @@ import torch
 from matplotlib.figure import Figure
 
 import agentforge
-from agentforge import digits, evaluation, stages
+from agentforge import __version__, compress, digits, evaluation, load, open_model, stages
 from agentforge.chain import Condition, model_error
 from agentforge.models import LanguageModel
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 
 CLASSIFIER, LANGUAGE = "digits-mlp", "smollm2-135m"
 PROMISE = 0.84
@@ -78,7 +70,7 @@ def measure(model: LanguageModel, stage: stages.Stage) -> Row:
 
 
 def _made_from(model: LanguageModel) -> Row:
-    return {"model": model.fingerprint, "agentforge": agentforge.__version__}
+    return {"model": model.fingerprint, "agentforge": __version__}
 
 
 def _point(setting: str, bits: float, size: int | None, error: float, retention: Row, by: float | None = None) -> Row:
@@ -116,8 +108,8 @@ def points_of_fit(rows: list[Row]) -> list[Row]:
     """The budgets of `benchmarks/fit.py`."""
     found = []
     for row in rows:
-        setting = f"fit to {row['recipe']['bits']:g} bits" + (", trained" if "recovery" in row["recipe"] else "")
-        found.append(_point(setting, row["bits"], row["weight_bytes"], row["relative_error"], row["retention"]))
+        about = (row["bits"], row["weight_bytes"], row["relative_error"], row["retention"])
+        found.append(_point(f"fit to {row['recipe']['bits']:g} bits", *about))
     return found
 
 
@@ -242,25 +234,18 @@ def _cells(points: list[Row], about: Row, ratio: int, bits: int) -> list[str]:
 
 def report(models: dict[str, list[Row]], about: dict[str, Row], left_out: int) -> str:
     """The tables as Markdown."""
-    lines = [
-        "# How small, and what is left",
-        "",
-        *(f"* **{line}**" for line in summary(models, about)),
-        "",
-        "Ratios are of the encoded tensors alone, all their planes included. digits-mlp's accuracy is on 450 held-out "
-        "pictures, settings chosen on the 1,347 it was trained on (its 16,384 hidden weights are encoded; the output layer "
-        "stays). The language model's is the share of right next tokens, chosen and reported on the same tokens; base: "
-        "dequantised Q4_1. [ ] is a 95% interval; 84% holds if all of it does. The largest ratio is that "
-        f"of the smallest point that holds, of {' and '.join(str(len(p)) for p in models.values())} points, on the very "
-        "pictures (tokens) it is reported on: a little flattered.",
-        "",
-        f"{left_out} points of stages and chains were taken on other tokens or windows, and are left out."
-        if left_out
-        else "",
-        "",
-        "![bits per weight, error and retention](ratios.png)",
-        "",
-    ]
+    said = bench.bullets(f"**{line}**" for line in summary(models, about))
+    text = f"""
+        Ratios are of the encoded tensors alone, all their planes included. digits-mlp's accuracy is on 450 held-out
+        pictures, settings chosen on the 1,347 it was trained on (its 16,384 hidden weights are encoded; the output layer
+        stays). The language model's is the share of right next tokens, chosen and reported on the same tokens; base:
+        dequantised Q4_1. [ ] is a 95% interval; 84% holds if all of it does. The largest ratio is that of the smallest point
+        that holds, of {" and ".join(str(len(p)) for p in models.values())} points, on the very pictures (tokens) it is
+        reported on: a little flattered.
+    """
+    others = f"{left_out} points of stages and chains were taken on other tokens or windows, and are left out."
+    parts = ["# How small, and what is left", said, text, others if left_out else "\n\n"]
+    parts.append("![bits per weight, error and retention](ratios.png)")
     head = (
         "ratio at least | best setting | its ratio | bits | whole model, to 16 bits | whole model, to its file | accuracy "
         "kept | 84% | relative squared error | Shannon"
@@ -268,13 +253,13 @@ def report(models: dict[str, list[Row]], about: dict[str, Row], left_out: int) -
     for model, points in models.items():
         for bits in (32, 16):
             rows = [_cells(points, about[model], ratio, bits) for ratio in RATIOS]
-            lines += [f"## {model}, ratios against {bits} bits per weight", "", *bench.table(head, rows, "rlrrrrrlrr"), ""]
-    lines += [
-        "*Relative squared error* is |W - decoded|² / |W|², *Shannon* 2^(-2R) at the setting's own bits R (at the ratio's "
-        "if nothing was measured). A stage that looks at the inputs of a layer gives error away where they are weak, "
-        "which is why accuracy can hold far above the bound.",
-    ]
-    return "\n".join(lines) + "\n"
+            parts += [f"## {model}, ratios against {bits} bits per weight", bench.table(head, rows, "rlrrrrrlrr")]
+    parts.append("""
+        *Relative squared error* is |W - decoded|² / |W|², *Shannon* 2^(-2R) at the setting's own bits R (at the ratio's if
+        nothing was measured). A stage that looks at the inputs of a layer gives error away where they are weak, which is why
+        accuracy can hold far above the bound.
+    """)
+    return bench.page(*parts)
 
 
 def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:

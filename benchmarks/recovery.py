@@ -3,16 +3,11 @@
     python benchmarks/recovery.py --name cpu --steps 100 --batch 4 --context 256 --evaluate 10
     python benchmarks/recovery.py --name h100 --steps 3000 --batch 24 --context 1024 --evaluate 100
 
-Every linear layer inside the decoder's blocks becomes ternary (absmean per tensor, int8 activations), and `recover` trains
-them on selftext, the original being the teacher; the learning rate's schedule ends with --steps.  Then the packed model is
-loaded back from disk, and measured on WikiText-2's test split (selftext's held-out one if WikiText-2 is missing), with
-int8 activations (the packed runtime) and without (the decoded weights).
-
---batch: windows per step, of --context tokens, computed in --passes parts to save memory.  --evaluate: steps between two
-looks at --heldout tokens.  --recompute: gradient checkpointing.  --tokens: to measure on at the end.
-
-Writes OUT/NAME.json, OUT/recovery.md (one row per run) and OUT/recovery.png, the curves of all runs.  The artifact goes to
---work; killed, the same command continues from the last look.
+Every linear layer of the decoder becomes ternary (absmean per tensor, int8 activations), and `recover` trains them on
+selftext.  What is loaded back from disk is measured on --tokens of WikiText-2 (selftext's held-out split if it is missing).
+--batch: windows per step, of --context tokens, computed in --passes parts.  --evaluate: steps between two looks at --heldout
+tokens.  --recompute: gradient checkpointing.  OUT/NAME.json has the run, table and picture have all runs.  Killed, the same
+command continues from the last look, in --work.
 """
 
 from __future__ import annotations
@@ -25,9 +20,8 @@ from pathlib import Path
 import bench
 from matplotlib.figure import Figure
 
-import agentforge
+from agentforge import divergence, load, open_model
 from agentforge.evaluation.measurement import environment
-from agentforge.opening import load, open_model
 from agentforge.training.recover import Settings, recover
 
 Row = bench.Row
@@ -43,7 +37,7 @@ def measure(options: argparse.Namespace) -> Row:
     made = done.artifact
     measured = {}
     for form, student in {"int8": load(made.path, runtime="packed"), "floats": load(made.path)}.items():
-        found = agentforge.divergence(student, model, tokens=options.tokens, context=model.sampled_context)
+        found = divergence(student, model, tokens=options.tokens, context=model.sampled_context)
         measured[form] = bench.to_json(found)
     about = {"name": options.name, "model": model.name, "recipe": made.manifest["recipe"], "history": done.history}
     about |= {"weight_bytes": made.weight_bytes, "ratio_to_16_bits": made.ratio}
@@ -78,28 +72,25 @@ def report(rows: list[Row]) -> str:
     """The table as Markdown."""
     title = "# Recovery: all linear layers ternary, trained to say what the original says"
     if not rows:
-        return f"{title}\n\nNo run yet.\n"
+        return bench.page(title, "No run yet.")
     first = rows[0]["measured"]["int8"]["perplexity"]
-    about, base = first["protocol"], rows[0]["measured"]["int8"]["original_perplexity"]
+    about, base = first["protocol"], bench.with_error(rows[0]["measured"]["int8"]["original_perplexity"], ".2f", ".2f")
     tokens, seconds, perplexity, kl, top1 = REFERENCE
     head = "run | machine | tokens | seconds | held-out KL, untrained | trained | top-1 | perplexity, int8 | floats | "
-    lines = [
-        title,
-        "",
-        f"Perplexity and KL from the original on {about['text']}/{about['split']}, {first['n']:,} tokens, windows of "
-        f"{about['context']} (original {bench.with_error(base, '.2f', '.2f')}), of the "
-        "artifact loaded back from disk: with int8 activations, and with floats.  Held-out KL: selftext, as training saw "
-        "it.  ± is one standard error.",
-        "",
-        *bench.table(head + "KL, int8 | floats | settings", map(_cells, rows)),
-        "",
-        f"For reference, not ours: an untuned run of the same kind on one H100 saw {tokens / 1e6:.1f} M tokens in {seconds} "
-        f"s and came to a perplexity of {perplexity} (int8 activations, original 19.93, another stretch of WikiText-2), a "
-        f"held-out KL of {kl:.3f} and a top-1 agreement of {top1}.",
-        "",
-        "![Held-out KL against tokens seen](recovery.png)",
-    ]
-    return "\n".join(lines) + "\n"
+    text = f"""
+        Perplexity and KL from the original on {about["text"]}/{about["split"]}, {first["n"]:,} tokens, windows of
+        {about["context"]} (original {base}), of the artifact loaded back from disk: with int8 activations, and with
+        floats.  Held-out KL: selftext, as training saw it.  ± is one standard error.
+
+        {bench.table(head + "KL, int8 | floats | settings", map(_cells, rows))}
+
+        For reference, not ours: an untuned run of the same kind on one H100 saw {tokens / 1e6:.1f} M tokens in {seconds} s
+        and came to a perplexity of {perplexity} (int8 activations, original 19.93, another stretch of WikiText-2), a
+        held-out KL of {kl:.3f} and a top-1 agreement of {top1}.
+
+        ![Held-out KL against tokens seen](recovery.png)
+    """
+    return bench.page(title, text)
 
 
 def picture(rows: list[Row]) -> bytes:

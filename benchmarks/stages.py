@@ -2,20 +2,11 @@
 
     python benchmarks/stages.py [--tokens 6132] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
 
-Each row is measured in a process of its own, so that peaks of memory do not mix, and is written as soon as it is there; a
-second call takes only the rows that are missing, or whose recipe (stage, its source code, model, text, tokens) has changed.
-`--report` measures nothing.  Rows of other tokens or windows stay until they are taken again, in a table of their own.
-
-What a row says, and how it was taken:
-
-* bits: bytes on disk of all encoded planes (codebooks, scales, exponents included) per touched weight; coded: the same
-  through `agentforge.entropy`, whose planes are decoded again and compared.
-* error: |W - decoded| / |W| over all touched weights together.
-* perplexity, KL from the original and top-1 agreement, each with its standard error, of the artifact loaded from disk.
-* encode: the whole of `compress`, calibration included; decode: reading and decoding all touched weights, one thread.
-* load: processes that were ready to run when the row began; above zero, seconds are upper bounds.
-* peak: most resident memory of the process until the artifact is written, the interpreter and torch included.
-* against rounding: see `verdict`.
+Each row is measured in a process of its own, so that peaks of memory do not mix; a second call takes only the rows that are
+missing, or whose recipe has changed.  Bits are of all encoded planes on disk, per touched weight; coded: the same through
+`agentforge.entropy`, decoded again and compared.  Error is |W - decoded| / |W|.  Quality is of the artifact loaded from
+disk. Encode is the whole of `compress`, calibration included; decode: all touched weights, one thread; peak: until the
+artifact is written.  A load above zero (processes that were ready to run when the row began) makes seconds upper bounds.
 """
 
 from __future__ import annotations
@@ -31,13 +22,10 @@ from pathlib import Path
 
 import bench
 
-import agentforge
-from agentforge import evaluation, stages, statistics
+from agentforge import __version__, compress, evaluation, load, open_model, stages, statistics
 from agentforge.artifact import Artifact
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 
 ROWS = [
     *(f"rounding:bits={bits},group=64" for bits in (2, 3, 4)),
@@ -62,6 +50,10 @@ COLUMNS = (
 )
 ACCIDENT = 1e-4  # relative error below which rounding to 5 bits or fewer has found the weights' own grid
 USABLE = 0.05  # share of top tokens that agree, below which a model is gone
+ACCIDENTAL = """
+    The original is dequantised Q4_1: every 32 weights hold at most 16 values. Rounding at 4 bits in groups of 32 is lossless
+    by that accident, so its row is no peer; groups of 64 are helped, too.
+"""
 Row = bench.Row
 
 
@@ -69,7 +61,7 @@ def recipe(stage: stages.Stage, fingerprint: str, options: argparse.Namespace) -
     """What a row depends on; a finished row is taken again where this has changed."""
     source, text = Path(inspect.getsourcefile(type(stage)) or ""), evaluation.find_text(options.text)
     about = {"stage": stage.to_json(), "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
-    about |= {"agentforge": agentforge.__version__, "model": fingerprint, "text": [text.name, text.split, text.sha256]}
+    about |= {"agentforge": __version__, "model": fingerprint, "text": [text.name, text.split, text.sha256]}
     return {**about, "tokens": options.tokens, "context": options.context}
 
 
@@ -152,40 +144,34 @@ def _below(a: Row, b: Row) -> bool:
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:
     """The table as Markdown, with what is needed to read it; rows of other tokens or windows in one of their own."""
-    lines = [f"# Stages on {options.model}", ""]
-    rows, older = _parted(rows, options)
+    parts, (rows, older) = [f"# Stages on {options.model}"], _parted(rows, options)
     if rows:
         first, base = rows[0], rows[0]["original_perplexity"]
         (name, split, _), env = first["recipe"]["text"], base["environment"]
-        lines += [
-            f"Perplexity of the original: {base['value']:.2f} ± {base['stderr']:.2f}.  Text: {name}, {split}; "
-            f"{base['n']:,} tokens scored, windows of {options.context} ({base['protocol'].get('windows')}); KL is "
-            f"KL(original || compressed).  {first['weights']:,} weights of "
-            f"linear layers are encoded, the rest stays as it is.  {env['cpu']}, {env['threads']} threads, "
-            f"torch {env['packages']['torch']}, agentforge {first['recipe']['agentforge']}.",
-            "",
-        ]
+        parts.append(f"""
+            Perplexity of the original: {base["value"]:.2f} ± {base["stderr"]:.2f}.  Text: {name}, {split}; {base["n"]:,}
+            tokens scored, windows of {options.context} ({base["protocol"].get("windows")}); KL is
+            KL(original || compressed).  {first["weights"]:,} weights of linear layers are encoded, the rest stays as it
+            is.  {env["cpu"]}, {env["threads"]} threads, torch {env["packages"]["torch"]}, agentforge
+            {first["recipe"]["agentforge"]}.
+        """)
         if options.model == bench.MODEL:
-            lines += [
-                "The original is dequantised Q4_1: every 32 weights hold at most 16 values. Rounding at 4 bits in groups of "
-                "32 is lossless by that accident, so its row is no peer; groups of 64 are helped, too.",
-                "",
-            ]
+            parts.append(ACCIDENTAL)
         taken = [row["recipe"]["stage"] for row in rows]
         if missing := [text for text in ROWS if stages.parse(text).to_json() not in taken]:
-            lines += [f"Not taken on these windows: {', '.join(missing)}.", ""]
+            parts.append(f"Not taken on these windows: {', '.join(missing)}.")
         if losers := [row for row in rows if "loses" in verdict(row, rows)]:
-            lines += ["Lose to rounding at matched bytes: " + ", ".join(_name(row) for row in losers) + ".", ""]
-    lines += _table(rows)
+            parts.append("Lose to rounding at matched bytes: " + ", ".join(_name(row) for row in losers) + ".")
+    parts.append(_table(rows))
     if older:
         protocols = sorted({(row["recipe"]["tokens"], row["recipe"]["context"]) for row in older})
         which = ", ".join(f"the first {tokens:,} tokens in windows of {context}" for tokens, context in protocols)
         text = f"Taken on {which}, with errors as if tokens were independent: not to be compared with the rows above."
-        lines += ["", "## An earlier protocol", "", text, "", *_table(older)]
-    return "\n".join(lines) + "\n"
+        parts += ["## An earlier protocol", text, _table(older)]
+    return bench.page(*parts)
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Row]) -> str:
     return bench.table(COLUMNS, (_cells(row, rows) for row in rows), "l" + "r" * 10 + "l")
 
 

@@ -2,19 +2,11 @@
 
     python benchmarks/streaming.py [--size 8] [--folder DIR] [--out reports/streaming]
 
-Makes a Llama of random half floats, `--size` GB in shards of at most 1 GB, in a temporary folder (in --folder), and
-compresses it with each of `STAGES` by the command line, in a process of its own.  The folder takes about twice `--size`,
-and is removed.
-
-What a row says, and how it was taken:
-
-* peak: most resident memory of that process, as the kernel counts it: the interpreter, torch and mapped files included.
-  Libraries that were just written are mapped in larger pieces: 390 MB of the same run, or 250 (in the JSON).
-* bound: three times the model's largest tensor in float32, and 500 MB.
-* seconds: the whole command from the start of its process, with no page of the model in memory; CPU: user and system.
-* disk: bytes that the process read from and wrote to the disk, as the kernel counts them, and the seconds that these take
-  at the disk's own rates: the model read once in order, and a file of 1 GB written and brought to disk, both just before.
-* load: processes that were ready to run when the row began; above zero, seconds are upper bounds.
+Makes a Llama of random half floats, --size GB, in a temporary folder (in --folder, which needs twice as much), and
+compresses it with each of STAGES by the command line, in a process of its own, with no page of the model in memory.  Peak is
+the most resident memory of that process as the kernel counts it, mapped files included: 390 MB of libraries that were just
+written, or 250 of others.  Read and written are what the kernel counts; the disk's own rates are taken just before.  A load
+above zero (processes that were ready to run when the row began) makes seconds upper bounds.
 """
 
 from __future__ import annotations
@@ -148,19 +140,16 @@ def _cells(row: Row) -> list[str]:
 def table(rows: list[Row]) -> str:
     """The rows as Markdown, with what is needed to read them."""
     first = rows[0]
-    lines = [
-        "# Streaming",
-        "",
-        f"A Llama of random half floats, {first['model_bytes'] / 1e9:.1f} GB, whose largest tensor has "
-        f"{(first['bound_bytes'] - SLACK) / 3e6:.0f} MB in float32, compressed by `agentforge compress` with its default "
-        "number of workers. Bound: three times that tensor and 500 MB. Disk alone: the seconds that the bytes read and "
-        "written take at the rates that the disk had just before "
-        f"({first['read_rate'] / 1e6:.0f} MB/s read, {first['write_rate'] / 1e6:.0f} MB/s written before the first row). "
-        f"{first['machine']}.",
-        "",
-        *bench.table(COLUMNS, map(_cells, rows), "lr"),
-    ]
-    return "\n".join(lines) + "\n"
+    text = f"""
+        # Streaming
+
+        A Llama of random half floats, {first["model_bytes"] / 1e9:.1f} GB, whose largest tensor has
+        {(first["bound_bytes"] - SLACK) / 3e6:.0f} MB in float32, compressed by `agentforge compress` with its default number
+        of workers. Bound: three times that tensor and 500 MB. Disk alone: the seconds that the bytes read and written take
+        at the rates that the disk had just before ({first["read_rate"] / 1e6:.0f} MB/s read, {first["write_rate"] / 1e6:.0f}
+        MB/s written before the first row). {first["machine"]}.
+    """
+    return bench.page(text, bench.table(COLUMNS, map(_cells, rows), "lr"))
 
 
 def measure(gigabytes: float, folder: Path | None) -> list[Row]:

@@ -35,11 +35,9 @@ import bench
 import torch
 from torch import nn
 
-import agentforge
+from agentforge import __version__, compress, load, open_model
 from agentforge.artifact import Artifact
 from agentforge.evaluation.measurement import environment
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 from agentforge.runtime import TernaryLinear, ternary_cpu
 
 SHAPES = [(4096, 4096), (4096, 11008), (192, 576), (576, 576), (1536, 576), (576, 1536)]  # out, in
@@ -129,7 +127,7 @@ def generation(tokens: int, rounds: int, numbers: list[int]) -> Row:
     return {**about, "linear_bytes": held, "whole_bytes": whole, "runs": runs}
 
 
-def table_of_products(rows: list[Row]) -> list[str]:
+def table_of_products(rows: list[Row]) -> str:
     others, lines = ["float32", "bfloat16", "int8 dynamic"], []
     for row in rows:
         ours, us = row["contestants"][OURS], {name: 1e6 * c["median_s"] for name, c in row["contestants"].items()}
@@ -142,7 +140,7 @@ def table_of_products(rows: list[Row]) -> list[str]:
     return bench.table(" | ".join(head), lines, "r")
 
 
-def table_of_generation(found: Row) -> list[str]:
+def table_of_generation(found: Row) -> str:
     lines = []
     for run in found["runs"]:
         for name, c in run["contestants"].items():
@@ -156,31 +154,27 @@ def table_of_generation(found: Row) -> list[str]:
 
 def table(record: Row) -> str:
     """The report as Markdown."""
-    text = ["# Ternary layers that stay packed: speed", "", (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2], ""]
+    about = (__doc__ or "").partition("\n\n")[2].partition("\n\n")[2]
+    text = f"# Ternary layers that stay packed: speed\n\n{about}\n\n"
     for part, lines_of in (("products", table_of_products), ("generation", table_of_generation)):
         if part not in record:
             continue
-        found, about = record[part]["found"], record[part]["environment"]
+        found, env, kernel = record[part]["found"], record[part]["environment"], record[part]["kernel"]
         loads = " to ".join(f"{load:.1f}" for load in record[part]["load_average"])
-        text += [
-            f"## {part.capitalize()}",
-            "",
-            *lines_of(found),
-            "",
-            f"{about['cpu']}, {about['cores']} cores, torch {about['packages']['torch']}, kernel {record[part]['kernel']}; "
-            f"load average {loads} (this benchmark's own included).",
-            "",
-        ]
-        if part == "generation":
-            share = found["linear_bytes"][OURS] / found["linear_bytes"]["bfloat16"]
-            text += [
-                f"{found['model']}, {found['prompt_tokens']} tokens of prompt, {found['new_tokens']} new ones.  The "
-                f"packed linear weights take {share:.4f} of bfloat16's bytes; embedding and head of the packed model are "
-                "float16, as the artifact keeps them.",
-                "",
-            ]
-            text += [] if "decoder" in record[part] else [bench.FUSED.format("packed"), ""]
-    return "\n".join(text)
+        machine = f"""
+            {env["cpu"]}, {env["cores"]} cores, torch {env["packages"]["torch"]}, kernel {kernel}; load average {loads} (this
+            benchmark's own included).
+        """
+        text += bench.page(f"## {part.capitalize()}", lines_of(found), machine) + "\n"
+    if "generation" in record:
+        share = found["linear_bytes"][OURS] / found["linear_bytes"]["bfloat16"]
+        text += bench.page(f"""
+            {found["model"]}, {found["prompt_tokens"]} tokens of prompt, {found["new_tokens"]} new ones.  The packed linear
+            weights take {share:.4f} of bfloat16's bytes; embedding and head of the packed model are float16, as the artifact
+            keeps them.
+        """)
+        text += "" if "decoder" in record["generation"] else f"\n{bench.FUSED.format('packed')}\n"
+    return text
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -193,9 +187,9 @@ def main(arguments: list[str] | None = None) -> None:
         if not args.only or part in args.only:
             before = os.getloadavg()[0]
             about = {"found": measure(), "load_average": [before, os.getloadavg()[0]], "environment": environment()}
-            about |= {"kernel": ternary_cpu.available()[0], "decoder": "transformers", "version": agentforge.__version__}
+            about |= {"kernel": ternary_cpu.available()[0], "decoder": "transformers", "version": __version__}
             record[part] = about
-            print("\n".join((table_of_products if part == "products" else table_of_generation)(about["found"])))
+            print((table_of_products if part == "products" else table_of_generation)(about["found"]))
     bench.save(args.out, {"ternary_speed.json": record, "ternary_speed.md": table(record)})
 
 

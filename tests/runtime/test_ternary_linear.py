@@ -487,5 +487,5 @@ def test_the_benchmark_measures_and_tells(
         torch.set_num_threads(threads)
     assert [(row["tokens"], row["weights"]) for row in rows] == [(1, "memory"), (1, "cache"), (5, "cache")]
     assert rows[0]["contestants"]["packed"]["bytes"] == 8 * 64 // 4 + 32
-    shown = "\n".join(benchmark.table_of_products(rows))
+    shown = benchmark.table_of_products(rows)
     assert "| 8 x 64 | 1 | 1 | memory |" in shown and "quartiles" in shown
