@@ -19,12 +19,11 @@ import tempfile
 from pathlib import Path
 
 import bench
-import torch
 from matplotlib.figure import Figure
 
-import agentforge
 from agentforge import __version__, compress, digits, evaluation, load, open_model, stages
 from agentforge.chain import Condition, model_error
+from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
 
 CLASSIFIER, LANGUAGE = "digits-mlp", "smollm2-135m"
@@ -56,7 +55,7 @@ Row = bench.Row
 def measure(model: LanguageModel, stage: stages.Stage) -> Row:
     """A setting on digits-mlp."""
     pixels, labels, _, _ = digits.data()
-    with tempfile.TemporaryDirectory(prefix="agentforge-ratios-") as work, torch.inference_mode():
+    with tempfile.TemporaryDirectory(prefix="agentforge-ratios-") as work:
         artifact = compress(model, stage, Path(work) / "artifact", workers=1, progress=False)
         loaded = load(artifact.path)
         touched = next(r for r in artifact.ratios if r.what == "touched tensors")
@@ -157,7 +156,7 @@ def _short(text: str) -> str:
     """A stage's text with the settings that are not its defaults; text of another form as it is."""
     try:
         return stages.parse(text).brief()
-    except agentforge.errors.BadInput:
+    except BadInput:
         return text
 
 
