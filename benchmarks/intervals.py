@@ -38,8 +38,8 @@ def measure(windows: int) -> Row:
         made = compress(model, stages.parse(STAGE), Path(folder) / "made")
         found, protocol = plan(model, text, SAMPLED, None, None, "none")
         tokens = compared([load(made.path)], model, found[:windows], True)[0]  # float64[tokens, 6] of each window
+        about = {"protocol": protocol, "original": model.fingerprint, "model": made.sha256, "stage": STAGE}
     sums = [[len(window), *(round(float(x), 5) for x in window.sum(0))] for window in tokens]
-    about = {"protocol": protocol, "original": model.fingerprint, "model": made.sha256, "stage": STAGE}
     spread = [float(x) for x in torch.cat(tokens).std(0)]
     return {**about, "draws": DRAWS, "size": SIZE, "token_deviations": spread, "sums": sums}
 
