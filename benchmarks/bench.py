@@ -1,35 +1,58 @@
-"""What the tables of this folder share: rows that are kept, files that are replaced in one step, tables in Markdown."""
+"""What the tables of this folder share: options, rows that are kept, processes, times, Markdown and pictures.
+
+Nothing large is imported before it is needed: the peak memory of a process is counted from its parent's.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import multiprocessing
+import os
+import re
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    from agentforge.artifact import Artifact
+    from agentforge.evaluation import Measurement
+    from agentforge.planes import Plane
 
-from agentforge.artifact import Artifact
-from agentforge.evaluation import Measurement
-from agentforge.planes import Packed, Plane
-from agentforge.tensorfiles import write_atomic
-
-PROMPT = "Once upon a time, in a village by the sea, there lived"  # to generate from
 Row = dict[str, Any]
+MODEL = "smollm2-135m"
+PROMPT = "Once upon a time, in a village by the sea, there lived"  # to generate from
 # Under tables whose record does not say that transformers' own decoder layers ran.
 FUSED = """\
 The generation speed of {} was measured with a Llama layer that computed a new token by two kernels of its own; that code is
 gone. Without it a token of this model takes about 1.3 times as long."""
 
 
-def parser(description: str, out: str | None) -> argparse.ArgumentParser:
-    """Arguments with --out: the folder of table and record."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--out", type=Path, default=None if out is None else Path(out))
-    return made
+def options(arguments: list[str] | None, about: str | None, out: str, **defaults: Any) -> argparse.Namespace:
+    """--out, --report, and an option for each default, named as it is.
+
+    False: a flag.  []: may be given more than once.  Another list: several values.  None: a text.
+    """
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--report", action="store_true", help="write tables and pictures again, measure nothing")
+    for name, default in {"out": Path(out), **defaults}.items():
+        how: Row = {"default": default, "help": "default: %(default)s"}
+        if default is False:
+            how["action"] = "store_true"
+        elif default == []:
+            how["action"] = "append"
+        else:
+            one = default[0] if isinstance(default, list) else default
+            how |= {"type": str if one is None else type(one), "nargs": "*" if isinstance(default, list) else None}
+        parser.add_argument(f"--{name.replace('_', '-')}", **how)
+    return parser.parse_args(arguments)
 
 
 def read(file: Path) -> Any:
@@ -39,26 +62,89 @@ def read(file: Path) -> Any:
 
 def save(folder: Path, files: dict[str, Any]) -> None:
     """Each file replaced in one step: bytes and text as they are, other data as JSON."""
+    from agentforge.tensorfiles import write_atomic
+
     folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
         text = data if isinstance(data, (str, bytes)) else json.dumps(data, indent=1) + "\n"
         write_atomic(folder / name, [text.encode() if isinstance(text, str) else text])
 
 
-def table(head: str, rows: Iterable[Sequence[str]], sides: str) -> list[str]:
-    """Lines of a Markdown table.  head: the columns, as in "a | b"; sides: l or r for each of them."""
-    rule = "|" + "|".join("---:" if side == "r" else "---" for side in sides) + "|"
-    return [f"| {head} |", rule, *(f"| {' | '.join(row)} |" for row in rows)]
+def say(text: str) -> None:
+    """To the standard error, at once."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def measurement(found: Row) -> Measurement:
-    """A measurement of a record: what gates and intervals look at."""
-    about = {"environment": {}, "interval": found.get("interval")}
-    return Measurement(found["value"], found.get("unit", ""), found["stderr"], found.get("n", 0), {}, **about)
+def run(
+    rows: list[Row],
+    wanted: dict[str, Row],
+    measure: Callable[[str], Row],
+    keep: Callable[[list[Row]], object],
+    same: Callable[[Row], object] = lambda recipe: recipe,
+    only: Sequence[str] = (),
+) -> list[Row]:
+    """Take what is missing of `wanted`, recipes by name, and `keep` all rows after each; a failed row is tried again.
+
+    A row replaces those whose recipe is the `same`.  Order: others, then as wanted.  only: how the names begin.
+    """
+    order, failed = [same(recipe) for recipe in wanted.values()], []
+    for name, recipe in wanted.items():
+        done = any(row["recipe"] == recipe and "failed" not in row for row in rows)
+        if done or not name.startswith(tuple(only) or ""):
+            continue
+        say(f"{name} ...")
+        try:
+            row = {"recipe": recipe, **measure(name)}
+        except Exception as error:  # the other rows are taken all the same
+            failed.append(f"{name}: {type(error).__name__}: {error}")
+            say(failed[-1])
+            continue
+        rows = [r for r in rows if same(r["recipe"]) != same(recipe)] + [row]
+        rows.sort(key=lambda r: order.index(same(r["recipe"])) if same(r["recipe"]) in order else -1)
+        keep(rows)
+    if failed:
+        raise SystemExit("\n".join(["failed:", *failed]))
+    return rows
+
+
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function gives in a fresh process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
+def process(*command: Any, fine: Sequence[int] = (0,)) -> tuple[str, Row]:
+    """What a command writes to its standard output, and its seconds, memory and traffic with the disk.
+
+    Raises CalledProcessError for an exit code that is not among `fine`.
+    """
+    words, mapped, done = [str(word) for word in command], 0, 0
+    with tempfile.TemporaryFile("w+") as said:
+        start = time.perf_counter()
+        running = subprocess.Popen(words, stdout=said)
+        while not done:
+            mapped = max(mapped, _mapped_bytes(running.pid))
+            time.sleep(0.05)
+            done, status, used = os.wait4(running.pid, os.WNOHANG)
+        seconds = time.perf_counter() - start
+        running.returncode = os.waitstatus_to_exitcode(status)
+        if running.returncode not in fine:
+            raise subprocess.CalledProcessError(running.returncode, words)
+        said.seek(0)
+        text = said.read()
+    times = {"seconds": seconds, "cpu_seconds": used.ru_utime + used.ru_stime}
+    memory = {"peak_bytes": used.ru_maxrss * 1024, "mapped_bytes": mapped}
+    return text, times | memory | {"read_bytes": used.ru_inblock * 512, "written_bytes": used.ru_oublock * 512}
+
+
+def _mapped_bytes(process: int) -> int:
+    """Resident bytes of a process that are pages of mapped files, which the system shares and takes back."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:")), 0)
 
 
 def in_turn(
-    work: dict[str, Callable[[], object]], seconds: float, least: int = 5, block: float = 0.0
+    work: dict[str, Callable[[], object]], seconds: float, least: int = 5, block: float = 0.0, device: str = "cpu"
 ) -> dict[str, list[float]]:
     """Seconds of a call, from blocks of calls: a block of each contestant in turn, for about so long in all.
 
@@ -70,20 +156,20 @@ def in_turn(
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or any(len(found) < least for found in times.values()):
         for name, call in work.items():
-            start = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            times[name].append((time.perf_counter() - start) / calls[name])
+            times[name].append(once(call, device, calls[name]))
     return times
 
 
-def once(call: Callable[[], object], device: str = "cpu") -> float:
-    """Seconds of one call, all that it asked of the device included."""
+def once(call: Callable[[], object], device: str = "cpu", calls: int = 1) -> float:
+    """Seconds of one call of so many, all that they asked of the device included."""
     start = time.perf_counter()
-    call()
+    for _ in range(calls):
+        call()
     if device == "cuda":
+        import torch
+
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def mean(values: list[float]) -> Row:
@@ -92,8 +178,70 @@ def mean(values: list[float]) -> Row:
     return {"value": statistics.fmean(values), "stderr": error, "n": len(values)}
 
 
+def measurement(found: Row) -> Measurement:
+    """A measurement of a record: what gates and intervals look at."""
+    from agentforge.evaluation import Measurement
+
+    about = {"environment": {}, "interval": found.get("interval")}
+    return Measurement(found["value"], found.get("unit", ""), found["stderr"], found.get("n", 0), {}, **about)
+
+
+def to_json(found: Any) -> dict[str, Row]:
+    """Measurements of a named tuple, as they are kept."""
+    return {name: value.to_json() for name, value in found._asdict().items()}
+
+
+def with_error(found: Row, digits: str = ".4g", error: str = ".2g") -> str:
+    """A value and its standard error."""
+    return f"{found['value']:{digits}}" + ("" if found["stderr"] is None else f" ± {found['stderr']:{error}}")
+
+
+def with_interval(found: Row, digits: str = ".3g") -> str:
+    """A value and its 95% interval."""
+    low, high = measurement(found).bounds
+    return f"{found['value']:{digits}} [{low:{digits}}, {high:{digits}}]"
+
+
+def bars(found: list[Row]) -> list[list[float]]:
+    """How far the 95% intervals go down and up, as matplotlib takes them."""
+    bounds = [(each["value"], *measurement(each).bounds) for each in found]
+    return [[value - low for value, low, _ in bounds], [high - value for value, _, high in bounds]]
+
+
+def table(head: str, rows: Iterable[Sequence[str] | str], sides: str = "l") -> str:
+    """A Markdown table.  head: the columns, as in "a | b".  sides: l or r for each column, the last one for the rest."""
+    sides = sides.ljust(head.count(" | ") + 1, sides[-1])
+    rule = "|" + "|".join("---:" if side == "r" else "---" for side in sides) + "|"
+    return "\n".join([f"| {head} |", rule, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def page(*parts: str) -> str:
+    """Markdown of parts: the lines of a paragraph are joined, and nothing is indented."""
+    lines = [""]
+    for line in map(str.strip, "\n\n".join(part.strip("\n ") for part in parts if part).splitlines()):
+        if line and lines[-1] and not re.match(r"[|#]|\*\*|\* |!\[", line):
+            lines[-1] += f" {line}"
+        else:
+            lines.append(line)
+    return "\n".join(lines[1:]) + "\n"
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """A list in Markdown."""
+    return "\n".join(f"* {line}" for line in lines)
+
+
+def png(figure: Any, dpi: int = 110) -> bytes:
+    """A picture, the same bytes from the same data."""
+    stream = io.BytesIO()
+    figure.savefig(stream, dpi=dpi, metadata={"Software": None})
+    return stream.getvalue()
+
+
 def coded_bytes(artifact: Artifact) -> int:
     """Bytes of all planes once coded, each of which must come back."""
+    from agentforge.planes import Packed
+
     shared: tuple[Plane, ...] | None = None
     total = 0
     for row in artifact.rows:
@@ -106,7 +254,7 @@ def coded_bytes(artifact: Artifact) -> int:
 
 def _coded(plane: Plane) -> int:
     coded = plane.coded()
-    back = Plane.from_stored(plane.name, coded.coding, tuple(plane.values.shape), coded.stored())
-    if not torch.equal(back.values, plane.values):
+    back = type(plane).from_stored(plane.name, coded.coding, tuple(plane.values.shape), coded.stored())
+    if not back.values.equal(plane.values):
         raise AssertionError(f"plane {plane.name} does not come back from its code")
     return coded.stored().numel()

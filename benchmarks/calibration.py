@@ -2,31 +2,24 @@
 
     python benchmarks/calibration.py [--model smollm2-135m] [--tokens 256 1024 4096 16384] [--out reports/calibration]
 
-The documentation asks for 1,000 samples and never says what fewer would do.  Here each stage is encoded with input
-statistics of that many tokens of selftext's calibration split (windows of --context tokens: a sample), and judged by the
-layers' output error on inputs that it has not seen: sum of tr(E H E^T) over sum of tr(W H W^T), H from WikiText-2's
-validation split (selftext's held-out one if WikiText-2 is missing).  The plain rule, which looks at no inputs, is in the
-first row.
-
-Writes OUT/calibration.json and OUT/calibration.md.
+Each stage is encoded with input statistics of so many tokens of selftext's calibration split (windows of --context tokens:
+a sample), and judged by the layers' output error on inputs that it has not seen: sum of tr(E H E^T) over sum of tr(W H W^T),
+H from WikiText-2's validation split (selftext's held-out one if it is missing).  The first row looks at no inputs.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 import time
-from typing import Any
 
 import bench
 import numpy as np
 
-from agentforge import stages
+from agentforge import open_model, stages
 from agentforge.errors import BadInput
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import environment
 from agentforge.models import LanguageModel
-from agentforge.opening import open_model
 from agentforge.statistics import Calibration, InputStatistics, collect
 
 PLAIN = {"ternary:rule=calibrated": "ternary"}
@@ -54,61 +47,52 @@ def lost(model: LanguageModel, spec: str, seen: Statistics | None, judged_by: St
     return found
 
 
-def table(result: dict[str, Any]) -> str:
+def table(result: bench.Row) -> str:
     """The result as Markdown."""
-    lines = [
-        "# How much calibration text?",
-        "",
-        f"{result['model']}; output error of {result['layers']} layers on {result['judged_tokens']:,} tokens of "
-        f"{result['judged_by']}, as a share of the output's power, mean over the layers ± its standard error; in brackets "
-        f"the mean of the ratio to the row with most tokens.  Calibrated on selftext; a sample has "
-        f"{result['context']} tokens.",
-        "",
-    ]
-    specs = list(result["rows"])
-    tokens = sorted({int(n) for rows in result["rows"].values() for n in rows})
-    rows = []
-    for n in tokens:
-        cells = []
+    tokens = sorted({n for rows in result["rows"].values() for n in rows}, key=int)
+
+    def cell(rows: dict[str, list[float]], n: str) -> str:
+        values, best = np.array(rows[n]), np.array(rows[tokens[-1]])
+        spread = values.std(ddof=1) / np.sqrt(len(values))
+        return f"{values.mean():.4f} ± {spread:.4f} ({(values / best).mean():.3f})"
+
+    cells = [[f"{int(n):,}", f"{int(n) // result['context']:,}"] for n in tokens]
+    cells = [[*line, *(cell(rows, n) for rows in result["rows"].values())] for line, n in zip(cells, tokens, strict=True)]
+    text = f"""
+        # How much calibration text?
+
+        {result["model"]}; output error of {result["layers"]} layers on {result["judged_tokens"]:,} tokens of
+        {result["judged_by"]}, as a share of the output's power, mean over the layers ± its standard error; in brackets the
+        mean of the ratio to the row with most tokens.  Calibrated on selftext; a sample has {result["context"]} tokens.
+    """
+    return bench.page(text, bench.table(" | ".join(["tokens", "samples", *result["rows"]]), cells, "r"))
+
+
+def measure(name: str, specs: list[str], sizes: list[int], context: int, judged_tokens: int) -> bench.Row:
+    """Each layer's output error, by stage and by tokens of calibration text."""
+    model, began = open_model(name), time.perf_counter()
+    judged_by, text = judge_by(model, judged_tokens, context)
+    rows = {spec: {"0": lost(model, PLAIN.get(spec, spec), None, judged_by)} for spec in specs}
+    for tokens in sizes:
+        bench.say(f"{tokens} tokens ...")
+        seen = collect(model, Calibration("selftext", tokens, context), progress=False)
         for spec in specs:
-            values, best = (np.array(result["rows"][spec][str(k)]) for k in (n, tokens[-1]))
-            spread = values.std(ddof=1) / np.sqrt(len(values))
-            cells.append(f"{values.mean():.4f} ± {spread:.4f} ({(values / best).mean():.3f})")
-        rows.append([f"{n:,}", f"{n // result['context']:,}", *cells])
-    return "\n".join([*lines, *bench.table(" | ".join(["tokens", "samples", *specs]), rows, "r" * (len(specs) + 2))]) + "\n"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    parser = bench.parser("Output error against the amount of calibration text.", "reports/calibration")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--stages", nargs="+", default=["ternary:rule=calibrated"])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096, 16384])
-    parser.add_argument("--context", type=int, default=128, help="tokens per window")
-    parser.add_argument("--judged-tokens", type=int, default=8192)
-    options = parser.parse_args(arguments)
-    model, began = open_model(options.model), time.perf_counter()
-    judged_by, name = judge_by(model, options.judged_tokens, options.context)
-    rows: dict[str, dict[str, list[float]]] = {spec: {} for spec in options.stages}
-    for spec in options.stages:
-        rows[spec]["0"] = lost(model, PLAIN.get(spec, spec), None, judged_by)
-    for tokens in options.tokens:
-        print(f"{tokens} tokens ...", file=sys.stderr, flush=True)
-        seen = collect(model, Calibration("selftext", tokens, options.context), progress=False)
-        for spec in options.stages:
             rows[spec][str(tokens)] = lost(model, spec, seen, judged_by)
-    result = {
-        "model": model.name,
-        "layers": len(rows[options.stages[0]]["0"]),
-        "judged_by": name,
-        "judged_tokens": options.judged_tokens,
-        "context": options.context,
-        "rows": rows,
-        "seconds": time.perf_counter() - began,
-        "environment": environment(),
-    }
-    bench.save(options.out, {"calibration.json": json.dumps(result) + "\n", "calibration.md": table(result)})
-    return 0
+    about = {"model": model.name, "layers": len(rows[specs[0]]["0"]), "judged_by": text, "judged_tokens": judged_tokens}
+    about |= {"context": context, "rows": rows, "seconds": time.perf_counter() - began, "environment": environment()}
+    return about
+
+
+def main(arguments: list[str] | None = None) -> None:
+    own = {"stages": ["ternary:rule=calibrated"], "tokens": [256, 1024, 4096, 16384], "context": 128, "judged_tokens": 8192}
+    options = bench.options(arguments, __doc__, "reports/calibration", model=bench.MODEL, **own)
+    if options.report:
+        result = bench.read(options.out / "calibration.json")
+    else:
+        result = measure(options.model, options.stages, options.tokens, options.context, options.judged_tokens)
+        bench.save(options.out, {"calibration.json": json.dumps(result) + "\n"})
+    bench.save(options.out, {"calibration.md": table(result)})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

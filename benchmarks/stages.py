@@ -2,21 +2,11 @@
 
     python benchmarks/stages.py [--tokens 6132] [--only PREFIX] [--model smollm2-135m] [--out reports/stages]
 
-Writes OUT/stages.json and OUT/stages.md.  Each row is measured in a process of its own, so that peaks of memory do not
-mix, and is written as soon as it is there; a second call takes only the rows that are missing, or whose recipe (stage,
-its source code, model, text, tokens) has changed.  `--report` writes the table again and measures nothing.  Rows of other
-tokens or windows stay until they are taken again, in a table of their own.
-
-What a row says, and how it was taken:
-
-* bits: bytes on disk of all encoded planes (codebooks, scales, exponents included) per touched weight; coded: the same
-  through `agentforge.entropy`, whose planes are decoded again and compared.
-* error: |W - decoded| / |W| over all touched weights together.
-* perplexity, KL from the original and top-1 agreement, each with its standard error, of the artifact loaded from disk.
-* encode: the whole of `compress`, calibration included; decode: reading and decoding all touched weights, one thread.
-* load: processes that were ready to run when the row began; above zero, seconds are upper bounds.
-* peak: most resident memory of the process until the artifact is written, the interpreter and torch included.
-* against rounding: see `verdict`.
+Each row is measured in a process of its own, so that peaks of memory do not mix; a second call takes only the rows that are
+missing, or whose recipe has changed.  Bits are of all encoded planes on disk, per touched weight; coded: the same through
+`agentforge.entropy`, decoded again and compared.  Error is |W - decoded| / |W|.  Quality is of the artifact loaded from
+disk. Encode is the whole of `compress`, calibration included; decode: all touched weights, one thread; peak: until the
+artifact is written.  A load above zero (processes that were ready to run when the row began) makes seconds upper bounds.
 """
 
 from __future__ import annotations
@@ -24,28 +14,18 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
-import json
 import math
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 import bench
-import numpy as np
-import torch
 
-import agentforge
-from agentforge import evaluation, stages, statistics
+from agentforge import __version__, compress, evaluation, load, open_model, stages, statistics
 from agentforge.artifact import Artifact
-from agentforge.errors import BadInput
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
-from agentforge.opening import load, open_model
-from agentforge.pipeline import compress
 
 ROWS = [
     *(f"rounding:bits={bits},group=64" for bits in (2, 3, 4)),
@@ -70,71 +50,55 @@ COLUMNS = (
 )
 ACCIDENT = 1e-4  # relative error below which rounding to 5 bits or fewer has found the weights' own grid
 USABLE = 0.05  # share of top tokens that agree, below which a model is gone
+ACCIDENTAL = """
+    The original is dequantised Q4_1: every 32 weights hold at most 16 values. Rounding at 4 bits in groups of 32 is lossless
+    by that accident, so its row is no peer; groups of 64 are helped, too.
+"""
 Row = bench.Row
 
 
-def recipe(stage: stages.Stage, options: argparse.Namespace) -> dict[str, Any]:
+def recipe(stage: stages.Stage, fingerprint: str, options: argparse.Namespace) -> Row:
     """What a row depends on; a finished row is taken again where this has changed."""
-    source = Path(inspect.getsourcefile(type(stage)) or "")
-    text = evaluation.find_text(options.text)
-    return {
-        "stage": stage.to_json(),
-        "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest(),
-        "agentforge": agentforge.__version__,
-        "model": open_model(options.model).fingerprint,
-        "text": [text.name, text.split, text.sha256],
-        "tokens": options.tokens,
-        "context": options.context,
-    }
+    source, text = Path(inspect.getsourcefile(type(stage)) or ""), evaluation.find_text(options.text)
+    about = {"stage": stage.to_json(), "source_sha256": hashlib.sha256(source.read_bytes()).hexdigest()}
+    about |= {"agentforge": __version__, "model": fingerprint, "text": [text.name, text.split, text.sha256]}
+    return {**about, "tokens": options.tokens, "context": options.context}
 
 
-def measure(stage: stages.Stage, options: argparse.Namespace) -> Row:
-    """One row, in this process."""
-    model, load_before = open_model(options.model), os.getloadavg()[0]
+def measure(text: str, options: argparse.Namespace, work: Path | None = None) -> Row:
+    """One row, in this process.  work: where the artifact stays."""
+    if work is None:
+        with tempfile.TemporaryDirectory(prefix="agentforge-stages-") as folder:
+            return measure(text, options, Path(folder))
+    stage, model, load_before = stages.parse(text), open_model(options.model), os.getloadavg()[0]
     start = time.perf_counter()
     seen = statistics.collect(model, progress=False) if stage.needs_statistics else None
     calibrated = time.perf_counter()
-    artifact = compress(model, stage, Path(options.work) / "artifact", statistics=seen, progress=False)
-    encoded = time.perf_counter()
-    peak = peak_memory()
-    row = {
-        "encode_seconds": encoded - start,
-        "of_which_calibration": calibrated - start,
-        "peak_bytes": peak,
-        "load": load_before,
-        **_planes(model, artifact),
-    }
-    found = evaluation.divergence(
-        load(artifact.path), model, options.text, context=options.context, tokens=options.tokens, progress=False
-    )
-    return {**row, **{name: value.to_json() for name, value in found._asdict().items()}}
+    artifact = compress(model, stage, work / "artifact", statistics=seen, progress=False)
+    row = {"encode_seconds": time.perf_counter() - start, "of_which_calibration": calibrated - start}
+    row |= {"peak_bytes": peak_memory(), "load": load_before, **_planes(model, artifact)}
+    how = {"context": options.context, "tokens": options.tokens, "progress": False}
+    return {**row, **bench.to_json(evaluation.divergence(load(artifact.path), model, options.text, **how))}
 
 
 def _planes(model: LanguageModel, artifact: Artifact) -> Row:
     """Bits, coded bits, error, and seconds to decode, of all weights that were touched."""
     weights = {weight.name: weight for weight in model.weights()}
     rows = [row for row in artifact.rows if row["stage"] is not None]
-    shared = artifact.manifest.get("shared") or {"bytes": 0}
     count = sum(math.prod(row["shape"]) for row in rows)
-    seconds, lost, power = 0.0, [], []
+    seconds = lost = power = 0.0
     for row in rows:
         start = time.perf_counter()
-        packed = artifact.read(row)
-        decoded = artifact.decode(row, packed)
+        decoded = artifact.decode(row, artifact.read(row))
         seconds += time.perf_counter() - start
-        dense = weights[row["name"]].load().to(torch.float64).numpy()
-        back = (decoded.T if row["transposed"] else decoded).to(torch.float64).numpy()
-        lost.append(float(np.square(back - dense).sum()))
-        power.append(float(np.square(dense).sum()))
-    stored = sum(row["bytes"] for row in rows) + shared["bytes"]
-    return {
-        "weights": count,
-        "bits": 8 * stored / count,
-        "coded_bits": 8 * bench.coded_bytes(artifact) / count,
-        "model_bytes": artifact.weight_bytes,
-        "relative_error": math.sqrt(sum(lost) / sum(power)),
-        "decode_seconds": seconds,
-    }
+        dense = weights[row["name"]].load().double()
+        back = (decoded.T if row["transposed"] else decoded).double()
+        lost += float((back - dense).square().sum())
+        power += float(dense.square().sum())
+    stored = sum(row["bytes"] for row in rows) + (artifact.manifest.get("shared") or {"bytes": 0})["bytes"]
+    found = {"weights": count, "bits": 8 * stored / count, "coded_bits": 8 * bench.coded_bytes(artifact) / count}
+    found |= {"model_bytes": artifact.weight_bytes, "relative_error": math.sqrt(lost / power)}
+    return {**found, "decode_seconds": seconds}
 
 
 def verdict(row: Row, rows: list[Row]) -> str:
@@ -148,9 +112,7 @@ def verdict(row: Row, rows: list[Row]) -> str:
     """
     if row["recipe"]["stage"]["stage"] == "rounding":
         return "is rounding"
-    others = [
-        other for other in rows if other["recipe"]["stage"]["stage"] == "rounding" and other["relative_error"] > ACCIDENT
-    ]
+    others = [a for a in rows if a["recipe"]["stage"]["stage"] == "rounding" and a["relative_error"] > ACCIDENT]
     front = [a for a in others if not any(b["bits"] <= a["bits"] and _kl(b) < _kl(a) for b in others)]
     fewer = max((a for a in front if a["bits"] <= row["bits"]), key=lambda a: a["bits"], default=None)
     more = min((a for a in front if a["bits"] >= row["bits"]), key=lambda a: a["bits"], default=None)
@@ -182,49 +144,34 @@ def _below(a: Row, b: Row) -> bool:
 
 def table(rows: list[Row], options: argparse.Namespace) -> str:
     """The table as Markdown, with what is needed to read it; rows of other tokens or windows in one of their own."""
-    lines = [f"# Stages on {options.model}", ""]
-    older = _older(rows, options)
-    rows = [row for row in rows if row not in older]
+    parts, (rows, older) = [f"# Stages on {options.model}"], _parted(rows, options)
     if rows:
-        base, first = rows[0]["original_perplexity"], rows[0]
-        n, environment = base["n"], base["environment"]
-        name, split, _ = first["recipe"]["text"]
-        lines += [
-            f"Perplexity of the original: {base['value']:.2f} ± {base['stderr']:.2f}.  Text: {name}, {split}; {n:,} tokens "
-            f"scored, windows of {options.context} ({base['protocol'].get('windows', 'the first ones')}); KL is "
-            f"KL(original || compressed).  {first['weights']:,} weights of "
-            f"linear layers are encoded, the rest stays as it is.  {environment['cpu']}, {environment['threads']} threads, "
-            f"torch {environment['packages']['torch']}, agentforge {first['recipe']['agentforge']}.",
-            "",
-        ]
-        if options.model == "smollm2-135m":
-            lines += [
-                "The original is dequantised Q4_1: every 32 weights hold at most 16 values. Rounding at 4 bits in groups of "
-                "32 is lossless by that accident, so its row is no peer; groups of 64 are helped, too.",
-                "",
-            ]
-        if any("load" not in row for row in rows):
-            lines += [
-                "Where the load is not known (shared), other work ran beside the row: its seconds are upper bounds.",
-                "",
-            ]
-        taken = {json.dumps(row["recipe"]["stage"], sort_keys=True) for row in rows}
-        missing = [text for text in ROWS if json.dumps(stages.parse(text).to_json(), sort_keys=True) not in taken]
-        if missing:
-            lines += [f"Not taken on these windows: {', '.join(missing)}.", ""]
-        losers = [row for row in rows if "loses" in verdict(row, rows)]
-        if losers:
-            lines += ["Lose to rounding at matched bytes: " + ", ".join(_name(row) for row in losers) + ".", ""]
-    lines += _table(rows)
+        first, base = rows[0], rows[0]["original_perplexity"]
+        (name, split, _), env = first["recipe"]["text"], base["environment"]
+        parts.append(f"""
+            Perplexity of the original: {base["value"]:.2f} ± {base["stderr"]:.2f}.  Text: {name}, {split}; {base["n"]:,}
+            tokens scored, windows of {options.context} ({base["protocol"].get("windows")}); KL is
+            KL(original || compressed).  {first["weights"]:,} weights of linear layers are encoded, the rest stays as it
+            is.  {env["cpu"]}, {env["threads"]} threads, torch {env["packages"]["torch"]}, agentforge
+            {first["recipe"]["agentforge"]}.
+        """)
+        if options.model == bench.MODEL:
+            parts.append(ACCIDENTAL)
+        taken = [row["recipe"]["stage"] for row in rows]
+        if missing := [text for text in ROWS if stages.parse(text).to_json() not in taken]:
+            parts.append(f"Not taken on these windows: {', '.join(missing)}.")
+        if losers := [row for row in rows if "loses" in verdict(row, rows)]:
+            parts.append("Lose to rounding at matched bytes: " + ", ".join(_name(row) for row in losers) + ".")
+    parts.append(_table(rows))
     if older:
         protocols = sorted({(row["recipe"]["tokens"], row["recipe"]["context"]) for row in older})
-        first = ", ".join(f"the first {tokens:,} tokens in windows of {context}" for tokens, context in protocols)
-        text = f"Taken on {first}, with errors as if tokens were independent: not to be compared with the rows above."
-        lines += ["", "## An earlier protocol", "", text, "", *_table(older)]
-    return "\n".join(lines) + "\n"
+        which = ", ".join(f"the first {tokens:,} tokens in windows of {context}" for tokens, context in protocols)
+        text = f"Taken on {which}, with errors as if tokens were independent: not to be compared with the rows above."
+        parts += ["## An earlier protocol", text, _table(older)]
+    return bench.page(*parts)
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Row]) -> str:
     return bench.table(COLUMNS, (_cells(row, rows) for row in rows), "l" + "r" * 10 + "l")
 
 
@@ -234,95 +181,43 @@ def _name(row: Row) -> str:
 
 
 def _cells(row: Row, rows: list[Row]) -> list[str]:
-    def with_error(name: str) -> str:
-        return f"{row[name]['value']:.4g} ± {row[name]['stderr'] or 0.0:.1g}"
-
-    return [
-        _name(row),
-        f"{row['bits']:.3f}",
-        f"{row['coded_bits']:.3f}",
-        f"{row['relative_error']:.4f}",
-        with_error("perplexity"),
-        with_error("kl"),
-        with_error("top1"),
-        f"{row['encode_seconds']:.1f}",
-        f"{row['decode_seconds']:.1f}",
-        f"{row['peak_bytes'] / 1e9:.2f}",
-        f"{row['load']:.1f}" if "load" in row else "shared",
-        verdict(row, rows),
-    ]
+    cells = [_name(row), f"{row['bits']:.3f}", f"{row['coded_bits']:.3f}", f"{row['relative_error']:.4f}"]
+    cells += [f"{row[name]['value']:.4g} ± {row[name]['stderr'] or 0.0:.1g}" for name in ("perplexity", "kl", "top1")]
+    cells += [f"{row['encode_seconds']:.1f}", f"{row['decode_seconds']:.1f}", f"{row['peak_bytes'] / 1e9:.2f}"]
+    return [*cells, f"{row['load']:.1f}" if "load" in row else "shared", verdict(row, rows)]
 
 
-def write(folder: Path, rows: list[Row], options: argparse.Namespace) -> None:
-    """All files, each replaced in one step; rows of other tokens or windows in one of their own, which nobody else reads."""
-    older = _older(rows, options)
-    kept = {"stages.json": [row for row in rows if row not in older], "earlier.json": older}
-    files = {name: some for name, some in kept.items() if some or (folder / name).is_file()}
-    bench.save(folder, {**files, "stages.md": table(rows, options)})
+def write(rows: list[Row], options: argparse.Namespace) -> None:
+    """All files; rows of other tokens or windows in one of their own, which nobody else reads."""
+    asked, older = _parted(rows, options)
+    files: Row = {"stages.json": asked, "stages.md": table(rows, options)}
+    if older or (options.out / "earlier.json").is_file():
+        files["earlier.json"] = older
+    bench.save(options.out, files)
 
 
-def _older(rows: list[Row], options: argparse.Namespace) -> list[Row]:
+def _parted(rows: list[Row], options: argparse.Namespace) -> tuple[list[Row], list[Row]]:
+    """The rows of the tokens and windows that are asked for, and the others."""
     asked = (options.tokens, options.context)
-    return [row for row in rows if (row["recipe"]["tokens"], row["recipe"]["context"]) != asked]
+    same = [row for row in rows if (row["recipe"]["tokens"], row["recipe"]["context"]) == asked]
+    return same, [row for row in rows if row not in same]
 
 
-def _in_a_process(stage: stages.Stage, arguments: list[str]) -> Row:
-    with tempfile.TemporaryDirectory(prefix="agentforge-stages-") as work:
-        command = [sys.executable, __file__, *arguments, "--row", json.dumps(stage.to_json()), "--work", work]
-        subprocess.run(command, check=True)
-        row: Row = json.loads((Path(work) / "row.json").read_text(encoding="utf-8"))
-        return row
+def options_of(arguments: list[str] | None) -> argparse.Namespace:
+    own = {"model": bench.MODEL, "text": "wikitext2", "tokens": SAMPLED_TOKENS, "context": SAMPLED, "only": []}
+    return bench.options(arguments, __doc__, "reports/stages", **own)
 
 
-def options_of(arguments: list[str]) -> argparse.Namespace:
-    parser = bench.parser("A table of every stage, beside rounding at matched bytes.", "reports/stages")
-    parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--text", default="wikitext2")
-    parser.add_argument("--tokens", type=int, default=SAMPLED_TOKENS, help="tokens to score")
-    parser.add_argument("--context", type=int, default=SAMPLED)
-    parser.add_argument("--only", action="append", help="stages that begin like this; may be given more than once")
-    parser.add_argument("--report", action="store_true", help="write the table again, measure nothing")
-    parser.add_argument("--row", help=argparse.SUPPRESS)
-    parser.add_argument("--work", help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
+def main(arguments: list[str] | None = None) -> None:
     options = options_of(arguments)
-    if options.row:
-        row = measure(stages.from_json(json.loads(options.row)), options)
-        (Path(options.work) / "row.json").write_text(json.dumps(row), encoding="utf-8")
-        return 0
     rows: list[Row] = bench.read(options.out / "stages.json") + bench.read(options.out / "earlier.json")
-    failed = 0
-    order = {}
-    for place, text in enumerate(ROWS):
-        try:
-            stage = stages.parse(text)
-        except BadInput as error:
-            print(f"{text}: left out: {error}", file=sys.stderr)
-            continue
-        order[str(stage)] = place
-        if options.report or (options.only and not any(text.startswith(prefix) for prefix in options.only)):
-            continue
-        wanted = recipe(stage, options)
-        if any(row["recipe"] == wanted for row in rows):
-            continue
-        print(f"{text} ...", file=sys.stderr, flush=True)
-        try:
-            row = {"recipe": wanted, **_in_a_process(stage, arguments)}
-        except subprocess.CalledProcessError as error:
-            print(f"{text}: failed with exit code {error.returncode}", file=sys.stderr)
-            failed += 1
-            continue
-        rows = [other for other in rows if other["recipe"]["stage"] != wanted["stage"]] + [row]
-        rows.sort(key=lambda r: order.get(str(stages.from_json(r["recipe"]["stage"])), len(ROWS)))
-        write(options.out, rows, options)
-    if options.report:
-        write(options.out, rows, options)
-    return 1 if failed else 0
+    if not options.report:
+        fingerprint = open_model(options.model).fingerprint
+        wanted = {text: recipe(stages.parse(text), fingerprint, options) for text in ROWS}
+        take, keep = lambda text: bench.apart(measure, text, options), lambda rows: write(rows, options)
+        rows = bench.run(rows, wanted, take, keep, lambda recipe: recipe["stage"], options.only)
+    write(rows, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

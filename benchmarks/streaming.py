@@ -1,35 +1,27 @@
 """What memory and time it takes to compress a model that is much larger than any of its tensors.
 
-    python benchmarks/streaming.py [--size 8] [--only PREFIX] [--out reports/streaming] [--folder DIR]
+    python benchmarks/streaming.py [--size 8] [--folder DIR] [--out reports/streaming]
 
-Makes a Llama of random half floats, `--size` GB in shards of at most 1 GB, in a temporary folder, and compresses it with
-each of `STAGES` by the command line, in a process of its own.  Writes OUT/streaming.json and OUT/streaming.md.  The folder
-takes about twice `--size`, and is removed.
-
-What a row says, and how it was taken:
-
-* peak: most resident memory of that process, as the kernel counts it: the interpreter, torch and mapped files included.
-  Libraries that were just written are mapped in larger pieces: 390 MB of the same run, or 250 (in the JSON).
-* bound: three times the model's largest tensor in float32, and 500 MB.
-* seconds: the whole command from the start of its process, with no page of the model in memory; CPU: user and system.
-* disk: bytes that the process read from and wrote to the disk, as the kernel counts them, and the seconds that these take
-  at the disk's own rates: the model read once in order, and a file of 1 GB written and brought to disk, both just before.
-* load: processes that were ready to run when the row began; above zero, seconds are upper bounds.
+Makes a Llama of random half floats, --size GB, in a temporary folder (in --folder, which needs twice as much), and
+compresses it with each of STAGES by the command line, in a process of its own, with no page of the model in memory.  Peak is
+the most resident memory of that process as the kernel counts it, mapped files included: 390 MB of libraries that were just
+written, or 250 of others.  Read and written are what the kernel counts; the disk's own rates are taken just before.  A load
+above zero (processes that were ready to run when the row began) makes seconds upper bounds.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
-import subprocess
+import shutil
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+import bench
 
 # Nothing large is imported and no child forks from here with much in memory: a child's peak is counted from its parent's.
 
@@ -42,27 +34,18 @@ COLUMNS = (
     "stage | peak (MB) | bound (MB) | seconds | CPU (s) | MB/s of the model | read (GB) | written (GB) | disk alone (s) | "
     "load"
 )
-Row = dict[str, Any]
+Row = bench.Row
 
 
 def shapes(layers: int, hidden: int = HIDDEN, ffn: int = FFN) -> dict[str, tuple[int, ...]]:
     """The tensors of a Llama with this many layers, and their shapes."""
     kv = hidden * KV_HEADS // HEADS
-    found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (VOCABULARY, hidden)}
-    for i in range(layers):
-        inner = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-        }
-        found.update({f"model.layers.{i}.{name}.weight": shape for name, shape in inner.items()})
-    return {**found, "model.norm.weight": (hidden,)}
+    inner: dict[str, tuple[int, ...]] = {"self_attn.q_proj": (hidden, hidden), "self_attn.o_proj": (hidden, hidden)}
+    inner |= dict.fromkeys(("self_attn.k_proj", "self_attn.v_proj"), (kv, hidden))
+    inner |= dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), (ffn, hidden)) | {"mlp.down_proj": (hidden, ffn)}
+    inner |= dict.fromkeys(("input_layernorm", "post_attention_layernorm"), (hidden,))
+    blocks = {f"model.layers.{i}.{name}.weight": shape for i in range(layers) for name, shape in inner.items()}
+    return {"model.embed_tokens.weight": (VOCABULARY, hidden), **blocks, "model.norm.weight": (hidden,)}
 
 
 def make(folder: Path, gigabytes: float, hidden: int = HIDDEN, ffn: int = FFN) -> Path:
@@ -75,8 +58,8 @@ def make(folder: Path, gigabytes: float, hidden: int = HIDDEN, ffn: int = FFN) -
     def bytes_of(names: dict[str, tuple[int, ...]]) -> int:
         return 2 * sum(math.prod(shape) for shape in names.values())
 
-    rest, layer = bytes_of(shapes(0, hidden, ffn)), bytes_of(shapes(1, hidden, ffn)) - bytes_of(shapes(0, hidden, ffn))
-    layers = max(1, round((gigabytes * 1e9 - rest) / layer))
+    rest, one = (bytes_of(shapes(layers, hidden, ffn)) for layers in (0, 1))
+    layers = max(1, round((gigabytes * 1e9 - rest) / (one - rest)))
     generator = torch.Generator().manual_seed(0)
 
     def data(members: dict[str, tuple[int, ...]]) -> Iterator[memoryview]:
@@ -96,19 +79,9 @@ def make(folder: Path, gigabytes: float, hidden: int = HIDDEN, ffn: int = FFN) -
         write_safetensors(folder / file, [(name, torch.float16, shape) for name, shape in members.items()], data(members))
         weight_map.update(dict.fromkeys(members, file))
     write_json(folder / WEIGHTS_INDEX, {"metadata": {}, "weight_map": weight_map})
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": hidden,
-        "intermediate_size": ffn,
-        "num_hidden_layers": layers,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KV_HEADS,
-        "vocab_size": VOCABULARY,
-        "tie_word_embeddings": True,
-        "dtype": "float16",
-    }
-    write_json(folder / "config.json", config)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float16", "tie_word_embeddings": True}
+    config |= {"hidden_size": hidden, "intermediate_size": ffn, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    write_json(folder / "config.json", {**config, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS})
     return folder
 
 
@@ -119,39 +92,14 @@ def bound(model: Path) -> int:
     return 3 * 4 * max(math.prod(shape) for shape in sizes) + SLACK
 
 
-def compress(model: Path, stage: str, out: Path, *options: str) -> Row:
+def compress(model: Path, stage: str, out: Path) -> Row:
     """Compress by the command line with nothing of the model in memory: peak, seconds, bytes read and written."""
     forget(model)
-    row: Row = {"stage": stage, "load": os.getloadavg()[0]}
-    command = [sys.executable, "-m", "agentforge", "compress", str(model), "--stage", stage, "--out", str(out), "--json"]
-    start = time.perf_counter()
-    process = subprocess.Popen([*command, *options], stdout=subprocess.DEVNULL)
-    mapped, done = 0, 0
-    while not done:
-        mapped = max(mapped, mapped_bytes(process.pid))
-        time.sleep(0.05)
-        done, status, used = os.wait4(process.pid, os.WNOHANG)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{stage}: failed with exit code {process.returncode}")
-    return {
-        **row,
-        "seconds": time.perf_counter() - start,
-        "cpu_seconds": used.ru_utime + used.ru_stime,
-        "peak_bytes": used.ru_maxrss * 1024,
-        "mapped_bytes": mapped,
-        "bound_bytes": bound(model),
-        "model_bytes": sum(file.stat().st_size for file in model.glob("*.safetensors")),
-        "read_bytes": used.ru_inblock * 512,
-        "written_bytes": used.ru_oublock * 512,
-        "artifact_bytes": sum(file.stat().st_size for file in out.glob("*.safetensors")),
-    }
-
-
-def mapped_bytes(process: int) -> int:
-    """Resident bytes of a process that are pages of mapped files, which the system shares and takes back."""
-    lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:")), 0)
+    row: Row = {"stage": stage, "load": os.getloadavg()[0], "bound_bytes": bound(model)}
+    command = [sys.executable, "-m", "agentforge", "compress", model, "--stage", stage, "--out", out, "--json"]
+    _, used = bench.process(*command)
+    sizes = {"model_bytes": model, "artifact_bytes": out}
+    return row | used | {name: sum(f.stat().st_size for f in place.glob("*.safetensors")) for name, place in sizes.items()}
 
 
 def forget(model: Path) -> None:
@@ -181,74 +129,53 @@ def rates(model: Path) -> dict[str, float]:
     return {"read_rate": read, "write_rate": written}
 
 
+def _cells(row: Row) -> list[str]:
+    disk = row["read_bytes"] / row["read_rate"] + row["written_bytes"] / row["write_rate"]
+    speed = row["model_bytes"] / row["seconds"] / 1e6
+    cells = [row["stage"], f"{row['peak_bytes'] / 1e6:,.0f}", f"{row['bound_bytes'] / 1e6:,.0f}", f"{row['seconds']:.0f}"]
+    cells += [f"{row['cpu_seconds']:.0f}", f"{speed:.0f}", f"{row['read_bytes'] / 1e9:.1f}"]
+    return [*cells, f"{row['written_bytes'] / 1e9:.1f}", f"{disk:.0f}", f"{row['load']:.1f}"]
+
+
 def table(rows: list[Row]) -> str:
     """The rows as Markdown, with what is needed to read them."""
     first = rows[0]
-    text = [
-        "# Streaming",
-        "",
-        f"A Llama of random half floats, {first['model_bytes'] / 1e9:.1f} GB, whose largest tensor has "
-        f"{(first['bound_bytes'] - SLACK) / 3e6:.0f} MB in float32, compressed by `agentforge compress` with its default "
-        "number of workers. Bound: three times that tensor and 500 MB. Disk alone: the seconds that the bytes read and "
-        "written take at the rates that the disk had just before "
-        f"({first['read_rate'] / 1e6:.0f} MB/s read, {first['write_rate'] / 1e6:.0f} MB/s written before the first row). "
-        f"{first['machine']}.",
-        "",
-        f"| {COLUMNS} |",
-        "|---" + "|---:" * 9 + "|",
-    ]
-    for row in rows:
-        disk = row["read_bytes"] / row["read_rate"] + row["written_bytes"] / row["write_rate"]
-        cells = [
-            f"{row['peak_bytes'] / 1e6:,.0f}",
-            f"{row['bound_bytes'] / 1e6:,.0f}",
-            f"{row['seconds']:.0f}",
-            f"{row['cpu_seconds']:.0f}",
-            f"{row['model_bytes'] / row['seconds'] / 1e6:.0f}",
-            f"{row['read_bytes'] / 1e9:.1f}",
-            f"{row['written_bytes'] / 1e9:.1f}",
-            f"{disk:.0f}",
-            f"{row['load']:.1f}",
-        ]
-        text.append(f"| {row['stage']} | " + " | ".join(cells) + " |")
-    return "\n".join(text) + "\n"
+    text = f"""
+        # Streaming
+
+        A Llama of random half floats, {first["model_bytes"] / 1e9:.1f} GB, whose largest tensor has
+        {(first["bound_bytes"] - SLACK) / 3e6:.0f} MB in float32, compressed by `agentforge compress` with its default number
+        of workers. Bound: three times that tensor and 500 MB. Disk alone: the seconds that the bytes read and written take
+        at the rates that the disk had just before ({first["read_rate"] / 1e6:.0f} MB/s read, {first["write_rate"] / 1e6:.0f}
+        MB/s written before the first row). {first["machine"]}.
+    """
+    return bench.page(text, bench.table(COLUMNS, map(_cells, rows), "lr"))
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Memory and time of compressing a model that is much larger than memory.")
-    parser.add_argument("--size", type=float, default=8, help="GB of half floats")
-    parser.add_argument("--out", type=Path, default=Path("reports/streaming"))
-    parser.add_argument("--folder", type=Path, help="where to make the model (default: the system's temporary folder)")
-    parser.add_argument("--only", default="", help="stages that begin like this; writes no report")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    if options.make:
-        make(options.make, options.size)
-        return 0
-    rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="agentforge-streaming-", dir=options.folder) as work:
-        model = Path(work) / "model"
-        print("making the model ...", file=sys.stderr, flush=True)
-        subprocess.run([sys.executable, __file__, "--make", str(model), "--size", str(options.size)], check=True)
+def measure(gigabytes: float, folder: Path | None) -> list[Row]:
+    """A row per stage.  The model is made in a process of its own, so that this one stays small."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="agentforge-streaming-", dir=folder) as work:
+        model, out = Path(work) / "model", Path(work) / "out"
+        bench.say("making the model ...")
+        bench.apart(make, model, gigabytes)
         for stage in STAGES:
-            if stage.startswith(options.only):
-                print(f"{stage} ...", file=sys.stderr, flush=True)
-                measured = rates(model)
-                rows.append({**compress(model, stage, Path(work) / "out"), **measured})
-                subprocess.run(["rm", "-r", str(Path(work) / "out")], check=True)
-    import bench
-
+            bench.say(f"{stage} ...")
+            measured = rates(model)
+            rows.append({**compress(model, stage, out), **measured})
+            shutil.rmtree(out)
     from agentforge.evaluation.measurement import environment
 
     about = environment()
     machine = f"{about['cpu']}, {os.cpu_count()} cores, torch {about['packages']['torch']}"
-    rows = [{**row, "machine": machine, "agentforge": about["packages"].get("agentforge")} for row in rows]
-    if options.only:
-        print(table(rows))
-        return 0
+    return [{**row, "machine": machine, "agentforge": about["packages"].get("agentforge")} for row in rows]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = bench.options(arguments, __doc__, "reports/streaming", size=8.0, folder=None)
+    rows = bench.read(options.out / "streaming.json") if options.report else measure(options.size, options.folder)
     bench.save(options.out, {"streaming.json": rows, "streaming.md": table(rows)})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

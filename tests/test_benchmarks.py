@@ -86,13 +86,13 @@ def test_a_row_of_the_table(benchmark: ModuleType, tiny_llama: Path, tmp_path: P
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog, twice. " * 20, encoding="utf-8")
     arguments = ["--model", str(tiny_llama), "--text", str(text), "--tokens", "200", "--context", "64"]
-    options: argparse.Namespace = benchmark.options_of([*arguments, "--work", str(tmp_path), "--out", str(tmp_path / "out")])
+    options: argparse.Namespace = benchmark.options_of([*arguments, "--out", str(tmp_path / "out")])
     rows = []
     for name in ("rounding:bits=3,group=32", "ternary"):
         stage = stages.parse(name)
-        options.work = tmp_path / stage.name
-        rows.append({"recipe": benchmark.recipe(stage, options), **benchmark.measure(stage, options)})
-        artifact = agentforge.artifact.Artifact(options.work / "artifact")
+        work = tmp_path / stage.name
+        rows.append({"recipe": benchmark.recipe(stage, "model", options), **benchmark.measure(name, options, work)})
+        artifact = agentforge.artifact.Artifact(work / "artifact")
         touched = [r for r in artifact.rows if r["stage"] is not None]
         assert rows[-1]["bits"] == 8 * sum(r["bytes"] for r in touched) / sum(math.prod(r["shape"]) for r in touched)
         assert rows[-1]["coded_bits"] < rows[-1]["bits"] + 0.1
@@ -100,39 +100,38 @@ def test_a_row_of_the_table(benchmark: ModuleType, tiny_llama: Path, tmp_path: P
         assert rows[-1]["relative_error"] <= max(r["relative_error"] for r in touched)
         assert rows[-1]["kl"]["n"] == 200 and rows[-1]["kl"]["stderr"] > 0
         assert rows[-1]["peak_bytes"] > 1e8
-    benchmark.write(options.out, rows, options)
+    benchmark.write(rows, options)
     assert json.loads((options.out / "stages.json").read_text(encoding="utf-8")) == json.loads(json.dumps(rows))
     report = (options.out / "stages.md").read_text(encoding="utf-8")
     assert "| rounding:bits=3,group=32 |" in report and "| ternary |" in report
 
 
 def test_finished_rows_are_not_taken_again(
-    benchmark: ModuleType,
-    tiny_llama: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    benchmark: ModuleType, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abc " * 100, encoding="utf-8")
     taken = []
 
-    def instead(stage: stages.Stage, arguments: list[str]) -> dict[str, Any]:
-        taken.append(stage.name)
+    def instead(_: object, text: str, options: argparse.Namespace) -> dict[str, Any]:
+        taken.append(text)
+        if text == "curves":
+            raise RuntimeError("out of memory")
         return {"bits": 3.0}
 
-    monkeypatch.setattr(benchmark, "_in_a_process", instead)
+    monkeypatch.setattr(benchmark.bench, "apart", instead)
     monkeypatch.setattr(benchmark, "table", lambda rows, options: f"{len(rows)} rows\n")
-    monkeypatch.setattr(benchmark, "ROWS", ["rounding:bits=3", "ternary", "nonsense"])
+    monkeypatch.setattr(benchmark, "ROWS", ["rounding:bits=3", "ternary"])
     arguments = ["--model", str(tiny_llama), "--text", str(text), "--out", str(tmp_path / "out")]
-    assert benchmark.main([*arguments, "--only", "ternary"]) == 0
-    assert benchmark.main(arguments) == 0
-    assert taken == ["ternary", "rounding"]
-    assert "nonsense: left out" in capsys.readouterr().err
+    benchmark.main([*arguments, "--only", "ternary"])
+    benchmark.main(arguments)
+    assert taken == ["ternary", "rounding:bits=3"]
     saved = json.loads((tmp_path / "out" / "stages.json").read_text(encoding="utf-8"))
     assert [r["recipe"]["stage"]["stage"] for r in saved] == ["rounding", "ternary"]  # in the list's order
-    assert benchmark.main([*arguments, "--tokens", "50"]) == 0
-    assert taken == ["ternary", "rounding", "rounding", "ternary"]
+    monkeypatch.setattr(benchmark, "ROWS", ["curves", "rounding:bits=3", "ternary"])
+    with pytest.raises(SystemExit, match="curves: RuntimeError: out of memory"):
+        benchmark.main([*arguments, "--tokens", "50"])
+    assert taken == ["ternary", "rounding:bits=3", "curves", "rounding:bits=3", "ternary"]
     assert (tmp_path / "out" / "stages.md").read_text(encoding="utf-8") == "2 rows\n"
 
 
@@ -140,30 +139,22 @@ REPORTS = Path(__file__).parents[1] / "reports"
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "folder", "options"),
     [
-        ("chains", []),
-        ("fit", []),
-        ("from_scratch", ["--steps", "280"]),
-        ("grokking", []),
-        pytest.param("ratios", [], marks=pytest.mark.slow),
-        ("recovery", []),
-        ("stages", []),
+        *((name, name, []) for name in ("calibration", "chains", "fit", "grokking", "packed", "recovery", "stages")),
+        *((name, name, []) for name in ("streaming", "ternary_speed")),
+        ("from_scratch", "from_scratch", ["--steps", "280"]),
+        ("intervals", "coverage", []),
+        pytest.param("ratios", "ratios", [], marks=pytest.mark.slow),
     ],
 )
 def test_report_draws_what_is_committed(
-    load_benchmark: Callable[[str], ModuleType], tmp_path: Path, name: str, options: list[str]
+    load_benchmark: Callable[[str], ModuleType], tmp_path: Path, name: str, folder: str, options: list[str]
 ) -> None:
-    shutil.copytree(REPORTS / name, tmp_path / name)
-    assert load_benchmark(name).main(["--report", "--out", str(tmp_path / name), *options]) == 0
-    drawn = {file.name: file.read_bytes() for file in (tmp_path / name).iterdir() if file.suffix != ".png"}
-    assert drawn == {file.name: file.read_bytes() for file in (REPORTS / name).iterdir() if file.suffix != ".png"}
-
-
-@pytest.mark.parametrize("name", ["calibration", "packed", "streaming", "ternary_speed"])
-def test_a_record_gives_the_committed_table(load_benchmark: Callable[[str], ModuleType], name: str) -> None:
-    record = json.loads((REPORTS / name / f"{name}.json").read_text(encoding="utf-8"))
-    assert load_benchmark(name).table(record) == (REPORTS / name / f"{name}.md").read_text(encoding="utf-8")
+    shutil.copytree(REPORTS / folder, tmp_path / folder)
+    load_benchmark(name).main(["--report", "--out", str(tmp_path / folder), *options])
+    drawn = {file.name: file.read_bytes() for file in (tmp_path / folder).iterdir() if file.suffix != ".png"}
+    assert drawn == {file.name: file.read_bytes() for file in (REPORTS / folder).iterdir() if file.suffix != ".png"}
 
 
 @pytest.mark.slow
@@ -187,7 +178,7 @@ def test_calibration_text_is_judged_on_text_that_was_not_seen(
 ) -> None:
     calibration = load_benchmark("calibration")
     small = ["--tokens", "64", "512", "--context", "32", "--judged-tokens", "256"]
-    assert calibration.main(["--model", str(tiny_llama), *small, "--out", str(tmp_path)]) == 0
+    calibration.main(["--model", str(tiny_llama), *small, "--out", str(tmp_path)])
     result = json.loads((tmp_path / "calibration.json").read_text(encoding="utf-8"))
     rows = result["rows"]["ternary:rule=calibrated"]
     assert list(rows) == ["0", "64", "512"] and all(len(values) == 14 for values in rows.values())

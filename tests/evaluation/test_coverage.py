@@ -43,7 +43,3 @@ def test_errors_that_take_tokens_as_independent_would_not(
     monkeypatch.setattr(intervals, "student", lambda freedom: student(freedom) / 2)
     found = benchmark.covered(torch.tensor(record["sums"], dtype=torch.float64), "random windows")
     assert all(found[name] < 0.9 for name in ("kl", "perplexity", "retention"))
-
-
-def test_the_report_is_drawn_from_its_record(benchmark: ModuleType, record: dict[str, Any]) -> None:
-    assert (REPORT / "coverage.md").read_text(encoding="utf-8") == benchmark.report(record)

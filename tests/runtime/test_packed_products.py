@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -178,7 +179,7 @@ def test_the_benchmark_takes_a_row_and_does_not_take_it_again(
 ) -> None:
     benchmark = load_benchmark("packed")
     monkeypatch.setattr(benchmark, "bandwidth", lambda device: 1e10)
-    monkeypatch.setattr(benchmark, "alone", lambda path, kind: {"peak_bytes": 3 << 20, "load_s": 0.5})
+    monkeypatch.setattr(benchmark.bench, "apart", lambda *_: {"peak_bytes": 3 << 20, "load_s": 0.5})
     out, threads = tmp_path / "out", torch.get_num_threads()
     command = ["packed.py", "--model", tiny_llama, "--stages", "rounding:bits=4,group=64 | entropy", "--rounds", 2]
     command += ["--tokens", 2, "--prompt", 20, "--threads", 1, "--scratch", tmp_path / "made", "--out", out]
@@ -190,7 +191,7 @@ def test_the_benchmark_takes_a_row_and_does_not_take_it_again(
         benchmark.main()
     finally:
         torch.set_num_threads(threads)
-    row = benchmark.json.loads(first)["rows"]["rounding | entropy"]
+    row = json.loads(first)["rows"]["rounding | entropy"]
     assert row["held_bytes"]["packed"] > row["read_bytes"]["packed"]
     assert row["held_bytes"]["float32"] == 2 * row["held_bytes"]["bfloat16"]
     assert row["generation"]["packed"]["n"] == 2 and "| `rounding \\| entropy` |" in (out / "packed.md").read_text()
