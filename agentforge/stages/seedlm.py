@@ -37,7 +37,8 @@ import torch
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, times_power_of_two
-from .base import InputStatistics, Stage, kernels_for, register
+from . import gpu_search
+from .base import InputStatistics, Stage, register
 from .seedlm_search import LARGEST_EXPONENT, LEAST_EXPONENT, reconstruct, reweigh, search_seeds, tables_of, taps_mask
 
 LARGEST_K = 20  # of a search: its tables grow with 2^K, a tenth of a GB for K = 20
@@ -160,8 +161,8 @@ Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarra
 def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: torch.device) -> Search:
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
     exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None if all are 1."""
-    if kernels := kernels_for(device):
-        return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
+    if device.type == "cuda":
+        return lambda blocks, h: gpu_search.search(blocks, np.ones(C) if h is None else h, K, P, rule, device)
     tables = tables_of(K, C, P)
     buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
 
