@@ -17,11 +17,12 @@ import torch
 from numba import njit
 
 from .codebook import Codebook, nearest_kernel
-from .seedlm_search import LARGEST_Q, LEAST_Q, fit_seed, lfsr, to_unit
+from .seedlm_search import LARGEST_Q, LEAST_Q, Rule, fit_seed, lfsr, to_unit
 
 SCORES = 1 << 26  # at a time: 0.5 GB, and a few times that while they are taken
 LEAST = 1e-37  # below which float32 may lose more than a share of a number
 PAIRS = 1 << 19  # blocks and seeds that are fitted at a time
+FITS = 1 << 14  # blocks and seeds that a thread of the CPU fits at a time
 GUESSES = 4
 CLOSE = 1e-9  # relative; numbers in double precision that differ by less may come out in the other order on the CPU
 SINGULAR = 1e-6  # share of a column's square that lies outside the columns before it
@@ -61,9 +62,7 @@ def _margins(x: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     return margins
 
 
-def search(
-    blocks: Array, h: Array, K: int, P: int, rule: tuple[int, int, int, int], device: torch.device
-) -> tuple[Array, Array]:
+def search(blocks: Array, h: Array, K: int, P: int, rule: Rule, device: torch.device) -> tuple[Array, Array]:
     """The seed of least error for every block, uint32[n], and its exponent and coefficients, int8[n, P + 1].
 
     blocks: float32[n, C].  h: float64[C], the weight of each column's error.  K, P, rule: as for
@@ -75,11 +74,26 @@ def search(
     """
     n, C = blocks.shape
     job = _Job.of(h, K, C, P, rule, device)
-    seeds, codes = np.empty(n, np.uint32), np.empty((n, P + 1), np.int8)
+    parts: list[tuple[Array, Array]] = []
     step = max(1, SCORES // len(job.states))
-    for part in (slice(first, first + step) for first in range(0, n, step)):
-        owners, positions = _survivors(job, torch.from_numpy(blocks[part]).to(device).double())
-        _choose(job, owners, positions, blocks[part], seeds[part], codes[part])
+    for first in range(0, n, step):
+        some, places = _survivors(job, torch.from_numpy(blocks[first : first + step]).to(device).double())
+        parts.append((some.cpu().numpy() + first, places.cpu().numpy()))
+    owners, positions = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    fits, errors = np.empty((len(owners), P + 1), np.int64), np.empty(len(owners))
+
+    def fit(first: int) -> None:
+        part = slice(first, first + FITS)
+        _fit(blocks[owners[part]], h, job.values, positions[part], rule, fits[part], errors[part])
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fit, range(0, len(owners), FITS)))
+    order = np.lexsort((job.states[positions], errors, owners))  # of equal errors the lowest seed
+    owners, firsts = np.unique(owners[order], return_index=True)
+    best = order[firsts]
+    seeds, codes = np.ones(n, np.uint32), np.zeros((n, P + 1), np.int8)
+    codes[:, 0] = rule[0]  # of a block of zeros, as the CPU's search has it
+    seeds[owners], codes[owners] = job.states[positions[best]], fits[best]
     return seeds, codes
 
 
@@ -88,7 +102,7 @@ class _Job(NamedTuple):
     entries, the values, and bases, float64[seeds, P, C], see `_bases`."""
 
     h: Array
-    rule: tuple[int, int, int, int]
+    rule: Rule
     values: Array
     states: Array
     weights: torch.Tensor
@@ -96,7 +110,7 @@ class _Job(NamedTuple):
     bases: torch.Tensor
 
     @classmethod
-    def of(cls, h: Array, K: int, C: int, P: int, rule: tuple[int, int, int, int], device: torch.device) -> _Job:
+    def of(cls, h: Array, K: int, C: int, P: int, rule: Rule, device: torch.device) -> _Job:
         """The tables of a search on `device`: arguments as for `search`."""
         count = (1 << K) - 1
         states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
@@ -179,52 +193,13 @@ def _plain_errors(
     return error / square, certain & (square > 0)
 
 
-def _choose(job: _Job, owners: torch.Tensor, positions: torch.Tensor, blocks: Array, seeds: Array, codes: Array) -> None:
-    """Fit the survivors, of every block at least one, as the CPU's search does; writes seeds and codes."""
-    firsts = torch.searchsorted(owners, torch.arange(len(blocks) + 1, device=owners.device)).cpu().numpy()
-    candidates = positions.to(torch.int32).cpu().numpy()
-
-    def work(first: int, last: int) -> None:
-        part = slice(first, last)
-        limits = firsts[first : last + 1]
-        _choose_kernel(candidates, limits, blocks[part], job.h, job.values, job.states, job.rule, seeds[part], codes[part])
-
-    cores = os.cpu_count() or 1
-    ends = np.linspace(0, len(blocks), cores + 1).astype(int).tolist()
-    with ThreadPoolExecutor(cores) as pool:
-        list(pool.map(work, ends[:-1], ends[1:]))
-
-
-@njit(nogil=True)  # not cached: it takes in `_fit`, and numba would not notice that file change
-def _choose_kernel(  # pragma: no cover  (compiled)
-    positions: Array,
-    firsts: Array,
-    blocks: Array,
-    h: Array,
-    values: Array,
-    states: Array,
-    rule: tuple[int, int, int, int],
-    seeds: Array,
-    codes: Array,
+@njit(nogil=True)  # not cached: it takes in `fit_seed`, and numba would not notice that file change
+def _fit(  # pragma: no cover  (compiled)
+    blocks: Array, h: Array, values: Array, positions: Array, rule: Rule, codes: Array, errors: Array
 ) -> None:
-    """Of positions[firsts[b]] .. positions[firsts[b + 1] - 1] the one of least error for block b, of equal ones the lowest
-    seed."""
-    C, P = blocks.shape[1], codes.shape[1] - 1
-    fit = np.empty(P + 1, np.int64)
-    for b in range(len(blocks)):
+    """What `seedlm_search.search_seeds` makes of each block and the seed at its position: codes and relative error."""
+    for i in range(len(blocks)):
         square = 0.0
-        for c in range(C):
-            square += h[c] * np.float64(blocks[b, c]) ** 2
-        if square == 0.0:  # as the CPU's search has it
-            seeds[b] = 1
-            codes[b, :] = 0
-            codes[b, 0] = rule[0]
-            continue
-        least = np.inf
-        for k in range(firsts[b], firsts[b + 1]):
-            position = positions[k]
-            error = fit_seed(blocks[b], h, values, position + 1, P, rule, fit) / square
-            if error < least or (error == least and states[position] < seeds[b]):
-                least, seeds[b] = error, states[position]
-                for i in range(P + 1):
-                    codes[b, i] = fit[i]
+        for c in range(len(h)):
+            square += h[c] * np.float64(blocks[i, c]) ** 2
+        errors[i] = fit_seed(blocks[i], h, values, positions[i] + 1, codes.shape[1] - 1, rule, codes[i]) / square

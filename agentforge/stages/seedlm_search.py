@@ -91,6 +91,9 @@ TILE = 64  # blocks that look at a chunk while it is in the cache
 SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of unit vectors, so that no seed is lost
 
 
+Rule = tuple[int, int, int, int]  # least and largest exponent, what is added to it, how far around it is searched
+
+
 class Tables(NamedTuple):
     """groups: float32[chunks, C, r * CHUNK], the common normals.  seeds: float32[chunks * CHUNK, g, D - r, C], the others.
     values: the cyclic sequence of U's entries, float64[N + ...], the i-th from the i-th state.  states: uint32[N], from
@@ -200,15 +203,7 @@ def _dots(  # pragma: no cover  (compiled)
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def search_seeds(  # pragma: no cover  (compiled)
-    blocks: np.ndarray,
-    h: np.ndarray,
-    groups: np.ndarray,
-    seed_normals: np.ndarray,
-    values: np.ndarray,
-    states: np.ndarray,
-    rule: tuple[int, int, int, int],
-    seeds: np.ndarray,
-    codes: np.ndarray,
+    blocks: np.ndarray, h: np.ndarray, tables: Tables, rule: Rule, seeds: np.ndarray, codes: np.ndarray
 ) -> None:
     """For every block the seed of least error sum_c h_c (w - U t)_c^2, lowest seed first; codes: exponent and q."""
     count = len(blocks)
@@ -223,7 +218,7 @@ def search_seeds(  # pragma: no cover  (compiled)
         limit = guess
         while left:
             some = again[:left]
-            _search_tile(blocks, some, limit, h, groups, seed_normals, values, states, rule, seeds, codes, errors)
+            _search_tile(blocks, some, limit, h, tables, rule, seeds, codes, errors)
             # Where nothing below the limit was found, the limit was too low.
             missed = 0
             for i in range(left):
@@ -244,11 +239,8 @@ def _search_tile(  # pragma: no cover  (compiled)
     which: np.ndarray,
     limit: float,
     h: np.ndarray,
-    groups: np.ndarray,
-    seed_normals: np.ndarray,
-    values: np.ndarray,
-    states: np.ndarray,
-    rule: tuple[int, int, int, int],
+    tables: Tables,
+    rule: Rule,
     seeds: np.ndarray,
     codes: np.ndarray,
     errors: np.ndarray,
@@ -256,6 +248,7 @@ def _search_tile(  # pragma: no cover  (compiled)
     """`search_seeds` for the blocks `which` whose relative squared error is at most `limit`; errors: what was reached."""
     n, C = len(which), blocks.shape[1]
     P = codes.shape[1] - 1
+    groups, normals, values, states = tables
     r = groups.shape[2] // CHUNK
     g = C - P - r + 1
     N = len(states)
@@ -289,7 +282,7 @@ def _search_tile(  # pragma: no cover  (compiled)
                     continue
                 group = chunk * CHUNK + i
                 for j in range(min(g, N - group * g)):
-                    if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
+                    if _beyond(unit, b, normals, group, j, bound[i], cut):
                         continue
                     position = group * g + j
                     error = fit_seed(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
@@ -336,7 +329,7 @@ def _beyond(  # pragma: no cover  (compiled)
 
 @njit(nogil=True, cache=True)
 def fit_seed(  # pragma: no cover  (compiled)
-    w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: tuple[int, int, int, int], out: np.ndarray
+    w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: Rule, out: np.ndarray
 ) -> float:
     """Fit the coefficients of one seed, quantise them, and return the error; out: exponent and q."""
     C = len(w)
