@@ -26,7 +26,7 @@ import torch
 from .. import evaluation, stages
 from ..digits import data as digits_data
 from ..errors import BadInput
-from ..evaluation import Measurement, Text, intervals
+from ..evaluation import Measurement, intervals
 from ..evaluation.texts import CHECKOUT
 from ..opening import load, open_model
 from ..stages.ternary import zero_fraction
@@ -271,14 +271,3 @@ def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "per
             found_loss = intervals.mean(base - losses, error="pairs", log=True)
             measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
     return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})
-
-
-def short_text(workshop: Workshop, tokens: int) -> tuple[Text, list[int]]:
-    """The beginning of the workshop's text, of about so many tokens but never more, and its ids: one window, whatever part
-    of a longer text would be sampled."""
-    ids = workshop.model.encode(workshop.text.text[: 20 * tokens])
-    for count in range(tokens, 1, -1):  # a cut may fall where tokens are others, and more
-        text = workshop.model.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-        if len(again := workshop.model.encode(text)) <= tokens:
-            return Text(f"beginning of {workshop.text.name}", workshop.text.split, text), again
-    raise BadInput(f"text {workshop.text.name}: is too short to take a window of it")

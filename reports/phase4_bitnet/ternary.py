@@ -7,10 +7,10 @@ import math
 import torch
 
 from agentforge import evaluation
-from agentforge.audit.probes import Count, StageText, probe, short_text
+from agentforge.audit.probes import Count, StageText, probe
 from agentforge.audit.workshop import Workshop
 from agentforge.errors import BadInput
-from agentforge.evaluation import Measurement
+from agentforge.evaluation import Measurement, Text
 from agentforge.opening import open_model
 from agentforge.pipeline import compress
 
@@ -91,3 +91,14 @@ def perplexity_formula(workshop: Workshop, tokens: Count = 511) -> Measurement:
         "perplexity against transformers' loss",
         text=workshop.text.name,
     )
+
+
+def short_text(workshop: Workshop, tokens: int) -> tuple[Text, list[int]]:
+    """The beginning of the workshop's text, of about so many tokens but never more, and its ids: one window, whatever part
+    of a longer text would be sampled."""
+    ids = workshop.model.encode(workshop.text.text[: 20 * tokens])
+    for count in range(tokens, 1, -1):  # a cut may fall where tokens are others, and more
+        text = workshop.model.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
+        if len(again := workshop.model.encode(text)) <= tokens:
+            return Text(f"beginning of {workshop.text.name}", workshop.text.split, text), again
+    raise BadInput(f"text {workshop.text.name}: is too short to take a window of it")

@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from agentforge.audit.probes import StageText, probe
-from agentforge.audit.task_probes import TaskName, kept_of, on_suite
+from agentforge.audit.subject_probes import TaskName, kept_of, on_suite
 from agentforge.audit.workshop import Unmeasured, Workshop
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement
