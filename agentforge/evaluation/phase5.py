@@ -238,7 +238,7 @@ def fit_curve(levels: Sequence[int], hits: torch.Tensor) -> Curve:
 
     def information(theta: torch.Tensor) -> torch.Tensor:
         """Fisher's, for the steps too: it is never negative."""
-        p, slopes = share(theta), torch.func.jacfwd(share)(theta)
+        p, slopes = share(theta), torch.func.jacrev(share)(theta)
         found: torch.Tensor = slopes.T / (p * (1 - p)).clamp_min(1e-9) @ slopes
         return found
 
