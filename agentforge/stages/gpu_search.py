@@ -19,6 +19,7 @@ from numba import njit
 from .codebook import Codebook, nearest_kernel
 from .seedlm_search import LARGEST_Q, LEAST_Q, Rule, fit_seed, lfsr, to_unit
 
+CPU = torch.device("cpu")  # for every other device there are the searches here
 SCORES = 1 << 26  # at a time: 0.5 GB, and a few times that while they are taken
 LEAST = 1e-37  # below which float32 may lose more than a share of a number
 PAIRS = 1 << 19  # blocks and seeds that are fitted at a time

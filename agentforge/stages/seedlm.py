@@ -161,7 +161,7 @@ Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarra
 def _searcher(K: int, C: int, P: int, rule: Rule, device: torch.device) -> Search:
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
     exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None if all are 1."""
-    if device.type == "cuda":
+    if device != gpu_search.CPU:
         return lambda blocks, h: gpu_search.search(blocks, np.ones(C) if h is None else h, K, P, rule, device)
     tables = tables_of(K, C, P)
     buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each

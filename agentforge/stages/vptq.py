@@ -49,7 +49,8 @@ from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, power_of_two_exponent, times_power_of_two
 from .base import InputStatistics, Layer, Stage, register
 from .codebook import Codebook
-from .kmeans import CPU, kmeans
+from .gpu_search import CPU
+from .kmeans import kmeans
 from .propagation import add_product, gather, product, scatter, sweep_block, unit_factor
 
 PRESETS = {2: (6, 4096, 0), 3: (4, 4096, 0), 4: (6, 4096, 4096)}  # bits: v, k, residual (Tables 8 and 10)
