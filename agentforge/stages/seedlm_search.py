@@ -170,35 +170,21 @@ def reconstruct(  # pragma: no cover  (compiled)
 def _dots(  # pragma: no cover  (compiled)
     unit: np.ndarray, b: int, groups: np.ndarray, chunk: int, dots: np.ndarray
 ) -> None:
-    """dots = unit[b] @ groups[chunk]: eight rows of the table at a time, then four, then one; sums stay in registers.
+    """dots = unit[b] @ groups[chunk]: four rows of the table at a time, then one; sums stay in registers.
 
     The table is indexed and not sliced: a slice costs two atomic counts of references.
     """
-    n, C = len(dots), unit.shape[1]
-    c = 0
-    if C >= 8:
-        a0, a1, a2, a3 = unit[b, 0], unit[b, 1], unit[b, 2], unit[b, 3]
-        a4, a5, a6, a7 = unit[b, 4], unit[b, 5], unit[b, 6], unit[b, 7]
-        for i in range(n):
-            x = a0 * groups[chunk, 0, i] + a1 * groups[chunk, 1, i] + a2 * groups[chunk, 2, i] + a3 * groups[chunk, 3, i]
-            y = a4 * groups[chunk, 4, i] + a5 * groups[chunk, 5, i] + a6 * groups[chunk, 6, i] + a7 * groups[chunk, 7, i]
-            dots[i] = x + y
-        c = 8
-    else:
-        for i in range(n):
-            dots[i] = 0.0
-    while c < C:
-        if C - c >= 4:
-            a0, a1, a2, a3 = unit[b, c], unit[b, c + 1], unit[b, c + 2], unit[b, c + 3]
-            for i in range(n):
-                x = a0 * groups[chunk, c, i] + a1 * groups[chunk, c + 1, i]
-                dots[i] += x + (a2 * groups[chunk, c + 2, i] + a3 * groups[chunk, c + 3, i])
-            c += 4
-        else:
-            a0 = unit[b, c]
-            for i in range(n):
-                dots[i] += a0 * groups[chunk, c, i]
-            c += 1
+    C, fours = unit.shape[1], unit.shape[1] // 4 * 4
+    dots[:] = 0.0
+    for c in range(0, fours, 4):
+        a0, a1, a2, a3 = unit[b, c], unit[b, c + 1], unit[b, c + 2], unit[b, c + 3]
+        for i in range(len(dots)):
+            x = a0 * groups[chunk, c, i] + a1 * groups[chunk, c + 1, i]
+            dots[i] += x + (a2 * groups[chunk, c + 2, i] + a3 * groups[chunk, c + 3, i])
+    for c in range(fours, C):
+        a0 = unit[b, c]
+        for i in range(len(dots)):
+            dots[i] += a0 * groups[chunk, c, i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
