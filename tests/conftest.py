@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # huggingface_hub reads its variables once, when it is first imported: before any test module is collected.
 os.environ.update(OFFLINE)
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is first imported: its kernels run on the CPU
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -96,7 +94,6 @@ def bounded() -> Iterator[None]:
 
 def make_tiny_llama(folder: Path, seed: int = 0, reverse_vocabulary: bool = False) -> Path:
     """A Hugging Face folder: two layers, 128 positions, one token a byte, weights large enough to make sharp guesses."""
-    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from . import subject_probes, task_probes  # noqa: F401  (their probes register themselves)
+from . import subject_probes  # noqa: F401  (its probes register themselves)
 from .claims import Claim, ClaimsFile, Judged, judge, read_claims
 from .probes import PROBES
 from .record import measure

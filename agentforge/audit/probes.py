@@ -26,10 +26,9 @@ import torch
 from .. import evaluation, stages
 from ..digits import data as digits_data
 from ..errors import BadInput
-from ..evaluation import Measurement, Text, intervals
+from ..evaluation import Measurement, intervals
 from ..evaluation.texts import CHECKOUT
 from ..opening import load, open_model
-from ..pipeline import compress
 from ..stages.ternary import zero_fraction
 from .workshop import LEFT_OUT, Unmeasured, Workshop
 
@@ -201,20 +200,6 @@ def score(workshop: Workshop, sections: list[str] | None = None, stages: list[st
 
 
 @probe("share of weights")
-def ternary_values(workshop: Workshop, stage: StageText) -> Measurement:
-    """Share of decoded weights that are -s, 0 or +s, s being the largest magnitude in their row."""
-    artifact = workshop.artifact(stage)
-    good = total = 0
-    for row in artifact.rows:
-        if row["stage"]:
-            dense = artifact.decode(row)
-            largest = dense.abs().amax(1, keepdim=True)
-            good += int(((dense == 0) | (dense.abs() == largest)).sum())
-            total += dense.numel()
-    return workshop.exact(good / total, "share of weights", total, "weights of value -s, 0, +s", stage=stage)
-
-
-@probe("share of weights")
 def zero_share(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of ternary weights that are zero."""
     zeros = total = 0.0
@@ -223,34 +208,6 @@ def zero_share(workshop: Workshop, stage: StageText) -> Measurement:
         zeros += zero_fraction(packed) * count
         total += count
     return workshop.exact(zeros / total, "share of weights", int(total), "weights of value zero", stage=stage)
-
-
-@probe("share of weights")
-def code_agreement(workshop: Workshop, stage: StageText, reference: StageText) -> Measurement:
-    """Share of weights to which two ternary rules give the same code."""
-    same = total = 0
-    for (_, ours), (_, theirs) in zip(workshop.encoded(stage), workshop.encoded(reference), strict=True):
-        same += int((ours["codes"] == theirs["codes"]).sum())
-        total += math.prod(ours.shape)
-    return workshop.exact(same / total, "share of weights", total, "equal codes", stage=stage, reference=reference)
-
-
-@probe("relative deviation")
-def row_scale_error(workshop: Workshop, stage: StageText) -> Measurement:
-    """Largest relative deviation of a stored row scale from that row's mean |w|."""
-    worst, rows = 0.0, 0
-    weights = {weight.name: weight for weight in workshop.model.weights()}
-    artifact = workshop.artifact(stage)
-    for row in artifact.rows:
-        if row["stage"]:
-            scale = artifact.decode(row).abs().amax(1).double()
-            mean = weights[row["name"]].load().double().abs().mean(1)
-            if weights[row["name"]].transposed:
-                raise BadInput("row_scale_error: expected a model with nn.Linear layers")
-            used = scale > 0
-            worst = max(worst, float(((scale - mean).abs() / mean)[used].max()))
-            rows += int(used.sum())
-    return workshop.exact(worst, "relative deviation", rows, "row scale against mean |w|", stage=stage)
 
 
 @probe("x")
@@ -273,31 +230,12 @@ def ratio(
     raise BadInput(f"ratio: of={of!r}, bits={bits}; expected 'whole model' or 'touched tensors', and 16 or 32")
 
 
-@probe("x")
-def ratio_of(workshop: Workshop, model: str, stage: StageText, bits: Count) -> Measurement:
-    """As `ratio` of the whole model, for another model than the workshop's."""
-    opened = open_model(model)
-    artifact = compress(opened, stage, workshop.folder / f"ratio-of-{opened.name}", overwrite=True, progress=False)
-    protocol = {"metric": "compression ratio", "model": opened.name, "stage": stage, "denominator": f"at {bits} bits"}
-    inputs = {"model": opened.fingerprint, "artifact": artifact.sha256}
-    return Measurement(artifact.ratio_to(bits), "x", None, artifact.weight_bytes, protocol, inputs=inputs)
-
-
 @probe("bits/weight")
 def bits_per_weight(workshop: Workshop, stage: StageText) -> Measurement:
     """Bytes of the planes on disk, in bits, over the number of weights they encode."""
     rows = [row for row in workshop.artifact(stage).rows if row["stage"]]
     count = sum(math.prod(row["shape"]) for row in rows)
     return workshop.exact(8 * sum(row["bytes"] for row in rows) / count, "bits/weight", count, "bits on disk", stage=stage)
-
-
-@probe("share of parameters")
-def kept_in_16_bits(workshop: Workshop, stage: StageText) -> Measurement:
-    """Share of the parameters outside the touched weights (embedding, head, norms, biases) stored with 16 bits or more."""
-    rows = [row for row in workshop.artifact(stage).rows if not row["stage"]]
-    wide = sum(math.prod(row["shape"]) for row in rows if row["dtype"] in ("float16", "bfloat16", "float32"))
-    total = sum(math.prod(row["shape"]) for row in rows)
-    return workshop.exact(wide / total, "share of parameters", total, "kept at 16 bits or more", stage=stage)
 
 
 @probe("x")
@@ -311,23 +249,6 @@ def perplexity_factor(workshop: Workshop, stage: StageText) -> Measurement:
 def top1_agreement(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of tokens at which the compressed model and the original have the same most likely next token."""
     return workshop.divergence(stage).top1
-
-
-@probe("relative difference")
-def perplexity_formula(workshop: Workshop, tokens: Count = 511) -> Measurement:
-    """Relative difference between our perplexity and the one from transformers' own loss, on one window."""
-    text, ids = short_text(workshop, min(tokens, workshop.tokens, workshop.context - 1))
-    ours = evaluation.perplexity(workshop.model, text, context=len(ids), progress=workshop.progress)
-    batch = torch.tensor([ids])
-    with torch.inference_mode():
-        theirs = math.exp(float(workshop.model.model(input_ids=batch, labels=batch).loss))
-    return workshop.exact(
-        abs(ours.value / theirs - 1),
-        "relative difference",
-        len(ids) - 1,
-        "perplexity against transformers' loss",
-        text=workshop.text.name,
-    )
 
 
 @probe("share")
@@ -350,14 +271,3 @@ def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "per
             found_loss = intervals.mean(base - losses, error="pairs", log=True)
             measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
     return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})
-
-
-def short_text(workshop: Workshop, tokens: int) -> tuple[Text, list[int]]:
-    """The beginning of the workshop's text, of about so many tokens but never more, and its ids: one window, whatever part
-    of a longer text would be sampled."""
-    ids = workshop.model.encode(workshop.text.text[: 20 * tokens])
-    for count in range(tokens, 1, -1):  # a cut may fall where tokens are others, and more
-        text = workshop.model.tokenizer.decode(ids[:count], clean_up_tokenization_spaces=False)
-        if len(again := workshop.model.encode(text)) <= tokens:
-            return Text(f"beginning of {workshop.text.name}", workshop.text.split, text), again
-    raise BadInput(f"text {workshop.text.name}: is too short to take a window of it")

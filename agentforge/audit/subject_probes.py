@@ -7,16 +7,30 @@ from __future__ import annotations
 
 import math
 import time
-from typing import Any
+from typing import Annotated, Any
 
+import pydantic
 import torch
 
 from .. import evaluation
 from ..errors import BadInput
 from ..evaluation import Divergence, Measurement, intervals
+from ..evaluation.tasks import SUITES, TaskResult, evaluate_tasks
 from ..models import LanguageModel
 from .probes import Count, probe
 from .workshop import Unmeasured, Workshop
+
+# What says who cannot measure here.
+ABSENT = ("not installed", "is neither in", "--allow-generated-code", "cannot be confined here")
+
+
+def _task(name: str) -> str:
+    if name not in SUITES:
+        raise ValueError(f"there is no such suite; expected one of {', '.join(SUITES)}")
+    return name
+
+
+TaskName = Annotated[str, pydantic.AfterValidator(_task)]
 
 
 def subject_of(workshop: Workshop, compares: bool = True) -> LanguageModel:
@@ -153,3 +167,39 @@ def _speed(workshop: Workshop, rates: list[float], unit: str, tokens: int) -> Me
     protocol = {"metric": "generation", "tokens": tokens, "threads": torch.get_num_threads(), "device": workshop.device}
     inputs = {"model": workshop.subject.fingerprint, "original": workshop.model.fingerprint}
     return Measurement(unit=unit, protocol=protocol, inputs=inputs, **intervals.median(rates))
+
+
+@probe("accuracy")
+def task_accuracy(workshop: Workshop, task: TaskName, limit: Count | None = None) -> Measurement:
+    """The subject's accuracy on a suite by name (`evaluation.tasks.SUITES`), with its binomial standard error."""
+    return on_suite(workshop, subject_of(workshop, compares=False), task, limit, None).accuracy
+
+
+@probe("share", compares=True)
+def task_accuracy_kept(workshop: Workshop, task: TaskName, limit: Count | None = None) -> Measurement:
+    """The subject's accuracy on a suite over its original's; the error is that of pairs."""
+    return kept_of(on_suite(workshop, subject_of(workshop), task, limit, workshop.model), task)
+
+
+def on_suite(
+    workshop: Workshop,
+    model: LanguageModel,
+    task: TaskName,
+    limit: int | None,
+    original: LanguageModel | None,
+    shots: int | None = None,
+) -> TaskResult:
+    """What a model gets of one suite.  Raises Unmeasured if questions or packages for it are not here."""
+    try:
+        return evaluate_tasks(model, [task], original=original, limit=limit, shots=shots, progress=False)[task]
+    except BadInput as error:
+        if any(words in str(error) for words in ABSENT):
+            raise Unmeasured(str(error)) from None
+        raise
+
+
+def kept_of(found: TaskResult, task: TaskName) -> Measurement:
+    """Accuracy over the original's.  Raises Unmeasured if that one guesses."""
+    if found.retention is None or not found.signal:
+        raise Unmeasured(f"an original that is above chance on {task}: of what it guesses nothing can be kept")
+    return found.retention

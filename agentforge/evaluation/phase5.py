@@ -229,24 +229,24 @@ def fit_curve(levels: Sequence[int], hits: torch.Tensor) -> Curve:
     y = hits.double()
     bounds = torch.tensor([[-100.0, math.log(0.5)], [200.0, math.log(200.0)]], dtype=torch.float64)
 
+    def share(theta: torch.Tensor) -> torch.Tensor:
+        return CHANCE + (1 - CHANCE) * torch.sigmoid((theta[0] - x) / theta[1].exp())
+
     def loss(theta: torch.Tensor) -> torch.Tensor:
-        share = CHANCE + (1 - CHANCE) * torch.sigmoid((theta[0] - x) / theta[1].exp())
-        share = share.clamp(1e-9, 1 - 1e-9)
-        return -(y * share.log() + (1 - y) * (1 - share).log()).sum()
+        p = share(theta).clamp(1e-9, 1 - 1e-9)
+        return -(y * p.log() + (1 - y) * (1 - p).log()).sum()
 
     def information(theta: torch.Tensor) -> torch.Tensor:
         """Fisher's, for the steps too: it is never negative."""
-        raised = torch.sigmoid((theta[0] - x) / theta[1].exp())
-        share = CHANCE + (1 - CHANCE) * raised
-        slope = (1 - CHANCE) * raised * (1 - raised) / theta[1].exp()
-        gradient = torch.stack([slope, -slope * (theta[0] - x)])
-        return gradient / (share * (1 - share)).clamp_min(1e-9) @ gradient.T
+        p, slopes = share(theta), torch.func.jacrev(share)(theta)
+        found: torch.Tensor = slopes.T / (p * (1 - p)).clamp_min(1e-9) @ slopes
+        return found
 
     starts = [torch.tensor([m, math.log(w)], dtype=torch.float64) for m in range(-20, 141, 10) for w in (1, 4, 10, 30)]
     theta = min(starts, key=lambda start: float(loss(start)))
     for _ in range(100):
-        gradient = torch.autograd.functional.jacobian(loss, theta)
-        step = torch.linalg.solve(information(theta) + 1e-9 * torch.eye(2, dtype=torch.float64), gradient)
+        downhill = torch.func.grad(loss)(theta)
+        step = torch.linalg.solve(information(theta) + 1e-9 * torch.eye(2, dtype=torch.float64), downhill)
         now, size = loss(theta), 1.0
         while size > 1e-6 and loss(trial := (theta - size * step).clamp(bounds[0], bounds[1])) > now:
             size /= 2

@@ -1,4 +1,4 @@
-"""A linear layer of ternary weights that stay packed: two bits per weight, and no dense matrix at any time.
+"""A linear layer of ternary weights that stay packed: two bits per weight, and never a whole dense matrix.
 
     y = scale * (W q) / s + bias,   s = 127 / max|x|,   q = round(x * s)
 
@@ -21,6 +21,8 @@ from .layers import Fixed
 from .ternary_cpu import COLUMNS, LIMIT, ROWS, product
 
 FIELDS = 4  # weights per byte
+PART = 1 << 24  # weights that are unpacked at a time elsewhere than on the CPU
+EXACT = 1 << 17  # columns up to which a sum of so many times 127 fits into a float32
 
 
 class TernaryLinear(Fixed):
@@ -93,10 +95,8 @@ class TernaryLinear(Fixed):
 
     @property
     def weight(self) -> torch.Tensor:
-        """float32[out, in], decoded, to modules that read it: what the layer makes of unit vectors, which 8 bits hold."""
-        one = torch.eye(self.in_features, device=self.packed.device)
-        found = self.forward(one) - (self.forward(0 * one[:1]) if self.has_bias else 0)
-        return found.T
+        """float32[out, in], decoded, to modules that read it."""
+        return unpack(self.packed)[: self.out_features, : self.in_features] * self.scale.unsqueeze(1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., out] in x's dtype, computed in float32 from an x of fewer bits.
@@ -112,12 +112,7 @@ class TernaryLinear(Fixed):
             x = x.to(torch.float32)
         buffers: Any = self._buffers  # not self.packed: a module's __getattr__ would take as long as a small product
         layer = x.contiguous(), buffers["packed"], buffers["scales"], buffers["biases"], self.out_features
-        if x.is_cpu:
-            out = product(*layer)
-        else:
-            from . import ternary_triton  # only here: Triton is not everywhere
-
-            out = ternary_triton.product(*layer)
+        out = product(*layer) if x.is_cpu else product_elsewhere(*layer)
         return out if dtype == torch.float32 else out.to(dtype)
 
     def extra_repr(self) -> str:
@@ -136,6 +131,28 @@ def pack(codes: torch.Tensor) -> torch.Tensor:
     for field in range(1, FIELDS):
         packed |= fields[field] << (2 * field)
     return packed.reshape(shape[0], shape[2], COLUMNS)
+
+
+def unpack(packed: torch.Tensor) -> torch.Tensor:
+    """The weights -1, 0 and 1 of packed codes, filled up as `pack` does: int8[4 groups, 64 runs]."""
+    groups, runs, _ = packed.shape
+    fields = torch.stack([packed >> (2 * field) & 3 for field in range(FIELDS)]).to(torch.int8) - 1
+    return fields.reshape(FIELDS, groups, runs, ROWS, -1).permute(1, 3, 2, 0, 4).reshape(groups * ROWS, runs * COLUMNS)
+
+
+def product_elsewhere(
+    x: torch.Tensor, packed: torch.Tensor, scales: torch.Tensor, biases: torch.Tensor, rows: int
+) -> torch.Tensor:
+    """`ternary_cpu.product` in torch, with its results on any device: some rows at a time are unpacked."""
+    columns = x.shape[-1]
+    largest = x.abs().amax(-1, keepdim=True)
+    s = largest.clamp(min=1e-5).reciprocal() * 127
+    kind = torch.float32 if columns <= EXACT else torch.float64
+    q = torch.where(largest.isfinite(), (x * s).round(), torch.nan).to(kind)  # so every result of this token is NaN
+    parts = packed.split(max(1, PART // (ROWS * columns)))
+    exact = torch.cat([q @ unpack(part)[:, :columns].to(kind).T for part in parts], -1)[..., :rows].double()
+    scale, bias = ((t if len(t) > ROWS else t[:1]).double()[:rows] for t in (scales, biases))
+    return (exact * (scale * s.double().reciprocal()) + bias).to(torch.float32)
 
 
 def _fours(values: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ The first two take four rows (of vectors) at a time, which share what is loaded 
 Products and sums are float32 in an order that does not depend on the number of threads: a result differs from x W^T by
 rounding alone, at most 1e-6 |x| |W|^T.
 
-Functions take addresses.  What they inline is in this file, but for single loads and stores, because numba's cache on disk
+Functions take addresses.  What they inline is in this file, but for single instructions, because numba's cache on disk
 does not notice changes elsewhere.
 """
 
@@ -30,7 +30,7 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .ternary_cpu import Value, _floats, _int, _load, _store, f32, features, i8, i16, i32, i64, in_parts
+from .ternary_cpu import Value, _floats, _int, _load, _shuffle, _splat, _store, f32, features, i8, i16, i32, i64, in_parts
 
 ROWS = 4
 LANES = 16
@@ -48,15 +48,9 @@ def available() -> bool:
     return platform.machine() in ("aarch64", "arm64") or "f16c" in features()
 
 
-def _splat(b: Any, value: Value, lanes: int) -> Value:
-    kind = ir.VectorType(value.type, lanes)
-    first = b.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(i32, 0))
-    zeros = ir.Constant(ir.VectorType(i32, lanes), [0] * lanes)
-    return b.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros)
-
-
-def _all(value: float, kind: ir.VectorType) -> Value:
-    return ir.Constant(kind, [value] * kind.count)
+def _spread(b: Any, value: Value, lanes: int) -> Value:
+    first = b.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, ir.Constant(i32, 0))
+    return _shuffle(b, first, [0] * lanes)
 
 
 def _zero(b: Any, kind: ir.Type) -> Value:
@@ -72,8 +66,7 @@ def _sum(b: Any, vector: Value) -> Value:
     """The sum of the lanes: halves, then halves of those, as far as they come out even."""
     while vector.type.count % 2 == 0:
         count = vector.type.count // 2
-        halves = (ir.Constant(ir.VectorType(i32, count), list(range(k, k + count))) for k in (0, count))
-        vector = b.fadd(*(b.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), lanes) for lanes in halves))
+        vector = b.fadd(*(_shuffle(b, vector, list(range(k, k + count))) for k in (0, count)))
     total = b.extract_element(vector, ir.Constant(i32, 0))
     for lane in range(1, vector.type.count):
         total = b.fadd(total, b.extract_element(vector, ir.Constant(i32, lane)))
@@ -104,22 +97,7 @@ def _lanes(width: int) -> int:
 
 
 @intrinsic(prefer_literal=True)
-def _grid_rows(
-    typing: Any,
-    width: Any,
-    zero: Any,
-    zigzag: Any,
-    codes: Any,
-    size: Any,
-    row: Any,
-    x: Any,
-    columns: Any,
-    group: Any,
-    scale: Any,
-    minimum: Any,
-    sums: Any,
-    out: Any,
-) -> Any:
+def _grid_rows(typing, width, zero, zigzag, codes, size, row, x, columns, group, scale, minimum, sums, out):  # type: ignore[no-untyped-def]
     """Products of four rows with one vector.
 
     width, zero, zigzag: literals.  codes: address of the plane, of `size` bytes.  row: the first.  x: address of float32
@@ -135,10 +113,10 @@ def _grid_rows(
         if 8 % bits == 0:
             run = _load(b, b.add(codes, b.sdiv(at, _int(count))), ir.VectorType(i8, lanes))
             run = b.zext(run, words)
-            return [b.and_(b.lshr(run, _all(s * bits, words)), _all((1 << bits) - 1, words)) for s in range(count)]
-        word = _splat(b, _word(b, codes, size, b.mul(at, _int(bits))), lanes)
+            return [b.and_(b.lshr(run, _splat(s * bits, words)), _splat((1 << bits) - 1, words)) for s in range(count)]
+        word = _spread(b, _word(b, codes, size, b.mul(at, _int(bits))), lanes)
         shifted = b.lshr(word, ir.Constant(word.type, [bits * lane for lane in range(lanes)]))
-        return [b.and_(b.trunc(shifted, words), _all((1 << bits) - 1, words))]
+        return [b.and_(b.trunc(shifted, words), _splat((1 << bits) - 1, words))]
 
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         codes, size, row, x, columns, group, scale, minimum, sums, out = args[3:]
@@ -146,7 +124,7 @@ def _grid_rows(
         totals, parts, offsets = ([_zero(b, kind) for _ in range(ROWS)] for kind in (floats, floats, f32))
         with cgutils.for_range(b, groups) as of_groups:
             for place in parts:
-                b.store(_all(0.0, floats), place)
+                b.store(_splat(0.0, floats), place)
             first = b.mul(of_groups.index, group)
             with cgutils.for_range(b, b.sdiv(group, _int(lanes * count))) as loop:
                 column = b.add(first, b.mul(loop.index, _int(lanes * count)))
@@ -160,10 +138,10 @@ def _grid_rows(
                     total = b.load(place)
                     for code, value in zip(unpacked(b, codes, size, at), values, strict=True):
                         if coded:
-                            sign = b.sub(_all(0, words), b.and_(code, _all(1, words)))
-                            code = b.xor(b.lshr(code, _all(1, words)), sign)
+                            sign = b.sub(_splat(0, words), b.and_(code, _splat(1, words)))
+                            code = b.xor(b.lshr(code, _splat(1, words)), sign)
                         if offset:
-                            code = b.sub(code, _all(offset, words))
+                            code = b.sub(code, _splat(offset, words))
                         total = _accumulate(b, total, b.sitofp(code, floats), value)
                     b.store(total, place)
             for r in range(ROWS):
@@ -172,7 +150,7 @@ def _grid_rows(
                 with b.if_else(b.icmp_signed("!=", scale, _int(0))) as (scaled, plain):
                     with scaled:
                         factor = b.fpext(_load(b, b.add(scale, at), ir.HalfType()), f32)
-                        b.store(_accumulate(b, b.load(totals[r]), part, _splat(b, factor, lanes)), totals[r])
+                        b.store(_accumulate(b, b.load(totals[r]), part, _spread(b, factor, lanes)), totals[r])
                     with plain:
                         b.store(b.fadd(b.load(totals[r]), part), totals[r])
                 with b.if_then(b.icmp_signed("!=", minimum, _int(0))):
@@ -194,21 +172,8 @@ def _grid_kernel(width: int, zero: int, zigzag: int) -> Any:
         for at in range(first, last, ROWS):
             r = min(at, rows - ROWS)  # the last four overlap the four before
             for t in range(tokens):
-                _grid_rows(
-                    width,
-                    zero,
-                    zigzag,
-                    codes,
-                    size,
-                    r,
-                    x + 4 * t * columns,
-                    columns,
-                    group,
-                    scale,
-                    minimum,
-                    sums + 4 * t * (columns // group),
-                    out + 4 * (t * rows + r),
-                )
+                vector, share, to = x + 4 * t * columns, sums + 4 * t * (columns // group), out + 4 * (t * rows + r)
+                _grid_rows(width, zero, zigzag, codes, size, r, vector, columns, group, scale, minimum, share, to)
 
     return kernel
 
@@ -242,39 +207,15 @@ def grid(
     if (count := streams(width)) > 1:
         x = x.reshape(tokens, columns // count, count).transpose(1, 2).contiguous()
     out = torch.empty(tokens, rows)
-    operands = (
-        codes.data_ptr(),
-        codes.numel(),
-        x.data_ptr(),
-        columns,
-        group,
-        0 if scale is None else scale.data_ptr(),
-        0 if minimum is None else minimum.data_ptr(),
-        sums.data_ptr(),
-        out.data_ptr(),
-        tokens,
-        rows,
-    )
+    floats = [0 if plane is None else plane.data_ptr() for plane in (scale, minimum)]
+    operands = (codes.data_ptr(), codes.numel(), x.data_ptr(), columns, group, *floats, sums.data_ptr(), out.data_ptr())
+    operands += (tokens, rows)
     in_parts(_grid_kernel(width, zero, int(zigzag)), operands, rows, tokens * rows * columns)
     return out
 
 
 @intrinsic(prefer_literal=True)
-def _vector_lines(
-    typing: Any,
-    v: Any,
-    width: Any,
-    along: Any,
-    together: Any,
-    indices: Any,
-    size: Any,
-    line: Any,
-    count: Any,
-    x: Any,
-    book: Any,
-    top: Any,
-    out: Any,
-) -> Any:
+def _vector_lines(typing, v, width, along, together, indices, size, line, count, x, book, top, out):  # type: ignore[no-untyped-def]
     """Products of four lines of vectors with one vector.
 
     v, width, along, together: literals.  along: 1 for vectors that lie along a row (a line gives one result), 0 for those
@@ -297,7 +238,7 @@ def _vector_lines(
                 if in_row:
                     values.append(_load(b, b.add(at_x, _int(4 * length * j)), floats))
                 else:
-                    values.append(_splat(b, _load(b, b.add(at_x, _int(4 * j)), f32), length))
+                    values.append(_spread(b, _load(b, b.add(at_x, _int(4 * j)), f32), length))
             for r, place in enumerate(places):
                 at = b.add(b.mul(b.add(line, _int(r)), count), column)
                 word, total = _word(b, indices, size, b.mul(at, _int(bits))), b.load(place)

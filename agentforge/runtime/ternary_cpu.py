@@ -192,24 +192,7 @@ MACHINES = {
 
 
 @intrinsic(prefer_literal=True)
-def _tile(
-    typing: Any,
-    path: Any,
-    groups: Any,
-    tokens: Any,
-    packed: Any,
-    x: Any,
-    runs: Any,
-    sums: Any,
-    factors: Any,
-    scale: Any,
-    scale_step: Any,
-    bias: Any,
-    bias_step: Any,
-    out: Any,
-    stride: Any,
-    rows: Any,
-) -> Any:
+def _tile(_, path, groups, tokens, packed, x, runs, sums, factors, scale, scale_step, bias, bias_step, out, stride, rows):  # type: ignore[no-untyped-def]
     """Multiply groups of rows with tokens.
 
     path, groups, tokens: literals.

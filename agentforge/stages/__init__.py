@@ -9,5 +9,4 @@ from .text import from_json, get, names, parse
 __all__ = ["InputStatistics", "Layer", "Stage", "from_json", "get", "names", "parse", "register"]
 
 for _file in pkgutil.iter_modules(__path__):
-    if _file.name != "triton_kernels":  # `kernels_for` imports it if there is a GPU: it needs Triton
-        importlib.import_module(f"{__name__}.{_file.name}")
+    importlib.import_module(f"{__name__}.{_file.name}")

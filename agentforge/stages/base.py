@@ -245,17 +245,6 @@ def register(cls: _S) -> _S:
     return cls
 
 
-def kernels_for(device: torch.device) -> Any:
-    """The module of Triton kernels for a CUDA device, None for the CPU.  Raises BadInput if Triton is missing."""
-    if device.type != "cuda":
-        return None
-    try:
-        from . import triton_kernels
-    except ImportError:
-        raise BadInput(f"device {device}: Triton is not installed; install it, or encode on the CPU") from None
-    return triton_kernels
-
-
 def setting_types(cls: Any) -> dict[str, Any]:
     """The types of a stage's settings, by name."""
     if cls not in _HINTS:  # evaluating annotations takes longer than decoding a small weight

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from numba import njit
 
-from .base import kernels_for
+from . import gpu_search
 from .codebook import Codebook, nearest_kernel
+from .gpu_search import CPU
 
-CPU = torch.device("cpu")
 SPREAD = 8192  # most centroids that k-means++ places
 CHUNK = 4096  # vectors per task; with the chunk's scores it stays in the cache
 Moments = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -30,9 +30,9 @@ def nearest(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1, device
     vectors: float32[n, v], C-contiguous.  centroids: float32[k, v].  threads: share the vectors among so many.  device:
     to compute on.  The result does not depend on either.
     """
-    if kernels := kernels_for(device):
+    if device != gpu_search.CPU:
         on_device = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (vectors, centroids))
-        return np.asarray(kernels.nearest(*on_device).cpu())
+        return np.asarray(gpu_search.nearest(*on_device).cpu())
     book = Codebook.of(centroids)
     found = np.empty(len(vectors), np.int32)
     like = (0,) * vectors.shape[1]

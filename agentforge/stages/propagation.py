@@ -108,28 +108,25 @@ def product(hessian: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 def sweep_block(  # pragma: no cover  (compiled)
     first: int,
     last: int,
-    weight: np.ndarray,
-    rows: int,
-    coefficients: np.ndarray,
-    scale: np.ndarray,
-    inverse: np.ndarray,
-    main: tuple[np.ndarray, np.ndarray, np.ndarray],
-    residual: tuple[np.ndarray, np.ndarray, np.ndarray],
+    layer: tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray],
+    books: tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...],
     like: tuple[int, ...],
     keep: bool,
-    main_indices: np.ndarray,
-    residual_indices: np.ndarray,
+    indices: tuple[np.ndarray, np.ndarray],
     target: np.ndarray,
     error: np.ndarray,
 ) -> None:
     """Quantise columns first .. last - 1 one after the other, and pass each change of error on to those that follow.
 
-    weight, target, error: float32[in, padded rows].  coefficients: float32[in, in], what of a column's error its
-    successor's target takes.  scale, inverse: float32[in].  main, residual: blocks, halves and centroids of the parts'
-    codebooks, none at all for no residual; like: as for `nearest_kernel`.  *_indices: int32[last - first, parts, chunks],
-    overwritten; keep: the residual indices are those of an earlier sweep, and the main codebook first has to do with
-    what they leave.
+    layer: the weight, float32[in, padded rows]; its rows; coefficients, float32[in, in], what of a column's error its
+    successor's target takes; scales and their inverses, float32[in].  books: blocks, halves and centroids of the parts'
+    codebooks, main and residual, none at all for no residual; like: as for `nearest_kernel`.  indices: of both,
+    int32[last - first, parts, chunks], overwritten; keep: the residual indices are those of an earlier sweep, and the main
+    codebook first has to do with what they leave.  target, error: float32[in, padded rows].
     """
+    weight, rows, coefficients, scale, inverse = layer
+    main, residual = books
+    main_indices, residual_indices = indices
     width = len(like)
     parts, chunks = main_indices.shape[1:]
     x = np.empty((chunks, width), np.float32)

@@ -37,8 +37,9 @@ import torch
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, times_power_of_two
-from .base import InputStatistics, Stage, kernels_for, register
-from .seedlm_search import LARGEST_EXPONENT, LEAST_EXPONENT, reconstruct, reweigh, search_seeds, tables_of, taps_mask
+from . import gpu_search
+from .base import InputStatistics, Stage, register
+from .seedlm_search import LARGEST_EXPONENT, LEAST_EXPONENT, Rule, reconstruct, reweigh, search_seeds, tables_of, taps_mask
 
 LARGEST_K = 20  # of a search: its tables grow with 2^K, a tenth of a GB for K = 20
 PRESETS = {2: (16, 3), 3: (12, 4), 4: (8, 3), 8: (4, 3)}  # bits -> C, P at K = 16; 3 and 4 are the paper's Table 1
@@ -157,23 +158,22 @@ def _blocks(weight: np.ndarray, C: int) -> np.ndarray:
 Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarray]]
 
 
-def _searcher(K: int, C: int, P: int, rule: tuple[int, int, int, int], device: torch.device) -> Search:
+def _searcher(K: int, C: int, P: int, rule: Rule, device: torch.device) -> Search:
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
     exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None if all are 1."""
-    if kernels := kernels_for(device):
-        return lambda blocks, h: kernels.search(blocks, np.ones(C) if h is None else h, K, P, rule, str(device))
+    if device != gpu_search.CPU:
+        return lambda blocks, h: gpu_search.search(blocks, np.ones(C) if h is None else h, K, P, rule, device)
     tables = tables_of(K, C, P)
     buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
 
     def search(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        groups, others = tables.groups, tables.seeds
+        weighted = tables
         if h is not None:
-            buffers[:] = buffers or [np.empty_like(groups), np.empty_like(others)]
+            buffers[:] = buffers or [np.empty_like(tables.groups), np.empty_like(tables.seeds)]
             reweigh(tables.groups, tables.seeds, P, h, *buffers)
-            groups, others = buffers
+            weighted = tables._replace(groups=buffers[0], seeds=buffers[1])
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
-        importance = np.ones(C) if h is None else h
-        search_seeds(blocks, importance, groups, others, tables.values, tables.states, rule, seeds, codes)
+        search_seeds(blocks, np.ones(C) if h is None else h, weighted, rule, seeds, codes)
         return seeds, codes
 
     return search

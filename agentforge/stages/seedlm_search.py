@@ -91,6 +91,9 @@ TILE = 64  # blocks that look at a chunk while it is in the cache
 SLACK = np.float32(1e-5)  # more than the rounding of float32 dot products of unit vectors, so that no seed is lost
 
 
+Rule = tuple[int, int, int, int]  # least and largest exponent, what is added to it, how far around it is searched
+
+
 class Tables(NamedTuple):
     """groups: float32[chunks, C, r * CHUNK], the common normals.  seeds: float32[chunks * CHUNK, g, D - r, C], the others.
     values: the cyclic sequence of U's entries, float64[N + ...], the i-th from the i-th state.  states: uint32[N], from
@@ -167,48 +170,26 @@ def reconstruct(  # pragma: no cover  (compiled)
 def _dots(  # pragma: no cover  (compiled)
     unit: np.ndarray, b: int, groups: np.ndarray, chunk: int, dots: np.ndarray
 ) -> None:
-    """dots = unit[b] @ groups[chunk]: eight rows of the table at a time, then four, then one; sums stay in registers.
+    """dots = unit[b] @ groups[chunk]: four rows of the table at a time, then one; sums stay in registers.
 
     The table is indexed and not sliced: a slice costs two atomic counts of references.
     """
-    n, C = len(dots), unit.shape[1]
-    c = 0
-    if C >= 8:
-        a0, a1, a2, a3 = unit[b, 0], unit[b, 1], unit[b, 2], unit[b, 3]
-        a4, a5, a6, a7 = unit[b, 4], unit[b, 5], unit[b, 6], unit[b, 7]
-        for i in range(n):
-            x = a0 * groups[chunk, 0, i] + a1 * groups[chunk, 1, i] + a2 * groups[chunk, 2, i] + a3 * groups[chunk, 3, i]
-            y = a4 * groups[chunk, 4, i] + a5 * groups[chunk, 5, i] + a6 * groups[chunk, 6, i] + a7 * groups[chunk, 7, i]
-            dots[i] = x + y
-        c = 8
-    else:
-        for i in range(n):
-            dots[i] = 0.0
-    while c < C:
-        if C - c >= 4:
-            a0, a1, a2, a3 = unit[b, c], unit[b, c + 1], unit[b, c + 2], unit[b, c + 3]
-            for i in range(n):
-                x = a0 * groups[chunk, c, i] + a1 * groups[chunk, c + 1, i]
-                dots[i] += x + (a2 * groups[chunk, c + 2, i] + a3 * groups[chunk, c + 3, i])
-            c += 4
-        else:
-            a0 = unit[b, c]
-            for i in range(n):
-                dots[i] += a0 * groups[chunk, c, i]
-            c += 1
+    C, fours = unit.shape[1], unit.shape[1] // 4 * 4
+    dots[:] = 0.0
+    for c in range(0, fours, 4):
+        a0, a1, a2, a3 = unit[b, c], unit[b, c + 1], unit[b, c + 2], unit[b, c + 3]
+        for i in range(len(dots)):
+            x = a0 * groups[chunk, c, i] + a1 * groups[chunk, c + 1, i]
+            dots[i] += x + (a2 * groups[chunk, c + 2, i] + a3 * groups[chunk, c + 3, i])
+    for c in range(fours, C):
+        a0 = unit[b, c]
+        for i in range(len(dots)):
+            dots[i] += a0 * groups[chunk, c, i]
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
 def search_seeds(  # pragma: no cover  (compiled)
-    blocks: np.ndarray,
-    h: np.ndarray,
-    groups: np.ndarray,
-    seed_normals: np.ndarray,
-    values: np.ndarray,
-    states: np.ndarray,
-    rule: tuple[int, int, int, int],
-    seeds: np.ndarray,
-    codes: np.ndarray,
+    blocks: np.ndarray, h: np.ndarray, tables: Tables, rule: Rule, seeds: np.ndarray, codes: np.ndarray
 ) -> None:
     """For every block the seed of least error sum_c h_c (w - U t)_c^2, lowest seed first; codes: exponent and q."""
     count = len(blocks)
@@ -223,7 +204,7 @@ def search_seeds(  # pragma: no cover  (compiled)
         limit = guess
         while left:
             some = again[:left]
-            _search_tile(blocks, some, limit, h, groups, seed_normals, values, states, rule, seeds, codes, errors)
+            _search_tile(blocks, some, limit, h, tables, rule, seeds, codes, errors)
             # Where nothing below the limit was found, the limit was too low.
             missed = 0
             for i in range(left):
@@ -244,11 +225,8 @@ def _search_tile(  # pragma: no cover  (compiled)
     which: np.ndarray,
     limit: float,
     h: np.ndarray,
-    groups: np.ndarray,
-    seed_normals: np.ndarray,
-    values: np.ndarray,
-    states: np.ndarray,
-    rule: tuple[int, int, int, int],
+    tables: Tables,
+    rule: Rule,
     seeds: np.ndarray,
     codes: np.ndarray,
     errors: np.ndarray,
@@ -256,6 +234,7 @@ def _search_tile(  # pragma: no cover  (compiled)
     """`search_seeds` for the blocks `which` whose relative squared error is at most `limit`; errors: what was reached."""
     n, C = len(which), blocks.shape[1]
     P = codes.shape[1] - 1
+    groups, normals, values, states = tables
     r = groups.shape[2] // CHUNK
     g = C - P - r + 1
     N = len(states)
@@ -289,7 +268,7 @@ def _search_tile(  # pragma: no cover  (compiled)
                     continue
                 group = chunk * CHUNK + i
                 for j in range(min(g, N - group * g)):
-                    if _beyond(unit, b, seed_normals, group, j, bound[i], cut):
+                    if _beyond(unit, b, normals, group, j, bound[i], cut):
                         continue
                     position = group * g + j
                     error = fit_seed(blocks[which[b]], h, values, position + 1, P, rule, fit) / square[b]
@@ -336,7 +315,7 @@ def _beyond(  # pragma: no cover  (compiled)
 
 @njit(nogil=True, cache=True)
 def fit_seed(  # pragma: no cover  (compiled)
-    w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: tuple[int, int, int, int], out: np.ndarray
+    w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: Rule, out: np.ndarray
 ) -> float:
     """Fit the coefficients of one seed, quantise them, and return the error; out: exponent and q."""
     C = len(w)

@@ -49,7 +49,8 @@ from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, power_of_two_exponent, times_power_of_two
 from .base import InputStatistics, Layer, Stage, register
 from .codebook import Codebook
-from .kmeans import CPU, kmeans
+from .gpu_search import CPU
+from .kmeans import kmeans
 from .propagation import add_product, gather, product, scatter, sweep_block, unit_factor
 
 PRESETS = {2: (6, 4096, 0), 3: (4, 4096, 0), 4: (6, 4096, 4096)}  # bits: v, k, residual (Tables 8 and 10)
@@ -543,6 +544,7 @@ def _sweep(
     n, padded = problem.weight.shape
     error = np.zeros((n, padded), np.float32) if before is None else before.error.copy()
     target = problem.weight.copy()
+    layer = problem.weight, problem.rows, coefficients, problem.scale, problem.inverse
     indices = []
     for i, (s, book) in enumerate(zip(segments, books, strict=True)):
         width = s.v // s.parts
@@ -557,23 +559,8 @@ def _sweep(
             until = first if before is None else n
             add_product(target[first:last], coefficients[:until, first:last], error[:until])
             mine = slice(first - s.first, last - s.first)
-            sweep_block(
-                first,
-                last,
-                problem.weight,
-                problem.rows,
-                coefficients,
-                problem.scale,
-                problem.inverse,
-                main,
-                residual,
-                (0,) * width,
-                keep,
-                found[0][mine],
-                found[1][mine],
-                target,
-                error,
-            )
+            chosen = found[0][mine], found[1][mine]
+            sweep_block(first, last, layer, (main, residual), (0,) * width, keep, chosen, target, error)
         indices.append(found[: len(book)])
     return Codes(indices, error, target)
 

@@ -27,7 +27,7 @@ from agentforge import evaluation, statistics
 from agentforge.audit import claims, record
 from agentforge.audit import workshop as shops
 from agentforge.audit.claims import Claim, ClaimsFile
-from agentforge.audit.probes import StageText, probe, run, share, short_text
+from agentforge.audit.probes import StageText, probe, run, share
 from agentforge.audit.workshop import Unmeasured, Workshop
 from agentforge.digits import data as digits_data
 from agentforge.errors import AgentForgeError
@@ -38,6 +38,7 @@ from agentforge.pipeline import compress
 from agentforge.training.phase import Phase
 
 from ..phase4_bitnet import training
+from ..phase4_bitnet.ternary import short_text
 from ..phase8_compression import chain, stages
 from . import paper, phase5
 from .documented import coder_of

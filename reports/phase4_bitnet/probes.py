@@ -9,9 +9,9 @@ from agentforge.audit.workshop import Workshop
 from agentforge.stages.ternary import zero_fraction
 
 from ..phase8_compression import dashboard
-from . import project, training
+from . import project, ternary, training
 
-__all__ = ["FIGURES", "dashboard", "project", "training"]
+__all__ = ["FIGURES", "dashboard", "project", "ternary", "training"]
 
 TAUS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8)
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from agentforge import stages
-from agentforge.audit.probes import Count, Positive, StageText, kept_in_16_bits, probe, ratio, share, whole_model
+from agentforge.audit.probes import Count, Positive, StageText, probe, ratio, share, whole_model
 from agentforge.audit.workshop import Workshop
 from agentforge.bits import stored_bytes
 from agentforge.evaluation import Measurement, intervals
@@ -24,6 +24,8 @@ from agentforge.planes import Packed, Plane
 from agentforge.stages import Stage, curves, seedlm_search
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.tensorfiles import write_tensors
+
+from ..phase4_bitnet.ternary import kept_in_16_bits
 
 Data = Literal["smooth", "weights"]
 ROWS = 64  # of a sampled matrix that slow probes look at

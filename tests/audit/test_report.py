@@ -29,7 +29,7 @@ from agentforge.audit.drawing import MARKS, SHAPES, is_own, measured_text, total
 from agentforge.audit.report import _Progress, render, reports_folder
 from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import AgentForgeError, BadInput
-from reports.phase4_bitnet import project
+from reports.phase4_bitnet import project, ternary
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -188,7 +188,7 @@ def test_code_agreement_and_zero_share_against_plain_torch(workshop: probes.Work
         total += w.numel()
     stage = "ternary:rule=threshold,tau=0.1"
     assert probes.zero_share(workshop, stage).value == pytest.approx(zeros / total, abs=1e-6)
-    agreement = probes.code_agreement(workshop, stage, "ternary:rule=absmean")
+    agreement = ternary.code_agreement(workshop, stage, "ternary:rule=absmean")
     assert agreement.value == pytest.approx(same / total, abs=1e-5)
     assert agreement.n == total
 
@@ -206,11 +206,11 @@ def test_ratio_and_bits_against_the_files(workshop: probes.Workshop) -> None:
 
 
 def test_exact_probes_on_ternary_weights(workshop: probes.Workshop) -> None:
-    assert probes.ternary_values(workshop, "ternary:rule=absmean").value == 1.0
-    assert probes.ternary_values(workshop, "rounding:bits=4,group=64").value < 0.5
-    assert 0 < probes.row_scale_error(workshop, "ternary:rule=threshold,tau=0.1").value < 2**-11
-    assert probes.kept_in_16_bits(workshop, "ternary:rule=absmean").value == 1.0
-    assert probes.perplexity_formula(workshop, tokens=63).value < 1e-5
+    assert ternary.ternary_values(workshop, "ternary:rule=absmean").value == 1.0
+    assert ternary.ternary_values(workshop, "rounding:bits=4,group=64").value < 0.5
+    assert 0 < ternary.row_scale_error(workshop, "ternary:rule=threshold,tau=0.1").value < 2**-11
+    assert ternary.kept_in_16_bits(workshop, "ternary:rule=absmean").value == 1.0
+    assert ternary.perplexity_formula(workshop, tokens=63).value < 1e-5
 
 
 def test_measuring_runs_each_probe_once_and_says_how_far_it_is(

@@ -22,6 +22,7 @@ from agentforge.errors import BadInput
 from agentforge.evaluation import evaluate_tasks, sandbox, taskfiles, tasks, texts
 from agentforge.evaluation.tasks import NO_SIGNAL, _result, _Run
 from agentforge.models import LanguageModel
+from reports.phase8_compression import suites
 
 WORDS = ("red", "green", "blue", "a dog", "the cat", "nothing", "seven", "a tree", "rain", "snow", "bread", "iron")
 ENDINGS = [[f"{WORDS[(i + j) % 12]} {'!' * (j % 2)}x" for j in range(4)] for i in range(12)]
@@ -657,16 +658,16 @@ def test_the_audit_says_which_suites_measure(
     tiny: LanguageModel, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("AGENTFORGE_DATA", str(folder))
-    found = probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["hellaswag", "arc_easy", "humaneval"]})
+    found = suites.suites_that_measure(shop(tiny, tmp_path), ["hellaswag", "arc_easy", "humaneval"])
     assert (found.value, found.n) == (pytest.approx(2 / 3), 3)
     assert found.protocol["lacking"] == {} and "--allow-generated-code" in found.protocol["untried"]["humaneval"]
     assert found.bounds == (pytest.approx(2 / 3), pytest.approx(1.0))  # nobody knows of the one that was not tried
     monkeypatch.setenv("AGENTFORGE_DATA", str(tmp_path))
     with pytest.raises(audit.Unmeasured, match="is neither in AGENTFORGE_DATA"):
-        probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["winogrande", "humaneval"]})
+        suites.suites_that_measure(shop(tiny, tmp_path), ["winogrande", "humaneval"])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(audit.Unmeasured, match="lm-eval"):
-        probes.run(shop(tiny, tmp_path), "suites_that_measure", {"tasks": ["hellaswag"]})
+        suites.suites_that_measure(shop(tiny, tmp_path), ["hellaswag"])
 
 
 def test_the_audit_measures_a_subject_on_a_suite(

@@ -442,28 +442,25 @@ def test_an_unknown_runtime_is_refused(artifact: Path) -> None:
         af.load(artifact, runtime="fast")
 
 
-class TestTriton:
-    """On a GPU where there is one, else in Triton's interpreter (conftest.py asks for it)."""
-
-    @pytest.mark.parametrize(("bias", "per_row"), [(False, False), (True, True)])
-    @pytest.mark.parametrize("tokens", [1, 3, 16, 35])
-    def test_results_are_those_of_the_cpu(self, tokens: int, bias: bool, per_row: bool) -> None:
-        pytest.importorskip("triton", reason="Triton is not installed: it is for Linux on x86-64")
-        from agentforge.runtime import ternary_triton
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        for rows, columns in [(1, 1), (70, 130), (17, 600)]:
-            layer = layer_of(rows, columns, bias, per_row)
-            x = torch.randn(tokens, columns)
-            x[-1, 0] = torch.nan
-            operands = [t.to(device) for t in (x, layer.packed, layer.scales, layer.biases)]
-            found = ternary_triton.product(*operands, rows).cpu()
-            expected = layer(x)
-            assert torch.equal(found.isnan(), expected.isnan())
-            if device == "cpu":
-                assert torch.equal(found.nan_to_num(), expected.nan_to_num())
-            else:
-                assert_equal(found, expected.double())
+@pytest.mark.parametrize(("bias", "per_row"), [(False, False), (True, True)])
+@pytest.mark.parametrize("tokens", [1, 3, 35])
+@pytest.mark.parametrize(("part", "exact"), [(1 << 24, 1 << 17), (1000, 1)])
+def test_results_elsewhere_are_those_of_the_cpu(
+    tokens: int, bias: bool, per_row: bool, part: int, exact: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU where there is one, else by the same code on the CPU."""
+    monkeypatch.setattr(linear, "PART", part)
+    monkeypatch.setattr(linear, "EXACT", exact)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for rows, columns in [(1, 1), (70, 130), (17, 600)]:
+        layer = layer_of(rows, columns, bias, per_row)
+        x = torch.randn(tokens, columns)
+        x[-1, 0] = torch.nan
+        operands = [t.to(device) for t in (x, layer.packed, layer.scales, layer.biases)]
+        found = linear.product_elsewhere(*operands, rows).cpu()
+        expected = layer(x)
+        assert torch.equal(found.isnan(), expected.isnan())
+        assert torch.equal(found.nan_to_num(), expected.nan_to_num())
 
 
 def test_packing_is_undone() -> None:
