@@ -111,10 +111,10 @@ class QuantisedModel(LanguageModel):
                 self._matrices[f"{stem}.weight"] = matrix, planes
             check_plain(self.entries)
             if not self._matrices:
-                raise BadInput("but no tensor is")
+                raise BadInput("config.json says so, but none of its tensors is")
         except BadInput as error:
             raise BadInput(
-                f"{path}: quantised by another tool ({method}): {error}; open the model it was made from"
+                f"{path}: already quantised by another tool ({method}): {error}; open the model it was made from"
             ) from None
         for weight, (matrix, planes) in self._matrices.items():
             self.entries[weight] = Entry(next(iter(planes.values()))[1].file, matrix.shape, torch.float32)
@@ -160,7 +160,7 @@ def _dequantised(name: str, matrix: Matrix, planes: dict[str, tuple[str, Entry]]
     except BadInput as error:
         file = next(iter(planes.values()))[1].file
         raise BadInput(
-            f"{file}: tensor {name}, quantised by another tool: {error}; open the model it was made from"
+            f"{file}: tensor {name}, already quantised by another tool: {error}; open the model it was made from"
         ) from None
 
 
@@ -332,7 +332,7 @@ def _compressed_tensors(said: dict[str, Any], module: Module) -> Matrix:
 
 def _decode_scaled(shape: tuple[int, int], block: tuple[int, int], bits: int, planes: Planes) -> torch.Tensor:
     packed, zeros = planes.get("weight_packed"), planes.get("weight_zero_point")
-    scales = next(planes[leaf] for leaf in ("weight_scale", "weight_scale_inv", "SCB") if leaf in planes)
+    scales = next(planes[leaf] for leaf in ("weight_scale", "weight_scale_inv") if leaf in planes)
     if packed is not None:
         values = _codes(packed, bits, shape[1]).float() - (1 << bits - 1)
         zeros = None if zeros is None else _codes(zeros.T, bits, shape[0]).T.float() - (1 << bits - 1)
@@ -367,16 +367,27 @@ def _fp8(said: dict[str, Any], module: Module) -> Matrix:
 
 
 def _bitsandbytes(said: dict[str, Any], module: Module) -> Matrix:
-    """LLM.int8: a byte per number and a maximum per row; nf4 and fp4: two codes per byte, the first in the high bits, and a
-    maximum per block of the flat matrix, which may be quantised again."""
-    if module.has("SCB"):
-        shape = module.shape("weight")
-        planes: Shapes = {"weight": (shape, INT8), "SCB": ((shape[0], 1), FLOATS)}
-        if module.has("weight_format"):
-            planes["weight_format"] = ((1,), UINT8)
-            if module.read("weight_format").tolist() != [0]:
-                raise BadInput(f"tensor {module.stem}.weight_format says that its rows are not in order")
-        return Matrix("8 bits" + UNROUNDED, shape, planes, partial(_decode_int8, shape))
+    return _int8(module) if module.has("SCB") else _four_bits(module)
+
+
+def _int8(module: Module) -> Matrix:
+    """LLM.int8: a byte per number and a maximum per row."""
+    shape = module.shape("weight")
+    planes: Shapes = {"weight": (shape, INT8), "SCB": ((shape[0], 1), FLOATS)}
+    if module.has("weight_format"):
+        planes["weight_format"] = ((1,), UINT8)
+        if module.read("weight_format").tolist() != [0]:
+            raise BadInput(f"tensor {module.stem}.weight_format says that its rows are not in order")
+    return Matrix("8 bits" + UNROUNDED, shape, planes, _decode_int8)
+
+
+def _decode_int8(planes: Planes) -> torch.Tensor:
+    return planes["weight"].float() * (planes["SCB"].float() / 127)
+
+
+def _four_bits(module: Module) -> Matrix:
+    """Two codes per byte, the first in the high bits, and a maximum per block of the flat matrix, which may be quantised,
+    too."""
     kinds = [kind for kind in ("nf4", "fp4") if module.has(f"weight.quant_state.bitsandbytes__{kind}")]
     if len(kinds) != 1:
         raise BadInput(f"tensor {module.stem}.weight.quant_state.bitsandbytes__nf4, or __fp4, is missing")
@@ -403,10 +414,6 @@ def _bitsandbytes(said: dict[str, Any], module: Module) -> Matrix:
         planes["weight.nested_quant_map"] = ((256,), FLOATS)
     decode = partial(_decode_4bit, (rows, columns), min(numbers[2], size), min(numbers[3], blocks), offset)
     return Matrix(kinds[0], (rows, columns), planes, decode)
-
-
-def _decode_int8(shape: tuple[int, int], planes: Planes) -> torch.Tensor:
-    return planes["weight"].float() * (planes["SCB"].float() / 127)
 
 
 def _decode_4bit(shape: tuple[int, int], block: int, nested: int, offset: float, planes: Planes) -> torch.Tensor:
