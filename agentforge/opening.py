@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -66,10 +67,13 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
     if name == "digits-mlp":
         return _open_folder(name, _digits())
     if path.is_file() and path.suffix == ".gguf":
-        digest = sha256_file(path)
-        return _open_folder(
-            path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", {"file": path.name, "sha256": digest})
-        )
+        from .gguf_import import parts_of
+
+        parts = parts_of(path)
+        hashes = [sha256_file(part) for part in parts]
+        digest = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        source = {"file": path.name, "sha256": digest, "bytes": sum(part.stat().st_size for part in parts)}
+        return _open_folder(path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", source))
     if path.is_dir():
         return _open_folder(path.resolve().name, path)
     if path.exists():
@@ -202,7 +206,7 @@ def _converted(gguf: Path, target: str, source: dict[str, Any]) -> Path:
         from .gguf_import import convert
 
         about = convert(gguf, folder)
-        return {"name": about["title"], "bytes": gguf.stat().st_size, **source, **about}
+        return {"name": about["title"], **source, **about}
 
     return _cached(target, make)
 

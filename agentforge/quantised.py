@@ -300,7 +300,10 @@ def _compressed_tensors(said: dict[str, Any], module: Module) -> Matrix:
     packed, kind = module.has("weight_packed"), said.get("format")
     if packed != (kind == "pack-quantized") or scheme.get("format") not in (None, kind):
         raise BadInput(f"format is {kind!a:.40}, tensors {module.stem}.* are of another")
-    bits = _number(weights, "num_bits", (4, 8) if packed else tuple(range(2, 9)))
+    floats = weights.get("type") == "float"
+    bits = _number(weights, "num_bits", (8,) if floats else (4, 8) if packed else tuple(range(2, 9)))
+    if packed and floats:
+        raise BadInput("its packed numbers are floats, which is not supported")
     planes: Shapes = {}
     if packed:
         shape = module.read("weight_shape").tolist()
@@ -311,7 +314,7 @@ def _compressed_tensors(said: dict[str, Any], module: Module) -> Matrix:
         planes["weight_shape"] = ((2,), (torch.int64, torch.int32))
     else:
         rows, columns = module.shape("weight")
-        planes["weight"] = ((rows, columns), FLOAT8[:1] if weights.get("type") == "float" else INT8)
+        planes["weight"] = ((rows, columns), FLOAT8[:1] if floats else INT8)
     strategy, block = weights.get("strategy"), weights.get("block_structure")
     if strategy is None:
         strategy = "tensor" if weights.get("group_size") is None else "channel" if weights["group_size"] == -1 else "group"
@@ -325,7 +328,7 @@ def _compressed_tensors(said: dict[str, Any], module: Module) -> Matrix:
         planes["weight_zero_point"] = ((_words(rows, bits), grid[1]), INT32) if packed else (grid, INT8)
     if module.has("weight_g_idx"):
         raise BadInput(f"tensor {module.stem}.weight_g_idx orders its columns, which is not supported")
-    name = "FP8" if weights.get("type") == "float" else f"{bits} bits"
+    name = "FP8" if floats else f"{bits} bits"
     decode = partial(_decode_scaled, (rows, columns), block, bits)
     return Matrix(name + UNROUNDED * (activations is not None), (rows, columns), planes, decode)
 

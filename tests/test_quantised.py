@@ -130,6 +130,44 @@ def test_a_module_of_mlx_may_have_its_own_bits(tmp_path: Path) -> None:
     assert mixed.source["precision"] == "dequantised mlx (4 bits and 6 bits)"
 
 
+@pytest.mark.parametrize(
+    ("name", "scheme", "said"),
+    [
+        (
+            "ct-int",
+            {"input_activations": {"num_bits": 8, "dynamic": False}},
+            "activations are rounded by scales from the file",
+        ),
+        ("ct-int", {"output_activations": {"num_bits": 8}}, "'output_activations' is"),
+        ("ct-pack-8", {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}, "packed numbers are floats"),
+        ("ct-pack-4", {"weights": {"num_bits": 4, "strategy": "token"}}, "'strategy' is 'token'"),
+    ],
+)
+def test_schemes_that_are_not_followed_are_refused(tmp_path: Path, name: str, scheme: dict[str, Any], said: str) -> None:
+    folder = shutil.copytree(DATA / name, tmp_path / "f")
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    config["config_groups"]["group_0"] |= scheme
+    configure(folder, quantization_config=config)
+    with pytest.raises(BadInput, match=said):
+        open_model(folder)
+    config["config_groups"]["group_1"] = {"weights": {"num_bits": 4}, "targets": ["Linear"]}
+    configure(folder, quantization_config=config)
+    with pytest.raises(BadInput, match=rf"{said}|several schemes"):
+        open_model(folder)
+
+
+@pytest.mark.parametrize("name", ["awq", "mlx-4"])
+def test_codes_of_zeros_are_a_matrix_of_zeros(tmp_path: Path, name: str) -> None:
+    folder = shutil.copytree(DATA / name, tmp_path / "f")
+    kept = {
+        n: t if t.is_floating_point() and "bias" not in n else torch.zeros_like(t)
+        for n, t in load_file(folder / "model.safetensors").items()
+    }
+    save_file(kept, folder / "model.safetensors")
+    opened = open_model(folder)
+    assert not any(opened.tensor(weight.name).any() for weight in opened.weights())
+
+
 def test_layers_of_gpt2_are_refused(tmp_path: Path) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
