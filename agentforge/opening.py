@@ -23,7 +23,7 @@ from . import digits
 from .artifact import Artifact
 from .errors import BadArtifact, BadInput
 from .models import SOURCE_FILE, BuiltModel, LanguageModel, cache_dir, first_line
-from .quantised import QuantisedModel, check_plain
+from .quantised import INSTEAD, QuantisedModel, check_plain
 from .tensorfiles import (
     Entry,
     check_files,
@@ -120,8 +120,7 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             check_plain(entries)
         except BadInput as error:
             raise BadInput(
-                f"{path}: already quantised by another tool, but config.json does not say how ({error}); "
-                "open the model it was made from"
+                f"{path}: already quantised by another tool, but config.json does not say how ({error}); {INSTEAD}"
             ) from None
         opened = LanguageModel(name, path, entries, source)
     if not opened.is_classifier:

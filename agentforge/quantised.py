@@ -109,13 +109,13 @@ class QuantisedModel(LanguageModel):
                 _check_planes(module, matrix)
                 planes = {leaf: (f"{stem}.{leaf}", self.entries.pop(f"{stem}.{leaf}")) for leaf in matrix.planes}
                 self._matrices[f"{stem}.weight"] = matrix, planes
+                if f"{stem}.weight" in self.entries:
+                    raise BadInput(f"tensor {stem}.weight is there quantised and as it is")
             check_plain(self.entries)
             if not self._matrices:
                 raise BadInput("config.json says so, but none of its tensors is")
         except BadInput as error:
-            raise BadInput(
-                f"{path}: already quantised by another tool ({method}): {error}; open the model it was made from"
-            ) from None
+            raise BadInput(f"{path}: already quantised by another tool ({method}): {error}; {INSTEAD}") from None
         for weight, (matrix, planes) in self._matrices.items():
             self.entries[weight] = Entry(next(iter(planes.values()))[1].file, matrix.shape, torch.float32)
         kinds = " and ".join(sorted({matrix.kind for matrix, _ in self._matrices.values()}))
@@ -159,9 +159,7 @@ def _dequantised(name: str, matrix: Matrix, planes: dict[str, tuple[str, Entry]]
         return matrix.decode(read).contiguous()
     except BadInput as error:
         file = next(iter(planes.values()))[1].file
-        raise BadInput(
-            f"{file}: tensor {name}, already quantised by another tool: {error}; open the model it was made from"
-        ) from None
+        raise BadInput(f"{file}: tensor {name}, already quantised by another tool: {error}; {INSTEAD}") from None
 
 
 def _check_settings(said: Mapping[str, Any], known: Mapping[str, Any]) -> None:

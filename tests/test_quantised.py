@@ -192,6 +192,7 @@ NF4 = "weight.quant_state.bitsandbytes__nf4"
 HUGE = b'{"quant_type": "nf4", "blocksize": 64, "shape": [2000000000, 2000000000]}'
 HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors] | dict[str, Any], str]] = {
     "no scales": ("gptq-4", without("scales"), "scales is missing"),
+    "the weight, too": ("gptq-4", lambda tensors: tensors | {f"{UP}.weight": torch.ones(128, 64)}, "quantised and as it is"),
     "no order": ("gptq-2-ordered", without("g_idx"), "g_idx is missing"),
     "zeros of another shape": ("gptq-4", changed("qzeros", lambda t: t[:, 1:]), r"\[2, 15\], expected int32\[2, 16\]"),
     "codes of another dtype": ("awq", changed("qweight", lambda t: t.long()), r"qweight is int64\[64, 16\], expected int32"),
