@@ -65,7 +65,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 
 def convert(source: Path, folder: Path) -> dict[str, Any]:
-    """Write `folder` (config.json, model.safetensors, tokenizer) from the GGUF file `source`.
+    """Write `folder` (config.json, model.safetensors, tokenizer) from the GGUF file `source`, or its parts.
 
     Quantised tensors become float32, exactly; float tensors keep their dtype.  Returns what the file says about itself:
     its name, licence and the quantisation of each kind of tensor.
@@ -81,7 +81,24 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
         raise BadInput(f"{source}: no readable GGUF file of a Llama ({type(error).__name__}: {said:.120})") from None
 
 
-def _convert(source: Path, folder: Path) -> dict[str, Any]:
+def parts_of(source: Path) -> list[Path]:
+    """The files of a model that was split, by the name of the first; of any other, itself.
+
+    Raises BadInput for a later part, and if one is missing.
+    """
+    match = re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.gguf", source.name)
+    if match is None:
+        return [source]
+    parts = [source.with_name(f"{match[1]}-{i:05}-of-{match[3]}.gguf") for i in range(1, int(match[3]) + 1)]
+    if source not in parts[:1]:
+        raise BadInput(f"{source}: is part {int(match[2])} of a file that was split into {len(parts)}; open the first part")
+    for part in parts:
+        if not part.is_file():
+            raise BadInput(f"{part}: is missing; fetch all parts into one folder")
+    return parts
+
+
+def _reader(source: Path) -> Any:
     from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):  # type: ignore[misc]
@@ -121,7 +138,15 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
             at = end
         return found, at - start
 
-    reader = Reader(source)
+    return Reader(source)
+
+
+def _convert(source: Path, folder: Path) -> dict[str, Any]:
+    from gguf import GGUFValueType
+
+    parts = parts_of(source)
+    readers = [_reader(part) for part in parts]
+    reader = readers[0]
 
     def field(key: str, default: Any = None) -> Any:
         found = reader.get_field(key)
@@ -134,34 +159,36 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
             return values if isinstance(values, list) else values.tolist()
         return found.contents()
 
+    for index, (part, one) in enumerate(zip(parts, readers, strict=True)):
+        number, count = (int(found.contents()) if (found := one.get_field(f"split.{key}")) else 0 for key in ("no", "count"))
+        if (number, max(count, 1)) != (index, len(parts)):
+            raise BadInput(
+                f"{part}: is part {number + 1} of a file that was split into {count}, by its name another; open the first "
+                "part under its own name, or join them (llama-gguf-split --merge)"
+            )
     architecture = field("general.architecture")
     if architecture != "llama":
         raise BadInput(
             f"{source}: architecture {architecture!r}; expected 'llama' (convert others to a Hugging Face folder)"
         )
-    parts = field("split.count", 0)
-    if parts > 1:
-        raise BadInput(
-            f"{source}: is part {field('split.no', 0) + 1} of a file that was split into {parts}; join them "
-            "(llama-gguf-split --merge) and open the whole"
-        )
-    end = reader.data_offset
-    for tensor in sorted(reader.tensors, key=lambda t: int(t.data_offset)):
-        start = int(tensor.data_offset)  # an offset of 2**64 - 32 wraps around to before the data
-        if start < end or (start - reader.data_offset) % reader.alignment:
-            raise BadInput(f"{source}: tensor {tensor.name!a:.80} overlaps another or is not aligned; fetch the file again")
-        end = start + int(tensor.n_bytes)
-    names = {tensor.name for tensor in reader.tensors}
+    for part, one in zip(parts, readers, strict=True):
+        end = one.data_offset
+        for tensor in sorted(one.tensors, key=lambda t: int(t.data_offset)):
+            start = int(tensor.data_offset)  # an offset of 2**64 - 32 wraps around to before the data
+            if start < end or (start - one.data_offset) % one.alignment:
+                raise BadInput(f"{part}: tensor {tensor.name!a:.80} overlaps another or is not aligned; fetch it again")
+            end = start + int(tensor.n_bytes)
+    tensors = sorted((tensor for one in readers for tensor in one.tensors), key=lambda t: t.name)
+    names = {tensor.name for tensor in tensors}
     if "rope_freqs.weight" in names:
         raise BadInput(
             f"{source}: scaled rotary embeddings (rope_freqs.weight) are not supported; use the safetensors model"
         )
-    config = _config(field, names, reader)
+    config = _config(field, names, tensors)
     _refuse_unknown(source, field, reader, config)
     layers = {int(match[1]) for name in names if (match := re.match(r"blk\.(\d+)\.", name))}
     if layers != set(range(len(layers))) or len(layers) != config["num_hidden_layers"]:
         raise BadInput(f"{source}: has {len(layers)} layers of tensors, its metadata say {config['num_hidden_layers']}")
-    tensors = sorted(reader.tensors, key=lambda t: t.name)
     targets = [(_hf_name(t.name, source), t) for t in tensors]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     folder.mkdir(parents=True, exist_ok=True)
@@ -179,10 +206,10 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def _config(field: Any, names: set[str], reader: Any) -> dict[str, Any]:
+def _config(field: Any, names: set[str], tensors: list[Any]) -> dict[str, Any]:
     """config.json of the same Llama."""
     hidden, heads = int(field("llama.embedding_length")), int(field("llama.attention.head_count"))
-    vocabulary = next(int(t.shape[1]) for t in reader.tensors if t.name == "token_embd.weight")
+    vocabulary = next(int(t.shape[1]) for t in tensors if t.name == "token_embd.weight")
     config: dict[str, Any] = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -44,6 +44,7 @@ SIDE_FILES = (
 UNMARKED = {"Llama4TextExperts": True, "JetMoeParallelExperts": False, "LongcatFlashExperts": False}
 IN_PLACE = ("rwkv",)  # model types whose modules change their own weights and states while they compute
 LOWEST = -1e8  # of a logit that says anything
+OF_QUANTISERS = ("quantize_config.json", "quant_config.json")  # lie beside weights, of which config.json says the same
 LABELS = 1_000_000  # of a classifier's head; transformers makes a name for each
 PATIENCE, SLOWEST = 20.0, 20_000  # a tokenizer's: seconds, and characters per second (they take 100,000 and more)
 
@@ -157,7 +158,7 @@ class LanguageModel:
         """
         found = {file for pattern in SIDE_FILES for file in self.path.glob(pattern)}
         checked = [plain_file(self.path, file.relative_to(self.path).as_posix()) for file in sorted(found)]
-        return [file for file in checked if file.is_file() and file.name not in (SOURCE_FILE, WEIGHTS_INDEX)]
+        return [file for file in checked if file.is_file() and file.name not in (SOURCE_FILE, WEIGHTS_INDEX, *OF_QUANTISERS)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -419,25 +420,30 @@ class LanguageModel:
 class BuiltModel(LanguageModel):
     """A model whose files name their tensors otherwise than its modules do: built first, then read from there."""
 
-    def __init__(self, name: str, path: Path, entries: dict[str, Entry], source: dict[str, Any]) -> None:
-        super().__init__(name, path, entries, source)
+    def __init__(self, opened: LanguageModel) -> None:
+        super().__init__(opened.name, opened.path, opened.entries, opened.source)
+        self.config, self.weight_files, self._opened = opened.config, opened.weight_files, opened
         module, _ = self.model, self.dtypes  # while `entries` are still those of the files
         self.entries = {}
         seen: set[int] = set()
         for key, tensor in module.state_dict().items():
             if tensor.data_ptr() not in seen:
-                self.entries[key] = Entry(path, tuple(tensor.shape), tensor.dtype)
+                self.entries[key] = Entry(self.path, tuple(tensor.shape), tensor.dtype)
             seen.add(tensor.data_ptr())
 
     @cached_property
     def model(self) -> Any:
-        """The torch module, built by transformers from the files themselves."""
+        """The torch module, built by transformers from the tensors as the files name them."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         try:
             with quiet_transformers():
                 built, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._hf_config)].from_pretrained(
-                    self.path, config=self._hf_config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                    None,
+                    config=self._hf_config,
+                    state_dict=self._opened.state_dict(),
+                    dtype=torch.float32,
+                    output_loading_info=True,
                 )
         except BadInput:
             raise

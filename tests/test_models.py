@@ -801,14 +801,24 @@ def test_gguf_rotary_embeddings_that_are_scaled_linearly_are_followed(
     assert not torch.allclose(found, logits(hf_llama), atol=1e-2)
 
 
-def test_a_part_of_a_gguf_file_is_told_from_a_whole(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
+def test_the_first_part_of_a_gguf_file_opens_all(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
     def split(writer: Any) -> None:
-        writer.add_uint16("split.no", 1)
-        writer.add_uint16("split.count", 3)
+        writer.split_max_tensors = 7
 
     write_gguf(tmp_path / "tiny.gguf", hf_llama, change=split)
-    with refused("is part 2 of a file that was split into 3", "llama-gguf-split --merge"):
-        open_model(tmp_path / "tiny.gguf")
+    first, second, third = sorted(tmp_path.glob("*.gguf"))
+    opened = open_model(first)
+    assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in hf_llama.state_dict().items())
+    assert opened.opened_bytes == sum(part.stat().st_size for part in (first, second, third))
+    with refused("is part 2 of a file that was split into 3; open the first part"):
+        open_model(second)
+    with refused("is part 2 of a file that was split into 3, by its name another"):
+        open_model(second.rename(tmp_path / "renamed.gguf"))
+    with refused("00002-of-00003.gguf: is missing; fetch all parts"):
+        open_model(first)
+    shutil.copy(third, second)
+    with refused("is part 3 of a file that was split into 3, by its name another"):
+        open_model(first)
 
 
 def test_an_artifact_is_held_against_the_file_that_the_user_has(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:
