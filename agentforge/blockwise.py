@@ -302,6 +302,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, about: tuple[nn.Module, _Gate, Any], kept: Spill, _: torch.Tensor, *floats: torch.Tensor) -> Any:
+        """What the unit gives; its inputs are kept, those that were computed on the disk."""
         ctx.about, call = about, about[2]
         wanted = ctx.needs_input_grad[3:]
         ctx.given = [kept.put(x.detach()) if want else x for x, want in zip(floats, wanted, strict=True)]
@@ -309,6 +310,7 @@ class _Again(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> Any:
+        """Gradients of the inputs, for those of the outputs."""
         unit, gate, call = ctx.about
         gate.enter(unit)
         given = [x().requires_grad_() if callable(x) else x for x in ctx.given]

@@ -54,9 +54,11 @@ class Module(NamedTuple):
     stored: Mapping[str, Entry]
 
     def has(self, leaf: str) -> bool:
+        """Whether there is a plane of this name."""
         return f"{self.stem}.{leaf}" in self.stored
 
     def entry(self, leaf: str) -> Entry:
+        """Where a plane lies.  Raises BadInput if it is missing."""
         if not self.has(leaf):
             raise BadInput(f"tensor {self.stem}.{leaf} is missing")
         return self.stored[f"{self.stem}.{leaf}"]

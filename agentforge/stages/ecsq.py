@@ -179,6 +179,7 @@ class _Sample(NamedTuple):
 
     @classmethod
     def of(cls, values: np.ndarray, stats: InputStatistics, plan: _Plan) -> _Sample:
+        """The rows that stand for `values`, float32[out, in]."""
         factor, of_rows, of_columns, rms = plan
         rows, columns = _steps(of_rows, of_columns, np.float32(1))
         squares = np.square(rows, dtype=np.float64)

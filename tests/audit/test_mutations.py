@@ -171,8 +171,9 @@ def padding_counted(measure: Any, losses: torch.Tensor, counts: torch.Tensor, *r
     return measure(losses, counts + 8, *rest)
 
 
-def shifted_targets(rows: Any, *args: Any) -> Any:
-    return ((logits, targets.roll(1)) for logits, targets in rows(*args))
+def shifted_targets(scored: Any, *args: Any) -> Any:
+    logits, targets = scored(*args)
+    return logits, targets.roll(1)
 
 
 def without_partner(register: Any, path: Path, *, uri: str, **more: Any) -> Any:
@@ -474,7 +475,7 @@ FAULTS: dict[str, Fault] = {
         wrapped(choices, "_run", lambda run, *args: [logs.roll(1, 0) for logs in run(*args)]),
         ("missing.phase5", "short.phase5"),
     ),
-    "perplexity: targets are off by one": Fault(wrapped(likelihood, "_rows", shifted_targets), ("phase4/red.perplexity",)),
+    "perplexity: targets are off by one": Fault(wrapped(likelihood, "_scored", shifted_targets), ("phase4/red.perplexity",)),
 }
 
 

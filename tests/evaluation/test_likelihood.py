@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from tqdm.auto import tqdm
 
 import agentforge
+from agentforge import blockwise
 from agentforge.errors import BadInput, Incomparable
 from agentforge.evaluation import Text, divergences, find_text, likelihood
 from agentforge.evaluation.likelihood import plan
@@ -446,11 +448,11 @@ def test_the_bar_is_silent_when_asked(tiny: LanguageModel, monkeypatch: pytest.M
     """tqdm draws nothing with disable=True, and with disable=None nothing but on a terminal."""
     seen: list[object] = []
 
-    def bar(windows: list[object], **settings: object) -> list[object]:
+    def bar(**settings: object) -> tqdm:
         seen.append(settings["disable"])
-        return windows
+        return tqdm(**{**settings, "disable": True})
 
-    monkeypatch.setattr(likelihood, "tqdm", bar)
+    monkeypatch.setattr(blockwise, "tqdm", bar)
     agentforge.perplexity(tiny, text_of(50), context=16, progress=progress)
     agentforge.divergence(tiny, tiny, text_of(50), context=16, progress=progress)
     assert seen == [None if progress else True] * 2
