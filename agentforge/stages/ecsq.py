@@ -233,9 +233,7 @@ def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> 
 
 @functools.lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
 def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    damped = hessian.to(torch.float64, copy=True).numpy()
-    damped[np.diag_indices(len(damped))] += damping * np.diag(damped).mean()
-    return unit_factor(damped)
+    return unit_factor(hessian.numpy(), damping)
 
 
 def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:

@@ -16,24 +16,30 @@ TILE = 576  # weights of a column that are worked on together: twelve such rows 
 FACTOR = 64  # rows of a factor that are found together
 
 
-def unit_factor(hessian: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unit_factor(hessian: np.ndarray, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """M, strictly upper triangular part only, float32[n, n], and D, float64[n], of H = M D M^T.
 
     Raises BadInput if H is not positive definite.
 
-    hessian: float[n, n], symmetric.  By Cholesky's method in double precision on H read from its end: with J the
-    reversal of order, J H J = U^T U gives H = (J U^T J)(J U^T J)^T, whose first factor is upper triangular.
+    hessian: float[n, n], symmetric.  damping: what is added to its diagonal, in units of the diagonal's mean.  By Cholesky's
+    method in double precision on H read from its end: with J the reversal of order, J H J = U^T U gives
+    H = (J U^T J)(J U^T J)^T, whose first factor is upper triangular.  In memory are 12 bytes * n^2.
     """
     upper = np.array(hessian[::-1, ::-1], np.float64, order="C")  # a copy always: it is worked on in place
+    if damping:
+        upper[np.diag_indices(len(upper))] += damping * np.diag(upper)[::-1].mean()
     for first in range(0, len(upper), FACTOR):
         last = min(first + FACTOR, len(upper))
         done = upper[:first]
         add_product(upper[first:last, first:], -done[:, first:last], np.ascontiguousarray(done[:, first:]))
         if not _eliminate(upper, first, last):
             raise BadInput("the statistics are not second moments (not positive definite); collect them again")
-    factor = np.triu(upper).T[::-1, ::-1]
-    roots = np.diag(factor)
-    return np.ascontiguousarray(np.triu(factor / roots, 1), np.float32), roots * roots
+    factor = upper.T[::-1, ::-1]
+    roots = np.diag(factor).copy()
+    unit = np.empty(upper.shape, np.float32)
+    for first in range(0, len(upper), FACTOR):
+        unit[first : first + FACTOR] = np.triu(factor[first : first + FACTOR] / roots, first + 1)
+    return unit, roots * roots
 
 
 @njit(nogil=True, cache=True)
