@@ -94,7 +94,9 @@ def parts_of(source: Path) -> list[Path]:
         raise BadInput(f"{source}: is part {int(match[2])} of a file that was split into {len(parts)}; open the first part")
     for part in parts:
         if not part.is_file():
-            raise BadInput(f"{part}: is missing; fetch all parts into one folder")
+            raise BadInput(
+                f"{source}: was split into {len(parts)}, of which {part.name} is missing; fetch all into one folder"
+            )
     return parts
 
 

@@ -158,7 +158,10 @@ def check_plain(entries: Mapping[str, Entry]) -> None:
 def _dequantised(name: str, matrix: Matrix, planes: dict[str, tuple[str, Entry]]) -> torch.Tensor:
     read = {leaf: read_tensor(*plane).reshape(matrix.planes[leaf][0]) for leaf, plane in planes.items()}
     try:
-        return matrix.decode(read).contiguous()
+        found = matrix.decode(read).contiguous()
+        if not found.any():  # what a download that broke off leaves
+            raise BadInput("its matrix holds nothing but zeros")
+        return found
     except BadInput as error:
         file = next(iter(planes.values()))[1].file
         raise BadInput(f"{file}: tensor {name}, already quantised by another tool: {error}; {INSTEAD}") from None

@@ -814,7 +814,7 @@ def test_the_first_part_of_a_gguf_file_opens_all(tmp_path: Path, fresh_cache: Pa
         open_model(second)
     with refused("is part 2 of a file that was split into 3, by its name another"):
         open_model(second.rename(tmp_path / "renamed.gguf"))
-    with refused("00002-of-00003.gguf: is missing; fetch all parts"):
+    with refused("is missing; fetch all into one folder"):
         open_model(first)
     shutil.copy(third, second)
     with refused("is part 3 of a file that was split into 3, by its name another"):
