@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import multiprocessing
+import shutil
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import architectures
 import numpy as np
 import pytest
 import torch
@@ -240,3 +245,65 @@ def test_a_fit_with_recovery_keeps_to_the_same_bits(tiny: LanguageModel, tmp_pat
     for budget, embeddings in ((Budget(bytes=100_000), None), (Budget(bits=3.0), "rounding")):
         with pytest.raises(BadInput, match="within a budget of bits"):
             fit(tiny, tmp_path / "no", budget, embeddings=embeddings, recovery=settings, **options)  # type: ignore[arg-type]
+
+
+def rows_of_unequal_size(seed: int) -> tuple[torch.Tensor, InputStatistics]:
+    """Correlated inputs; rows, columns and curvatures over two orders of magnitude, and an outlier."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.standard_normal((600, 256)) @ rng.standard_normal((256, 256)) * np.exp(rng.normal(0, 1, 256))
+    weight = rng.standard_normal((400, 256)) * np.exp(rng.normal(0, 1, (400, 1)))
+    weight[7, 11] *= 80
+    sensitivity = torch.from_numpy(np.exp(rng.normal(0, 1.5, 400))).float()
+    stats = InputStatistics(torch.from_numpy(inputs.T @ inputs / 600).float(), 600, sensitivity)
+    return torch.from_numpy(weight).float(), stats
+
+
+@pytest.mark.parametrize("step", [0.05, 0.3, 1.0, 1.7])
+def test_prices_are_about_what_encoding_costs(step: float) -> None:
+    weight, stats = rows_of_unequal_size(1)
+    stage = stages.get("ecsq", step=step)
+    packed = stage.encode(weight, stats)
+    size, lost, counted = stage.price(weight, stats, "w", {})
+    assert not counted
+    assert size == pytest.approx(sum(plane.stored().nbytes for plane in packed), rel=0.08)
+    assert lost == pytest.approx(damage(weight, stage.decode(packed), stats), rel=0.1)
+    with pytest.raises(BadInput, match="w: 1 NaN"):
+        stage.price(weight.index_fill(0, torch.tensor([3]), 1.0).put_(torch.tensor(0), torch.tensor(np.nan)), stats, "w", {})
+
+
+@pytest.fixture
+def broad(tmp_path: Path) -> LanguageModel:
+    """A model whose layers have more rows than a price is estimated from."""
+    return af.open_model(architectures.make("Llama", tmp_path / "broad", hidden_size=128, intermediate_size=192))
+
+
+def test_a_fit_is_the_same_however_it_is_run(broad: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one thread, by three, by other processes, and after a kill: the same bytes, within the budget."""
+    options = {"ladder": LADDER, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
+
+    def fresh(name: str, **more: Any) -> str:
+        monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / f"cache of {name}"))
+        made = fit(broad, tmp_path / name, Budget(bits=4.0), **options, **more)
+        assert 3.8 < made.bits <= 4.0
+        return made.artifact.sha256
+
+    expected = fresh("one", workers=1)
+    assert fresh("three", workers=3) == expected
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        assert fresh("processes", executor=pool) == expected
+    calls, encode = [], ECSQ._encode
+
+    def killed(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ECSQ, "_encode", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fresh("killed", workers=1)
+    assert fresh("killed", workers=1) == expected
+    fit(broad, tmp_path / "other", Budget(bits=3.0), **options)  # which leaves its counts in the same journal
+    shutil.rmtree(tmp_path / "killed")
+    assert fresh("killed") == expected
