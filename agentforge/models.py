@@ -211,7 +211,8 @@ class LanguageModel:
     @property
     def in_blocks(self) -> bool:
         """Whether the module can be built without its matrices, which are then read block by block."""
-        return "model" not in vars(self) and not self.is_classifier
+        kind = self.config.get("model_type")
+        return "model" not in vars(self) and not self.is_classifier and kind not in IN_PLACE
 
     def hollow(self) -> tuple[Any, list[str]]:
         """The module, and the names of its matrices that are not in memory: none if it was built before."""
