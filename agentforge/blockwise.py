@@ -53,11 +53,9 @@ class Passes:
         inside = {inner: block for block in self.blocks for inner in block.modules()}
         # What takes its turn, and the names of its matrices: blocks, and layers outside them.
         self._units: dict[nn.Module, list[str]] = {block: [] for block in self.blocks}
-        names = {self.module.get_parameter(name): name for name in hollow}
+        names = {self.module.get_parameter(name): name for name in hollow}  # a tied one has two owners
         for owner in self.module.modules():
-            own = [
-                names[tensor] for tensor in owner.parameters(recurse=False) if tensor in names
-            ]  # a tied one has two owners
+            own = [names[tensor] for tensor in owner.parameters(recurse=False) if tensor in names]
             if own and (owner in inside or not [*owner.children()]):
                 self._units.setdefault(inside.get(owner, owner), []).extend(own)
             else:  # of a module that is open while others are
@@ -108,7 +106,8 @@ class Passes:
                 stack.enter_context(unit.register_forward_pre_hook(lambda unit, _: gate.enter(unit)))
                 stack.enter_context(unit.register_forward_hook(lambda unit, *_: gate.leave(unit)))
                 if kept:
-                    stack.callback(setattr, unit, "forward", unit.forward)
+                    # Gone from the instance afterwards: a copy of the module would call what is bound to this one.
+                    stack.callback(vars(unit).pop, "forward")
                     unit.forward = partial(_recomputed, unit, unit.forward, gate, kept, unit in self.blocks)
             pool = stack.enter_context(ThreadPoolExecutor(max(len(inputs), 1)))
             stack.callback(gate.stop)

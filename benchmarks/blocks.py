@@ -19,11 +19,11 @@ from pathlib import Path
 import bench
 import streaming
 
-# hidden, ffn, gigabytes: the first two differ in blocks alone.
+# hidden, ffn, gigabytes.
 MODELS = {
-    "2048 wide, short": (2048, 5632, 0.4),
-    "2048 wide": (2048, 5632, 1.2),
     "1024 wide": (1024, 2816, 0.6),
+    "2048 wide, 4 blocks": (2048, 5632, 0.4),
+    "2048 wide, 12 blocks": (2048, 5632, 1.1),
     "1 B": (2048, 5632, 2.0),
 }
 TOKENS = 2044  # to measure on

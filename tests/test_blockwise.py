@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +75,17 @@ def test_gradients_are_those_of_the_whole_model(tiny_llama: Path) -> None:
             logits.backward(2 * logits.detach())
             return mine.found  # type: ignore[no-any-return]
 
-        for name in names:
-            layer = passes.module.get_submodule(name)
-            layer.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
-        return list(passes.map(work, WINDOWS, backward=backward))
+        with ExitStack() as stack:
+            for name in names:
+                layer = passes.module.get_submodule(name)
+                stack.enter_context(layer.register_forward_hook(lambda _, __, output, name=name: keep(name, output)))
+            return list(passes.map(work, WINDOWS, backward=backward))
 
     whole = open_model(tiny_llama)
     assert whole.model is not None
     expected, found = gradients(Passes(whole), False), gradients(Passes(open_model(tiny_llama)), True)
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(expected, gradients(Passes(whole), True), strict=True) for n in names)
+    assert not any("forward" in vars(module) for module in whole.model.modules())
     for one, other in zip(found, expected, strict=True):
         assert one.keys() == other.keys() == set(names)
         assert all(torch.equal(one[name], other[name]) for name in names)
