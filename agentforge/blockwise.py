@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -243,8 +244,14 @@ class Spill:
     """
 
     def __init__(self) -> None:
-        cache_dir().mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=cache_dir(), buffering=0)  # noqa: SIM115  (open while this object is)
+        # Not where temporary files are by default: that is often memory.
+        self._place = cache_dir()
+        try:
+            self._place.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=self._place, buffering=0)  # noqa: SIM115  (open while this object is)
+        except OSError:
+            self._place = Path(tempfile.gettempdir())
+            self._file = tempfile.TemporaryFile(dir=self._place, buffering=0)  # noqa: SIM115
         self._lock = threading.Lock()
 
     def __enter__(self) -> Spill:
@@ -262,7 +269,7 @@ class Spill:
                 while data:
                     data = data[self._file.write(data) :]
             except OSError as error:
-                raise BadInput(f"{cache_dir()}: cannot be written ({error.strerror}); make room there") from None
+                raise BadInput(f"{self._place}: cannot be written ({error.strerror}); make room there") from None
         return partial(self._get, start, tensor.shape, tensor.dtype)
 
     def _get(self, start: int, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:

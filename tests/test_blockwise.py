@@ -110,7 +110,7 @@ def test_an_error_in_one_window_ends_all_of_them(tiny_llama: Path) -> None:
 
     with pytest.raises(BadInput, match="window 0"):
         list(passes.map(fail, WINDOWS, workers=1))
-    assert threading.active_count() == threads and not resident(passes)
+    assert threading.active_count() <= threads and not resident(passes)
     assert len(list(passes.map(logits_of, WINDOWS))) == len(WINDOWS)  # and it can be used again
 
 
@@ -135,6 +135,9 @@ def test_what_waits_on_the_disk_comes_back(tmp_path: Path, monkeypatch: pytest.M
     assert not list((tmp_path / "cache").iterdir())  # nothing that a kill would leave behind
     for tensor, read in zip(tensors, waiting, strict=True):
         assert torch.equal(read(), tensor) and read().dtype == tensor.dtype
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / "file" / "cache"))  # which cannot be made
+    assert torch.equal(Spill().put(tensors[0])(), tensors[0])
     full = Spill()
     full._file = open("/dev/full", "r+b", buffering=0)  # noqa: SIM115
     with pytest.raises(BadInput, match="No space left"):
