@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from functools import partial
 from pathlib import Path
@@ -104,7 +104,8 @@ def compress(
         def load(weight: Weight) -> torch.Tensor:
             return weight.load().to(device_named(device))
 
-        layers = [stages.Layer(name, partial(load, touched[name]), known.get(name)) for name in names if name in touched]
+        # One after the other: each has its statistics in memory.
+        layers = (stages.Layer(name, partial(load, touched[name]), known.get(name)) for name in names if name in touched)
         shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
         common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
 
@@ -297,11 +298,12 @@ def _fill(
     return writer.finish(model, len(names))
 
 
-def _shared(writer: Writer, stage: stages.Stage, layers: list[stages.Layer], seed: int, fallback: bool) -> Path | None:
+def _shared(writer: Writer, stage: stages.Stage, layers: Iterable[stages.Layer], seed: int, fallback: bool) -> Path | None:
     """The file of the planes that the weights share, from an earlier run or fitted now; None for stages without any."""
     if not stage.shared_layout():
         return None
     if not writer.has("shared"):
+        layers = list(layers)
         sound = [layer for layer in layers if _sound(layer)]
         if len(sound) < (1 if fallback else len(layers)):
             # Behind a weight that is not finite, the statistics are not either: name the weight, if there is one.
