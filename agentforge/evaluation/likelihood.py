@@ -17,13 +17,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..blockwise import Passes, Spill, progress_bar
+from ..blockwise import Passes, progress_bar
 from ..errors import BadInput
 from ..models import LOWEST, LanguageModel
 from . import intervals
@@ -32,7 +32,7 @@ from .texts import Text, find_text
 
 Bos = Literal["none", "text", "window"]
 ROWS = 64  # positions whose distributions are in memory at once
-LOGITS = 1 << 30  # numbers that a model's answers to windows may have together: 4 GB
+LOGITS = 1 << 27  # numbers that a model's answers to windows may have together: 0.5 GB
 LEAST, MOST = 4, 32  # clusters of a measurement
 _CAUSAL: dict[str, bool] = {}
 
@@ -154,12 +154,8 @@ def compared(
     """What each model says of each window's scored tokens beside the original, float64[tokens, 6] per window: KL, same
     top-1, both models' losses, hits of both.  KL and top-1 are of the ids that both have, all else is of all ids."""
 
-    def keep(module: Any, window: Window) -> Callable[[], torch.Tensor]:
-        return spill.put(_scored(module, window)[0].cpu())
-
-    def beside(module: Any, both: tuple[Window, Callable[[], torch.Tensor]]) -> torch.Tensor:
-        logits, targets = _scored(module, both[0])
-        theirs = both[1]().to(logits.device)
+    def beside(module: Any, both: tuple[Window, tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        (theirs, targets), logits = both[1], _scored(module, both[0])[0]
         rows = []
         for before, after, ids in zip(*(x.split(ROWS) for x in (theirs, logits, targets)), strict=True):
             p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
@@ -179,16 +175,15 @@ def compared(
     parts: list[list[torch.Tensor]] = [[] for _ in models]
     with progress_bar(f"{names} against {original.name}" if progress else None, steps) as bar:
         for group in groups:
-            with Spill() as spill:
-                base = list(first.map(keep, group, bar, threads=0))
-                for one, of_windows in zip(passes, parts, strict=True):
-                    of_windows += one.map(beside, list(zip(group, base, strict=True)), bar, threads=0)
+            base = list(first.map(_scored, group, bar, threads=0))
+            for one, of_windows in zip(passes, parts, strict=True):
+                of_windows += one.map(beside, list(zip(group, base, strict=True)), bar, threads=0)
     return parts
 
 
 def _groups(model: LanguageModel, windows: list[Window]) -> list[list[Window]]:
-    """Windows that run at the same time: as many as have LOGITS numbers for answers, which wait on the disk, and one at
-    least.  Each group reads the weights once."""
+    """Windows that run at the same time: as many as have LOGITS numbers for answers, and one at least.  Each group reads the
+    weights once."""
     most = max(1, LOGITS // (max(len(window.ids) for window in windows) * (model.vocabulary or 1)))
     return [windows[i : i + most] for i in range(0, len(windows), most)]
 
