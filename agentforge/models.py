@@ -231,8 +231,9 @@ class LanguageModel:
 
         Raises BadInput if there is no such device.
         """
-        if device_named(device).type != "cpu" or "model" in vars(self):
-            self.model.to(device)
+        found = device_named(device)
+        if found.type != "cpu" or "model" in vars(self):
+            self.model.to(found)
         return self
 
     @cached_property

@@ -368,7 +368,7 @@ class Remembering(nn.Module):
         file = self.folder / f"{hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()}.pt"
         if not file.is_file():
             self.folder.mkdir(parents=True, exist_ok=True)
-            partial = self.folder / f"{os.getpid()}.partial"
+            partial = file.with_suffix(f".{os.getpid()}")  # windows run side by side
             torch.save(self.module(input_ids=input_ids, **options).logits, partial)
             partial.rename(file)
         return SimpleNamespace(logits=torch.load(file, weights_only=True, mmap=True))
