@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from threading import Lock, local
+from threading import Event, Lock, local
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from .stages.base import Stage
 TOKENS = 8192
 CONTEXT = 1024
 STRIPE = 192  # columns of second moments that are computed at once
-DRAWN = 128  # positions at which a token is drawn at once
 RECENT = 3  # distinct H in memory that were asked for last
 NO_GRADIENTS = (
     "{}: has no gradients, because it changes in place what they need; choose a stage without sensitivities, such as vptq"
@@ -141,6 +140,7 @@ def collect(
     quiet = {} if model.is_classifier else {"use_cache": False}  # nobody asks for keys and values again
     layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
     sums: dict[str, tuple[torch.Tensor, int]] = {}  # of the open block
+    generator, drawn = torch.Generator().manual_seed(0), [Event() for _ in range(backward)]
 
     def add(key: str, values: torch.Tensor) -> None:
         x = values.detach().reshape(-1, values.shape[-1]).to(torch.float32)
@@ -180,11 +180,19 @@ def collect(
     def run(_: Any, numbered: tuple[int, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         index, window = numbered
         mine.inputs, mine.sums, mine.squares = [], {}, {}
-        if index < backward:
-            return mine.squares, _go_back(model, module(window, **quiet), index)
-        with torch.no_grad():
-            body(window, **quiet)
-        return {}, 0
+        if index >= backward:
+            with torch.no_grad():
+                body(window, **quiet)
+            return {}, 0
+        try:
+            logits = _logits(module(window, **quiet))
+            if index:
+                drawn[index - 1].wait()  # it is ahead: windows pass each unit in their order
+            gradient = _score_of_drawn(model, logits, generator)
+        finally:
+            drawn[index].set()
+        _go_back(model, logits, gradient)
+        return mine.squares, len(gradient)
 
     def passed(_: Any) -> None:
         for key, (product, n) in mine.sums.items():
@@ -219,24 +227,28 @@ def collect(
     return found
 
 
-def _go_back(model: LanguageModel, output: Any, seed: int) -> int:
-    """Differentiate the scores of tokens drawn from what the model gave for a window; gives their number."""
+def _logits(output: Any) -> torch.Tensor:
+    """What the model says, float[tokens, vocabulary]."""
     logits = getattr(output, "logits", output)
-    logits = logits.reshape(-1, logits.shape[-1])
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
-        gradient = logits.to(torch.float32).softmax(-1)
-        for rows in gradient.split(DRAWN):
-            drawn = torch.multinomial(rows.cpu(), 1, generator=generator).to(rows.device)
-            rows.neg_().scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float32))  # of log p(drawn)
+    return logits.reshape(-1, logits.shape[-1])  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _score_of_drawn(model: LanguageModel, logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """The gradient of sum log p(y) in the logits, one y drawn per position: float32[tokens, vocabulary]."""
+    model.check_finite(logits.amax(-1))  # masked tokens may be at -inf
+    gradient = logits.to(torch.float32).softmax(-1)
+    y = torch.multinomial(gradient.cpu(), 1, generator=generator).to(logits.device)
+    return gradient.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=torch.float32))
+
+
+def _go_back(model: LanguageModel, logits: torch.Tensor, gradient: torch.Tensor) -> None:
     try:
         logits.backward(gradient.to(logits.dtype))
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
         raise BadInput(NO_GRADIENTS.format(model.name)) from None
-    return len(gradient)
 
 
 def _moments(x: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import architectures
 import pytest
 import torch
 
@@ -16,13 +15,14 @@ from agentforge.blockwise import Passes, Spill
 from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
 from agentforge.opening import open_model
+from tests.architectures import make
 
 WINDOWS = [torch.arange(i, i + 24)[None] % 60 for i in range(5)]
 
 
 @pytest.fixture(params=["GPT2", "Mamba", "Gemma3Text"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    return architectures.make(request.param, tmp_path / "model")
+    return make(request.param, tmp_path / "model")
 
 
 def logits_of(module: Any, ids: torch.Tensor) -> torch.Tensor:

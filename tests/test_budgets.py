@@ -104,6 +104,7 @@ def test_rows_of_another_protocol_and_failures_are_said_and_not_mixed_in(fit: Mo
         "Of reports/stages 1 row of other tokens or windows, left out.",
         "Not measured: GPTQ 3 (no wheel).",
     ]
+    assert "None was measured on these windows" in fit.report(rows, found, said)
 
 
 def test_models_of_no_bits_are_what_they_say(peers: ModuleType, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:

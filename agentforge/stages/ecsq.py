@@ -114,8 +114,8 @@ class ECSQ(Stage):
     def price(
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
     ) -> tuple[int, float, bool]:
-        """Bytes and damage, estimated from a sample of the rows if there are more than it has."""
-        if len(weight) <= SAMPLED or self.gains:
+        """Bytes and damage, estimated from a sample of the rows if that has at most half of them."""
+        if len(weight) < 2 * SAMPLED or self.gains:  # a sample would save less than half
             return super().price(weight, stats, name, scratch)
         key = f"ecsq {self.damping}"
         if key not in scratch:

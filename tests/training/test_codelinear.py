@@ -171,7 +171,7 @@ def test_a_fitted_model_recovers_within_its_bytes(fitted: Artifact, tiny_llama: 
         af.divergence(af.load(one.path), model, text=TEXT, context=32, tokens=200, progress=False).kl.value
         for one in (done.artifact, fitted)
     )
-    assert found < 0.9 * before
+    assert found < 0.8 * before
     assert found == pytest.approx(done.after.kl, rel=0.35)  # other windows of the same text
 
 

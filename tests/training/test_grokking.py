@@ -172,10 +172,29 @@ def test_verdicts(grokking: ModuleType) -> None:
     assert grokking.verdict([(3, 3)] * 4 + [(0, math.inf)]) == "no difference shown"
 
 
-def test_a_run_stops_at_the_goal(grokking: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("arm", [(0, 0), (1, 1), (2, 1)])
+def test_an_interrupted_run_comes_to_the_same(grokking: ModuleType, arm: tuple[int, int], tmp_path: Path) -> None:
+    recipe = a_recipe(grokking, grokking.PAIRS[arm[0]][arm[1]], 3, 130)
+    whole = grokking.run(recipe, tmp_path / "whole.pt")
+    parts = [grokking.run(recipe, tmp_path / "parts.pt", deadline=0.0) for _ in range(7)]
+    assert parts[:6] == [None] * 6  # stops at each look, every 20 steps; the cap ends the seventh
+    seconds = [row.pop("cpu_seconds_a_step") for row in (whole, parts[6])]
+    assert whole == parts[6] and min(seconds) > 0
+    assert len(whole["every_100_steps"]) == 1 and whole["steps"] is None and 0 <= whole["accuracy"] < 0.95
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_runs_state_is_not_taken(grokking: ModuleType, tmp_path: Path) -> None:
+    first, second = (a_recipe(grokking, grokking.PAIRS[0][0], seed, 40) for seed in (0, 1))
+    assert grokking.run(first, tmp_path / "state.pt", deadline=0.0) is None
+    mixed, alone = grokking.run(second, tmp_path / "state.pt"), grokking.run(second, tmp_path / "alone.pt")
+    assert {**mixed, "cpu_seconds_a_step": 0} == {**alone, "cpu_seconds_a_step": 0}
+
+
+def test_a_run_stops_at_the_goal(grokking: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = iter([0.1, 0.949, 0.95])
     monkeypatch.setattr(grokking, "accuracy", lambda *_: next(seen))
-    row = grokking.run(a_recipe(grokking, grokking.PAIRS[0][0], 0, 500))
+    row = grokking.run(a_recipe(grokking, grokking.PAIRS[0][0], 0, 500), tmp_path / "state.pt")
     assert row["steps"] == 60 and row["accuracy"] == 0.95
 
 
@@ -209,6 +228,16 @@ def test_runs_with_other_settings_are_kept_and_not_mixed_in(grokking: ModuleType
     assert "> 30" not in (tmp_path / "grokking.md").read_text(encoding="utf-8")
     grokking.main([*SMALL, "--out", str(tmp_path), "--report"])
     assert "> 30" in (tmp_path / "grokking.md").read_text(encoding="utf-8")
+
+
+def test_stops_in_time_and_goes_on(grokking: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*SMALL, "--out", str(tmp_path), "--only", "AdamW, wd"]
+    grokking.main([*arguments, "--seconds", "0"])
+    assert "out of time" in capsys.readouterr().err
+    assert (tmp_path / "unfinished.pt").is_file()
+    grokking.main(arguments)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["grokking.json", "grokking.md"]
+    assert len(json.loads((tmp_path / "grokking.json").read_text(encoding="utf-8"))) == 2
 
 
 def test_no_run_yet(grokking: ModuleType, tmp_path: Path) -> None:
