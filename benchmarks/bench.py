@@ -78,14 +78,15 @@ def say(text: str) -> None:
 def run(
     rows: list[Row],
     wanted: dict[str, Row],
-    measure: Callable[[str], Row],
+    measure: Callable[[str], Row | None],
     keep: Callable[[list[Row]], object],
     same: Callable[[Row], object] = lambda recipe: recipe,
     only: Sequence[str] = (),
 ) -> list[Row]:
     """Take what is missing of `wanted`, recipes by name, and `keep` all rows after each; a failed row is tried again.
 
-    A row replaces those whose recipe is the `same`.  Order: others, then as wanted.  only: how the names begin.
+    A row replaces those whose recipe is the `same`.  Order: others, then as wanted.  only: how the names begin.  The table
+    ends where `measure` gives None: its time is over.
     """
     order, failed = [same(recipe) for recipe in wanted.values()], []
     for name, recipe in wanted.items():
@@ -94,11 +95,15 @@ def run(
             continue
         say(f"{name} ...")
         try:
-            row = {"recipe": recipe, **measure(name)}
+            found = measure(name)
         except Exception as error:  # the other rows are taken all the same
             failed.append(f"{name}: {type(error).__name__}: {error}")
             say(failed[-1])
             continue
+        if found is None:
+            say("out of time; the same command goes on")
+            break
+        row = {"recipe": recipe, **found}
         rows = [r for r in rows if same(r["recipe"]) != same(recipe)] + [row]
         rows.sort(key=lambda r: order.index(same(r["recipe"])) if same(r["recipe"]) in order else -1)
         keep(rows)

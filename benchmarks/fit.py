@@ -1,10 +1,12 @@
 """What a budget of bits buys: `agentforge fit` against every single stage, common tools, and no model at all.
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--work FOLDER] [--out reports/fit]
+    python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8]
 
-Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; nothing is
-trained.  Rows of others are those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One
-table has one protocol: a row of other tokens or windows than the budgets' is left out, and counted.
+Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; --recover
+trains the codes for that many steps, and a training that was interrupted goes on with the same command.  Rows of others are
+those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has one protocol: a row
+of other tokens or windows than the budgets' is left out, and counted.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import shutil
 import tempfile
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +33,8 @@ from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED_TOKENS
 from agentforge.runtime import resident_bytes
 from agentforge.statistics import Calibration, collect
+from agentforge.training.recover import Settings, schedule
+from agentforge.training.student import MARGIN, SPAN
 
 BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
 # From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
@@ -65,15 +71,21 @@ def recipe(model: Any, bits: float, options: argparse.Namespace) -> Row:
     found = find_text(options.text)
     about = {"bits": bits, "model": model.fingerprint, "agentforge": __version__, "ladder": [s.step for s in LADDER]}
     about["text"] = [found.name, found.split, found.sha256]
-    return about | {"tokens": options.tokens, "context": model.sampled_context}
+    about |= {"tokens": options.tokens, "context": model.sampled_context}
+    return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
+
+
+def _recovery(options: argparse.Namespace) -> Settings:
+    return replace(Settings.of_codes(options.recover), batch=options.batch)
 
 
 def measure(model: Any, statistics: Any, bits: float, options: argparse.Namespace) -> Row:
     """Fit to one budget, in a folder of --work that is gone afterwards."""
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=options.work) as place:
+    start, place = time.perf_counter(), options.work / f"{bits:g}{'-recovered' if options.recover else ''}"
+    try:
         how = {"ladder": LADDER, "statistics": statistics, "text": options.text, "tokens": options.tokens}
-        found = fit(model, Path(place) / "fitted", Budget(bits=bits), **how)
+        how["recovery"] = _recovery(options) if options.recover else None
+        found = fit(model, place, Budget(bits=bits), overwrite=True, **how)
         artifact = found.artifact
         encoded = [(row, math.prod(row["shape"])) for row in artifact.rows if row["stage"]]
         chosen: dict[str, list[float]] = {}
@@ -85,7 +97,13 @@ def measure(model: Any, statistics: Any, bits: float, options: argparse.Namespac
         made["ratios"] = [ratio.to_json() for ratio in artifact.ratios]
         made["bits_by_layer"] = {kind: sum(found) / len(found) for kind, found in sorted(chosen.items())}
         made |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
+        if options.recover:
+            looks = bench.read(place / "history.json")["history"]
+            made["history"] = [{key: look[key] for key in ("step", "tokens", "kl", "stderr", "seconds")} for look in looks]
         return made | bench.to_json(found.measured)
+    finally:
+        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted continues from there
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _held(artifact: Artifact) -> int:
@@ -150,7 +168,8 @@ def _made(o: Other) -> list[str]:
 
 def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
     """The tables and what they say."""
-    rows = sorted(rows, key=lambda row: -row["bits"])
+    trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: -row["bits"])
+    rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
     first = rows[0]
     how, layers = first["kl"]["protocol"], first["bits_by_layer"]
     own = [Other("fit", f"fit to {row['recipe']['bits']:g} bits", row["bits"], row["held_bits"], row) for row in rows]
@@ -175,6 +194,10 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
 
         {bench.table(head, map(_budget, rows), "r")}
 
+        ## With recovery
+
+        {_recovered(rows, trained, found)}
+
         ## Against everything else
 
         {bench.bullets(verdicts(own, everything))}
@@ -198,6 +221,44 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
         {bench.table(" | ".join(["asked for", *layers]), by_layer, "r")}
     """
     return bench.page(text)
+
+
+def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
+    """What training the codes brought back, and which tools need more bits for it."""
+    if not trained:
+        return "None was measured on these windows, so none stands here: `python benchmarks/fit.py --recover 24` takes them."
+    before = {row["recipe"]["bits"]: bench.with_interval(row["kl"]) for row in rows}
+    tools = [o for o in found if o.kind not in ("single stage", "no model")]
+    cells, lines = [], []
+    for row in trained:
+        last, asked = row["history"][-1], row["recipe"]["bits"]
+        seen = [f"{asked:g}", f"{row['bits']:.3f}", f"{last['tokens']:,}", f"{last['seconds'] / 60:.0f}"]
+        cells.append([*seen, before.get(asked, "-"), *_kept(row)])
+        mine = Other("fit", "trained", row["bits"], None, row)
+        beaten = sorted((o for o in tools if o.bits > mine.bits and o.kl > mine.kl), key=lambda o: -o.bits)
+        ahead = min((o for o in tools if o.kl <= mine.kl), key=lambda o: o.bits, default=None)
+        below = "; ".join(map(str, beaten)) or "no tool of more bits"
+        text = f"{mine.bits:.2f} bits, trained, KL {mine.kl:.3g}: below {below}."
+        lines.append(f"{text} The tool of fewest bits that is better: {ahead or 'none'}.")
+    head = "asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept"
+    return f"""
+        Trained on selftext, by distillation from the original, are the norms, a gain per row (a half float, within the
+        same bits) and, straight through their rounding, the codes.  {"  ".join(dict.fromkeys(map(_travel, trained)))}
+
+        {bench.table(head, cells, "r")}
+
+        {bench.bullets(lines)}
+    """
+
+
+def _travel(row: Row) -> str:
+    """How far the codes of a row can have come."""
+    training = row["recipe"]["recovery"]
+    factors = (math.prod(schedule(step, training["steps"], training["warmup"])) for step in range(training["steps"]))
+    path = training["lr"] * SPAN * sum(factors)
+    text = f"In {training['steps']} steps the learning rates add up to {path:.2f} of a quantisation step; at the start no "
+    text += f"latent value is nearer than {MARGIN:g} to the border of its code"
+    return text + (": what is shown is the work of gains and norms." if path < MARGIN else ".")
 
 
 def verdicts(own: list[Other], everything: list[Other]) -> list[str]:
@@ -264,10 +325,17 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
         if not o.bits:
             axes.axhline(o.kl, color="black", lw=1.5, ls="--" if o.name == "uniform" else "-.", label=f"0 bits: {o.name}")
     ordered = sorted(rows, key=lambda row: row["bits"])
-    x, kl = [row["bits"] for row in ordered], [row["kl"] for row in ordered]
-    how = {"fmt": "r*-", "ms": 11, "capsize": 3, "label": "agentforge fit (bars: 95%)"}
-    axes.errorbar(x, [each["value"] for each in kl], bench.bars(kl), **how)
-    axes.plot(x, [row["predicted"] for row in ordered], "r:", label="agentforge fit, as it predicts itself")
+    plain = [row for row in ordered if "recovery" not in row["recipe"]]
+    trained = [row for row in ordered if "recovery" in row["recipe"]]
+    for some, style, label in (
+        (plain, "r*-", "agentforge fit (bars: 95%)"),
+        (trained, "mD-", "agentforge fit, then trained"),
+    ):
+        if some:
+            x, kl = [row["bits"] for row in some], [row["kl"] for row in some]
+            axes.errorbar(x, [each["value"] for each in kl], bench.bars(kl), fmt=style, ms=11, capsize=3, label=label)
+    predicted = [row["predicted"] for row in plain]
+    axes.plot([row["bits"] for row in plain], predicted, "r:", label="agentforge fit, as it predicts itself")
     axes.set(xscale="log", yscale="log", ylim=(least / 1.3, most))
     axes.set_xlabel("bits per weight of the linear layers, on disk", fontsize=12)
     axes.set_ylabel("KL from the original (nats per token)", fontsize=12)
@@ -282,6 +350,7 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     own = {"text": None, "tokens": SAMPLED_TOKENS, "bits": BITS, "work": Path(tempfile.gettempdir()) / "agentforge-fit"}
+    own |= {"recover": 0, "batch": 8}
     own |= {"stages": Path("reports/stages/stages.json"), "peers": Path("reports/fit/peers.json")}
     options = bench.options(arguments, __doc__, "reports/fit", model=bench.MODEL, **own)
     rows = bench.read(options.out / "fit.json")
@@ -297,7 +366,7 @@ def main(arguments: list[str] | None = None) -> None:
         def keep(rows: list[Row]) -> None:
             bench.save(options.out, {"fit.json": rows})
 
-        rows = bench.run(rows, wanted, take, keep, lambda recipe: recipe["bits"])
+        rows = bench.run(rows, wanted, take, keep, lambda recipe: (recipe["bits"], recipe.get("recovery")))
     rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
     found, said = others(options.stages, options.peers, protocol(rows[0]))
     bench.save(options.out, {"fit.md": report(rows, found, said), "fit.png": picture(rows, found)})

@@ -1,6 +1,6 @@
 """Does Grokfast's filter make a model grok sooner, at the same weight decay?
 
-    python benchmarks/grokking.py [--seeds 5] [--cap 6000] [--only PREFIX] [--out reports/grokking]
+    python benchmarks/grokking.py [--seeds 5] [--cap 6000] [--only PREFIX] [--seconds S] [--out reports/grokking]
 
 The task of the paper (arXiv 2405.20233, as its code has it): a b modulo 97 as the sequence a, *, b, =; a decoder of two
 layers; half of the 97 * 96 products to train on, the other half to validate on; batches of 512 (the last one of an epoch has
@@ -11,6 +11,7 @@ MuGrokfast decay the weights directly (decoupled); 1.0 is what Power et al. (arX
 
 A run that does not get there within the cap is censored: its steps are known to be more than the cap, and no more.  The
 table has the runs with these settings, the JSON file has all; a second call takes only the runs that are missing.
+After --seconds the run that is on its way is stored, and the next call continues with it, to the same result.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import statistics
@@ -184,8 +186,11 @@ def accuracy(model: nn.Module, table: torch.Tensor) -> float:
     return int(sum(right)) / table.shape[1]
 
 
-def run(recipe: Row) -> Row:
-    """One run.  steps: to 95% validation accuracy, None if the cap came first.  memorised: to 95% on the last batch."""
+def run(recipe: Row, unfinished: Path, deadline: float = math.inf) -> Row | None:
+    """One run; if `deadline` (of time.monotonic) comes first, None, and the file `unfinished` to continue from.
+
+    steps: to 95% validation accuracy, None if the cap came first.  memorised: to 95% on the last batch.
+    """
     arm, seed, cap = Arm(**recipe["arm"]), recipe["seed"], recipe["cap"]
     train, validation = products(seed, recipe["p"])
     with torch.random.fork_rng(devices=[]):
@@ -194,8 +199,14 @@ def run(recipe: Row) -> Row:
     optimizer = optimizer_of(arm, model)
     schedule = LambdaLR(optimizer, lambda taken: min(1.0, taken / WARMUP))
     row: Row = {"steps": None, "memorised": None, "accuracy": 0.0, "cpu_seconds_a_step": 0.0, "every_100_steps": []}
-    seconds, start = 0.0, time.process_time()
-    for taken, (a, b, product) in zip(range(1, cap + 1), batches(train, seed), strict=False):
+    done, seconds = 0, 0.0
+    saved = torch.load(unfinished) if unfinished.is_file() else {}
+    if saved.get("recipe") == recipe:
+        row, done, seconds = saved["row"], saved["done"], saved["seconds"]
+        for part, state in zip((model, optimizer, schedule), saved["states"], strict=True):
+            part.load_state_dict(state)
+    start = time.process_time()
+    for taken, (a, b, product) in enumerate(itertools.islice(batches(train, seed), done, cap), start=done + 1):
         logits = model(a, b)
         optimizer.zero_grad()
         F.cross_entropy(logits, product).backward()
@@ -212,7 +223,14 @@ def run(recipe: Row) -> Row:
         if row["accuracy"] >= GOAL:
             row["steps"] = taken
             break
+        if time.monotonic() > deadline and taken < cap:
+            states = [part.state_dict() for part in (model, optimizer, schedule)]
+            kept = {"recipe": recipe, "row": row, "done": taken, "seconds": seconds, "states": states}
+            unfinished.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(kept, unfinished)
+            return None
         start = time.process_time()
+    unfinished.unlink(missing_ok=True)
     sources = [Path(__file__), Path(inspect.getsourcefile(mugrokfast) or "")]
     hashes = {source.name: hashlib.sha256(source.read_bytes()).hexdigest() for source in sources}
     return {**row, "sources_sha256": hashes, "environment": environment()}
@@ -350,7 +368,9 @@ def _interval(values: list[Range], digits: int) -> str:
 
 
 def options_of(arguments: list[str] | None) -> argparse.Namespace:
-    return bench.options(arguments, __doc__, "reports/grokking", seeds=5, cap=6000, p=P, width=WIDTH, only=[])
+    return bench.options(
+        arguments, __doc__, "reports/grokking", seeds=5, cap=6000, p=P, width=WIDTH, only=[], seconds=math.inf
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -364,8 +384,13 @@ def main(arguments: list[str] | None = None) -> None:
 
     pairs = [(arm, seed) for group in ORDER for seed in range(options.seeds) for arm in group]
     wanted = {f"{arm}, seed {seed}": recipe(arm, seed, options) for arm, seed in pairs}
+    unfinished, deadline = options.out / "unfinished.pt", time.monotonic() + options.seconds
+
+    def take(name: str) -> Row | None:
+        return run(wanted[name], unfinished, deadline)
+
     rows = bench.read(options.out / "grokking.json")
-    write(rows if options.report else bench.run(rows, wanted, lambda name: run(wanted[name]), write, only=options.only))
+    write(rows if options.report else bench.run(rows, wanted, take, write, only=options.only))
 
 
 if __name__ == "__main__":
