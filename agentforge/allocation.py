@@ -45,7 +45,7 @@ from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, check_work
 from .opening import load, open_model
 from .pipeline import compress
 from .stages.base import damage as damage
-from .statistics import Calibration, InputStatistics, collect
+from .statistics import Calibration, Collected, collect
 
 if TYPE_CHECKING:
     from .training.recover import Settings
@@ -122,7 +122,7 @@ class Fit(NamedTuple):
 
 def candidates(
     model: LanguageModel,
-    statistics: Mapping[str, InputStatistics],
+    statistics: Collected,
     calibration: Calibration,
     ladder: Sequence[stages.Stage] = LADDER,
     *,
@@ -146,13 +146,13 @@ def candidates(
     device_named(device)
     journal = _journal(model, calibration, ladder)
     found: dict[str, list[tuple[int, float, bool]]] = _read_lines(journal)
-    weights = [w for w in model.weights() if w.name in statistics and statistics[w.name].sensitivity is not None]
+    weights = [weight for weight in model.weights() if weight.name in statistics.sensitivities]
     todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
     journal.parent.mkdir(parents=True, exist_ok=True)
     bar = _bar("candidates", len(weights), len(weights) - len(todo), progress)
-    about: dict[str, Any] = {"stage": ladder[0], "seed": 0, "device": device, "fallback": False}
     tasks = (
-        partial(price_tensor, Task.of(w, model.reader(w.name), statistics[w.name], **about), tuple(ladder)) for w in todo
+        partial(price_tensor, Task.of(w, model.reader(w.name), statistics[w.name], stage=ladder[0], device=device), ladder)
+        for w in todo
     )
     with bar, open(journal, "a", encoding="utf-8") as lines:
         for weight, rows in zip(todo, results(tasks, executor, workers), strict=True):
@@ -238,7 +238,7 @@ def fit(
     ladder: Sequence[stages.Stage] = LADDER,
     embeddings: stages.Stage | str | None = None,
     calibration: Calibration | None = None,
-    statistics: Mapping[str, InputStatistics] | None = None,
+    statistics: Collected | None = None,
     recovery: Settings | None = None,
     text: str | Text | None = None,
     tokens: int = SAMPLED_TOKENS,
@@ -333,9 +333,10 @@ class _Search(NamedTuple):
 
     def chosen(self, plane_bytes: int) -> dict[str, Candidate]:
         """The allocation for so many bytes, counted ones: what was estimated is encoded, until nothing else is chosen."""
+        weights = [weight for weight in self.model.weights() if weight.name in self.options]
         while True:
             found = allocate(self.options, plane_bytes)
-            todo = [weight for weight in self.model.weights() if weight.name in found and not found[weight.name].counted]
+            todo = [weight for weight in weights if not found[weight.name].counted]
             if not todo:
                 return found
             keys = {w.name: f"{w.name} {self.options[w.name].index(found[w.name])}" for w in todo}
@@ -356,8 +357,8 @@ class _Search(NamedTuple):
                 options[options.index(found[name])] = found[name]._replace(bytes=self.counted[key], counted=True)
 
     def _task(self, weight: Weight, stage: stages.Stage) -> Task:
-        about = {"stage": stage, "seed": 0, "device": self.device, "fallback": False}
-        return Task.of(weight, self.model.reader(weight.name), self.settings["statistics"][weight.name], **about)
+        statistics = self.settings["statistics"][weight.name]
+        return Task.of(weight, self.model.reader(weight.name), statistics, stage=stage, device=self.device)
 
     def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
         waiting = [self.spill.put(torch.from_numpy(np.require(plane.data, requirements="W"))) for plane in encoded.planes]

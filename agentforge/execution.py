@@ -11,7 +11,7 @@ import gc
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -45,9 +45,9 @@ class Task(NamedTuple):
     read: Callable[[], torch.Tensor]
     transposed: bool
     stage: stages.Stage
-    seed: int
-    device: str
-    fallback: bool
+    seed: int = 0
+    device: str = "cpu"
+    fallback: bool = False
     hessian: np.ndarray | None = None
     tokens: int = 0
     sensitivity: np.ndarray | None = None
@@ -110,7 +110,7 @@ def encode_tensor(task: Task) -> Encoded | str:
     return "; ".join(reasons)
 
 
-def price_tensor(task: Task, ladder: tuple[stages.Stage, ...]) -> list[tuple[int, float, bool]]:
+def price_tensor(task: Task, ladder: Sequence[stages.Stage]) -> list[tuple[int, float, bool]]:
     """What `Stage.price` says of a weight, for each stage of `ladder`.
 
     Raises BadInput as `encode_tensor` does, without a fallback.
@@ -144,31 +144,22 @@ def tasks_at_once(executor: Executor | None, workers: int | None) -> int:
     return workers or os.cpu_count() or 1
 
 
-@contextlib.contextmanager
-def executor_or_threads(executor: Executor | None, threads: int) -> Iterator[Executor]:
-    """The executor, which stays open, or threads of this process; tasks that have not begun are dropped after an error."""
-    if executor:
-        yield executor
-        return
-    pool = ThreadPoolExecutor(threads)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def results(tasks: Iterator[Callable[[], R]], executor: Executor | None, workers: int | None) -> Iterator[R]:
     """What the tasks give, in their order, by the executor or by threads; a task is made when it can begin soon."""
     most = tasks_at_once(executor, workers)
     running: deque[Future[R]] = deque()
-    with executor_or_threads(executor, most) as pool:
-        while True:
-            running.extend(pool.submit(task) for task in islice(tasks, most - len(running)))
-            if not running:
-                return
-            with failures_of(executor):
-                result = running.popleft().result()
-            yield result
+    with contextlib.nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
+        try:
+            while True:
+                running.extend(pool.submit(task) for task in islice(tasks, most - len(running)))
+                if not running:
+                    return
+                with failures_of(executor):
+                    result = running.popleft().result()
+                yield result
+        finally:
+            for future in running:
+                future.cancel()
 
 
 @contextlib.contextmanager

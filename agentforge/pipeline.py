@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,7 +18,7 @@ from tqdm.auto import tqdm
 from . import stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
 from .errors import BadInput
-from .execution import Task, encode_tensor, executor_or_threads, failures_of, is_finite, tasks_at_once
+from .execution import Task, encode_tensor, failures_of, is_finite, tasks_at_once
 from .folders import check_out
 from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
@@ -115,7 +117,10 @@ def compress(
 
         reasons = {**dict.fromkeys(names, "no stage was chosen for it"), **model.kept(embeddings)}
         title = f"{_names(plan)}: {model.name}" if progress else None
-        keep = partial(_as_it_is, model, reasons)
+
+        def keep(name: str) -> tuple[torch.Tensor, str]:
+            return model.tensor(name), reasons[name]
+
         return _fill(writer, model, names, touched, work, keep, title, workers, executor, ready or {})
 
 
@@ -138,10 +143,6 @@ def _plan(
     if not stage:
         raise BadInput(f"{model.name}: no weight has a stage; name at least one")
     return {name: stage[name] for name in names if name in stage}
-
-
-def _as_it_is(model: LanguageModel, reasons: Mapping[str, str], name: str) -> tuple[torch.Tensor, str]:
-    return model.tensor(name), reasons[name]
 
 
 def _names(plan: Mapping[str, stages.Stage]) -> str:
@@ -251,7 +252,7 @@ def _fill(
     title: str | None,
     workers: int | None = None,
     executor: Executor | None = None,
-    ready: Mapping[str, Callable[[], Encoded]] | None = None,
+    ready: Mapping[str, Callable[[], Encoded]] = MappingProxyType({}),
 ) -> Artifact:
     """Write the tensors of these names that the writer has not finished yet, in this order, and finish the artifact.
 
@@ -267,12 +268,12 @@ def _fill(
     running, held = dict[Future[Encoded | str], tuple[int, str]](), 0
     start = len(names) - len(todo)
     bar = tqdm(total=len(names), initial=start, unit="tensor", leave=False, desc=title, disable=None if title else True)
-    with bar, executor_or_threads(executor, most) as pool:
+    with bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
         try:
             while todo or running:
                 while todo and len(running) < most and held + sizes[todo[0][1]] <= limit:
                     index, name = todo.popleft()
-                    if ready and name in ready:
+                    if name in ready:
                         writer.put_encoded(index, weights[name], ready[name]())
                         bar.update()
                     elif name in touched:

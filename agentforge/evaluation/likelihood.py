@@ -160,12 +160,13 @@ def compared(
         for before, after, ids in zip(*(x.split(ROWS) for x in (theirs, logits, targets)), strict=True):
             p, q = before.float().log_softmax(-1), after.float().log_softmax(-1)
             losses, base = (-x.gather(-1, ids.unsqueeze(-1)).squeeze(-1) for x in (q, p))
-            right, right_before = (x.argmax(-1) == ids for x in (q, p))
+            top, mine = p.argmax(-1), q.argmax(-1)
+            right, right_before = mine == ids, top == ids
             if p.shape != q.shape:  # from the logits: beside a very large one nothing is left of the others in p
                 width = min(p.shape[-1], q.shape[-1])
                 p, q = (x[:, :width].float().log_softmax(-1) for x in (before, after))
-            same = p.argmax(-1) == q.argmax(-1)
-            columns = (relative_entropy(p, q), same, losses, base, right, right_before)
+                top, mine = p.argmax(-1), q.argmax(-1)
+            columns = (relative_entropy(p, q), top == mine, losses, base, right, right_before)
             rows.append(torch.stack([column.double() for column in columns], 1))
         return torch.cat(rows)
 

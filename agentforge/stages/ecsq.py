@@ -121,9 +121,10 @@ class ECSQ(Stage):
         if key not in scratch:
             scratch[key] = _Sample.of(self._checked(weight, stats, name).numpy(), stats, self._plan(weight.numpy(), stats))
         sample: _Sample = scratch[key]
-        step = np.float32(min(self.step * sample.rms, FLOAT32_MAX))
-        rows, columns = _steps(sample.of_rows, sample.of_columns, step)
-        codes = _quantise(sample.values, sample.factor, rows, columns, self.rounding)
+        factor, of_rows, of_columns, rms = sample.plan
+        step = np.float32(min(self.step * rms, FLOAT32_MAX))
+        rows, columns = _steps(of_rows, of_columns, step)
+        codes = _quantise(sample.values, factor, rows, columns, self.rounding)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
@@ -163,16 +164,13 @@ class _Sample(NamedTuple):
     A row's bits depend on how large its values are beside its step, as does its damage in units of that step: all rows are
     sorted by that, and of each of `SAMPLED` parts one row is taken.
 
-    values: float32[in, rows].  factor, of_rows, of_columns, rms: as in `_Plan`, of_rows of these rows.  shares: what a row's
-    error counts for, its whole part with it.  largest: value of the weight in units of its step, for a step of 1.  beside:
-    bytes of the planes that are no codes.
+    values: float32[in, rows].  plan: of the weight, exponents of these rows alone.  shares: what a row's error counts for,
+    its whole part with it.  largest: value of the weight in units of its step, for a step of 1.  beside: bytes of the planes
+    that are no codes.
     """
 
     values: np.ndarray
-    factor: np.ndarray
-    of_rows: np.ndarray
-    of_columns: np.ndarray
-    rms: float
+    plan: _Plan
     shares: np.ndarray
     largest: float
     beside: int
@@ -180,8 +178,7 @@ class _Sample(NamedTuple):
     @classmethod
     def of(cls, values: np.ndarray, stats: InputStatistics, plan: _Plan) -> _Sample:
         """The rows that stand for `values`, float32[out, in]."""
-        factor, of_rows, of_columns, rms = plan
-        rows, columns = _steps(of_rows, of_columns, np.float32(1))
+        rows, columns = _steps(plan.of_rows, plan.of_columns, np.float32(1))
         squares = np.square(rows, dtype=np.float64)
         loudness = np.square(values, dtype=np.float64).mean(1) / squares
         parts = np.array_split(np.argsort(loudness, kind="stable"), SAMPLED)
@@ -189,12 +186,10 @@ class _Sample(NamedTuple):
         weights = squares if stats.sensitivity is None else squares * stats.sensitivity.double().numpy()
         shares = np.array([weights[part].sum() for part in parts]) / squares[some]
         largest = float((np.abs(values / columns).max(1) / rows).max())
-        planes = (
-            Plane(name, torch.from_numpy(plane), "~uint8") for name, plane in (("rows", of_rows), ("columns", of_columns))
-        )
-        beside = sum(plane.stored().nbytes for plane in planes) + 4
+        exponents = (Plane("", torch.from_numpy(plane), "~uint8") for plane in (plan.of_rows, plan.of_columns))
+        beside = sum(plane.stored().nbytes for plane in exponents) + 4
         chosen = np.ascontiguousarray(values[some].T)
-        return cls(chosen, factor, of_rows[some], of_columns, rms, shares, largest, beside)
+        return cls(chosen, plan._replace(of_rows=plan.of_rows[some]), shares, largest, beside)
 
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
