@@ -44,6 +44,7 @@ from .folders import check_out, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress
+from .stages.base import InputStatistics
 from .stages.base import damage as damage
 from .statistics import Calibration, Collected, collect
 
@@ -122,7 +123,7 @@ class Fit(NamedTuple):
 
 def candidates(
     model: LanguageModel,
-    statistics: Collected,
+    statistics: Mapping[str, InputStatistics],
     calibration: Calibration,
     ladder: Sequence[stages.Stage] = LADDER,
     *,
@@ -146,7 +147,8 @@ def candidates(
     device_named(device)
     journal = _journal(model, calibration, ladder)
     found: dict[str, list[tuple[int, float, bool]]] = _read_lines(journal)
-    weights = [weight for weight in model.weights() if weight.name in statistics.sensitivities]
+    priced = statistics.sensitivities if isinstance(statistics, Collected) else statistics  # without reading every H
+    weights = [weight for weight in model.weights() if weight.name in priced]
     todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
     journal.parent.mkdir(parents=True, exist_ok=True)
     bar = _bar("candidates", len(weights), len(weights) - len(todo), progress)
