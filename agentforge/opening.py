@@ -20,6 +20,8 @@ from typing import Any
 import torch
 
 from . import digits
+from .adapters import INSTEAD as MERGE_FIRST
+from .adapters import SETTINGS, AdapterModel
 from .artifact import Artifact
 from .errors import BadArtifact, BadInput
 from .models import SOURCE_FILE, BuiltModel, LanguageModel, cache_dir, first_line
@@ -86,12 +88,8 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
 
 
 def _open_folder(name: str, path: Path) -> LanguageModel:
-    if (path / "adapter_config.json").is_file():
-        base = read_json(plain_file(path, "adapter_config.json")).get("base_model_name_or_path")
-        raise BadInput(
-            f"{path}: holds an adapter (PEFT) for {str(base)!a:.120}, not a model; merge it into that one first "
-            "(peft: merge_and_unload, save_pretrained)"
-        )
+    if (path / SETTINGS).is_file():
+        return AdapterModel(path, _base_of(path))
     if not (path / "config.json").is_file():
         raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
     config = read_json(plain_file(path, "config.json"))
@@ -138,6 +136,22 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             if same and torch.equal(opened.tensor(kept), opened.tensor(tensor)):
                 del entries[tensor]
     return opened
+
+
+def _base_of(path: Path) -> LanguageModel:
+    """The model that the adapter in `path` was trained on, if it is here: nothing is fetched because a file says so."""
+    from huggingface_hub import snapshot_download
+
+    name = read_json(plain_file(path, SETTINGS)).get("base_model_name_or_path")
+    refusal = f"{path}: holds an adapter (PEFT) for {str(name)!a:.120}, not a model; {MERGE_FIRST}"
+    if not isinstance(name, str) or (path / "config.json").is_file():
+        raise BadInput(refusal)
+    if name in NAMED or (Path(name).is_dir() and not (Path(name) / SETTINGS).is_file()):
+        return open_model(name)
+    try:
+        return _open_folder(name, Path(snapshot_download(name, local_files_only=True)))
+    except Exception:  # whatever the hub's library says of a name that is none, or not in its cache
+        raise BadInput(f"{refusal}, or fetch that one") from None
 
 
 def _smollm2() -> Path:

@@ -4,7 +4,7 @@
 
 Makes Llamas of random half floats, and runs both commands on each by the command line, in processes of their own.  The
 weights mean nothing, and so do the divergences; bytes, seconds and memory depend on shapes alone.  Peak is the most resident
-memory of the process as the kernel counts it.  The whole needs ten GB of disk, and an hour of two cores.
+memory of the process as the kernel counts it.  The whole needs 30 GB of disk, and two hours of two cores.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ MODELS = {
     "2048 wide, 4 blocks": (2048, 5632, 0.4),
     "2048 wide, 12 blocks": (2048, 5632, 1.1),
     "1 B": (2048, 5632, 2.0),
+    "3 B": (2048, 5632, 6.0),
 }
 TOKENS = 2044  # to measure on
 COLUMNS = (

@@ -12,7 +12,7 @@ LAYERS = (
     ("errors", "version", "escaping", "schemas", "digits"),
     ("bits", "entropy", "planes", "tensorfiles", "folders", "yamlfiles"),
     ("stages",),
-    ("models", "quantised", "gguf_import"),
+    ("models", "quantised", "adapters", "gguf_import"),
     ("artifact",),
     ("runtime",),
     ("opening",),
