@@ -36,6 +36,7 @@ Notice = Callable[[nn.Module], None]
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 OWN_BLOCK = 4 << 20  # bytes from which a block is returned as soon as it is freed
+TRIM = 8  # units after which smaller ones are: each time costs page faults
 
 
 class Passes:
@@ -47,7 +48,7 @@ class Passes:
 
     def __init__(self, model: LanguageModel) -> None:
         self.module, hollow = model.hollow()
-        self._model, self._mine = model, threading.local()
+        self._model, self._mine, self._turns = model, threading.local(), 0
         lists = [inner for inner in self.module.modules() if isinstance(inner, nn.ModuleList)]
         nested = {inner for outer in lists for inner in list(outer.modules())[1:]}
         self.blocks = [block for outer in lists if outer not in nested for block in outer]
@@ -122,6 +123,9 @@ class Passes:
     def _turn(self, unit: nn.Module, over: bool = False) -> None:
         """Read the unit's matrices; over: give their memory back."""
         self._fill(self._units[unit], over)
+        self._turns += over
+        if over and self._turns % TRIM == 0:
+            give_back_freed_memory()
 
     def _fill(self, names: list[str], hollow: bool = False) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -287,14 +291,18 @@ def _recomputed(
 ) -> Any:
     """The unit's output, from which gradients flow back without anything but its inputs having been kept."""
     leaves, spec = _pytree.tree_flatten((args, kwargs))
-    floats = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    floats = [leaves[i] for i in places]
     if not torch.is_grad_enabled() or not (is_block or any(leaf.requires_grad for leaf in floats)):
         return forward(*args, **kwargs)
+    for i in places:  # what `call` refers to stays in memory until the way back
+        leaves[i] = None
     shape: list[Any] = []
 
     def call(given: Sequence[torch.Tensor]) -> tuple[Any, ...]:
-        rest = iter(given)
-        these = [next(rest) if any(leaf is one for one in floats) else leaf for leaf in leaves]
+        these = list(leaves)
+        for i, one in zip(places, given, strict=True):
+            these[i] = one
         args, kwargs = _pytree.tree_unflatten(these, spec)
         found, shape[:] = (lambda flat: (flat[0], [flat[1]]))(_pytree.tree_flatten(forward(*args, **kwargs)))
         return tuple(found)
@@ -338,7 +346,7 @@ def give_back_freed_memory() -> None:
 
     glibc raises the size from which it asks the system for a block of its own up to 32 MB, and serves smaller ones from
     heaps of each thread.  Freed ones become holes there, and holes side by side even take in the largest tensors, which then
-    stay resident: without this, memory grows for as long as there are tensors.
+    stay resident: without this, memory grows with every block that is read, whatever its size.
     """
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim") and hasattr(library, "mallopt"):  # other C libraries have neither

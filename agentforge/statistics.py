@@ -188,11 +188,13 @@ def collect(
             logits = _logits(module(window, **quiet))
             if index:
                 drawn[index - 1].wait()  # it is ahead: windows pass each unit in their order
-            gradient = _score_of_drawn(model, logits, generator)
+            score = [_score_of_drawn(model, logits, generator)]
         finally:
             drawn[index].set()
-        _go_back(model, logits, gradient)
-        return mine.squares, len(gradient)
+        count, start = len(logits), _Start.apply(logits, score)  # type: ignore[no-untyped-call]
+        del logits
+        _go_back(model, start)
+        return mine.squares, count
 
     def passed(_: Any) -> None:
         for key, (product, n) in mine.sums.items():
@@ -242,9 +244,24 @@ def _score_of_drawn(model: LanguageModel, logits: torch.Tensor, generator: torch
     return gradient.neg_().scatter_add_(1, y, torch.ones_like(y, dtype=torch.float32))
 
 
-def _go_back(model: LanguageModel, logits: torch.Tensor, gradient: torch.Tensor) -> None:
+class _Start(torch.autograd.Function):
+    """Where a way back begins: neither the logits nor their gradient, the largest tensors of all, stay in memory for it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, score: list[torch.Tensor]) -> torch.Tensor:
+        """Nothing.  score: the gradient, which is taken out of the list when it is asked for."""
+        ctx.score, ctx.dtype = score, logits.dtype
+        return logits.new_zeros(())
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor) -> Any:
+        """The gradient of the logits."""
+        return ctx.score.pop().to(ctx.dtype), None
+
+
+def _go_back(model: LanguageModel, start: torch.Tensor) -> None:
     try:
-        logits.backward(gradient.to(logits.dtype))
+        start.backward()
     except RuntimeError as error:
         if "inplace operation" not in str(error):
             raise
