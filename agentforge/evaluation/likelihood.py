@@ -179,6 +179,7 @@ def compared(
             base = list(first.map(_scored, group, bar, threads=0))
             for one, of_windows in zip(passes, parts, strict=True):
                 of_windows += one.map(beside, list(zip(group, base, strict=True)), bar, threads=0)
+            del base  # before the next ones are there
     return parts
 
 
