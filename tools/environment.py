@@ -201,7 +201,7 @@ def text() -> str:
     ]
     for name, found in pins().items():
         for pin in found:
-            if name != "pip" and (not CUDA.match(name) or name == "triton"):
+            if name != "pip" and not CUDA.match(name):
                 line = f"{pin.name}=={pin.version}"
                 lines.append(f'      - "{line} ; {pin.marker}"' if pin.marker else f"      - {line}")
     return "\n".join(lines) + "\n"
