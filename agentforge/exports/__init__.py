@@ -11,6 +11,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,6 +47,7 @@ FOLDERS: dict[str, tuple[Any, Any, bool]] = {
     "vptq": (vptq, vptq_config, False),
 }
 TO = ("gguf", *FOLDERS)
+ONE_DTYPE = ("gptq", "bitnet", "vptq")  # of which transformers leaves what is not quantised in the dtype that the file has
 
 
 class Exported(NamedTuple):
@@ -120,7 +122,7 @@ def _file(artifact: Artifact, model: ArtifactModel, out: Path) -> Exported:
 
 def _folder(artifact: Artifact, model: ArtifactModel, to: str, out: Path) -> Exported:
     planes_of, config_of, embeddings = FOLDERS[to]
-    tensors, floats = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
+    plain, tensors, floats = dict[str, torch.Tensor](), dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     said, kinds, loose = dict[str, dict[str, Any]](), Counter[str](), dict[str, int]()
     linear = {weight.name for weight in model.weights(embeddings=True) if weight.module == "Linear"}
     kept = [] if "lm_head.weight" in model.entries else ["lm_head"]
@@ -128,7 +130,7 @@ def _folder(artifact: Artifact, model: ArtifactModel, to: str, out: Path) -> Exp
         name, stem = row["name"], row["name"].removesuffix(".weight")
         kinds[to if row["stage"] else row["dtype"]] += 1
         if isinstance(packed, torch.Tensor):
-            tensors[name] = packed
+            plain[name] = packed
             kept += [stem] if name in linear else []
             continue
         planes, said[stem] = planes_of(name, stages.from_json(row["stage"]), packed)
@@ -139,10 +141,14 @@ def _folder(artifact: Artifact, model: ArtifactModel, to: str, out: Path) -> Exp
                 plane = halves(name, plane)
             (floats if plane.dtype is torch.float32 else tensors)[f"{stem}.{leaf}"] = plane
     narrow = all(map(fits_halves, floats.values()))  # what runtimes like best, if it loses nothing
-    tensors |= {name: plane.half() if narrow else plane for name, plane in floats.items()}
+    tensors |= plain | {name: plane.half() if narrow else plane for name, plane in floats.items()}
     if not said:
         raise BadInput(f"{artifact.path}: none of its tensors is encoded, so that there is nothing to export to {to}")
     config = {**artifact.plain_config, **config_of(said, kept)}
+    if to in ONE_DTYPE and plain:
+        dtype = reduce(torch.promote_types, (tensor.dtype for tensor in plain.values()))
+        tensors |= {name: tensor.to(dtype) for name, tensor in plain.items()}
+        config["dtype"] = str(dtype).removeprefix("torch.")
     with made_of(artifact, out) as (folder, done):
         about = {"format": "mlx" if to == "mlx" else "pt", "agentforge.manifest_sha256": artifact.sha256}
         write_tensors(folder / "model.safetensors", dict(sorted(tensors.items())), about)
@@ -154,8 +160,10 @@ def _folder(artifact: Artifact, model: ArtifactModel, to: str, out: Path) -> Exp
 
 
 def _encoded(artifact: Artifact, model: ArtifactModel, embeddings: bool) -> Iterator[tuple[dict[str, Any], Any]]:
-    """Each row and its planes, or the tensor that was kept.  Raises BadInput for a row that is encoded and not the matrix of a
-    linear layer, or of an embedding if these are allowed."""
+    """Each row and its planes, or the tensor that was kept.
+
+    Raises BadInput for an encoded one that is no matrix of a linear layer, or of an embedding if these are allowed.
+    """
     modules = {weight.name: weight.module for weight in model.weights(embeddings=True)}
     allowed = ("Linear", "Embedding") if embeddings else ("Linear",)
     for row in artifact.rows:

@@ -46,8 +46,8 @@ from ..stages.ternary import Ternary
 from .grids import Grid, halves, refused
 
 HOLDS = (
-    "GGUF holds rounding of 2 to 5 bits, and symmetric of up to 8, in groups of a multiple of 32, and ternary weights in rows "
-    "of a multiple of 32: compress with --stage rounding:bits=4,group=32"
+    "GGUF holds rounding of 2 to 5 bits, and symmetric of up to 8, in groups of a multiple of 32, and ternary weights in "
+    "rows of a multiple of 32: compress with --stage rounding:bits=4,group=32"
 )
 NORMAL_TOKEN, UNKNOWN_TOKEN, UNUSED_TOKEN, BYTE_TOKEN = 1, 2, 5, 6
 LLAMA_3 = (  # how Llama 3 splits text, which llama.cpp knows as "llama-bpe"
