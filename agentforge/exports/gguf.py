@@ -50,9 +50,14 @@ HOLDS = (
     "rows of a multiple of 32: compress with --stage rounding:bits=4,group=32"
 )
 NORMAL_TOKEN, UNKNOWN_TOKEN, UNUSED_TOKEN, BYTE_TOKEN = 1, 2, 5, 6
-LLAMA_3 = (  # how Llama 3 splits text, which llama.cpp knows as "llama-bpe"
+LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+RULES = {  # how text is split before it is merged, as llama.cpp calls it: of each step what it is, and what it splits at
+    "gpt-2": [("ByteLevel", True)],
+    "smollm": [("Digits", True), ("ByteLevel", True)],
+    "llama-bpe": [("Split", LLAMA_3), ("ByteLevel", False)],
+}
 PROBE = "Hello, world! It's 3.14 or 2024; naïve café, 東京 🙂\n\n\tdef f(x):\r\n    return 'x'  # done\u00a0..."
 Named = tuple[str, torch.Tensor | Grid]
 
@@ -133,9 +138,9 @@ def reopened(path: Path, model: LanguageModel) -> Callable[[str], torch.Tensor]:
     """
     reader, heads = reader_of(path), _heads(model)
     same = tokenizer_of(path, metadata_of(path, reader))
-    texts = [PROBE, *(f" {token} " for token in model.tokenizer.all_special_tokens)]
+    texts = [PROBE, *model.tokenizer.all_special_tokens]
     if odd := [text for text in texts if same(text)["input_ids"] != model.tokenizer(text)["input_ids"]]:
-        raise BadInput(f"{model.path}: its tokenizer splits {odd[0][:20]!r} in a way that a GGUF file has no name for")
+        raise BadInput(f"{model.path}: its tokenizer splits {odd[0][:20]!r} in another way once it is in a GGUF file")
     tensors = {hf_name(tensor.name, path): tensor for tensor in reader.tensors}
     return lambda name: dequantised(name, tensors[name], heads)
 
@@ -194,16 +199,22 @@ def _configuration(writer: Any, model: LanguageModel) -> None:
 def _tokenizer(writer: Any, model: LanguageModel) -> None:
     """The vocabulary, how it is merged, and the name of the rule that splits text before.
 
-    Raises BadInput for a tokenizer of another kind than byte-level BPE and SentencePiece's BPE.
+    Raises BadInput for a tokenizer that is none of `RULES`, and not SentencePiece's BPE.
     """
     tokenizer = model.tokenizer
     said: Any = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {"model": {"type": "slow"}}
-    bpe, before = said["model"], json.dumps(said.get("pre_tokenizer"))
+    bpe, before = said["model"], said.get("pre_tokenizer") or {"type": None}
+    steps = [
+        (step["type"], step.get("individual_digits", step.get("pattern", {}).get("Regex", step.get("use_regex", True))))
+        for step in before.get("pretokenizers", [before])
+    ]
     pieces = bool(bpe.get("byte_fallback"))
-    rule = "llama-bpe" if LLAMA_3 in before else "smollm" if '"Digits"' in before else "gpt-2"
-    if bpe["type"] != "BPE" or not (pieces or "ByteLevel" in before):
-        known = "byte-level BPE and SentencePiece's are"
-        raise BadInput(f"{model.path}: its tokenizer is of another kind than GGUF files are written with: {known}")
+    rule = "default" if pieces else next((name for name, known in RULES.items() if steps == known), None)
+    if not bpe.get("merges") and steps[-1][0] == "ByteLevel":
+        rule = "gpt-2"  # a token per byte, however text is split
+    if bpe["type"] != "BPE" or rule is None:
+        known = f"SentencePiece's BPE, and byte-level BPE that splits as {', '.join(RULES)} do"
+        raise BadInput(f"{model.path}: its tokenizer is of a kind that no name in a GGUF file stands for; known are {known}")
     size = model.entries["model.embed_tokens.weight"].shape[0]
     names = {i: token for token, i in tokenizer.get_vocab().items()}
     if max(names) >= size:
@@ -212,7 +223,7 @@ def _tokenizer(writer: Any, model: LanguageModel) -> None:
     kinds = [added.get(i, NORMAL_TOKEN) if i in names else UNUSED_TOKEN for i in range(size)]
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in bpe["merges"]]
     writer.add_tokenizer_model("llama" if pieces else "gpt2")
-    writer.add_tokenizer_pre("default" if pieces else rule)
+    writer.add_tokenizer_pre(rule)
     writer.add_token_list([names.get(i, f"[PAD{i}]") for i in range(size)])
     if pieces:  # merged by the scores of what comes out: the earlier a merge, the higher
         ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges)))}

@@ -77,7 +77,7 @@ def halves(name: str, floats: torch.Tensor) -> torch.Tensor:
     half = floats.to(torch.float16)
     if not torch.isfinite(half).all():
         raise BadInput(
-            f"tensor {name} has scales up to {float(floats.abs().max()):.3g}, beyond float16; nothing else can hold it"
+            f"tensor {name} has scales up to {float(floats.abs().max()):.3g}; the format has them in float16, up to 65504"
         )
     return half
 
