@@ -59,7 +59,6 @@ RULES = {  # how text is split before it is merged, as llama.cpp calls it: of ea
     "llama-bpe": [("Split", LLAMA_3), ("ByteLevel", False)],
 }
 PROBE = "Hello, world! It's 3.14 or 2024; naïve café, 東京 🙂\n\n\tdef f(x):\r\n    return 'x'  # done\u00a0..."
-Named = tuple[str, torch.Tensor | Grid]
 
 
 def blocks(name: str, grid: Grid) -> tuple[str, np.ndarray]:
@@ -103,9 +102,10 @@ def write(
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    heads = _heads(model)
+    config = model.skeleton().config  # with what config.json leaves to defaults
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     writer, kinds, most = GGUFWriter(path, "llama"), dict[str, str](), Counter[str]()
-    _configuration(writer, model)
+    _configuration(writer, model, config)
     _tokenizer(writer, model)
     for name, value in tensors:
         if isinstance(value, Grid):
@@ -136,19 +136,15 @@ def reopened(path: Path, model: LanguageModel) -> Callable[[str], torch.Tensor]:
 
     Raises BadInput if the tokenizer in the file is not the model's.
     """
-    reader, heads = reader_of(path), _heads(model)
-    same = tokenizer_of(path, metadata_of(path, reader))
+    reader = reader_of(path)
+    field = metadata_of(path, reader)
+    heads = {"q_proj": field("llama.attention.head_count"), "k_proj": field("llama.attention.head_count_kv")}
+    same = tokenizer_of(path, field)
     texts = [PROBE, *model.tokenizer.all_special_tokens]
     if odd := [text for text in texts if same(text)["input_ids"] != model.tokenizer(text)["input_ids"]]:
         raise BadInput(f"{model.path}: its tokenizer splits {odd[0][:20]!r} in another way once it is in a GGUF file")
     tensors = {hf_name(tensor.name, path): tensor for tensor in reader.tensors}
     return lambda name: dequantised(name, tensors[name], heads)
-
-
-def _heads(model: LanguageModel) -> dict[str, int]:
-    config: Any = model.config
-    heads = config["num_attention_heads"]
-    return {"q_proj": heads, "k_proj": config.get("num_key_value_heads") or heads}
 
 
 def _gguf_name(name: str) -> str:
@@ -162,36 +158,31 @@ def _gguf_name(name: str) -> str:
     raise refused(name, "not part of a plain Llama", "GGUF files are written of those alone")
 
 
-def _configuration(writer: Any, model: LanguageModel) -> None:
-    config: Any = model.config
-    rope: Any = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+def _configuration(writer: Any, model: LanguageModel, config: Any) -> None:
+    rope = config.rope_parameters
     for what, found, known in (
-        ("model_type", config.get("model_type"), ("llama",)),
-        ("hidden_act", config.get("hidden_act", "silu"), ("silu",)),
-        ("rope_type", kind, ("default", "linear")),
+        ("model_type", config.model_type, ("llama",)),
+        ("hidden_act", getattr(config, "hidden_act", None), ("silu",)),
+        ("rope_type", rope["rope_type"], ("default", "linear")),
     ):
         if found not in known:
             raise BadInput(f"{model.path}: {what} is {found!a:.40}; GGUF files are written of {' or '.join(known)} alone")
-    heads, hidden = _heads(model), config["hidden_size"]
-    size = config.get("head_dim") or hidden // heads["q_proj"]
     writer.add_type("model")
-    writer.add_name(Path(model.source.get("name", model.name)).name)
+    writer.add_name(Path(model.source["name"]).name)
     if licence := (model.source.get("source") or {}).get("licence"):
         writer.add_license(licence)
     writer.add_vocab_size(model.entries["model.embed_tokens.weight"].shape[0])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(hidden)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_head_count(heads["q_proj"])
-    writer.add_head_count_kv(heads["k_proj"])
-    writer.add_key_length(size)
-    writer.add_value_length(size)
-    writer.add_rope_dimension_count(size)
-    writer.add_layer_norm_rms_eps(config.get("rms_norm_eps", 1e-6))
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or config.get("rope_theta") or 10000.0))
-    if kind == "linear":
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    for add in (writer.add_key_length, writer.add_value_length, writer.add_rope_dimension_count):
+        add(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
+    if rope["rope_type"] == "linear":
         writer.add_string("llama.rope.scaling.type", "linear")
         writer.add_float32("llama.rope.scaling.factor", float(rope["factor"]))
 
@@ -212,7 +203,7 @@ def _tokenizer(writer: Any, model: LanguageModel) -> None:
     rule = "default" if pieces else next((name for name, known in RULES.items() if steps == known), None)
     if not bpe.get("merges") and steps[-1][0] == "ByteLevel":
         rule = "gpt-2"  # a token per byte, however text is split
-    if bpe["type"] != "BPE" or rule is None:
+    if bpe["type"] != "BPE" or rule is None or (said.get("normalizer") and not pieces):
         known = f"SentencePiece's BPE, and byte-level BPE that splits as {', '.join(RULES)} do"
         raise BadInput(f"{model.path}: its tokenizer is of a kind that no name in a GGUF file stands for; known are {known}")
     size = model.entries["model.embed_tokens.weight"].shape[0]

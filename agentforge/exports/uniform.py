@@ -74,7 +74,13 @@ def gptq_config(said: dict[str, Said], kept: list[str]) -> Said:
     """The same bits and groups for all matrices, none of which is left out."""
     if left := [stem for stem in kept if stem != "lm_head"]:
         raise refused(f"{left[0]}.weight", "not encoded", "GPTQ has no way to leave a linear layer out: encode it, too")
-    about = {"quant_method": "gptq", "checkpoint_format": "gptq", "sym": True, "desc_act": False, "lm_head": False}
+    about = {
+        "quant_method": "gptq",
+        "checkpoint_format": "gptq",
+        "sym": True,
+        "desc_act": False,
+        "lm_head": "lm_head" in said,
+    }
     return {"quantization_config": {**about, **one_of(said)}}
 
 
