@@ -192,8 +192,8 @@ def state(text: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 NF4 = "weight.quant_state.bitsandbytes__nf4"
 HUGE = b'{"quant_type": "nf4", "blocksize": 64, "shape": [2000000000, 2000000000]}'
 DOWN = f"{PROJ}down_proj"
-HUGE_LAYER = {"in_features": 128, "out_features": 1 << 22, "group_num": 1, "group_size": 128, "outlier_size": 0}
-HUGE_LAYER |= {"vector_lens": [-1, 4], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1]}
+HUGE_LAYER = {"in_features": 128, "out_features": 1 << 22, "group_num": 2, "group_size": 64, "outlier_size": 0}
+HUGE_LAYER |= {"vector_lens": [-1, 6], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1]}
 HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors] | dict[str, Any], str]] = {
     "no scales": ("gptq-4", without("scales"), "scales is missing"),
     "the weight, too": ("gptq-4", lambda tensors: tensors | {f"{UP}.weight": torch.ones(128, 64)}, "quantised and as it is"),
@@ -249,12 +249,12 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors] | dict[str, Any], str
     "a huge layer": (
         "vptq",
         {"config_for_layers": {DOWN: HUGE_LAYER}},
-        r"indices is int32\[2, 11, 12\], expected int32\[1, 1048576",
+        r"indices is int32\[2, 11, 12\], expected int32\[2, 699051",
     ),
     "columns that lie": (
         "vptq",
         {"config_for_layers": {DOWN: HUGE_LAYER | {"group_size": 9}}},
-        "1 groups of 9 columns and 0",
+        "2 groups of 9 columns and 0",
     ),
     "books that lie": ("vptq", {"config_for_layers": {DOWN: HUGE_LAYER | {"num_centroids": [0, 65]}}}, "centroids of"),
     "lengths of no kind": ("vptq", {"config_for_layers": {DOWN: HUGE_LAYER | {"vector_lens": 4}}}, "expected two numbers"),

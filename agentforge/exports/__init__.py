@@ -90,15 +90,13 @@ def export(artifact: Artifact | str | Path, to: str, out: str | Path | None = No
     if model.is_classifier:
         raise BadInput(f"{artifact.path}: is a classifier; {to} holds language models")
     here = artifact.path.absolute()
-    if to == "gguf":
-        return _file(artifact, model, Path(out or here.with_name(f"{here.name}.gguf")))
-    return _folder(artifact, model, to, Path(out or here.with_name(f"{here.name}-{to}")))
+    path = Path(out or here.with_name(f"{here.name}{'.gguf' if to == 'gguf' else f'-{to}'}")).expanduser()
+    if os.path.lexists(path):
+        raise BadInput(f"{path}: is in the way; choose another name")
+    return _file(artifact, model, path) if to == "gguf" else _folder(artifact, model, to, path)
 
 
 def _file(artifact: Artifact, model: ArtifactModel, out: Path) -> Exported:
-    out = out.expanduser()
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: is in the way; choose another file")
     partial, loose = out.with_name(f"{out.name[:60]}.{secrets.token_hex(8)}.tmp"), dict[str, int]()
 
     def tensors() -> Iterator[tuple[str, torch.Tensor | Grid]]:
@@ -110,7 +108,6 @@ def _file(artifact: Artifact, model: ArtifactModel, out: Path) -> Exported:
                     loose[row["name"]] = value.bits
             yield row["name"], value
 
-    out.parent.mkdir(parents=True, exist_ok=True)
     try:
         kinds = gguf.write(partial, model, tensors(), artifact.sha256)
         rounded = _compare(artifact, gguf.reopened(partial, model), loose)

@@ -102,7 +102,7 @@ def write(
     """
     from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
 
-    config = model.skeleton().config  # with what config.json leaves to defaults
+    config: Any = model.skeleton().config  # with what config.json leaves to defaults
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     writer, kinds, most = GGUFWriter(path, "llama"), dict[str, str](), Counter[str]()
     _configuration(writer, model, config)
@@ -124,6 +124,7 @@ def write(
     writer.add_file_type(LlamaFileType[most.most_common(1)[0][0] if most else "ALL_F32"])
     writer.add_quantization_version(2)
     writer.add_string("agentforge.manifest_sha256", sha256)
+    path.parent.mkdir(parents=True, exist_ok=True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

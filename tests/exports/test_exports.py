@@ -274,7 +274,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(
     artifact = packed(tiny_llama, stage, tmp_path)
     with pytest.raises(BadInput, match=said):
         af.export(artifact.path, to, tmp_path / "out" / "x")
-    assert {path.name for path in tmp_path.iterdir()} - {"cache", "out"} == {"a"} and not [*tmp_path.glob("out/*")]
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"a"}
 
 
 def reconfigured(folder: Path, **changes: Any) -> None:
