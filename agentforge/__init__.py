@@ -12,6 +12,7 @@ from .version import __version__ as __version__
 _HOMES = {
     "open_model": "opening",
     "load": "opening",
+    "export": "exports",
     "fit": "allocation",
     "perplexity": "evaluation",
     "divergence": "evaluation",
@@ -40,6 +41,7 @@ __all__ = [
     "compress",
     "divergence",
     "evaluate_tasks",
+    "export",
     "fit",
     "load",
     "open_model",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from .artifact import Artifact
     from .chain import Chain
     from .evaluation import accuracy, divergence, evaluate_tasks, perplexity
+    from .exports import export
     from .models import LanguageModel
     from .opening import load, open_model
     from .stages import Stage

@@ -24,7 +24,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -123,6 +123,11 @@ class Artifact:
     def sha256(self) -> str:
         """The hash of the manifest, which holds the hashes of all files."""
         return sha256_file(self.path / MANIFEST)
+
+    @property
+    def plain_config(self) -> dict[str, Any]:
+        """config.json without what it says of us."""
+        return {k: v for k, v in read_json(self.path / "config.json").items() if k != "quantization_config"}
 
     @property
     def weight_bytes(self) -> int:
@@ -278,6 +283,27 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
     its files.  The folder appears whole or not at all.  Raises BadInput if `out` is in the way or a value does not fit.
     """
     artifact = artifact if isinstance(artifact, Artifact) else Artifact(artifact)
+    with made_of(artifact, out) as (folder, done):
+        tensors = {}
+        for row in artifact.rows:
+            tensor = artifact.decode(row).to(dtype)
+            if not torch.isfinite(tensor).all():
+                raise BadInput(
+                    f"{artifact.path}: tensor {row['name']} does not fit into {str(dtype).removeprefix('torch.')}"
+                )
+            tensors[row["name"]] = tensor.contiguous()
+        write_tensors(folder / "model.safetensors", tensors, {"format": "pt"})
+        write_json(folder / "config.json", {**artifact.plain_config, "dtype": str(dtype).removeprefix("torch.")})
+    return done
+
+
+@contextlib.contextmanager
+def made_of(artifact: Artifact, out: str | Path) -> Iterator[tuple[Path, Path]]:
+    """A folder that is to hold what an artifact is turned into, and the name that it gets when the block ends.
+
+    The tokenizer's and all other side files are copied, and `agentforge-source.json` is written, last.  After an error
+    nothing stays.  Raises BadInput if `out` is in the way.
+    """
     artifact.check()
     out = check_out(out, artifact.path)
     if out.exists() and not _is_empty(out):
@@ -285,26 +311,20 @@ def dequantize(artifact: Artifact | str | Path, out: str | Path, dtype: torch.dt
     unfinished = out.with_name(out.name + ".partial")
     remove(unfinished)
     unfinished.mkdir(parents=True)
-    made_from = {"artifact_manifest_sha256": artifact.sha256, "recipe": artifact.manifest["recipe"]}
-    write_json(unfinished / RECIPE, made_from)
-    partial = unfinished / "folder"
-    partial.mkdir()
-    tensors = {}
-    for row in artifact.rows:
-        tensor = artifact.decode(row).to(dtype)
-        if not torch.isfinite(tensor).all():
-            raise BadInput(f"{artifact.path}: tensor {row['name']} does not fit into {str(dtype).removeprefix('torch.')}")
-        tensors[row["name"]] = tensor.contiguous()
-    write_tensors(partial / "model.safetensors", tensors, {"format": "pt"})
-    config = {k: v for k, v in read_json(artifact.path / "config.json").items() if k != "quantization_config"}
-    write_json(partial / "config.json", {**config, "dtype": str(dtype).removeprefix("torch.")})
-    for name in artifact.manifest["files"]:
-        if name != "config.json" and not name.endswith((".safetensors", WEIGHTS_INDEX)):
-            shutil.copyfile(plain_file(artifact.path, name), partial / name)
-    write_json(partial / SOURCE_FILE, {**made_from, "files": describe_files(partial)})
-    replace(partial, out)
-    remove(unfinished)
-    return out
+    about = {"artifact_manifest_sha256": artifact.sha256, "recipe": artifact.manifest["recipe"]}
+    write_json(unfinished / RECIPE, about)
+    folder = unfinished / "folder"
+    folder.mkdir()
+    try:
+        yield folder, out
+        for name in artifact.manifest["files"]:
+            if name != "config.json" and not name.endswith((".safetensors", WEIGHTS_INDEX)):
+                (folder / name).parent.mkdir(exist_ok=True)
+                shutil.copyfile(plain_file(artifact.path, name), folder / name)
+        write_json(folder / SOURCE_FILE, {**about, "files": describe_files(folder)})
+        replace(folder, out)
+    finally:
+        remove(unfinished)
 
 
 class Writer:

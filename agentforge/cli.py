@@ -323,6 +323,22 @@ def verify(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
 
 
 @app.command()
+def export(
+    artifact_dir: ArtifactDir,
+    to: Annotated[str, Option(help="gguf, compressed-tensors, mlx, gptq, bitnet or vptq.")],
+    out_dir: Annotated[
+        Path | None, _out("The file (gguf) or folder to write (default: beside the artifact, under its name).")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write an artifact as it is for llama.cpp, vLLM, transformers or MLX, decode that again, and compare."""
+    from .exports import export as run
+
+    found = run(artifact_dir, to, out_dir)
+    _show(found.to_json(), as_json, lambda: _say(*found.lines()))
+
+
+@app.command()
 def register(
     artifact_dir: ArtifactDir,
     name: Annotated[str | None, Option(help="Name of the registered model (default: the base model's).")] = None,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def parts_of(source: Path) -> list[Path]:
     return parts
 
 
-def _reader(source: Path) -> Any:
+def reader_of(source: Path) -> Any:
+    """The library's reader, made safe.  Raises BadInput for a file that ends before what it announces."""
     from gguf import GGUFReader, GGUFValueType
 
     class Reader(GGUFReader):  # type: ignore[misc]
@@ -143,12 +145,9 @@ def _reader(source: Path) -> Any:
     return Reader(source)
 
 
-def _convert(source: Path, folder: Path) -> dict[str, Any]:
+def metadata_of(source: Path, reader: Any) -> Callable[..., Any]:
+    """What gives a value of the metadata by its key, or a default.  It raises BadInput for a missing one without."""
     from gguf import GGUFValueType
-
-    parts = parts_of(source)
-    readers = [_reader(part) for part in parts]
-    reader = readers[0]
 
     def field(key: str, default: Any = None) -> Any:
         found = reader.get_field(key)
@@ -161,6 +160,14 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
             return values if isinstance(values, list) else values.tolist()
         return found.contents()
 
+    return field
+
+
+def _convert(source: Path, folder: Path) -> dict[str, Any]:
+    parts = parts_of(source)
+    readers = [reader_of(part) for part in parts]
+    reader = readers[0]
+    field = metadata_of(source, reader)
     for index, (part, one) in enumerate(zip(parts, readers, strict=True)):
         number, count = (int(found.contents()) if (found := one.get_field(f"split.{key}")) else 0 for key in ("no", "count"))
         if (number, max(count, 1)) != (index, len(parts)):
@@ -191,16 +198,16 @@ def _convert(source: Path, folder: Path) -> dict[str, Any]:
     layers = {int(match[1]) for name in names if (match := re.match(r"blk\.(\d+)\.", name))}
     if layers != set(range(len(layers))) or len(layers) != config["num_hidden_layers"]:
         raise BadInput(f"{source}: has {len(layers)} layers of tensors, its metadata say {config['num_hidden_layers']}")
-    targets = [(_hf_name(t.name, source), t) for t in tensors]
+    targets = [(hf_name(t.name, source), t) for t in tensors]
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(
         folder / "model.safetensors",
         [(name, _dtype(t), tuple(int(n) for n in reversed(t.shape))) for name, t in targets],
-        (tensor_bytes(_dequantise(name, t, heads)) for name, t in targets),
+        (tensor_bytes(dequantised(name, t, heads)) for name, t in targets),
     )
     write_json(folder / "config.json", config)
-    _tokenizer(source, field).save_pretrained(folder)
+    tokenizer_of(source, field).save_pretrained(folder)
     return {
         "title": field("general.name", "unknown"),
         "licence": field("general.license", "unknown"),
@@ -260,7 +267,8 @@ def _short(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _hf_name(name: str, source: Path) -> str:
+def hf_name(name: str, source: Path) -> str:
+    """A tensor's name in transformers.  Raises BadInput for one that a Llama does not have."""
     if name in OTHER_NAMES:
         return OTHER_NAMES[name]
     match = re.fullmatch(r"blk\.(\d+)\.(\w+)\.weight", name)
@@ -273,7 +281,7 @@ def _dtype(tensor: Any) -> torch.dtype:
     return FLOATS_AS_THEY_ARE.get(tensor.tensor_type.name, torch.float32)
 
 
-def _dequantise(name: str, tensor: Any, heads: dict[str, int]) -> torch.Tensor:
+def dequantised(name: str, tensor: Any, heads: dict[str, int]) -> torch.Tensor:
     """The tensor in transformers' layout: the floats as they are, everything else as float32."""
     from gguf import dequantize
 
@@ -289,7 +297,7 @@ def _dequantise(name: str, tensor: Any, heads: dict[str, int]) -> torch.Tensor:
     return values.contiguous()
 
 
-def _tokenizer(source: Path, field: Any) -> Any:
+def tokenizer_of(source: Path, field: Any) -> Any:
     """The file's tokenizer, as a transformers tokenizer."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -316,7 +324,7 @@ def _tokenizer(source: Path, field: Any) -> Any:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     kinds = field("tokenizer.ggml.token_type")
-    merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ", 1)) for merge in field("tokenizer.ggml.merges", [])]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=bool(field("tokenizer.ggml.add_space_prefix", 0)))
     # "smollm" splits numbers into digits; transformers' own GGUF reader leaves that out.

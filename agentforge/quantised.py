@@ -457,6 +457,89 @@ def _decode_mlx(bits: int, group: int, planes: Planes) -> torch.Tensor:
     return values.flatten(1)
 
 
+def _bitnet(said: dict[str, Any], module: Module) -> Matrix:
+    """Four codes per byte, of rows that lie a quarter of the matrix apart, and a scale that multiplies, or divides."""
+    quarter, columns = module.shape("weight")
+    planes: Shapes = {"weight": ((quarter, columns), UINT8), "weight_scale": ((1,), FLOATS)}
+    divides = said.get("linear_class", "bitlinear") == "bitlinear"
+    return Matrix("ternary" + UNROUNDED, (4 * quarter, columns), planes, partial(_decode_bitnet, divides))
+
+
+def _decode_bitnet(divides: bool, planes: Planes) -> torch.Tensor:
+    codes = torch.cat([planes["weight"] >> shift & 3 for shift in (0, 2, 4, 6)])
+    if int(codes.max()) > 2:
+        raise BadInput("a code is 3, expected 0 to 2")
+    scale = planes["weight_scale"].float()
+    return codes.float().sub_(1).mul_(1 / scale if divides else scale)
+
+
+def _vptq(said: dict[str, Any], module: Module) -> Matrix:
+    """Indices of vectors along the outputs, a stream of bits per row of vectors, and codebooks: VQuantLinear of vptq."""
+    layers = said.get("config_for_layers")
+    own = layers.get(module.stem) if isinstance(layers, dict) else None
+    if not isinstance(own, dict):
+        raise BadInput(f"config_for_layers says nothing of {module.stem}")
+    _check_settings(own, VPTQ_LAYER)
+    rows, columns, groups, width = (
+        _number(own, key, range(1, 1 << 24)) for key in ("out_features", "in_features", "group_num", "group_size")
+    )
+    outliers = _number(own, "outlier_size", range(1 << 24))
+    if groups * width + outliers != columns or columns > 1 << 16:
+        raise BadInput(f"{groups} groups of {width} columns and {outliers} outliers are not {columns} columns")
+
+    def pair(key: str) -> tuple[int, int]:
+        both = own.get(key)
+        if not isinstance(both, list) or len(both) != 2 or not all(type(n) is int and n <= 1 << 16 for n in both):
+            raise BadInput(f"{key} is {both!a:.40}, expected two numbers")
+        return both[0], both[1]
+
+    lengths, main, residual = pair("vector_lens"), pair("num_centroids"), pair("num_res_centroids")
+    books = [(leaf, k) for leaf, k in (("centroids.weight", main[1]), ("res_centroids.weight", residual[1])) if k > 0]
+    bits = [k.bit_length() - 1 for _, k in books]
+    if not bits or lengths[1] < 1 or any(k != 1 << n for (_, k), n in zip(books, bits, strict=True)) or residual[0] > 0:
+        raise BadInput(f"{main} and {residual} centroids of {lengths} numbers are not supported")
+    planes: Shapes = {leaf: ((groups, k * lengths[1]), FLOATS) for leaf, k in books}
+    planes["indices"] = ((groups, math.ceil(rows / lengths[1]), math.ceil(width * sum(bits) / 32)), INT32)
+    if outliers:
+        planes["outlier_centroids.weight"] = ((1, main[0] * lengths[0]), FLOATS)
+        planes["outlier_indices"] = ((1, math.ceil(rows / max(1, lengths[0])), outliers), (torch.int16,))
+    if own.get("enable_perm"):
+        planes["perm"] = ((columns,), (torch.int16,))
+    if own.get("enable_norm"):
+        planes |= dict.fromkeys(("weight_scale", "weight_bias"), ((columns,), FLOATS))
+    decode = partial(_decode_vptq, rows, width, lengths, bits)
+    return Matrix(f"{lengths[1]} weights in {sum(bits)} bits", (rows, columns), planes, decode)
+
+
+def _decode_vptq(rows: int, width: int, lengths: tuple[int, int], bits: list[int], planes: Planes) -> torch.Tensor:
+    def vectors(book: torch.Tensor, indices: torch.Tensor, length: int) -> torch.Tensor:
+        """The vectors of codebooks, float[groups, k * length], at int64[groups, chunks, width]: float[rows, columns]."""
+        groups, chunks, _ = indices.shape
+        found = book.float().reshape(groups, -1, length)[torch.arange(groups)[:, None, None], indices]
+        return found.permute(1, 3, 0, 2).reshape(chunks * length, -1)[:rows]
+
+    words = planes["indices"]
+    stream = unpack_uint(words.contiguous().view(torch.uint8).reshape(-1), 1, 32 * words.numel())
+    single = stream.reshape(*words.shape[:2], -1)[..., : width * sum(bits)].unflatten(2, (width, sum(bits))).long()
+    indices = (single << torch.arange(sum(bits))).sum(-1)
+    values = vectors(planes["centroids.weight"], indices & (1 << bits[0]) - 1, lengths[1])
+    if len(bits) > 1:
+        values = values + vectors(planes["res_centroids.weight"], indices >> bits[0], lengths[1])
+    if "outlier_indices" in planes:
+        first = planes["outlier_indices"].view(torch.uint16).long()
+        if int(first.max()) * lengths[0] >= planes["outlier_centroids.weight"].shape[1]:
+            raise BadInput("outlier_indices lead out of their codebook")
+        values = torch.cat([vectors(planes["outlier_centroids.weight"], first, lengths[0]), values], 1)
+    if "perm" in planes:
+        order = planes["perm"].view(torch.uint16).long()
+        if not torch.equal(order.sort().values, torch.arange(len(order))):
+            raise BadInput("perm is no order of the columns")
+        values = values[:, order.argsort()]
+    if "weight_scale" in planes:
+        values = values * planes["weight_scale"].float() + planes["weight_bias"].float()
+    return values
+
+
 def _any(names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split())
 
@@ -512,6 +595,23 @@ BITSANDBYTES = _any(
     "bnb_4bit_quant_type bnb_4bit_use_double_quant llm_int8_enable_fp32_cpu_offload llm_int8_has_fp16_weight "
     "llm_int8_skip_modules llm_int8_threshold"
 )
+BITNET = {
+    **_any("quant_method modules_to_not_convert rms_norm_eps"),
+    "linear_class": ("bitlinear", "autobitlinear"),
+    "quantization_mode": ("offline",),
+    "use_rms_norm": (False, None),
+}
+VPTQ = {
+    **_any("quant_method config_for_layers modules_to_not_convert"),
+    "shared_layer_config": ({},),
+    "enable_proxy_error": (False,),
+}
+VPTQ_LAYER = {
+    **_any("in_features out_features group_num group_size outlier_size vector_lens num_centroids num_res_centroids bias"),
+    **dict.fromkeys(("enable_norm", "enable_perm"), (True, False)),
+    "is_indice_packed": (True,),
+    "indices_as_float": (False,),
+}
 # By the name that config.json has for it: what finds a matrix, how a plane ends by which it is known, and the settings.
 FORMATS: dict[str, tuple[Callable[[dict[str, Any], Module], Matrix], tuple[str, ...], dict[str, Any]]] = {
     "gptq": (_gptq, ("qweight",), GPTQ),
@@ -521,4 +621,6 @@ FORMATS: dict[str, tuple[Callable[[dict[str, Any], Module], Matrix], tuple[str, 
     "fp8": (_fp8, ("weight_scale_inv", "weight_scale"), FP8),
     "fbgemm_fp8": (_fp8, ("weight_scale",), {**_any("quant_method modules_to_not_convert activation_scale_ub")}),
     "mlx": (_mlx, ("scales",), MLX),
+    "bitnet": (_bitnet, ("weight_scale",), BITNET),
+    "vptq": (_vptq, ("indices",), VPTQ),
 }

@@ -17,7 +17,7 @@ LAYERS = (
     ("runtime",),
     ("opening",),
     ("blockwise", "evaluation", "statistics"),
-    ("execution", "pipeline", "tracking", "modelcard", "huggingface"),
+    ("execution", "pipeline", "tracking", "modelcard", "huggingface", "exports"),
     ("chain",),
     ("training", "handoff", "registry", "allocation"),
     ("cli", "audit", "dashboard", "lm_eval", "__main__", ""),

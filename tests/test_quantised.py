@@ -191,6 +191,9 @@ def state(text: bytes) -> Callable[[torch.Tensor], torch.Tensor]:
 
 NF4 = "weight.quant_state.bitsandbytes__nf4"
 HUGE = b'{"quant_type": "nf4", "blocksize": 64, "shape": [2000000000, 2000000000]}'
+DOWN = f"{PROJ}down_proj"
+HUGE_LAYER = {"in_features": 128, "out_features": 1 << 22, "group_num": 2, "group_size": 64, "outlier_size": 0}
+HUGE_LAYER |= {"vector_lens": [-1, 6], "num_centroids": [-1, 64], "num_res_centroids": [-1, -1]}
 HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors] | dict[str, Any], str]] = {
     "no scales": ("gptq-4", without("scales"), "scales is missing"),
     "the weight, too": ("gptq-4", lambda tensors: tensors | {f"{UP}.weight": torch.ones(128, 64)}, "quantised and as it is"),
@@ -235,6 +238,32 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors] | dict[str, Any], str
     "rows in another order": ("bnb-int8", changed("weight_format", lambda t: t + 1), "rows are not in order"),
     "blocks of no kind": ("fp8-blocks", {"weight_block_size": [0, 64]}, "expected two positive numbers"),
     "blocks that lie": ("fp8-blocks", {"weight_block_size": [16, 64]}, "weight_scale_inv is float32"),
+    "a code that is no trit": ("bitnet-auto", changed("weight", lambda t: t | 255), "a code is 3, expected 0 to 2"),
+    "ternary weights that are still trained": ("bitnet", {"quantization_mode": "online"}, "'quantization_mode' is 'online'"),
+    "a norm of its own": ("bitnet", {"use_rms_norm": True}, "'use_rms_norm' is True"),
+    "layers of which nothing is said": (
+        "vptq",
+        {"config_for_layers": {}},
+        "config_for_layers says nothing of model.layers.0",
+    ),
+    "a huge layer": (
+        "vptq",
+        {"config_for_layers": {DOWN: HUGE_LAYER}},
+        r"indices is int32\[2, 11, 12\], expected int32\[2, 699051",
+    ),
+    "columns that lie": (
+        "vptq",
+        {"config_for_layers": {DOWN: HUGE_LAYER | {"group_size": 9}}},
+        "2 groups of 9 columns and 0",
+    ),
+    "books that lie": ("vptq", {"config_for_layers": {DOWN: HUGE_LAYER | {"num_centroids": [0, 65]}}}, "centroids of"),
+    "lengths of no kind": ("vptq", {"config_for_layers": {DOWN: HUGE_LAYER | {"vector_lens": 4}}}, "expected two numbers"),
+    "an order that is none": ("vptq", changed("perm", torch.zeros_like), "perm is no order of the columns"),
+    "outliers that lead out": (
+        "vptq-outliers",
+        changed("outlier_indices", lambda t: t * 0 - 1),
+        "lead out of their codebook",
+    ),
     "an unknown tool": ("awq", {"quant_method": "quark"}, "in a way that is not known.*'quark'"),
     "not even a name": ("awq", {"quant_method": ["awq"]}, "in a way that is not known"),
 }

@@ -5,6 +5,7 @@ plain Llama of transformers computes the logits of IDS from those.  Nothing of a
 """
 
 import json
+import math
 import random
 import shutil
 import sys
@@ -182,6 +183,61 @@ def mlx(folder, bits, group):
     return found
 
 
+def bitnet(folder, kind):
+    from transformers.integrations.bitnet import pack_weights, unpack_weights
+
+    stored, found = load_file(BASE / "model.safetensors"), {}
+    for name in of_modules(stored, "weight", "_proj"):
+        weight = stored.pop(f"{name}.weight").float()
+        scale = weight.abs().mean()
+        stored[f"{name}.weight"] = pack_weights((weight / scale).round().clamp(-1, 1))
+        stored[f"{name}.weight_scale"] = (1 / scale if kind == "bitlinear" else scale).reshape(1)
+        with torch.compiler.set_stance("force_eager"):
+            codes = unpack_weights(stored[f"{name}.weight"], torch.float32)
+        found[f"{name}.weight"] = codes / stored[f"{name}.weight_scale"] if kind == "bitlinear" else codes * scale
+    said = {"quant_method": "bitnet", "linear_class": kind, "quantization_mode": "offline"}
+    written(folder, stored, quantization_config={**said, "modules_to_not_convert": ["lm_head"]})
+    return found
+
+
+def vptq(folder, groups, outliers, residual):
+    for name in ("sentence_transformers", "sentence_transformers.SentenceTransformer"):
+        sys.modules[name] = types.ModuleType(name)  # which vptq imports and does not need here
+    sys.modules["sentence_transformers.SentenceTransformer"].SentenceTransformer = object
+    from vptq.layers.vqlinear import VQuantLinear
+    from vptq.utils.pack import pack_index
+
+    stored, found, layers = load_file(BASE / "model.safetensors"), {}, {}
+    for name in of_modules(stored, "weight", "_proj"):
+        rows, columns = stored.pop(f"{name}.weight").shape
+        said = {"in_features": columns, "out_features": rows, "group_num": groups, "outlier_size": outliers, "bias": False}
+        said |= {"group_size": (columns - outliers) // groups, "vector_lens": [3 if outliers else -1, 6]}
+        said |= {"num_centroids": [16 if outliers else -1, 64], "num_res_centroids": [-1, residual], "enable_perm": True}
+        said |= {"enable_norm": True, "indices_as_float": False, "is_indice_packed": True}
+        layer = VQuantLinear(**said, enable_proxy_error=False, dtype=torch.float16)
+        for leaf, plane in layer.state_dict().items():
+            if plane.is_floating_point():
+                plane.copy_(torch.randn(plane.shape) * 0.1 + (1 if leaf == "weight_scale" else 0))
+        chunks = math.ceil(rows / 6)
+
+        def drawn(below, *shape):
+            return torch.randint(below, shape).to(torch.uint16)
+
+        main, rest = (drawn(k, groups, chunks, said["group_size"]) for k in (64, max(residual, 1)))
+        bits = int(math.log2(residual)) if residual > 0 else 0
+        layer.indices.data = pack_index(main, 6, rest if bits else None, bits)
+        layer.perm.data = torch.randperm(columns).to(torch.uint16).view(torch.int16)
+        if outliers:
+            layer.outlier_indices.data = drawn(16, 1, math.ceil(rows / 3), outliers).view(torch.int16)
+        stored |= {f"{name}.{leaf}": plane for leaf, plane in layer.state_dict().items()}
+        with torch.inference_mode():
+            found[f"{name}.weight"] = layer.float()(torch.eye(columns)).T.contiguous()
+        layers[name] = said
+    said = {"quant_method": "vptq", "config_for_layers": layers, "shared_layer_config": {}, "enable_proxy_error": False}
+    written(folder, stored, quantization_config={**said, "modules_to_not_convert": ["lm_head"]})
+    return found
+
+
 RUNS = {
     "gptq-4": lambda f: gptq(f, bits=4, group_size=32, desc_act=False, sym=True),
     "gptq-2-ordered": lambda f: gptq(f, bits=2, group_size=32, desc_act=True, sym=True),
@@ -211,6 +267,10 @@ RUNS = {
     "bnb-int8": lambda f: bitsandbytes(f, load_in_8bit=True),
     "fp8-blocks": lambda f: fp8(f, weight_block_size=[32, 64]),
     "fp8": lambda f: fp8(f, weight_block_size=None),
+    "bitnet": lambda f: bitnet(f, "bitlinear"),
+    "bitnet-auto": lambda f: bitnet(f, "autobitlinear"),
+    "vptq": lambda f: vptq(f, 2, 0, -1),
+    "vptq-outliers": lambda f: vptq(f, 1, 4, 32),
     **{f"mlx-{bits}": lambda f, bits=bits: mlx(f, bits, 64 if bits == 3 else 32) for bits in (2, 3, 4, 5, 6, 8)},
 }
 
