@@ -168,7 +168,7 @@ def candidates(
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
     """The file of a model's candidates; its name is a hash of all their inputs, our own source included."""
     here = Path(__file__).parent
-    others = ("statistics", "blockwise", "planes", "entropy", "execution", "allocation")
+    others = ("statistics", "blockwise", "planes", "entropy", "trellis", "execution", "allocation")
     sources = [*sorted((here / "stages").glob("*.py")), *(here / f"{name}.py" for name in others)]
     depends = {
         "model": model.fingerprint,

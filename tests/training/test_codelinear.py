@@ -13,9 +13,10 @@ import agentforge as af
 from agentforge import stages
 from agentforge.allocation import Budget, fit
 from agentforge.artifact import Artifact
+from agentforge.bits import unzigzag
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
-from agentforge.stages.ecsq import ECSQ, factors, unzigzag
+from agentforge.stages.ecsq import ECSQ, factors
 from agentforge.statistics import Calibration
 from agentforge.training import recover as module
 from agentforge.training.recover import Settings, distillation, recover
