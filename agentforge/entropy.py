@@ -188,8 +188,8 @@ def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
     """What the last digit of a path would take, by its absolute value.
 
     sizes: absolute values, int32[rows, columns].  values: how many a table has; those beyond count as the last one.  Returns
-    int[rows] and int[columns], the sum of which is the number of a value's table, and the tables, float64[tables, values], of
-    bits in steps of 2**-16, signs included.
+    int[rows] and int[columns], the sum of which is the number of a value's table, and the tables of bits, signs included:
+    float64[tables, values], in steps of 2**-16.
     """
     _, kind, these, classes, counts = best_way(np.minimum(sizes, values - 1), 2)
     frequencies = np.full((len(counts), values // 2), 0.5)

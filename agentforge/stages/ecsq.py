@@ -14,6 +14,8 @@ search for but the steps and the errors' direction:
 * Rounding towards zero a little costs few errors and saves more bits (a dead zone: Sullivan 1996): 0.44 is added before
   the fraction is cut off, instead of one half.
 
+WaterSIC (arXiv 2603.04956) has the same core, found independently.
+
 Steps are stored as a base, and an exponent in eighths of octaves for each row and column.  Codes are zigzag integers
 (0, -1, 1, -2, ...), entropy-coded on disk.
 """
