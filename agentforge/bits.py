@@ -170,13 +170,13 @@ def _unpack_block(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
 
 def zigzag(codes: torch.Tensor) -> torch.Tensor:
     """0, -1, 1, -2, ... as 0, 1, 2, 3, ...: int32 both."""
-    return torch.where(codes >= 0, 2 * codes, -2 * codes - 1)
+    return (codes << 1) ^ (codes >> 31)
 
 
 def unzigzag(stored: torch.Tensor) -> torch.Tensor:
     """The inverse of `zigzag`: int32."""
     stored = stored.to(torch.int32)
-    return torch.where(stored % 2 == 0, stored // 2, -(stored + 1) // 2)
+    return (stored >> 1) ^ -(stored & 1)
 
 
 def pack_trits(values: torch.Tensor) -> torch.Tensor:

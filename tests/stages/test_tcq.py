@@ -324,17 +324,3 @@ def test_forged_bytes_give_a_path_or_none(spread: float) -> None:
 def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(BadInput, match=message):
         stages.get("tcq", **settings)
-
-
-def test_its_price_is_near_what_it_costs() -> None:
-    """Of the sample that `ecsq` takes, at twice the step."""
-    weight, stats = gaussian((600, 96)), InputStatistics(correlated(96), 99, torch.logspace(-1, 1, 600))
-    for step in (0.15, 0.3, 0.6):
-        stage = stages.get("tcq", step=step)
-        size, damage, counted = stage.price(weight, stats, "w", {})
-        packed = stage.encode(weight, stats)
-        error = stage.decode(packed).double() - weight.double()
-        lost = float((((error @ stats.hessian.double()) * error).sum(1) @ stats.sensitivity.double()) / 2)  # type: ignore[union-attr]
-        assert not counted
-        assert size == pytest.approx(sum(plane.stored().nbytes for plane in packed), rel=0.05)
-        assert damage == pytest.approx(lost, rel=0.08)
