@@ -51,8 +51,8 @@ from .statistics import Calibration, Collected, collect
 if TYPE_CHECKING:
     from .training.recover import Settings
 
-# Steps from 0.05 to 1.7 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
-LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-7, 4))
+# Steps from 0.027 to 0.85 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
+LADDER = tuple(stages.get("tcq", step=round(0.3 * 2 ** (k / 2), 6)) for k in range(-7, 4))
 PASSES = 6  # artifacts that are made at most on the way to a limit
 
 
@@ -168,7 +168,7 @@ def candidates(
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
     """The file of a model's candidates; its name is a hash of all their inputs, our own source included."""
     here = Path(__file__).parent
-    others = ("statistics", "blockwise", "planes", "entropy", "execution", "allocation")
+    others = ("statistics", "blockwise", "planes", "entropy", "trellis", "execution", "allocation")
     sources = [*sorted((here / "stages").glob("*.py")), *(here / f"{name}.py" for name in others)]
     depends = {
         "model": model.fingerprint,

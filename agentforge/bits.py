@@ -10,6 +10,7 @@ coding       values                                          bits per value
 ``float16``  IEEE half                                       16
 ``bfloat16`` bfloat16                                        16
 ``float32``  IEEE single                                     32
+``trellis8``, ``trellis32``, ``trellis256``  zigzag integers along a path (`trellis`), entropy-coded only  16
 ===========  ==============================================  =========================
 """
 
@@ -24,6 +25,7 @@ import torch
 from .errors import BadInput
 
 FLOATS = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+TRELLISES = ("trellis8", "trellis32", "trellis256")
 TRITS_PER_BYTE = 5
 PACK_BLOCK = 1 << 18  # values that are packed or unpacked at a time; whole bytes at any width
 
@@ -37,6 +39,8 @@ def bits_per_value(coding: str) -> Fraction:
         return Fraction(FLOATS[coding].itemsize * 8)
     if coding == "trit":
         return Fraction(8, TRITS_PER_BYTE)
+    if coding in TRELLISES:
+        return Fraction(16)
     if re.fullmatch(r"uint([1-9]|[12][0-9]|3[0-2])", coding):
         return Fraction(int(coding[4:]))
     raise BadInput(f"coding {coding!r} does not exist; expected uint1 to uint32, trit, {', '.join(FLOATS)}")
@@ -162,6 +166,17 @@ def _unpack_block(stored: torch.Tensor, width: int, count: int) -> torch.Tensor:
                 value |= wide[:, byte] << shift if shift >= 0 else wide[:, byte] >> -shift
         values.append(value & mask)
     return torch.stack(values, 1).to(torch.int32 if width < 32 else torch.int64).reshape(-1)[:count]
+
+
+def zigzag(codes: torch.Tensor) -> torch.Tensor:
+    """0, -1, 1, -2, ... as 0, 1, 2, 3, ...: int32 both."""
+    return (codes << 1) ^ (codes >> 31)
+
+
+def unzigzag(stored: torch.Tensor) -> torch.Tensor:
+    """The inverse of `zigzag`: int32."""
+    stored = stored.to(torch.int32)
+    return (stored >> 1) ^ -(stored & 1)
 
 
 def pack_trits(values: torch.Tensor) -> torch.Tensor:

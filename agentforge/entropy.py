@@ -23,6 +23,8 @@ A coded plane is one of
     section: PACKED, values as `pack_uint` packs them
     section: kind, largest value (2 bytes), one histogram per class (14 bits per frequency), the class of each row or column
              (3 bits; not in ONE), words of the range coder
+    section of a path: kind, frequencies in a histogram less one (2 bytes), two histograms per class, classes as above, how
+             many even ones each class has (4 bytes each), words of the range coder
 
 All choices and models come from integers, so the bytes are the same on every machine.  Nothing in a file is
 trusted: sizes are checked before anything is allocated, and as no histogram gives a value more than 255/256, a byte
@@ -33,12 +35,14 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .bits import FLOATS, bits_per_value, pack, pack_uint, stored_bytes, tensor_bytes, unpack, unpack_uint
+from . import trellis
+from .bits import FLOATS, TRELLISES, bits_per_value, pack, pack_uint, stored_bytes, tensor_bytes, unpack, unpack_uint
 from .errors import BadInput
 
 RAW, WHOLE, SPLIT = range(3)
@@ -57,15 +61,18 @@ def encode(values: torch.Tensor, coding: str) -> bytes:
 
     Raises BadInput if a value does not fit its coding.
     """
+    odd = None
+    if coding in TRELLISES:
+        (values, odd), coding = trellis.split(values, coding), "uint16"
     stored, shape = pack(values, coding), tuple(values.shape)
     coded = [bytes([RAW]) + bytes(tensor_bytes(stored))]
     if values.numel():
         lines, width = _patterns(unpack(stored, coding, shape), coding).reshape(_rows(shape), -1), _width(coding)
         if width <= WIDEST:
-            coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32) & (1 << width) - 1, width)))
+            coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32) & (1 << width) - 1, width, odd)))
         if width > 8:
             digits = [((lines >> low & (1 << bits) - 1).astype(np.int32), bits) for low, bits in _digits(width)]
-            *first, last = [_encode_digit(*digit) for digit in digits]
+            *first, last = [*(_encode_digit(*digit) for digit in digits[:-1]), _encode_digit(*digits[-1], odd)]
             coded.append(_sealed(SPLIT, b"".join(len(section).to_bytes(4, "little") + section for section in first) + last))
     return min(coded, key=len)
 
@@ -75,6 +82,13 @@ def decode(data: bytes, coding: str, shape: tuple[int, ...]) -> torch.Tensor:
 
     Raises BadInput if `data` is nothing that `encode` writes for this coding and shape.
     """
+    if coding in TRELLISES:
+        return trellis.join(_decode(data, "uint16", shape, trellis.successors(trellis.states_of(coding))), coding)
+    return _decode(data, coding, shape, None)
+
+
+def _decode(data: bytes, coding: str, shape: tuple[int, ...], following: Array | None) -> torch.Tensor:
+    """`decode`; following: of a trellis, the state after each state and bit."""
     count = math.prod(shape)
     if data[:1] == bytes([RAW]):
         if len(data) - 1 != stored_bytes(coding, count):
@@ -85,7 +99,7 @@ def decode(data: bytes, coding: str, shape: tuple[int, ...]) -> torch.Tensor:
             raise BadInput("its checksum does not fit")
         if not 0 < count <= VALUES_A_BYTE * len(data):
             raise BadInput(f"{len(data)} bytes do not hold {count} values")
-        patterns = _decode_digits(data[0], data[5:], _rows(shape), count, coding)
+        patterns = _decode_digits(data[0], data[5:], _rows(shape), count, coding, following)
     stored = torch.from_numpy(np.ascontiguousarray(patterns))
     if coding in FLOATS:
         return unpack(stored.view(FLOATS[coding]).reshape(shape), coding, shape)
@@ -118,17 +132,35 @@ def _sealed(kind: int, body: bytes) -> bytes:
     return bytes([kind]) + zlib.crc32(body).to_bytes(4, "little") + body
 
 
-def _encode_digit(lines: Array, width: int) -> bytes:
-    """The shortest section for a digit, int32[rows, columns] below 2**width, as far as the histograms tell beforehand."""
-    best = min(_ways(lines, len(lines), int(lines.max())), key=lambda way: way[0])
+def _encode_digit(lines: Array, width: int, odd: Array | None = None) -> bytes:
+    """The shortest section for a digit, int32[rows, columns] below 2**width, as far as the histograms tell beforehand.
+
+    odd: the parities of a path.
+    """
+    if odd is not None:
+        _, kind, these, classes, counts = best_way(_sizes(lines, odd), 2)
+        turned = lines.T if kind == COLUMNS else lines
+        return _modelled(kind, turned, classes, counts, these & 1)
+    best = best_way(lines)
     packed = bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))
     return min(packed, _modelled(*best[1:]), key=len)
 
 
-def _ways(lines: Array, rows: int, largest: int) -> list[tuple[int, int, Array, Array, Array]]:
+def _sizes(digits: Array, odd: Array) -> Array:
+    """2 |m| or 2 m + 1, whichever is not negative, of digits of zigzag numbers m and parities: int32."""
+    return (digits + 1 - odd) // 2 * 2 + odd
+
+
+def best_way(lines: Array, parities: int = 1) -> tuple[int, int, Array, Array, Array]:
+    """The one of `_ways` that takes least."""
+    return min(_ways(lines, len(lines), int(lines.max()), parities), key=lambda way: way[0])
+
+
+def _ways(lines: Array, rows: int, largest: int, parities: int = 1) -> list[tuple[int, int, Array, Array, Array]]:
     """How a digit can be modelled: `_coded_size`, kind, lines, the class of each, and their counts.
 
-    lines: int32[n, columns], all of the `rows` rows or a sample.  largest: value in all of them.
+    lines: int32[n, columns], all of the `rows` rows or a sample.  largest: value in all of them.  parities: 2 if odd values
+    have histograms of their own.
     """
     columns, times = lines.shape[1], rows / len(lines)
     ways = []
@@ -136,8 +168,8 @@ def _ways(lines: Array, rows: int, largest: int) -> list[tuple[int, int, Array, 
         # More values than frequencies in a line.
         if kind == ONE or (min(these.shape) >= CLASSES and largest < length):
             classes = np.zeros(len(these), np.int64) if kind == ONE else _classes(these)
-            counts = _counts(these, classes)
-            ways.append((_coded_size(counts, count, max(largest + 1, 2), times), kind, these, classes, counts))
+            counts = _counts(these, classes, parities)
+            ways.append((_coded_size(counts, count, max(largest // parities + 1, 2), times), kind, these, classes, counts))
     return ways
 
 
@@ -152,10 +184,30 @@ def expected_bytes(sample: Array, rows: int, largest: int) -> float:
     return min(sum(min(way[0] for way in _ways(lines, rows, top)) for lines, top in digits) for digits in ways) / (8 << 16)
 
 
-def _counts(lines: Array, classes: Array) -> Array:
-    """How often each value is in each class of lines: int[classes, values]."""
-    size = max(int(lines.max()) + 1, 2)
-    return np.stack([np.bincount(lines[classes == k].reshape(-1), minlength=size) for k in range(int(classes.max()) + 1)])
+def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
+    """What the last digit of a path would take, by its absolute value.
+
+    sizes: absolute values, int32[rows, columns].  values: how many a table has; those beyond count as the last one.  Returns
+    int[rows] and int[columns], the sum of which is the number of a value's table, and the tables of bits, signs included:
+    float64[tables, values], in steps of 2**-16.
+    """
+    _, kind, these, classes, counts = best_way(np.minimum(sizes, values - 1), 2)
+    frequencies = np.full((len(counts), values // 2), 0.5)
+    frequencies[:, : counts.shape[1]] += counts
+    bits = np.rint(65536 * np.log2(frequencies.sum(1, keepdims=True) / frequencies)) / 65536
+    bits = bits.reshape(-1, 2, values // 2).swapaxes(1, 2).reshape(-1, values)
+    bits[:, 1:] += 1
+    one = np.zeros(these.shape[1], np.int64)
+    return (one, classes, bits) if kind == COLUMNS else (classes, one, bits)
+
+
+def _counts(lines: Array, classes: Array, parities: int = 1) -> Array:
+    """How often each value is in each class of lines: int[classes * parities, values / parities]."""
+    size = max(int(lines.max()) // parities + 1, 2)
+    each = (np.bincount(lines[classes == k].reshape(-1), minlength=parities * size) for k in range(int(classes.max()) + 1))
+    counts = np.concatenate([found.reshape(size, parities).T for found in each])
+    counts[counts.sum(1) == 0, 0] = 1  # a class without odd values
+    return counts
 
 
 def _coded_size(counts: Array, lines: int, values: int, times: float) -> int:
@@ -179,20 +231,30 @@ def _classes(lines: Array) -> Array:
     return classes
 
 
-def _modelled(kind: int, lines: Array, classes: Array, counts: Array) -> bytes:
-    """A section with a histogram for each class of lines, from its counts."""
+def _modelled(kind: int, lines: Array, classes: Array, counts: Array, odd: Array | None = None) -> bytes:
+    """A section with a histogram for each class of lines, from its counts, or with two.  odd: the parities of a path."""
     size = counts.shape[1]
     coder: Any = _library().stream.queue.RangeEncoder()
-    histograms = []
-    for k, found in enumerate(counts):
+    histograms, evens = [], b""
+    for n, found in enumerate(counts):
         histograms.append(_frequencies(found))
-        coder.encode(lines[classes == k].reshape(-1), _model(histograms[-1]))
+        chosen, parity = classes == (n if odd is None else n // 2), n % 2
+        values = lines[chosen].reshape(-1)
+        if odd is not None:
+            values = values[odd[chosen].reshape(-1) == parity]
+            evens += b"" if parity else len(values).to_bytes(4, "little")
+        coder.encode(values, _model(histograms[-1] if odd is None else _signed(histograms[-1], parity)))
     header = bytes([kind]) + (size - 1).to_bytes(2, "little")
     header += bytes(tensor_bytes(pack_uint(torch.from_numpy(np.stack(histograms)), FREQUENCY_BITS)))
     if kind != ONE:
         header += bytes(tensor_bytes(pack_uint(torch.from_numpy(classes), CLASS_BITS)))
     words: Array = coder.get_compressed()
-    return bytes(header + words.astype("<u4").tobytes())
+    return bytes(header + evens + words.astype("<u4").tobytes())
+
+
+def _signed(frequencies: Array, parity: int) -> Array:
+    """Frequencies of zigzag numbers m from those of |2 m + parity|: the signs are as likely as each other."""
+    return np.repeat(frequencies, 2) if parity else np.concatenate([2 * frequencies[:1], np.repeat(frequencies[1:], 2)])
 
 
 def _frequencies(counts: Array) -> Array:
@@ -221,11 +283,12 @@ def _model(frequencies: Array) -> Any:
     return _library().stream.model.Categorical(frequencies.astype(np.float64), perfect=False)
 
 
-def _decode_digits(kind: int, body: bytes, rows: int, count: int, coding: str) -> Array:
+def _decode_digits(kind: int, body: bytes, rows: int, count: int, coding: str, following: Array | None) -> Array:
     """The patterns, [rows, count / rows] in the dtype that `bits.unpack` gives, from all sections."""
     width = _width(coding)
     if kind == WHOLE and width <= WIDEST:
-        return _decode_digit(body, rows, count, 3 if coding == "trit" else 1 << width).astype(_dtype(coding))
+        limit = 3 if coding == "trit" else 1 << width
+        return _decode_digit(body, rows, count, limit, following).astype(_dtype(coding))
     if kind != SPLIT or width <= 8:
         raise BadInput(f"kind {kind} does not go with {coding}")
     values = np.zeros((rows, count // rows), np.int64)
@@ -233,7 +296,8 @@ def _decode_digits(kind: int, body: bytes, rows: int, count: int, coding: str) -
         end = len(body)
         if low:
             end, body = int.from_bytes(body[:4], "little"), body[4:]
-        values |= _decode_digit(body[:end], rows, count, 1 << bits).astype(np.int64) << low
+        digit = _decode_digit(body[:end], rows, count, 1 << bits, None if low else following)
+        values |= digit.astype(np.int64) << low
         body = body[end:]
     return values.astype(_dtype(coding))
 
@@ -245,10 +309,10 @@ def _dtype(coding: str) -> Any:
     return np.uint8 if width <= 8 else np.int32 if width < 32 else np.int64
 
 
-def _decode_digit(section: bytes, rows: int, count: int, limit: int) -> Array:
-    """A digit, int[rows, count / rows] below `limit`, from its section."""
-    kind, body, width = section[:1], section[1:], (limit - 1).bit_length()
-    if kind == bytes([PACKED]):
+def _decode_digit(section: bytes, rows: int, count: int, limit: int, following: Array | None) -> Array:
+    """A digit, int[rows, count / rows] below `limit`, from its section.  following: as `_decode` has it, of the last one."""
+    kind, body, width, parities = section[:1], section[1:], (limit - 1).bit_length(), 1 if following is None else 2
+    if kind == bytes([PACKED]) and following is None:
         if len(body) != stored_bytes(f"uint{width}", count) or limit != 1 << width:
             raise BadInput(f"{len(body)} bytes do not hold {count} values of {width} bits")
         return _take(body, width, count)[0].reshape(rows, -1)
@@ -256,15 +320,35 @@ def _decode_digit(section: bytes, rows: int, count: int, limit: int) -> Array:
         raise BadInput("a section is of no known kind")
     shape = (rows, count // rows) if kind != bytes([COLUMNS]) else (count // rows, rows)
     size, models = int.from_bytes(body[:2], "little") + 1, 1 if kind == bytes([ONE]) else CLASSES
-    if not 2 <= size <= limit:
-        raise BadInput(f"an alphabet of {size} values, expected 2 to {limit}")
-    frequencies, body = _take(body[2:], FREQUENCY_BITS, models * size)
+    most = limit // parities + parities - 1
+    if not 2 <= size <= most:
+        raise BadInput(f"an alphabet of {size} values, expected 2 to {most}")
+    frequencies, body = _take(body[2:], FREQUENCY_BITS, models * parities * size)
     classes = np.zeros(shape[0], np.int64)
     if models > 1:
         classes, body = _take(body, CLASS_BITS, shape[0])
+    counts = np.bincount(classes, minlength=models) * shape[1]
+    if following is not None:
+        evens, body = _take(body, 32, models)
+        if (evens > counts).any():
+            raise BadInput("a class has more even values than values")
+        counts = np.stack([evens, counts - evens], 1).reshape(-1)
     if len(body) % 4:
         raise BadInput("a section does not end with a whole word")
-    values = _decode_words(np.frombuffer(body, "<u4").astype(np.uint32), frequencies.reshape(models, size), classes, shape)
+    histograms = list(frequencies.reshape(-1, size))
+    if following is not None:
+        histograms = [_signed(found, n % 2) for n, found in enumerate(histograms)]
+    queues = _decode_words(np.frombuffer(body, "<u4").astype(np.uint32), histograms, counts)
+    values = np.empty(shape, np.int32)
+    if following is None:
+        for k, queue in enumerate(queues):
+            values[classes == k] = queue.reshape(-1, shape[1])
+    else:
+        at = np.concatenate([[0], np.cumsum(counts)])
+        if not trellis.place(np.concatenate(queues), at, classes, kind == bytes([COLUMNS]), following, values):
+            raise BadInput("its values are no path")
+        if values.max() >= limit:
+            raise BadInput(f"a value of {values.max()}, expected less than {limit}")
     return values.T if kind == bytes([COLUMNS]) else values
 
 
@@ -277,19 +361,16 @@ def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:
     return values.to(torch.int64).numpy(), body[end:]
 
 
-def _decode_words(words: Array, histograms: Array, classes: Array, shape: tuple[int, int]) -> Array:
-    """int32[shape] from the coder's words: class after class, the lines of a class in their order."""
-    values = np.empty(shape, np.int32)
-    decoder = _library().stream.queue.RangeDecoder(words)
-    for k, frequencies in enumerate(histograms):
+def _decode_words(words: Array, histograms: Sequence[Array], counts: Array) -> list[Array]:
+    """int32[count] for each histogram from the coder's words, one after the other."""
+    decoder, queues = _library().stream.queue.RangeDecoder(words), []
+    for frequencies, count in zip(histograms, counts.tolist(), strict=True):
         if not 0 < frequencies.max() <= LIKELIEST * (frequencies.sum() - frequencies.max()):
             raise BadInput("a histogram that is too concentrated")
-        lines = classes == k
         try:
-            symbols = decoder.decode(_model(frequencies), int(lines.sum()) * shape[1])
+            queues.append(decoder.decode(_model(frequencies), count))
         except AssertionError:  # what the library raises for words that no encoder of this model writes
             raise BadInput("its words do not belong to its histogram") from None
-        values[lines] = symbols.reshape(-1, shape[1])
     if not decoder.maybe_exhausted():
         raise BadInput("a section holds more words than values")
-    return values
+    return queues

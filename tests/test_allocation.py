@@ -21,6 +21,7 @@ from agentforge.errors import BadInput
 from agentforge.evaluation import Text
 from agentforge.models import LanguageModel
 from agentforge.stages.ecsq import ECSQ
+from agentforge.stages.tcq import TCQ
 from agentforge.statistics import Calibration, InputStatistics, collect
 from agentforge.training.recover import Settings
 from tests.architectures import make
@@ -269,15 +270,32 @@ def test_prices_are_about_what_encoding_costs(step: float) -> None:
         stage.price(weight.index_fill(0, torch.tensor([3]), 1.0).put_(torch.tensor(0), torch.tensor(np.nan)), stats, "w", {})
 
 
+@pytest.mark.parametrize("step", [0.05, 0.15, 0.3, 0.6, 0.8])
+def test_prices_of_paths_are_about_those_of_scalars_in_as_many_bits(step: float) -> None:
+    weight, stats = rows_of_unequal_size(1)
+    stage = stages.get("tcq", step=step)
+    packed = stage.encode(weight, stats)
+    size, lost, counted = stage.price(weight, stats, "w", {})
+    assert not counted
+    assert size == pytest.approx(sum(plane.stored().nbytes for plane in packed), rel=0.08)
+    assert lost == pytest.approx(damage(weight, stage.decode(packed), stats), rel=0.2)
+    with pytest.raises(BadInput, match="w: 1 NaN"):
+        stage.price(weight.put_(torch.tensor(0), torch.tensor(np.nan)), stats, "w", {})
+
+
 @pytest.fixture
 def broad(tmp_path: Path) -> LanguageModel:
     """A model whose layers have more rows than a price is estimated from."""
     return af.open_model(make("Llama", tmp_path / "broad", hidden_size=128, intermediate_size=256))
 
 
-def test_a_fit_is_the_same_however_it_is_run(broad: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", [ECSQ, TCQ])
+def test_a_fit_is_the_same_however_it_is_run(
+    kind: type[ECSQ | TCQ], broad: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By one thread, by three, by other processes, and after a kill: the same bytes, within the budget."""
-    options = {"ladder": LADDER, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
+    ladder = LADDER if kind is ECSQ else [stages.get("tcq", step=step) for step in (0.06, 0.15, 0.5)]
+    options: dict[str, Any] = {"ladder": ladder, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
 
     def fresh(name: str, **more: Any) -> str:
         monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / f"cache of {name}"))
@@ -289,7 +307,7 @@ def test_a_fit_is_the_same_however_it_is_run(broad: LanguageModel, tmp_path: Pat
     assert fresh("three", workers=3) == expected
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
         assert fresh("processes", executor=pool) == expected
-    calls, encode = [], ECSQ._encode
+    calls, encode = [], kind._encode
 
     def killed(*arguments: Any) -> Any:
         calls.append(1)
@@ -298,7 +316,7 @@ def test_a_fit_is_the_same_however_it_is_run(broad: LanguageModel, tmp_path: Pat
         return encode(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ECSQ, "_encode", killed)
+        patch.setattr(kind, "_encode", killed)
         with pytest.raises(KeyboardInterrupt):
             fresh("killed", workers=1)
     assert fresh("killed", workers=1) == expected

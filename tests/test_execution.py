@@ -117,7 +117,7 @@ def spoiled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*STAGES, "ecsq", "rounding:bits=4,group=64 | entropy"])
+@pytest.mark.parametrize("stage", [*STAGES, "ecsq", "tcq", "rounding:bits=4,group=64 | entropy"])
 def test_processes_change_no_byte(tiny_llama: Path, pool: ProcessPoolExecutor, stage: str, tmp_path: Path) -> None:
     compress(tiny_llama, stage, tmp_path / "threads")
     compress(tiny_llama, stage, tmp_path / "processes", executor=pool)

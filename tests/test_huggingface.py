@@ -53,6 +53,7 @@ STAGES = [
     "trajectory",
     "curves",
     "ecsq",
+    "tcq",
 ]
 SIZES = {"vocab_size": 300, "initializer_range": 0.2, "bos_token_id": 0, "eos_token_id": 1}
 DECODER = {

@@ -14,8 +14,9 @@ import torch
 from ..bits import FLOATS, unpack_trits, unpack_uint
 from ..planes import FLOAT32_MAX, Packed, Plane, times_power_of_two
 from ..stages import Stage
-from ..stages.ecsq import ECSQ, factors
+from ..stages.ecsq import ECSQ, Stepped, factors
 from ..stages.rounding import Rounding
+from ..stages.tcq import TCQ
 from ..stages.trajectory import Trajectory
 from ..stages.vptq import LEVELS, Vptq
 from . import packed_cpu
@@ -84,7 +85,7 @@ def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
     """What a kernel needs besides the planes, and what takes too long to make at each call: float32 tensors by name."""
     if isinstance(stage, Trajectory):
         return {"book": stage.book(packed)}
-    if isinstance(stage, ECSQ):
+    if isinstance(stage, Stepped):
         rows, columns = factors(packed)
         floats = packed.floats
         columns = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
@@ -94,7 +95,9 @@ def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
     """x W^T, float32[tokens, out] of x: float[tokens, in], or None if W has to be decoded."""
-    known: Any = {Rounding: _rounding, ECSQ: _ecsq, Vptq: _vptq, Trajectory: _trajectory}.get(type(ready.stage))
+    known: Any = {Rounding: _rounding, ECSQ: _stepped, TCQ: _stepped, Vptq: _vptq, Trajectory: _trajectory}.get(
+        type(ready.stage)
+    )
     if known is None or not x.is_cpu or not 0 < len(x) <= FEW:
         return None
     found: torch.Tensor | None = known(ready, ready.stage, x.to(torch.float32))
@@ -121,7 +124,7 @@ def _rounding(ready: Ready, stage: Rounding, x: torch.Tensor) -> torch.Tensor | 
     return times_power_of_two(out, exponent, in_place=True)
 
 
-def _ecsq(ready: Ready, stage: ECSQ, x: torch.Tensor) -> torch.Tensor | None:
+def _stepped(ready: Ready, stage: Stepped, x: torch.Tensor) -> torch.Tensor | None:
     (rows, columns), codes = ready.shape, ready.planes["codes"]
     width = int(codes.coding[4:])
     if not packed_cpu.fits_grid(width, rows, columns, columns):

@@ -3,8 +3,8 @@
 A product with one vector takes as long as reading the weight does, so that what is read should be the packed bits.  Two
 forms cover most stages:
 
-- `grid`: W = scale * (code - zero) + minimum on each group of a row's columns (rounding), or W = code, zigzag (ecsq, whose
-  steps of rows and columns are factors of the results and the inputs);
+- `grid`: W = scale * (code - zero) + minimum on each group of a row's columns (rounding), or W = code, zigzag (ecsq and tcq,
+  whose steps of rows and columns are factors of the results and the inputs);
 - `vectors`: W is made of the vectors of a codebook.  They lie along a column (vptq) or along a row (trajectory).
 
 `half` multiplies the 16 bits in which embedding and head are kept: a small model's head is its largest matrix.

@@ -14,6 +14,8 @@ search for but the steps and the errors' direction:
 * Rounding towards zero a little costs few errors and saves more bits (a dead zone: Sullivan 1996): 0.44 is added before
   the fraction is cut off, instead of one half.
 
+WaterSIC (arXiv 2603.04956) has the same core, found independently.
+
 Steps are stored as a base, and an exponent in eighths of octaves for each row and column.  Codes are zigzag integers
 (0, -1, 1, -2, ...), entropy-coded on disk.
 """
@@ -29,6 +31,7 @@ import numpy as np
 import torch
 from numba import njit
 
+from ..bits import unzigzag, zigzag
 from ..entropy import expected_bytes
 from ..errors import BadInput
 from ..planes import FLOAT32_MAX, Packed, Plane
@@ -41,23 +44,21 @@ SAMPLED = 96  # rows that a price is estimated from
 BLOCK = 64  # columns that pass on their errors together
 
 
-@register
-@dataclass(frozen=True)
-class ECSQ(Stage):
-    """Entropy-coded scalar quantisation.
+class Stepped(Stage):
+    """A stage of whole multiples of steps, one for each row times one for each column.
 
-    step: the geometric mean of all steps, in units of the weight's root mean square; the entropy of Gaussian weights is
-    about 2.05 - log2(step) bits.  rounding: what is added before the fraction is cut off, 0.5 to the nearest.  damping:
-    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.  gains: one half
-    float per row that its codes are multiplied by: the factor that leaves least damage, or what training has made of it.
+    step, damping, gains: as `ECSQ` has them.
     """
 
-    name: ClassVar[str] = "ecsq"
     trains = "floats"
-    step: float = 0.6
-    rounding: float = 0.44
-    damping: float = 0.1
-    gains: bool = False
+    step: float
+    damping: float
+    gains: bool
+
+    @property
+    def coding(self) -> str:
+        """Of the multiples, zigzag."""
+        return "~uint16"
 
     @property
     def needs_statistics(self) -> bool:
@@ -71,17 +72,15 @@ class ECSQ(Stage):
 
     def _check(self) -> None:
         if not 2**-12 <= self.step <= 2**6:
-            raise BadInput(f"ecsq: step={self.step}; expected 0.000244 to 64")
-        if not 0.0 < self.rounding <= 0.5:
-            raise BadInput(f"ecsq: rounding={self.rounding}; expected more than 0, at most 0.5")
+            raise BadInput(f"{self.name}: step={self.step}; expected 0.000244 to 64")
         if not 0.0 < self.damping <= 1e6:
-            raise BadInput(f"ecsq: damping={self.damping}; expected more than 0, at most 1e6")
+            raise BadInput(f"{self.name}: damping={self.damping}; expected more than 0, at most 1e6")
 
     def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Coding and shape of each plane."""
         rows, columns = shape
         planes: dict[str, tuple[str, tuple[int, ...]]] = {
-            "codes": ("~uint16", (rows, columns)),
+            "codes": (self.coding, (rows, columns)),
             "rows": ("~uint8", (rows,)),
             "columns": ("~uint8", (columns,)),
             "step": ("float32", (1,)),
@@ -97,7 +96,7 @@ class ECSQ(Stage):
         factor, of_rows, of_columns, rms = self._plan(weight.numpy(), stats)
         step = np.float32(min(self.step * rms, FLOAT32_MAX))
         values = np.ascontiguousarray(weight.numpy().T)
-        codes = _quantise(values, factor, *_steps(of_rows, of_columns, step), self.rounding)
+        codes = self._codes(values, factor, *_steps(of_rows, of_columns, step), stats)
         planes = {
             "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
             "rows": torch.from_numpy(of_rows),
@@ -110,6 +109,57 @@ class ECSQ(Stage):
             return packed
         planes["gains"] = _gains(weight, self.decode(packed), stats)
         return self.packed(shape, planes)
+
+    def _codes(
+        self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
+    ) -> np.ndarray:
+        """The multiples, int32[in, out], of the weight, float32[in, out].  factor: M, strictly upper triangular.  rows,
+        columns: factors of the steps."""
+        raise NotImplementedError
+
+    def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
+        factor, exponents = _of_columns(values.shape[1], stats, self.damping)
+        rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
+        return _Plan(factor, _exponents(_of_rows(len(values), stats)), _exponents(exponents), rms)
+
+    def _decode(self, packed: Packed) -> torch.Tensor:
+        return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
+
+    def dense(self, packed: Packed, floats: Any) -> torch.Tensor:
+        """The weight as a function of step and gains."""
+        rows, columns = factors(packed)
+        # No step is infinite: a code of zero stands for zero.
+        column_steps = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+        dense: torch.Tensor = unzigzag(packed["codes"]).to(torch.float32) * rows[:, None] * column_steps
+        return dense * floats["gains"][:, None] if self.gains else dense
+
+
+@register
+@dataclass(frozen=True)
+class ECSQ(Stepped):
+    """Entropy-coded scalar quantisation.
+
+    step: the geometric mean of all steps, in units of the weight's root mean square; the entropy of Gaussian weights is
+    about 2.05 - log2(step) bits.  rounding: what is added before the fraction is cut off, 0.5 to the nearest.  damping:
+    what is added to H's diagonal, in units of its mean; without input statistics all columns are alike.  gains: one half
+    float per row that its codes are multiplied by: the factor that leaves least damage, or what training has made of it.
+    """
+
+    name: ClassVar[str] = "ecsq"
+    step: float = 0.6
+    rounding: float = 0.44
+    damping: float = 0.1
+    gains: bool = False
+
+    def _check(self) -> None:
+        super()._check()
+        if not 0.0 < self.rounding <= 0.5:
+            raise BadInput(f"ecsq: rounding={self.rounding}; expected more than 0, at most 0.5")
+
+    def _codes(
+        self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
+    ) -> np.ndarray:
+        return _quantise(values, factor, rows, columns, self.rounding)
 
     def price(
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
@@ -131,22 +181,6 @@ class ECSQ(Stage):
         largest = 2 * int(min(sample.largest / float(step) + self.rounding, LARGEST))
         size = sample.beside + expected_bytes(stored, len(weight), max(largest, int(stored.max())))
         return math.ceil(size), float(lost @ sample.shares) / 2, False
-
-    def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
-        factor, exponents = _of_columns(values.shape[1], stats, self.damping)
-        rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
-        return _Plan(factor, _exponents(_of_rows(len(values), stats)), _exponents(exponents), rms)
-
-    def _decode(self, packed: Packed) -> torch.Tensor:
-        return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
-
-    def dense(self, packed: Packed, floats: Any) -> torch.Tensor:
-        """The weight as a function of step and gains."""
-        rows, columns = factors(packed)
-        # No step is infinite: a code of zero stands for zero.
-        column_steps = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
-        dense: torch.Tensor = unzigzag(packed["codes"]).to(torch.float32) * rows[:, None] * column_steps
-        return dense * floats["gains"][:, None] if self.gains else dense
 
 
 class _Plan(NamedTuple):
@@ -199,17 +233,6 @@ def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
 
 
-def zigzag(codes: torch.Tensor) -> torch.Tensor:
-    """0, -1, 1, -2, ... as 0, 1, 2, 3, ...: int32 both."""
-    return torch.where(codes >= 0, 2 * codes, -2 * codes - 1)
-
-
-def unzigzag(stored: torch.Tensor) -> torch.Tensor:
-    """The inverse of `zigzag`: int32."""
-    stored = stored.to(torch.int32)
-    return torch.where(stored % 2 == 0, stored // 2, -(stored + 1) // 2)
-
-
 def _gains(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics | None) -> torch.Tensor:
     """The factor of each row that leaves least of its outputs' error: w H d^T / d H d^T for w of the weight and d decoded;
     float16[out], 1 if nothing is left of a row."""
@@ -233,11 +256,15 @@ def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarr
 
 def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:
     """log2 of g_i**-1/4: float64[out]."""
+    return np.asarray(damped_sensitivity(rows, stats).log2().numpy() / -4)
+
+
+def damped_sensitivity(rows: int, stats: InputStatistics | None) -> torch.Tensor:
+    """g_i: float64[out], none of them zero, and all alike if nothing is known of them."""
     if stats is None or stats.sensitivity is None or not stats.sensitivity.any():
-        return np.zeros(rows)
+        return torch.ones(rows, dtype=torch.float64)
     sensitivity = stats.sensitivity.double()
-    logarithms: np.ndarray = (sensitivity + 1e-3 * sensitivity.mean()).log2().numpy()
-    return np.asarray(logarithms / -4)
+    return sensitivity + 1e-3 * sensitivity.mean()
 
 
 def _exponents(logarithms: np.ndarray) -> np.ndarray:

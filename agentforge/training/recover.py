@@ -42,7 +42,7 @@ from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
 from ..version import __version__
 from .bitlinear import convert, set_blend
 from .mugrokfast import MuGrokfast, parameter_groups
-from .student import CodeLinear, PlaneLinear, Student, layers_of, within
+from .student import PlaneLinear, Student, layers_of, of_codes, within
 
 ROWS = 32  # of logits that the loss works on at a time
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
@@ -144,11 +144,12 @@ def recover(
     """Train `model` through `stage` and write the packed artifact `out`, with `history.json` in it.
 
     stage: ternary (the weights are trained), or any stage whose float planes can be (they are trained, the integers
-    stay), or None: `start` is an artifact of entropy-coded weights (ecsq, any step each, as `fit` makes them), whose codes
-    are trained.  text: to train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth
-    of any other text.  names: weights to compress (default: all that a stage may touch).  start: for other stages than
-    ternary, the artifact whose planes to begin with (default: made here by `stage`).  most_bytes: of all planes together,
-    for stage None: training may make codes larger; they are kept within this limit.  device: default cuda if there is one.
+    stay), or None: `start` is an artifact of entropy-coded weights (any step each, as `fit` makes them), whose gains are
+    trained; so are the codes of ecsq, those of tcq stay.  text: to train on; held-out text is selftext's own split,
+    WikiText-2's test split, or the last twentieth of any other text.  names: weights to compress (default: all that a stage
+    may touch).  start: for other stages than ternary, the artifact whose planes to begin with (default: made here by
+    `stage`).  most_bytes: of all planes together, for stage None: training may make codes larger; they are kept within this
+    limit.  device: default cuda if there is one.
 
     After a kill, or Ctrl-C, the same call continues from the last checkpoint.  Raises BadInput if model, stage, text or
     settings cannot be used.
@@ -309,7 +310,7 @@ class _Run:
             if stage is not None:
                 student: Student = PlaneLinear(layers[owner], stage, packed)
             elif name in weights:
-                student = CodeLinear(layers[owner], stages.from_json(rows[name]["stage"]), packed, weights[name].load())
+                student = of_codes(layers[owner], stages.from_json(rows[name]["stage"]), packed, weights[name].load())
             else:
                 raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
             self.student.set_submodule(owner, student)

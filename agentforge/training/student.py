@@ -15,10 +15,12 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from ..bits import unzigzag, zigzag
 from ..errors import BadInput
 from ..planes import FLOAT32_MAX, Packed
 from ..stages import Stage
-from ..stages.ecsq import ECSQ, LARGEST, factors, unzigzag, zigzag
+from ..stages.ecsq import ECSQ, LARGEST, factors
+from ..stages.tcq import TCQ
 
 SPAN = 5.0  # steps in a unit of the latent parameter: one learning rate serves codes, gains and norms
 # Of a step, between a latent value and the border of its code at the start.  The fitted codes make up for each other's
@@ -129,6 +131,15 @@ class PlaneLinear(Student):
         for name, unit in self.unit.items():
             planes[name] = (self.floats[name].detach().cpu() * unit).to(planes[name].dtype)
         return self.stage.packed(self.planes.shape, planes)
+
+
+def of_codes(layer: nn.Module, stage: Stage, packed: Packed, weight: torch.Tensor) -> Student:
+    """The student of entropy-coded multiples of steps and their weight, float[out, in].  Codes along a trellis stay."""
+    if not isinstance(stage, TCQ):
+        return CodeLinear(layer, stage, packed, weight)
+    ones = {"gains": torch.ones(packed.shape[0], dtype=torch.float16)}
+    stage = replace(stage, gains=True)
+    return PlaneLinear(layer, stage, stage.packed(packed.shape, ones | {plane.name: plane.values for plane in packed}))
 
 
 class CodeLinear(Student):

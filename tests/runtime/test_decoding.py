@@ -22,6 +22,7 @@ STAGES = [
     "trajectory",
     "curves",
     "ecsq",
+    "tcq",
 ]
 
 

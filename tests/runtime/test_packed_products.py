@@ -29,6 +29,8 @@ FUSED = [
     "rounding:bits=5,group=64 | entropy",
     "ecsq:step=0.1",
     "ecsq:gains=true",
+    "tcq:step=0.1",
+    "tcq:gains=true",
     "vptq:v=4,k=64",
     "vptq:v=6,k=32,residual=16,norm=std",
     "vptq:v=3,k=30,shared=true",

@@ -67,6 +67,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"U": 300, "M": 1, "l": 2.0, "select": False},
         {"U": 16, "K": 1, "centred": True, "l": 0.0, "select": False},
     ],
+    "tcq": [{}, {"step": 0.05, "damping": 1.0, "states": 32}, {"step": 1.5, "states": 256}, {"gains": True}],
     "ternary": [
         {"rule": "calibrated"},
         {},
@@ -88,7 +89,7 @@ REFINED = [
     "vptq:v=4,k=16 | entropy",
 ]
 # Stages whose relative error does not depend on the scale of the weight.
-SCALE_FREE = {"curves", "ecsq", "rounding"}
+SCALE_FREE = {"curves", "ecsq", "rounding", "tcq"}
 SHAPES = ((1, 1), (1, 7), (7, 1), (13, 37), (3, 130), (64, 64))
 
 
@@ -121,6 +122,8 @@ def plane_bits(coding: str, shape: tuple[int, ...]) -> int:
     count = math.prod(shape)
     if coding.strip("~") == "trit":
         return -(-8 * count // 5)
+    if coding.startswith("~trellis"):
+        return 16 * count  # and a parity, which follows from the values before
     return count * int(re.sub(r"\D", "", coding))
 
 
@@ -196,7 +199,7 @@ def check_planes_are_of_their_coding(stage: Stage) -> None:
         if coding in FLOATS:
             assert plane.values.dtype == FLOATS[coding], plane.name
         else:
-            limit = 3 if coding == "trit" else 1 << int(coding[4:])
+            limit = 3 if coding == "trit" else 1 << 17 if coding.startswith("trellis") else 1 << int(coding[4:])
             assert not plane.values.is_floating_point(), plane.name
             assert 0 <= int(plane.values.long().min()) <= int(plane.values.long().max()) < limit, plane.name
 

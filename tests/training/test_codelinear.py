@@ -13,9 +13,11 @@ import agentforge as af
 from agentforge import stages
 from agentforge.allocation import Budget, fit
 from agentforge.artifact import Artifact
+from agentforge.bits import unzigzag
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
-from agentforge.stages.ecsq import ECSQ, factors, unzigzag
+from agentforge.planes import Packed
+from agentforge.stages.ecsq import ECSQ, factors
 from agentforge.statistics import Calibration
 from agentforge.training import recover as module
 from agentforge.training.recover import Settings, distillation, recover
@@ -146,6 +148,7 @@ def fitted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifa
         af.open_model(tiny_llama),
         out,
         Budget(bits=2.2),
+        ladder=[stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-7, 4)],
         calibration=CALIBRATION,
         text="selftext",
         tokens=127,
@@ -173,6 +176,22 @@ def test_a_fitted_model_recovers_within_its_bytes(fitted: Artifact, tiny_llama: 
     )
     assert found < 0.8 * before
     assert found == pytest.approx(done.after.kl, rel=0.35)  # other windows of the same text
+
+
+def test_gains_recover_within_the_budget_while_the_codes_of_a_trellis_stay(tiny_llama: Path, tmp_path: Path) -> None:
+    model, about = af.open_model(tiny_llama), {"calibration": CALIBRATION, "text": TEXT, "tokens": 200, "progress": False}
+    plain = fit(model, tmp_path / "plain", Budget(bits=2.2), **about)  # type: ignore[arg-type]
+    gains = 16 * sum(w.shape[0] for w in model.weights()) / sum(w.shape[0] * w.shape[1] for w in model.weights())
+    made = fit(model, tmp_path / "made", Budget(bits=2.2 + gains), recovery=QUICK, **about)  # type: ignore[arg-type]
+    assert made.bits <= 2.2 + gains
+    assert made.measured.kl.value < 0.9 * plain.measured.kl.value
+    for row, other in zip(made.artifact.rows, plain.artifact.rows, strict=True):
+        if row["stage"]:
+            assert row["stage"] == other["stage"] | {"gains": True} and row["stage"]["stage"] == "tcq"
+            found, before = made.artifact.read(row), plain.artifact.read(other)
+            assert isinstance(found, Packed) and isinstance(before, Packed)
+            assert torch.equal(found["codes"], before["codes"])
+            assert (found["gains"] != 1).any()
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(

@@ -225,6 +225,7 @@ def test_a_classifier_recovers_its_accuracy(digits: LanguageModel, tmp_path: Pat
         "rounding:bits=3,group=0,symmetric=true",
         "vptq:v=2,k=16,norm=std,outliers=0.1",
         "ecsq:step=2",
+        "tcq:step=1",
     ],
 )
 def test_float_planes_decode_as_the_stage_does_and_can_be_trained(spec: str, tiny_llama: Path, tmp_path: Path) -> None:
@@ -273,7 +274,7 @@ def test_settings_out_of_range_are_refused(
 def test_what_cannot_be_trained_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     model = af.open_model(tiny_llama)
     with pytest.raises(
-        BadInput, match="seedlm has no float planes that can be trained; choose from ternary, ecsq, rounding, vptq"
+        BadInput, match="seedlm has no float planes that can be trained; choose from ternary, ecsq, rounding, tcq, vptq"
     ):
         recover(model, tmp_path / "out", "seedlm:bits=4", QUICK, text=TEXT)
     with pytest.raises(BadInput, match="expected rule=absmean"):

@@ -1,0 +1,326 @@
+"""Trellis-coded quantisation against Shannon's bound, all paths tried one by one, and the code's own parity check."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from agentforge import entropy, stages
+from agentforge.bits import pack_uint, tensor_bytes, unzigzag, zigzag
+from agentforge.errors import BadArtifact, BadInput
+from agentforge.planes import Packed, Plane
+from agentforge.stages import tcq
+from agentforge.statistics import InputStatistics
+from agentforge.trellis import POLYNOMIALS, RESTART, join, split, successors
+
+STATES = sorted(POLYNOMIALS)
+
+
+def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def correlated(n: int, seed: int = 5) -> torch.Tensor:
+    """Second moments of inputs of unequal sizes that have much in common."""
+    x = gaussian((4 * n, n), seed) @ (torch.eye(n) + 0.7 * gaussian((n, n), seed + 1) / math.sqrt(n))
+    x = x * torch.linspace(0.3, 3, n) + gaussian((4 * n, 1), seed + 2)
+    return x.T @ x / (4 * n)
+
+
+def paths(shape: tuple[int, int], states: int = 8, spread: float = 2.0, seed: int = 0) -> torch.Tensor:
+    """Zigzag integers along paths, of any m."""
+    return join(zigzag((gaussian(shape, seed) * spread).round().int()), f"trellis{states}")
+
+
+def coded(values: torch.Tensor, states: int = 8) -> Plane:
+    return Plane("codes", values, f"~trellis{states}")
+
+
+def back(data: bytes, shape: tuple[int, int], states: int = 8) -> Plane:
+    stored = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return Plane.from_stored("codes", f"~trellis{states}", shape, stored)
+
+
+def bits_of_codes(packed: Packed) -> float:
+    return packed.planes[0].bits / math.prod(packed.shape)
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_paths_satisfy_the_parity_check_of_the_code(states: int) -> None:
+    """sum_i h0_i z_{t-i} + h1_i u_{t-i} is even, with z the lowest bit of k and u the one above."""
+    k = unzigzag(paths((RESTART + 300, 5), states)).numpy()
+    h0, h1 = POLYNOMIALS[states]
+    memory = states.bit_length() - 1
+    assert h0.bit_length() == memory + 1 and h0 & 1 and h1.bit_length() <= memory and not h1 & 1
+    for block in (k[:RESTART], k[RESTART:]):
+        z, u = block & 1, block >> 1 & 1
+        before = np.zeros((memory, 5), np.int64)
+        z, u = np.vstack([before, z]), np.vstack([before, u])
+        check = sum(
+            (h0 >> i & 1) * z[memory - i : len(z) - i] + (h1 >> i & 1) * u[memory - i : len(u) - i]
+            for i in range(memory + 1)
+        )
+        assert not (np.asarray(check) % 2).any()
+
+
+@pytest.mark.parametrize(("states", "distance"), [(8, 10), (32, 13), (256, 16)])
+def test_the_codes_have_the_free_distances_of_ungerboecks_table(states: int, distance: int) -> None:
+    """Squared distance, in steps, of the nearest two paths: Ungerboeck 1982, table I, has 10, 13 and 16."""
+    following = successors(states)
+    s, t = np.nonzero(~np.eye(states, dtype=bool))
+    best = np.full((states, states), 99)  # of two paths in these states, which have parted
+    best[following[0, 0], following[0, 1]] = 4
+    for _ in range(40):
+        new = best.copy()
+        for a, b in itertools.product(range(2), repeat=2):
+            apart = np.abs((2 * a + (s & 1)) - (2 * b + (t & 1)))
+            np.minimum.at(new, (following[s, a], following[t, b]), best[s, t] + np.minimum(apart, 4 - apart) ** 2)
+        if (new == best).all():
+            break
+        best = new
+    assert min(4**2, *best.diagonal()) == distance  # or two values of one class, which are 4 apart
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_viterbi_finds_the_best_of_all_paths(states: int) -> None:
+    rng = np.random.default_rng(states)
+    following = successors(states)
+    for n in (1, 2, 7, 10):
+        for _ in range(10):
+            cost = rng.exponential(size=(4, n)).astype(np.float32)
+            choices = rng.integers(-5, 5, (4, n)).astype(np.int32) * 4 + np.arange(4, dtype=np.int32)[:, None]
+            found = np.zeros(n, np.int32)
+            tcq._viterbi(cost, choices, tcq._predecessors(states), found)
+            totals = {}
+            for bits in itertools.product(range(2), repeat=n):
+                s, total, path = 0, 0.0, []
+                for r, bit in enumerate(bits):
+                    c = 2 * bit + (s & 1)
+                    total += float(cost[c, r])
+                    path.append(int(choices[c, r]))
+                    s = int(following[s, bit])
+                totals[tuple(path)] = total
+            assert tuple(found) in totals, "not a path"
+            assert totals[tuple(found)] == pytest.approx(min(totals.values()), rel=1e-6)
+
+
+def is_path(k: tuple[int, ...]) -> bool:
+    try:
+        split(zigzag(torch.tensor(k)[:, None]), "trellis8")
+    except BadInput:
+        return False
+    return True
+
+
+def test_one_column_is_the_best_of_all_sequences_of_integers() -> None:
+    """The whole kernel: every sequence of integers from -4 to 4 that is a path; squared errors, bits and importances."""
+    rng = np.random.default_rng(0)
+    n, bits = 4, np.abs(rng.standard_normal((2, tcq.COUNTED))).cumsum(1)
+    tables, ones = np.arange(n) % 2, np.ones(n, np.float32)
+    allowed = np.array([k for k in itertools.product(range(-4, 5), repeat=n) if is_path(k)])
+    assert len(allowed) < 9**n / 2 ** (n - 1)
+    for _ in range(20):
+        x, w = (rng.standard_normal((1, n)) * 1.3).astype(np.float32), rng.exponential(size=n).astype(np.float32)
+        ways = (tables, np.zeros(1, np.int64), bits)
+        found, distortion = tcq._quantise(x, np.zeros((1, 1), np.float32), ones, ones[:1], w, ways, 0.3, 8)
+        every = np.concatenate([found, allowed])
+        costs = (w * (x - every) ** 2).sum(1) + 0.3 * bits[tables, np.abs(every)].sum(1)
+        assert is_path(tuple(found[0]))
+        assert costs[0] == pytest.approx(costs.min(), rel=1e-5)
+        assert distortion == pytest.approx(float((w * (x - found) ** 2).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("states", "step", "rate", "most"),
+    [
+        *((8, step, rate, 0.085) for step, rate in ((0.93, 1.0), (0.64, 1.6), (0.5, 2.0), (0.34, 2.6), (0.08, 4.7))),
+        *((32, step, rate, 0.065 if rate == 1 else 0.06) for step, rate in ((0.93, 1.0), (0.64, 1.6), (0.34, 2.6))),
+    ],
+)
+def test_a_gaussian_is_nearer_to_shannons_bound_than_scalars_come(
+    states: int, step: float, rate: float, most: float
+) -> None:
+    """D(R) = 4^-R: no code of any kind is below it, and scalars are 0.25 bit above.  Bits are those of the file."""
+    stage, weight = stages.get("tcq", step=step, states=states), gaussian((1024, 640), 3)
+    packed = stage.encode(weight)
+    assert len(packed.planes[0].stored()) * 8 / weight.numel() == bits_of_codes(packed)
+    found = back(bytes(tensor_bytes(packed.planes[0].stored())), (1024, 640), states)
+    assert torch.equal(found.values, packed["codes"])
+    distortion = float((stage.decode(packed) - weight).double().square().mean() / weight.double().square().mean())
+    assert bits_of_codes(packed) == pytest.approx(rate, abs=0.1)
+    assert 0 < bits_of_codes(packed) + math.log2(distortion) / 2 < most
+
+
+def test_it_does_less_damage_than_scalars_in_as_many_bits_with_feedback_and_unequal_rows() -> None:
+    weight, hessian = gaussian((384, 96)), correlated(96)
+    sensitivity = torch.logspace(-1, 1, 384)[torch.randperm(384, generator=torch.Generator().manual_seed(0))]
+    stats = InputStatistics(hessian, 99, sensitivity)
+
+    def damage(text: str) -> tuple[float, float]:
+        packed = stages.parse(text).encode(weight, stats)
+        error = stages.parse(text).decode(packed).double() - weight.double()
+        return float(((error @ hessian.double()) * error).sum(1) @ sensitivity.double()), bits_of_codes(packed)
+
+    for step in (0.35, 0.6):
+        (lost, bits), (scalar, scalar_bits) = damage(f"tcq:step={step}"), damage(f"ecsq:step={2 * step}")
+        assert bits == pytest.approx(scalar_bits, abs=0.1)
+        # 6 dB a bit: what the few hundredths of a bit between the two are worth is taken out.
+        assert lost * 4 ** (bits - scalar_bits) < 0.82 * scalar
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_planes_of_paths_come_back(states: int) -> None:
+    for shape in ((1, 1), (1, 9), (5, 3), (RESTART + 30, 24), (40, 600)):
+        for spread in (0.0, 0.3, 3.0, 400.0, 6000.0):
+            plane = coded(paths(shape, states, spread), states)
+            found = back(bytes(tensor_bytes(plane.stored())), shape, states)
+            assert torch.equal(found.values, plane.values)
+            assert len(plane.stored()) <= 2 * math.prod(shape) + 1
+
+
+def test_every_kind_of_section_is_taken() -> None:
+    scale = torch.linspace(0.3, 3, 320)
+    by_columns = join(zigzag((gaussian((320, 300)) * scale[:300]).round().int()), "trellis8")
+    by_rows = join(zigzag((gaussian((320, 300)) * scale[:, None]).round().int()), "trellis8")
+    wide = gaussian((64, 300)).round().int()
+    wide[3, 5] = 30000
+    kinds = [(by_columns, 1, entropy.COLUMNS), (by_rows, 1, entropy.ROWS), (paths((320, 300)), 1, entropy.ONE)]
+    for values, kind, section in [*kinds, (join(zigzag(wide), "trellis8"), entropy.SPLIT, None)]:
+        stored = bytes(tensor_bytes(coded(values).stored()))
+        assert stored[0] == kind
+        assert section is None or stored[5] == section
+        assert torch.equal(back(stored, (len(values), 300)).values, values)
+
+
+def test_parities_take_no_bits_and_make_the_rest_cheaper() -> None:
+    """The conditional entropy of m, given the parity, signs as likely as each other; less than that of m alone."""
+    packed = stages.get("tcq", step=0.8).encode(gaussian((512, 512), 1))
+    k = unzigzag(packed["codes"]).numpy()
+    conditional, m = 0.0, (k >> 1).reshape(-1)
+    for parity in range(2):
+        _, counts = np.unique(k[k & 1 == parity], return_counts=True)
+        conditional -= (counts * np.log2(counts / counts.sum())).sum() / k.size
+    _, counts = np.unique(m, return_counts=True)
+    alone = -(counts * np.log2(counts / counts.sum())).sum() / k.size
+    assert conditional < alone - 0.05
+    assert bits_of_codes(packed) == pytest.approx(conditional, rel=0.002)
+
+
+def test_what_is_no_path_is_refused() -> None:
+    for values in (torch.tensor([[1]]), paths((50, 9)) ^ 1):
+        with pytest.raises(BadInput, match="no path of trellis8"):
+            coded(values).stored()
+    with pytest.raises(BadInput, match="a value of 65536 does not fit"):
+        coded(zigzag(torch.tensor([[65536]]))).stored()
+
+
+def test_outliers_are_cut_off_where_16_bits_end() -> None:
+    weight = torch.full((200, 40), 1e-3)
+    weight[3, 5], weight[4, 6] = 1e3, -1e3
+    stage = stages.get("tcq", step=2**-12)
+    packed = stage.encode(weight)
+    found = unzigzag(packed["codes"])
+    assert 65500 < int(found[3, 5]) < 65536 and -65536 < int(found[4, 6]) < -65500
+    stored = packed.planes[0].stored()
+    assert torch.equal(back(bytes(tensor_bytes(stored)), (200, 40)).values, packed["codes"])
+    assert float(stage.decode(packed)[3, 5]) == pytest.approx(float(found[3, 5]) * float(packed["step"]))
+
+
+@pytest.mark.parametrize("step", [2**-12, 0.3, 64.0])
+def test_weights_and_statistics_of_any_size_decode_to_numbers(step: float) -> None:
+    stats = InputStatistics(torch.diag(torch.logspace(-12, 12, 16)), 10, torch.logspace(-10, 10, 8))
+    stage = stages.get("tcq", step=step)
+    for scale in (1e-44, 1e-38, 1.0, 1e30, 1e37, 8e37):
+        packed = stage.encode(gaussian((8, 16)) * scale, stats)
+        assert torch.isfinite(stage.decode(packed)).all(), f"{scale}"
+        packed.planes[0].stored()
+
+
+def test_the_same_bytes_from_any_thread() -> None:
+    """A large weight, with all that is counted from the pass before."""
+    stats = InputStatistics(correlated(130), 99, torch.logspace(-1, 1, RESTART + 200))
+    weight = gaussian((RESTART + 200, 130))
+    encode = stages.get("tcq", step=0.3).encode
+    with ThreadPoolExecutor(3) as pool:
+        assert len({encode(weight, stats).sha256, *pool.map(lambda _: encode(weight, stats).sha256, range(3))}) == 1
+
+
+SHAPE = (40, 300)
+
+
+def sealed(body: bytes, kind: int = entropy.WHOLE) -> bytes:
+    return bytes([kind]) + entropy.zlib.crc32(body).to_bytes(4, "little") + body
+
+
+def section(frequencies: list[int], evens: int, words: bytes, size: int | None = None) -> bytes:
+    """Of kind ONE."""
+    packed = bytes(tensor_bytes(pack_uint(torch.tensor(frequencies), entropy.FREQUENCY_BITS)))
+    head = bytes([entropy.ONE]) + ((size or len(frequencies) // 2) - 1).to_bytes(2, "little")
+    return head + packed + evens.to_bytes(4, "little") + words
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (section([9, 9, 9, 9], 12001, bytes(4)), "more even values than values"),
+        (section([9, 9, 9, 9], 2**32 - 1, bytes(4)), "more even values than values"),
+        (section([9, 0, 9, 9], 6000, bytes(4)), "too concentrated"),
+        (section([0, 0, 9, 9], 6000, bytes(4)), "too concentrated"),
+        (section([9, 9, 9, 9], 6000, bytes(3)), "whole word"),
+        (section([9, 9, 9, 9], 6000, bytes(9000)), "more words than values"),
+        (section([9, 9, 9, 9], 6000, b"\xff" * 8), "do not belong to its histogram"),
+        (section([9, 9, 9, 9], 0, b""), "no path"),  # where the first value is even
+        (section([9, 9, 9, 9], 6000, bytes(4), 60000), "an alphabet of 60000 values, expected 2 to 32769"),
+        (section([9, 9, 9, 9], 6000, b"", 20000), "ends .* bytes early"),
+        (bytes([entropy.PACKED]) + bytes(24000), "no known kind"),
+    ],
+)
+def test_forged_sections(body: bytes, message: str) -> None:
+    with pytest.raises(BadArtifact, match=f"^plane codes: .*{message}"):
+        back(sealed(body), SHAPE)
+
+
+def test_sizes_are_checked_before_memory_is_taken() -> None:
+    data = bytes(tensor_bytes(coded(paths(SHAPE)).stored()))
+    for shape in ((1 << 24, 1 << 24), (1 << 62, 4)):
+        with pytest.raises(BadArtifact, match="do not hold"):
+            back(data, shape)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3.0, 300.0])
+def test_forged_bytes_give_a_path_or_none(spread: float) -> None:
+    """Whoever can write a file can write its checksum: nothing but BadArtifact, and no value beyond the coding."""
+    stored = bytes(tensor_bytes(coded(paths(SHAPE, spread=spread)).stored()))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for trial in range(300):
+        forged = bytearray(stored[5:])
+        for _ in range(1 + trial % 3):
+            forged[int(rng.integers(0, len(forged) if trial % 2 else 40))] = int(rng.integers(0, 256))
+        try:
+            found = back(sealed(forged[: int(rng.integers(0, len(forged)))] if trial % 5 == 0 else forged, stored[0]), SHAPE)
+        except BadArtifact:
+            refused += 1
+        else:
+            split(found.values, "trellis8")
+    assert refused > 50
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"step": 0.0}, r"^tcq: step=0\.0; expected 0\.000244 to 64$"),
+        ({"states": 16}, r"^tcq: states=16; expected one of 8, 32, 256$"),
+        ({"damping": 0.0}, r"^tcq: damping=0\.0; expected more than 0, at most 1e6$"),
+        ({"rounding": 0.4}, "^stage tcq has no setting 'rounding'; it has step, states, damping, gains$"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        stages.get("tcq", **settings)
