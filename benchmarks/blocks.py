@@ -33,7 +33,7 @@ ends["statistics"] = sum(os.times()[:2])
 candidates(model, statistics, calibration)
 ends["prices"] = sum(os.times()[:2])
 fit(model, sys.argv[2], Budget(bits=3), statistics=statistics, tokens={TOKENS})
-print(json.dumps(ends))
+print(json.dumps({{"stage": LADDER[0].name, "ends": ends}}))
 """
 # Of Llama-3-70B: blocks, parameters of a block, and inputs of its widest layer.
 LARGE = {"parameters": 70e9, "block": 856e6, "widest": 28672}
@@ -67,12 +67,13 @@ def measure(name: str, folder: Path | None) -> bench.Row:
         said, fit = bench.process(sys.executable, "-c", FIT, model, out)
         words = ["evaluate", out, "--against", model, "--context", 512, "--tokens", TOKENS, "--json"]
         _, evaluate = bench.process(sys.executable, "-m", "agentforge", *words)
-    fit["cpu_seconds_until"] = json.loads(said)
+    told = json.loads(said)
+    fit["cpu_seconds_until"] = told["ends"]
     from agentforge.evaluation.measurement import environment
 
     found = environment()
     machine = f"{found['cpu']}, {os.cpu_count()} cores, torch {found['packages']['torch']}"
-    return {**about, "fit": fit, "evaluate": evaluate, "machine": machine}
+    return {**about, "stage": told["stage"], "fit": fit, "evaluate": evaluate, "machine": machine}
 
 
 def table(rows: list[bench.Row]) -> str:
@@ -88,10 +89,11 @@ def table(rows: list[bench.Row]) -> str:
     text = f"""
         # Blocks
 
-        Llamas of random half floats: `fit` to 3 bits per weight, and `agentforge evaluate` of the result beside the
-        original, both on {TOKENS:,} tokens.  The weights of one block are in memory at a time.  {rows[0]["machine"]}.
+        Llamas of random half floats: `fit` to 3 bits per weight among steps of `{rows[-1]["stage"]}`, and
+        `agentforge evaluate` of the result beside the original, both on {TOKENS:,} tokens.  The weights of one block are in memory at a time.  {rows[0]["machine"]}.
     """
-    return bench.page(text, bench.table(COLUMNS, cells, "lrrrlr"), *(growth(rows) if len(rows) > 1 else []), large(rows[-1]))
+    grown = growth(rows) if len(rows) > 1 else []
+    return bench.page(text, bench.table(COLUMNS, cells, "lrrrlr"), *grown, large(rows[-1]))
 
 
 def growth(rows: list[bench.Row]) -> list[str]:
