@@ -90,7 +90,8 @@ def table(rows: list[bench.Row]) -> str:
         # Blocks
 
         Llamas of random half floats: `fit` to 3 bits per weight among steps of `{rows[-1]["stage"]}`, and
-        `agentforge evaluate` of the result beside the original, both on {TOKENS:,} tokens.  The weights of one block are in memory at a time.  {rows[0]["machine"]}.
+        `agentforge evaluate` of the result beside the original, both on {TOKENS:,} tokens.  The
+        weights of one block are in memory at a time.  {rows[0]["machine"]}.
     """
     grown = growth(rows) if len(rows) > 1 else []
     return bench.page(text, bench.table(COLUMNS, cells, "lrrrlr"), *grown, large(rows[-1]))
