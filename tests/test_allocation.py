@@ -277,7 +277,7 @@ def test_prices_of_paths_are_about_those_of_scalars_in_as_many_bits(step: float)
     packed = stage.encode(weight, stats)
     size, lost, counted = stage.price(weight, stats, "w", {})
     assert not counted
-    assert size == pytest.approx(sum(plane.stored().nbytes for plane in packed), rel=0.08)
+    assert size == pytest.approx(sum(plane.stored().nbytes for plane in packed), rel=0.1)
     assert lost == pytest.approx(damage(weight, stage.decode(packed), stats), rel=0.2)
     with pytest.raises(BadInput, match="w: 1 NaN"):
         stage.price(weight.put_(torch.tensor(0), torch.tensor(np.nan)), stats, "w", {})
