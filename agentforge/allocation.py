@@ -254,11 +254,11 @@ def fit(
 
     ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output
     head of its own), which are kept otherwise.  statistics: what `statistics.collect` gave for this model and calibration,
-    sensitivities included, if already available.  recovery: how to train the codes afterwards, by distillation on
-    selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the divergence is measured
-    on; max_kl is checked against it.  device: for statistics, training, measuring, and the search of stages that can use it;
-    sums are rounded differently on a GPU, so the recipe names it.  executor: works in place of threads, as for
-    `compress`; the result is the same.
+    sensitivities included, if already available.  recovery: how to train gains and norms afterwards (and the codes of ecsq),
+    by distillation on selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the
+    divergence is measured on; max_kl is checked against it.  device: for statistics, training, measuring, and the search of
+    stages that can use it; sums are rounded differently on a GPU, so the recipe names it.  executor: works in place of
+    threads, as for `compress`; the result is the same.
 
     Raises BadInput if the budget cannot be met, and as `compress` does.
     """

@@ -243,7 +243,7 @@ def fit(
     ] = None,
     text: TextName = None,
     tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
-    recover: Annotated[int | None, Option(min=1, help="Train the codes: steps of 4,096 tokens, in the same bits.")] = None,
+    recover: Annotated[int | None, Option(min=1, help="Train gains and norms: steps of 4,096 tokens, same bits.")] = None,
     workers: Threads = None,
     device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
     scheduler: Scheduler = None,

@@ -37,7 +37,7 @@ from agentforge.training.recover import Settings, schedule
 from agentforge.training.student import MARGIN, SPAN
 
 BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
-# From 0.025 to 14 root mean squares: the default ladder, finer for 8 bits and coarser for what is left of a bit.
+# Scalars, from 0.025 to 14 root mean squares: finer than the default ladder for 8 bits, coarser for what is left of a bit.
 LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
 ACCIDENT = 1e-4  # relative error below which few bits have found the weights' own grid
 SAME = 0.005  # bits per weight that count as equal

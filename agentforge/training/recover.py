@@ -1,8 +1,8 @@
 """Recovery: train a compressed model by distillation from its original.
 
 The student starts as a copy of the original with other linear layers (`student`): ternary ones with straight-through
-gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes that
-`allocation.fit` chose, which are trained, too.  The original is the teacher: the loss is
+gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes of ecsq,
+which are trained, too.  The original is the teacher: the loss is
 KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run

@@ -180,10 +180,17 @@ def test_runs_are_compared(made: Path, draw: Draw) -> None:
 def test_the_frontier_says_what_its_points_do(made: Path, draw: Draw) -> None:
     page = draw(made, "Frontier")
     names = page.selectbox(key="original").options
-    assert {"digits-mlp", "smollm2-135m"} <= set(names)
-    assert page.radio(key="quality").options == ["share of the accuracy kept"]  # a classifier's
-    assert "The fewest bits that keep 84% of the accuracy by the whole 95% interval: vptq:v=6,k=8" in text(page)
-    assert "one: rounding:bits=8,group=32" in [re.sub(r"\\(.)", r"\1", what) for what in page.table[0].value["what"]]
+    # Trained on another processor than the reports', it rounds otherwise, and is another original.
+    digits = [name for name in names if name == "digits-mlp" or name.startswith("digits-mlp (")]
+    assert digits and "smollm2-135m" in names
+    said, whats = "", []
+    for name in digits:
+        page.selectbox(key="original").select_index(names.index(name)).run()
+        assert page.radio(key="quality").options == ["share of the accuracy kept"]  # a classifier's
+        said += text(page)
+        whats += [re.sub(r"\\(.)", r"\1", what) for what in page.table[0].value["what"]]
+    assert "The fewest bits that keep 84% of the accuracy by the whole 95% interval: vptq:v=6,k=8" in said
+    assert "one: rounding:bits=8,group=32" in whats
     page.selectbox(key="original").select_index(names.index("smollm2-135m")).run()
     page.radio(key="quality").set_value("kl").run()
     rows = json.loads((reports_folder() / "fit" / "fit.json").read_text())
