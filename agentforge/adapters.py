@@ -10,12 +10,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .errors import BadInput
 from .models import BuiltModel, LanguageModel
-from .tensorfiles import Entry, index_file, plain_file, read_json, read_tensor, sha256_file
+from .tensorfiles import Entry, index_file, plain_file, read_tensor, sha256_file
 
 SETTINGS, FILE = "adapter_config.json", "adapter_model.safetensors"
 INSTEAD = "merge it into its base first (peft: merge_and_unload, save_pretrained)"
@@ -33,16 +34,16 @@ BEGINNINGS = (None, True, False, "gaussian", "orthogonal", "eva")
 class AdapterModel(LanguageModel):
     """A base model with an adapter merged into it.  Configuration and tokenizer are the base's.
 
-    Raises BadInput for an adapter that is no plain LoRA, or not one of this base.
+    settings: of adapter_config.json.  Raises BadInput for an adapter that is no plain LoRA, or not one of this base.
     """
 
-    def __init__(self, path: Path, base: LanguageModel) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], base: LanguageModel) -> None:
         super().__init__(path.resolve().name, base.path, dict(base.entries), {**base.source, "adapter": path.resolve().name})
         self.config, self._base, self._files = base.config, base, [path / SETTINGS, path / FILE]
         if isinstance(base, BuiltModel):
             raise BadInput(f"{path}: adapts {base.name}, whose tensors are renamed when it is opened; {INSTEAD}")
         try:
-            self._pairs = _pairs(path, base)
+            self._pairs = _pairs(path, settings, base)
         except BadInput as error:
             raise BadInput(f"{path}: {error}; {INSTEAD}") from None
         for name in self._pairs:
@@ -70,9 +71,8 @@ def _merged(read: Callable[[], torch.Tensor], down: Entry, up: Entry, scale: flo
     return read().to(torch.float32).add(change.T if transposed else change, alpha=scale)
 
 
-def _pairs(path: Path, base: LanguageModel) -> dict[str, tuple[Entry, Entry, float, bool]]:
+def _pairs(path: Path, settings: dict[str, Any], base: LanguageModel) -> dict[str, tuple[Entry, Entry, float, bool]]:
     """Of each weight that is changed: where A and B lie, s, and whether the base stores it transposed."""
-    settings = read_json(plain_file(path, SETTINGS))
     kind = settings.get("peft_type")
     if kind != "LORA":
         raise BadInput(f"is an adapter of kind {kind!a:.40}, of which only LORA is known")
@@ -83,8 +83,8 @@ def _pairs(path: Path, base: LanguageModel) -> dict[str, tuple[Entry, Entry, flo
         unknown.append("bias")
     if unknown:
         raise BadInput(f"{SETTINGS} has {unknown[0]!a:.60}={settings[unknown[0]]!a:.60}, which is not known")
-    alpha, roots = settings.get("lora_alpha"), settings.get("use_rslora") is True
-    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+    alpha, roots = settings.get("lora_alpha"), settings.get("use_rslora")
+    if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 1e30:
         raise BadInput(f"{SETTINGS} has lora_alpha={alpha!a:.40}, expected a number")
     file = plain_file(path, FILE)
     if not file.is_file():

@@ -89,7 +89,8 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
 
 def _open_folder(name: str, path: Path) -> LanguageModel:
     if (path / SETTINGS).is_file():
-        return AdapterModel(path, _base_of(path))
+        settings = read_json(plain_file(path, SETTINGS))
+        return AdapterModel(path, settings, _base_of(path, settings.get("base_model_name_or_path")))
     if not (path / "config.json").is_file():
         raise BadInput(f"{path}: config.json is missing; expected a Hugging Face folder or an artifact of agentforge")
     config = read_json(plain_file(path, "config.json"))
@@ -138,20 +139,22 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
     return opened
 
 
-def _base_of(path: Path) -> LanguageModel:
-    """The model that the adapter in `path` was trained on, if it is here: nothing is fetched because a file says so."""
+def _base_of(path: Path, name: object) -> LanguageModel:
+    """The model that the adapter in `path` says it is for, if that is here: nothing is fetched because a file says so."""
     from huggingface_hub import snapshot_download
 
-    name = read_json(plain_file(path, SETTINGS)).get("base_model_name_or_path")
     refusal = f"{path}: holds an adapter (PEFT) for {str(name)!a:.120}, not a model; {MERGE_FIRST}"
     if not isinstance(name, str) or (path / "config.json").is_file():
         raise BadInput(refusal)
-    if name in NAMED or (Path(name).is_dir() and not (Path(name) / SETTINGS).is_file()):
-        return open_model(name)
-    try:
-        return _open_folder(name, Path(snapshot_download(name, local_files_only=True)))
-    except Exception:  # whatever the hub's library says of a name that is none, or not in its cache
-        raise BadInput(f"{refusal}, or fetch that one") from None
+    folder = Path(name)
+    if name not in NAMED and not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except Exception:  # whatever the hub's library says of a name that is none, or not in its cache
+            raise BadInput(f"{refusal}, or fetch that one") from None
+    if (folder / SETTINGS).is_file():  # another adapter, or itself
+        raise BadInput(refusal)
+    return open_model(name if name in NAMED else folder)
 
 
 def _smollm2() -> Path:

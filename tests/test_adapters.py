@@ -67,6 +67,7 @@ def test_other_kinds_are_refused_by_name(name: str, said: str) -> None:
     [
         ("peft_type", "IA3", "kind 'IA3'"),
         ("lora_alpha", "six", "lora_alpha='six', expected a number"),
+        ("lora_alpha", 10**400, "lora_alpha=1000.*, expected a number"),
         ("lora_alpha", float("nan"), "lora_alpha=nan, expected a number"),
         ("alpha_pattern", {"(a+)+b": 3}, "'alpha_pattern'"),
         ("something_new", 1, "'something_new'=1"),
