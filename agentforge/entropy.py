@@ -71,9 +71,10 @@ def encode(values: torch.Tensor, coding: str) -> bytes:
         if width <= WIDEST:
             coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32) & (1 << width) - 1, width, odd)))
         if width > 8:
-            digits = [((lines >> low & (1 << bits) - 1).astype(np.int32), bits) for low, bits in _digits(width)]
-            *first, last = [*(_encode_digit(*digit) for digit in digits[:-1]), _encode_digit(*digits[-1], odd)]
-            coded.append(_sealed(SPLIT, b"".join(len(section).to_bytes(4, "little") + section for section in first) + last))
+            *upper, lowest = [((lines >> low & (1 << bits) - 1).astype(np.int32), bits) for low, bits in _digits(width)]
+            before = [_encode_digit(*digit) for digit in upper]
+            sections = *(len(section).to_bytes(4, "little") + section for section in before), _encode_digit(*lowest, odd)
+            coded.append(_sealed(SPLIT, b"".join(sections)))
     return min(coded, key=len)
 
 
@@ -138,10 +139,10 @@ def _encode_digit(lines: Array, width: int, odd: Array | None = None) -> bytes:
     odd: the parities of a path.
     """
     if odd is not None:
-        _, kind, these, classes, counts = best_way(_sizes(lines, odd), 2)
+        _, kind, these, classes, counts = _best_way(_sizes(lines, odd), 2)
         turned = lines.T if kind == COLUMNS else lines
         return _modelled(kind, turned, classes, counts, these & 1)
-    best = best_way(lines)
+    best = _best_way(lines)
     packed = bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))
     return min(packed, _modelled(*best[1:]), key=len)
 
@@ -151,7 +152,7 @@ def _sizes(digits: Array, odd: Array) -> Array:
     return (digits + 1 - odd) // 2 * 2 + odd
 
 
-def best_way(lines: Array, parities: int = 1) -> tuple[int, int, Array, Array, Array]:
+def _best_way(lines: Array, parities: int = 1) -> tuple[int, int, Array, Array, Array]:
     """The one of `_ways` that takes least."""
     return min(_ways(lines, len(lines), int(lines.max()), parities), key=lambda way: way[0])
 
@@ -191,7 +192,7 @@ def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
     int[rows] and int[columns], the sum of which is the number of a value's table, and the tables of bits, signs included:
     float64[tables, values], in steps of 2**-16.
     """
-    _, kind, these, classes, counts = best_way(np.minimum(sizes, values - 1), 2)
+    _, kind, these, classes, counts = _best_way(np.minimum(sizes, values - 1), 2)
     frequencies = np.full((len(counts), values // 2), 0.5)
     frequencies[:, : counts.shape[1]] += counts
     bits = np.rint(65536 * np.log2(frequencies.sum(1, keepdims=True) / frequencies)) / 65536
