@@ -14,9 +14,8 @@ import torch
 from ..bits import FLOATS, unpack_trits, unpack_uint
 from ..planes import FLOAT32_MAX, Packed, Plane, times_power_of_two
 from ..stages import Stage
-from ..stages.ecsq import ECSQ, Stepped, factors
+from ..stages.ecsq import Stepped, factors
 from ..stages.rounding import Rounding
-from ..stages.tcq import TCQ
 from ..stages.trajectory import Trajectory
 from ..stages.vptq import LEVELS, Vptq
 from . import packed_cpu
@@ -95,9 +94,8 @@ def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
     """x W^T, float32[tokens, out] of x: float[tokens, in], or None if W has to be decoded."""
-    known: Any = {Rounding: _rounding, ECSQ: _stepped, TCQ: _stepped, Vptq: _vptq, Trajectory: _trajectory}.get(
-        type(ready.stage)
-    )
+    forms: dict[type[Stage], Any] = {Rounding: _rounding, Stepped: _stepped, Vptq: _vptq, Trajectory: _trajectory}
+    known = next((form for kind, form in forms.items() if isinstance(ready.stage, kind)), None)
     if known is None or not x.is_cpu or not 0 < len(x) <= FEW:
         return None
     found: torch.Tensor | None = known(ready, ready.stage, x.to(torch.float32))
