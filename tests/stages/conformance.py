@@ -102,6 +102,13 @@ def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
+def correlated(n: int, seed: int = 5) -> torch.Tensor:
+    """Second moments of inputs of unequal sizes that have much in common."""
+    x = gaussian((4 * n, n), seed) @ (torch.eye(n) + 0.7 * gaussian((n, n), seed + 1) / math.sqrt(n))
+    x = x * torch.linspace(0.3, 3, n) + gaussian((4 * n, 1), seed + 2)
+    return x.T @ x / (4 * n)
+
+
 def through_disk(stage: Stage, packed: Packed) -> Packed:
     """What a reader who knows only the stage and the shape gets back from a file."""
     with tempfile.TemporaryDirectory() as folder:

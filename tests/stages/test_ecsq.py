@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conformance import correlated, gaussian
 from scipy import special
 from scipy.stats import norm
 
@@ -19,17 +20,6 @@ from agentforge.statistics import InputStatistics
 
 LOSS = math.log2(2 * math.pi * math.e / 12) / 2  # bits above Shannon's at high rates, Gish & Pierce: 0.2546
 DEAD_ZONE = 0.44
-
-
-def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(n: int, seed: int = 5) -> torch.Tensor:
-    """Second moments of inputs of unequal sizes that have much in common."""
-    x = gaussian((4 * n, n), seed) @ (torch.eye(n) + 0.7 * gaussian((n, n), seed + 1) / math.sqrt(n))
-    x = x * torch.linspace(0.3, 3, n) + gaussian((4 * n, 1), seed + 2)
-    return x.T @ x / (4 * n)
 
 
 def integers(packed: Packed) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conformance import correlated, gaussian
 
 from agentforge import entropy, stages
 from agentforge.bits import pack_uint, tensor_bytes, unzigzag, zigzag
@@ -20,17 +21,6 @@ from agentforge.statistics import InputStatistics
 from agentforge.trellis import POLYNOMIALS, RESTART, join, split, successors
 
 STATES = sorted(POLYNOMIALS)
-
-
-def gaussian(shape: tuple[int, int], seed: int = 0) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def correlated(n: int, seed: int = 5) -> torch.Tensor:
-    """Second moments of inputs of unequal sizes that have much in common."""
-    x = gaussian((4 * n, n), seed) @ (torch.eye(n) + 0.7 * gaussian((n, n), seed + 1) / math.sqrt(n))
-    x = x * torch.linspace(0.3, 3, n) + gaussian((4 * n, 1), seed + 2)
-    return x.T @ x / (4 * n)
 
 
 def paths(shape: tuple[int, int], states: int = 8, spread: float = 2.0, seed: int = 0) -> torch.Tensor:
