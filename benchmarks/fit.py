@@ -188,7 +188,8 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
         weight of the linear layers: *on disk* those of the planes, *held* those in memory of layers that compute from them;
         embedding and norms stay.  KL is KL(original || compressed) on {first["kl"]["n"]:,} tokens of
         {how["text"]}/{how["split"]}, in windows of {how["context"]} ({how["windows"]}); [ ] holds the value of the whole
-        text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  *Whole
+        text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  All
+        budgets were met with steps of `ecsq`; by default `agentforge fit` chooses among those of `tcq`.  *Whole
         model*: all weight files, against 16 bits for every parameter, and against the file that the model came in; below 1
         that file is the smaller one.
 
