@@ -51,7 +51,7 @@ def budgets_of(rows: list[dict[str, Any]], report: str) -> list[str]:
     """What a budget of bits buys, and what its report says in bold."""
     lines = [
         "What a budget of bits buys ([against everything else](reports/fit/fit.md)): `agentforge fit` among steps of",
-        "`ecsq`, KL from the original, [ ] a 95% interval. By default `fit` chooses among steps of `tcq` now, not measured here.",
+        "`ecsq`, KL from the original, [ ] a 95% interval. The default now is steps of `tcq`, which are not measured here.",
         "",
         "| bits per weight, linear layers | linear layers, to 16 bits | whole model, to 16 bits | whole model, to its file "
         "| KL (nats per token) | perplexity | accuracy kept |",
