@@ -122,7 +122,9 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
         st.rerun()
     st.subheader(plain(run.name))
     st.markdown(f"{badge(run.status)} {STATES[run.status][1]}{f': {plain(run.reason)}' if run.reason else ''}")
-    st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {moments(run.record.began)}")
+    times = [time.strftime("%Y-%m-%d %H\\:%M\\:%S", time.localtime(at)) for at in run.record.began]
+    begun = ", ".join(times) or "never"
+    st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {begun}")
     controls(workspace, run)
     summary(run)
     st.markdown("#### Steps")
@@ -135,11 +137,6 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
     st.code(runs.log_tail(run.folder, 15) or "nothing yet", language=None, wrap_lines=True)
     st.caption("The same in a terminal:")
     st.code(" ".join(run.command), language=None, wrap_lines=True)
-
-
-def moments(began: Iterable[float]) -> str:
-    """When the processes of a run were started."""
-    return ", ".join(time.strftime("%Y-%m-%d %H\\:%M\\:%S", time.localtime(at)) for at in began) or "never"
 
 
 def controls(workspace: Path, run: runs.Run) -> None:
@@ -426,7 +423,7 @@ def main() -> None:
         known = runs.names(workspace)
         if known:
             name = st.selectbox("Run", known, key="run")
-            active = looks_active(workspace, name)
+            active = name in runs.active(workspace)
             st.fragment(watch, run_every=EVERY if active else None)(workspace, name, active)
     elif view == "Compare":
         compare(workspace)
@@ -438,14 +435,6 @@ def main() -> None:
     else:
         reports(workspace)
     st.caption(f"Workspace: {plain(workspace)}")
-
-
-def looks_active(workspace: Path, name: str) -> bool:
-    """Whether a run is to be looked at again and again."""
-    try:
-        return runs.read(workspace, name).status in runs.ACTIVE
-    except AgentForgeError:
-        return False
 
 
 main()
