@@ -126,7 +126,6 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
     begun = ", ".join(times) or "never"
     st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {begun}")
     controls(workspace, run)
-    summary(run)
     st.markdown("#### Steps")
     timeline(run, progress)
     st.markdown("#### Bytes")
@@ -152,19 +151,6 @@ def controls(workspace: Path, run: runs.Run) -> None:
         button("Resume", runs.resume, run.status in ("paused", "failed"))
         sure = st.checkbox("Abort for good", key=f"sure-{run.name}", disabled=over)
         button("Abort", runs.abort, sure and not over)
-
-
-def summary(run: runs.Run) -> None:
-    """What the last accepted step left, large."""
-    measured = run.accepted[-1].measured if run.accepted else {}
-    shown = [name for name in HEADS if name in measured and name != "perplexity"]
-    if not shown:
-        st.caption("No step is accepted yet; the original stands.")
-        return
-    for column, name in zip(st.columns(len(shown)), shown, strict=True):
-        value, sign, error = runs.shown(measured[name]).partition(" ± ")
-        spread = f"{sign}{error}".strip() or None
-        column.metric(HEADS[name], value, spread, "off", delta_arrow="off", border=True, height="stretch")
 
 
 def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
