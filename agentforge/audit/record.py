@@ -86,10 +86,7 @@ def measure(
         artifacts |= (row["measured"] or {}).get("inputs", {}).get("artifacts", {})
     return {
         "format": RECORD_FORMAT,
-        "report": claims.report,
-        "title": claims.title,
-        "about": claims.about,
-        "source": claims.source,
+        **{key: getattr(claims, key) for key in ("report", "title", "about", "source")},
         "claims_file": claims.file,
         "claims_sha256": claims_sha256(claims.claims),
         "budget": workshop.effort.name,
@@ -102,10 +99,7 @@ def measure(
         "model": _model(workshop.model),
         "subject": _model(workshop.subject) if workshop.subject else None,
         "text": {
-            "name": workshop.text.name,
-            "split": workshop.text.split,
-            "origin": workshop.text.origin,
-            "sha256": workshop.text.sha256,
+            **{key: getattr(workshop.text, key) for key in ("name", "split", "origin", "sha256")},
             "scored_tokens": workshop.tokens,
             "context": workshop.context,
             "skipped": list(workshop.text.skipped),

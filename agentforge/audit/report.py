@@ -35,7 +35,7 @@ from ..folders import check_out, replace
 from ..opening import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import COLOURS, ClaimsFile, is_path, read_claims
-from .drawing import MARKS, SHAPES, measured_text
+from .drawing import MARKS, SHAPES
 from .probes import COMPARES, REPORTS, import_probes
 from .record import check_record, measure, record_sha256
 from .sarif import sarif
@@ -95,19 +95,10 @@ def run(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch:
         made = Path(scratch) / claims.report
         made.mkdir()
-        parameters = {
-            "report": str(report),
-            "model": model,
-            "against": against,
-            "text": text,
-            "tokens": tokens,
-            "budget": budget,
-            "device": device,
-            "fresh": fresh,
-            "keep": str(before.resolve()) if keep else None,
-            "record_path": str((made / f"{claims.report}.json").resolve()),
-            "artifacts": str((Path(scratch) / "artifacts").resolve()),
-        }
+        parameters = {"report": str(report), "model": model, "against": against, "text": text, "tokens": tokens}
+        parameters |= {"budget": budget, "device": device, "fresh": fresh, "keep": str(before.resolve()) if keep else None}
+        parameters["record_path"] = str((made / f"{claims.report}.json").resolve())
+        parameters["artifacts"] = str((Path(scratch) / "artifacts").resolve())
         with _lines_of_progress() if progress else contextlib.nullcontext() as lines:
             _execute(claims.report, made, parameters, _template(claims), lines)
         check_record(read_json(made / f"{claims.report}.json"), claims)
@@ -196,16 +187,14 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
     return made
 
 
-def check(folder: Path, claims: ClaimsFile | None = None) -> None:
+def check(folder: Path, claims: ClaimsFile) -> None:
     """Raise BadInput if a report is not what its record gives: its verdicts, or any of the forms drawn from it.
 
-    claims: the claims file that the record has to be of (default: the package's of that name, if there is one).
+    claims: the claims file that the record has to be of.
     Pictures have to be there; their bytes may differ between machines.
     """
     record_file = folder / f"{folder.name}.json"
     record: Any = read_json(record_file)
-    if claims is None and (REPORTS / folder.name / "claims.yaml").is_file():
-        claims = read_claims(folder.name)
     check_record(record, claims)
     with tempfile.TemporaryDirectory(prefix="agentforge-check-") as scratch:
         again = Path(scratch) / folder.name
@@ -252,9 +241,9 @@ def reports_folder(budget: str = "full") -> Path:
     return CHECKOUT / "reports" if budget == "full" else CHECKOUT / "build" / "reports"
 
 
-def _template(claims: ClaimsFile | None) -> Path:
+def _template(claims: ClaimsFile) -> Path:
     """The notebook that draws a report: that of its folder, or the package's."""
-    own = claims and claims.folder and claims.folder / "template.ipynb"
+    own = claims.folder and claims.folder / "template.ipynb"
     return own if own and own.is_file() else TEMPLATE
 
 
@@ -381,9 +370,7 @@ def render(folder: Path, name: str) -> None:
     (folder / f"{name}.md").write_text(f"{markdown}\n\n<!-- record sha256: {sha256} -->\n", encoding="utf-8")
     nbformat.write(notebook, folder / f"{name}.ipynb")
     claims_file = f"reports/{name}/claims.yaml" if (REPORTS / name / "claims.yaml").is_file() else f"{name}.yaml"
-    findings = sarif(record, claims_file, lambda row: re.sub(r"<[^>]+>|\*\*", "", measured_text(row)))
-    findings["runs"][0].setdefault("properties", {})["record_sha256"] = sha256
-    write_json(folder / f"{name}.sarif", findings)
+    write_json(folder / f"{name}.sarif", sarif(record, claims_file))
 
 
 def _for_readers(body: str, record: dict[str, Any]) -> str:

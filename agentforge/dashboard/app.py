@@ -337,6 +337,7 @@ def rate_and_quality(workspace: Path) -> None:
     found = frontier.front(measured[quality], original, quality)
     # A logarithm takes what is above zero.
     data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
+    front = [point._asdict() for point in found.best]
     scale = LOG if quality == "kl" else alt.Scale(zero=True)
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
     x = alt.X("bits:Q", title="bits per weight of the encoded tensors (log scale)", scale=LOG)
@@ -345,16 +346,9 @@ def rate_and_quality(workspace: Path) -> None:
     legend = alt.Legend(orient="bottom", title=None, columns=1)
     colour = alt.Color("source:N", legend=legend, scale=SERIES)
     shape = alt.Shape("source:N", legend=legend)
-    marks = (
-        alt.Chart(alt.InlineData(values=data))
-        .mark_point(filled=True, size=60)
-        .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
-    )
-    line = (
-        alt.Chart(alt.InlineData(values=[point._asdict() for point in found.best]))
-        .mark_line(interpolate="step-after", opacity=0.6)
-        .encode(x=x, y=y)
-    )
+    every, best = (alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y) for rows in (data, front))
+    marks = every.mark_point(filled=True, size=60).encode(color=colour, shape=shape, tooltip=tooltip)
+    line = best.mark_line(interpolate="step-after", opacity=0.6)
     st.altair_chart(line + marks, height=420, alt=found.says)
     st.caption(plain(found.says))
     beside = f" {len(found.beside)} points were measured otherwise and take no part." if found.beside else ""
