@@ -172,15 +172,8 @@ def models(
     rows = [[w.name, _shape(w.shape), "may be touched", w.module] for w in weights]
     rows += [[name, _shape(opened.entries[name].shape), "kept", why] for name, why in kept.items()]
     caption = f"{opened.parameters:,} parameters, {touched:,} in the {len(weights)} matrices that a stage may touch"
-    data = {
-        "name": opened.name,
-        "path": str(opened.path),
-        "parameters": opened.parameters,
-        "touched_parameters": touched,
-        "source": opened.source,
-        "weights": {w.name: list(w.shape) for w in weights},
-        "kept": kept,
-    }
+    data = {"name": opened.name, "path": str(opened.path), "parameters": opened.parameters, "touched_parameters": touched}
+    data |= {"source": opened.source, "weights": {w.name: list(w.shape) for w in weights}, "kept": kept}
     _show(data, as_json, lambda: _table("tensor|shape||why", rows, caption))
 
 
@@ -278,13 +271,8 @@ def fit(
             f"\n{len(found.outside)} weights have no statistics, such as {found.outside[0]}: they are kept as they are, and "
             "the bits do not count them"
         )
-    about = {
-        "outside": found.outside,
-        "bits_per_weight": found.bits,
-        "predicted_kl": found.predicted,
-        "measured": {name: value.to_json() for name, value in measured._asdict().items()},
-        "seconds": seconds,
-    }
+    about = {"outside": found.outside, "bits_per_weight": found.bits, "predicted_kl": found.predicted}
+    about |= {"measured": {name: value.to_json() for name, value in measured._asdict().items()}, "seconds": seconds}
     _show_ratios(found.artifact, about, as_json, [caption])
 
 

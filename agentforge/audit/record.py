@@ -184,29 +184,23 @@ def _model(model: Any) -> dict[str, Any]:
         return Path(name).name if os.path.isabs(name) else name
 
     source = {key: short(value) if isinstance(value, str) else value for key, value in model.source.items()}
-    return {
-        "name": short(model.name),
-        "parameters": model.parameters,
-        "fingerprint": model.fingerprint,
-        "source": source,
-    }
+    about = {"name": short(model.name), "parameters": model.parameters, "fingerprint": model.fingerprint}
+    return about | {"source": source}
 
 
 def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that holds `folder`, or nulls if there is none."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
         # What a report writes is not a change to what it measures.
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)README.md", *WRITTEN],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)README.md", *WRITTEN)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
 def _stage_row(workshop: Workshop, stage: str) -> dict[str, Any]:
