@@ -144,14 +144,11 @@ def verdict_table(record: dict[str, Any], section: str) -> str:
         "Claim": [row["title"] for row in rows],
         "Verdict": [verdict_text(row) for row in rows],
         "Measured": [measured_text(row) + evidence(record, row) for row in rows],
+        "The audit said": [row["audit"] for row in rows],
+        "Paper": [row["paper"] for row in rows],
+        "Documentation": [row["documentation"] for row in rows],
+        "Code": [row["code"] for row in rows],
     }
-    for title, key in (
-        ("The audit said", "audit"),
-        ("Paper", "paper"),
-        ("Documentation", "documentation"),
-        ("Code", "code"),
-    ):
-        columns[title] = [row[key] for row in rows]
     return _markdown_table({title: cells for title, cells in columns.items() if any(cells)})
 
 
