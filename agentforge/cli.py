@@ -172,15 +172,8 @@ def models(
     rows = [[w.name, _shape(w.shape), "may be touched", w.module] for w in weights]
     rows += [[name, _shape(opened.entries[name].shape), "kept", why] for name, why in kept.items()]
     caption = f"{opened.parameters:,} parameters, {touched:,} in the {len(weights)} matrices that a stage may touch"
-    data = {
-        "name": opened.name,
-        "path": str(opened.path),
-        "parameters": opened.parameters,
-        "touched_parameters": touched,
-        "source": opened.source,
-        "weights": {w.name: list(w.shape) for w in weights},
-        "kept": kept,
-    }
+    data = {"name": opened.name, "path": str(opened.path), "parameters": opened.parameters, "touched_parameters": touched}
+    data |= {"source": opened.source, "weights": {w.name: list(w.shape) for w in weights}, "kept": kept}
     _show(data, as_json, lambda: _table("tensor|shape||why", rows, caption))
 
 
@@ -278,13 +271,8 @@ def fit(
             f"\n{len(found.outside)} weights have no statistics, such as {found.outside[0]}: they are kept as they are, and "
             "the bits do not count them"
         )
-    about = {
-        "outside": found.outside,
-        "bits_per_weight": found.bits,
-        "predicted_kl": found.predicted,
-        "measured": {name: value.to_json() for name, value in measured._asdict().items()},
-        "seconds": seconds,
-    }
+    about = {"outside": found.outside, "bits_per_weight": found.bits, "predicted_kl": found.predicted}
+    about |= {"measured": {name: value.to_json() for name, value in measured._asdict().items()}, "seconds": seconds}
     _show_ratios(found.artifact, about, as_json, [caption])
 
 
@@ -344,29 +332,26 @@ def register(
     name: Annotated[str | None, Option(help="Name of the registered model (default: the base model's).")] = None,
     record: Annotated[Path | None, Option(help="Measurements: an audit's record, or what evaluate --json printed.")] = None,
     alias: Annotated[list[str] | None, Option(help="Alias for this version, such as champion.")] = None,
-    handed: Annotated[Path | None, Option("--handoff", help="Folder of its hand-off, to be checked and recorded.")] = None,
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an artifact and register it, packed and dequantised, with its lineage; the same artifact only once."""
     from .registry import register as run
 
-    found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
+    found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()))
     what = f"{artifact_dir} {'registered as' if found.new else 'is already there:'} {found.name}"
     said = f"{what}, version {found.packed} (dequantised: version {found.dequantised})"
     _show(found._asdict(), as_json, lambda: _say(said))
 
 
-def _registered_table(rows: list[dict[str, Any]]) -> None:
-    def cells(row: dict[str, Any]) -> list[str]:
-        tags = row["tags"]
-        metrics = ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
-        about = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
-        about += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
-        return [*about, ", ".join(row["aliases"]) or "-", tags["handoff"]]
-
-    columns = "name|>version|form|>other form|manifest|>bytes|made from|measured|aliases|hand-off"
-    _table(columns, [cells(row) for row in rows])
+def _registered_table(found: list[dict[str, Any]]) -> None:
+    rows = []
+    for row in found:
+        tags, metrics = row["tags"], ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
+        cells = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
+        cells += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
+        rows.append([*cells, ", ".join(row["aliases"]) or "-"])
+    _table("name|>version|form|>other form|manifest|>bytes|made from|measured|aliases", rows)
 
 
 @handoff_app.command("write")
@@ -448,8 +433,8 @@ def evaluate(
         return _show(found, as_json, lambda: _measure_table({**edge.named(), **rules.named()}, edge.summary))
     if tasks is not None:
         asked = [name.strip() for name in tasks.split(",") if name.strip()]
-        about: dict[str, Any] = {"original": original, "limit": limit, "data": data, "unsafe_code": allow_generated_code}
-        results = evaluation.evaluate_tasks(opened, asked, **about, progress=progress)
+        options: dict[str, Any] = {"limit": limit, "data": data, "unsafe_code": allow_generated_code, "progress": progress}
+        results = evaluation.evaluate_tasks(opened, asked, original=original, **options)
         found = {"model": opened.name, "tasks": {name: result.to_json() for name, result in results.items()}}
         return _show(found, as_json, lambda: _task_table(results))
     if opened.is_classifier:
@@ -457,15 +442,12 @@ def evaluate(
         if original:
             measured["accuracy of the original"] = evaluation.accuracy(original)
     else:
-        about = {"text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos, "progress": progress}
+        about: dict[str, Any] = {"text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos}
+        about["progress"] = progress
         if original:
             result = evaluation.divergence(opened, original, **about)
-            measured = {
-                "perplexity": result.perplexity,
-                "perplexity of the original": result.original_perplexity,
-                "KL(original || model)": result.kl,
-                "top-1 agreement": result.top1,
-            }
+            measured = {"perplexity": result.perplexity, "perplexity of the original": result.original_perplexity}
+            measured |= {"KL(original || model)": result.kl, "top-1 agreement": result.top1}
         else:
             measured = {"perplexity": evaluation.perplexity(opened, **about)}
         for one, name in ((original, "perplexity of the original"), (opened, "perplexity")):
@@ -530,13 +512,8 @@ def recover(
     options: dict[str, Any] = {"text": text, "training_text": train_on, "tokens": tokens, "always_train": always}
     options |= {"stage": f"ternary:packing={packing}", "device": device, "overwrite": overwrite}
     result = phase(model, out_dir, settings, progress=not as_json, **options)
-    data = {
-        "path": str(result.path),
-        "trained": result.trained,
-        "metrics": result.metrics,
-        "gates": [gate.to_json() for gate in result.gates],
-        "passed": result.passed,
-    }
+    data = {"path": str(result.path), "trained": result.trained, "metrics": result.metrics}
+    data |= {"gates": [gate.to_json() for gate in result.gates], "passed": result.passed}
     rows = [[k, f"{v:.5g}"] for k, v in result.metrics.items()]
     _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)), result.passed)
 
@@ -638,8 +615,6 @@ def audit(
             raise BadInput("--only asks for claims of one report; name the report, too")
         rows = audits.only(names[0], only, settings)
         return _show({"claims": rows}, as_json, lambda: _claims(rows), all(row["verdict"] != "error" for row in rows))
-    if not as_json:
-        out.print(audits.foreseen(names, budget), markup=False)
     made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]
     records: list[Any] = [(folder, read_json(folder / f"{folder.name}.json")) for folder in made]
     found = [{"path": str(folder), "summary": said["summary"], "seconds": said["seconds"]} for folder, said in records]
@@ -649,11 +624,8 @@ def audit(
 def _made(found: list[dict[str, Any]]) -> None:
     """How many rows of each report got which verdict, and the pages to open."""
     paths = [Path(one["path"]).resolve() for one in found]
-    rows = [
-        [verdict, *(str(one["summary"][verdict]) for one in found)]
-        for verdict in found[0]["summary"]
-        if any(one["summary"][verdict] for one in found)
-    ]
+    rows = [[verdict, *(str(one["summary"][verdict]) for one in found)] for verdict in found[0]["summary"]]
+    rows = [row for row in rows if {*row[1:]} != {"0"}]
     rows.append(["minutes", *(f"{one['seconds'] / 60:.1f}" for one in found)])
     _table("".join(f"|>{path.name.replace('_', ' ')}" for path in paths), rows)
     out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)
