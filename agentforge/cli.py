@@ -615,6 +615,8 @@ def audit(
             raise BadInput("--only asks for claims of one report; name the report, too")
         rows = audits.only(names[0], only, settings)
         return _show({"claims": rows}, as_json, lambda: _claims(rows), all(row["verdict"] != "error" for row in rows))
+    if not as_json:
+        out.print(audits.foreseen(names, budget), markup=False)
     made = [audits.run(name, out=out_dir, keep=keep, progress=not as_json, **settings) for name in names]
     records: list[Any] = [(folder, read_json(folder / f"{folder.name}.json")) for folder in made]
     found = [{"path": str(folder), "summary": said["summary"], "seconds": said["seconds"]} for folder, said in records]

@@ -21,7 +21,7 @@ from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, interval, judge, reach
 from .probes import SLOW, UNKEPT, bits_per_weight, run
-from .workshop import LEFT_OUT, Unmeasured, Workshop, source_sha256
+from .workshop import EFFORTS, LEFT_OUT, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 # What reports and benchmarks write, for git.
@@ -41,13 +41,18 @@ class Taken(NamedTuple):
 
 
 def measure(
-    claims: ClaimsFile, workshop: Workshop, say: Any = print, before: dict[str, Any] | None = None
+    claims: ClaimsFile,
+    workshop: Workshop,
+    say: Any = print,
+    before: dict[str, Any] | None = None,
+    last: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Measure every claim that has a probe, judge all of them, and return the record.
 
     A probe with the same parameters runs once, however many claims rest on it.  Scores come last: they are computed from
     the other rows.  say: called with a line of progress for each claim measured, and with "[now] ..." before.
-    before: a record (checked) whose measurements are kept if a claim asks for the same.
+    before: a record (checked) whose measurements are kept if a claim asks for the same.  last: a record of the same
+    claims; how long its rows took says how much is left.
 
     Raises BadInput if `before` was made from another model, text or budget.
     """
@@ -66,14 +71,22 @@ def measure(
     rows = {claim.id: _row(claim, Taken()) for claim in claims.claims if not claim.probe}
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
+    ahead = expected_seconds(claims, workshop.effort.name, last) if last else {}
+    ahead = {key: seconds for key, seconds in ahead.items() if key not in taken}
+    whole, began = sum(ahead.values()), time.perf_counter()
     for done, claim in enumerate(probed, 1):
         say(f"[now] {claim.title}", flush=True)
         workshop.rows = list(rows.values())
         if (key := _key(claim.probe, claim.parameters)) not in taken:
             taken[key] = take(workshop, claim)
+        ahead.pop(key, None)
         row = rows[claim.id] = _row(claim, taken[key])
         found = taken[key].measured or taken[key].failure or taken[key].missing
-        say(f"[{done}/{len(probed)}] {row['verdict']}: {claim.title}: {found}", flush=True)
+        elapsed, past = time.perf_counter() - began, whole - sum(ahead.values())
+        # An estimate means nothing before a tenth of the work, by the time that it took before, is done.
+        known = elapsed > 10 and past > whole / 10
+        left = f" ({duration(elapsed / past * (whole - past))} left)" if known and past < whole else ""
+        say(f"[{done}/{len(probed)}] {row['verdict']}: {claim.title}: {found}{left}", flush=True)
     say("[now] drawing the report", flush=True)
     ordered = [rows[claim.id] for claim in claims.claims]
     stage_rows = [stages_before[stage] for stage in compared if stage not in new]
@@ -115,6 +128,21 @@ def measure(
 
 def _key(probe: str | None, parameters: dict[str, Any]) -> str:
     return f"{probe} {json.dumps(parameters, sort_keys=True)}"
+
+
+def expected_seconds(claims: ClaimsFile, budget: str, last: dict[str, Any]) -> dict[str, float]:
+    """About how long each probe of the claims takes at a budget, as far as a record says: of this budget, or of another one,
+    whose seconds are scaled as the tokens that the two score."""
+    rows = {_key(row["probe"], row["parameters"]): row["seconds"] for row in last["claims"]}
+    wanted = [claim for claim in claims.claims if claim.probe and not (budget == "quick" and claim.probe in SLOW)]
+    scale = EFFORTS[budget].tokens / EFFORTS[last.get("budget", budget)].tokens
+    keys = [_key(claim.probe, claim.parameters) for claim in wanted]
+    return {key: max(rows.get(key, 0.0) * scale, 0.01) for key in keys}
+
+
+def duration(seconds: float) -> str:
+    """A length of time in words."""
+    return f"about {seconds / 60:.0f} min" if seconds >= 90 else f"about {seconds:.0f} s"
 
 
 def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dict[str, Taken]:

@@ -37,7 +37,7 @@ from ..tensorfiles import read_json, write_json
 from .claims import COLOURS, ClaimsFile, is_path, read_claims
 from .drawing import MARKS, SHAPES
 from .probes import COMPARES, REPORTS, import_probes
-from .record import check_record, measure, record_sha256
+from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
 from .workshop import Workshop, check_settings, workshop_for
 
@@ -135,7 +135,7 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
         folder = Path(artifacts or stack.enter_context(tempfile.TemporaryDirectory()))
         workshop = _workshop(claims, folder, settings)
         before: Any = read_json(Path(settings["keep"])) if settings.get("keep") else None
-        record = measure(claims, workshop, before=before)
+        record = measure(claims, workshop, before=before, last=last_record(claims.report, settings["budget"]))
         for figure in getattr(claims.folder and import_probes(claims.folder), "FIGURES", ()):
             name = figure.__name__
             kept = before and before["figures"].get(name)
@@ -239,6 +239,30 @@ def reports_folder(budget: str = "full") -> Path:
     if not (CHECKOUT / "reports").is_dir():
         return Path("reports")
     return CHECKOUT / "reports" if budget == "full" else CHECKOUT / "build" / "reports"
+
+
+def last_record(report: str, budget: str) -> dict[str, Any] | None:
+    """The last record of a report, of this budget if there is one, else of the full one; to foresee the next by."""
+    for folder in (reports_folder(budget), reports_folder()):
+        with contextlib.suppress(AgentForgeError, OSError):
+            record: dict[str, Any] = read_json(folder / report / f"{report}.json")
+            return record
+    return None
+
+
+def foreseen(reports: Sequence[str | Path], budget: str) -> str:
+    """One sentence: how many claims of these reports are ahead, and how long and how large the work was last time."""
+    claims = [read_claims(report) for report in reports]
+    last = [record for one in claims if (record := last_record(one.report, budget))]
+    words = (
+        f"{sum(len(one.claims) for one in claims)} claims in {len(claims)} report{'s' * (len(claims) > 1)}, budget {budget}"
+    )
+    if len(last) < len(claims):
+        return words
+    seconds = sum(sum(expected_seconds(*pair).values()) for pair in zip(claims, [budget] * len(last), last, strict=True))
+    said = "as rows took last time" if all(record["budget"] == budget for record in last) else "by rows of larger samples"
+    size = max(sum(stage["ratios"][0]["bytes"] for stage in record["stages"]) for record in last) / 1e6
+    return f"{words}: {duration(seconds)}, {said}, and {size:,.0f} MB of compressed models meanwhile"
 
 
 def _template(claims: ClaimsFile) -> Path:

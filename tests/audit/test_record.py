@@ -20,7 +20,7 @@ from agentforge import audit
 from agentforge.audit import drawing, probes, report, workshop
 from agentforge.audit import record as record_module
 from agentforge.audit.claims import read_claims
-from agentforge.audit.record import check_record, measure, record_sha256
+from agentforge.audit.record import check_record, expected_seconds, measure, record_sha256
 from agentforge.audit.sarif import sarif
 from agentforge.cli import app
 from agentforge.errors import AgentForgeError, BadInput
@@ -521,6 +521,46 @@ def test_the_quick_budget_encodes_language_models_by_plain_stages_only(tmp_path:
     assert row_of(record, "roundi")["measured"]
     assert row_of(record, "seedlm")["verdict"] == "not tested"
     assert shop(tmp_path / "b", effort="quick").has_time_for("seedlm:bits=4")
+
+
+def test_what_is_left_is_weighed_by_how_long_rows_took(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the time, by the last record, is the first row's: after it as much is left as has passed."""
+    rows = [
+        {"id": f"c{i}", "probe": {"name": "nothing_here", "parameters": {}}, "confirmed": [0, 1]}
+        if i == 0
+        else {"id": f"c{i}", "probe": {"name": "arithmetic_of", "parameters": {"number": i}}, "confirmed": [0, 100]}
+        for i in range(11)
+    ]
+
+    def arithmetic_of(shop: workshop.Workshop, number: int) -> Measurement:
+        return shop.exact(number, "x", 1, "number")
+
+    monkeypatch.setitem(probes.PROBES, "arithmetic_of", arithmetic_of)
+    claims = read_claims(claims_file(tmp_path, rows))
+    seconds = {"nothing_here": 10.0, "arithmetic_of": 1.0}
+    last = {
+        "claims": [{"probe": c.probe, "parameters": c.parameters, "seconds": seconds[str(c.probe)]} for c in claims.claims]
+    }
+    assert sum(expected_seconds(claims, "quick", last).values()) == 20.0
+    larger = expected_seconds(claims, "quick", {**last, "budget": "full"})
+    assert sum(larger.values()) == pytest.approx(20 * 1022 / 6132, abs=0.02)
+    lines: list[str] = []
+    made = shop(tmp_path / "a", effort="quick")
+    now = {"time": 0.0}
+    real = record_module.take
+
+    def slow(*args: Any) -> Any:
+        taken = real(*args)
+        now["time"] += 60 if args[1].probe == "nothing_here" else 6
+        return taken
+
+    monkeypatch.setattr(record_module, "take", slow)
+    monkeypatch.setattr(record_module.time, "perf_counter", lambda: now["time"])
+    measure(claims, made, lambda line, **_: lines.append(line), last=last)
+    left = [line.rpartition("(")[2] for line in lines if " left)" in line]
+    assert left[0] == "about 60 s left)"
+    assert left[-1] == "about 6 s left)"
+    assert len(left) == 10
 
 
 def without_times(found: Any) -> Any:
