@@ -332,13 +332,14 @@ def register(
     name: Annotated[str | None, Option(help="Name of the registered model (default: the base model's).")] = None,
     record: Annotated[Path | None, Option(help="Measurements: an audit's record, or what evaluate --json printed.")] = None,
     alias: Annotated[list[str] | None, Option(help="Alias for this version, such as champion.")] = None,
+    handed: Annotated[Path | None, Option("--handoff", help="Folder of its hand-off, to be checked and recorded.")] = None,
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
     """Check an artifact and register it, packed and dequantised, with its lineage; the same artifact only once."""
     from .registry import register as run
 
-    found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()))
+    found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
     what = f"{artifact_dir} {'registered as' if found.new else 'is already there:'} {found.name}"
     said = f"{what}, version {found.packed} (dequantised: version {found.dequantised})"
     _show(found._asdict(), as_json, lambda: _say(said))
@@ -350,8 +351,8 @@ def _registered_table(found: list[dict[str, Any]]) -> None:
         tags, metrics = row["tags"], ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
         cells = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
         cells += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
-        rows.append([*cells, ", ".join(row["aliases"]) or "-"])
-    _table("name|>version|form|>other form|manifest|>bytes|made from|measured|aliases", rows)
+        rows.append([*cells, ", ".join(row["aliases"]) or "-", tags["handoff"]])
+    _table("name|>version|form|>other form|manifest|>bytes|made from|measured|aliases|hand-off", rows)
 
 
 @handoff_app.command("write")

@@ -14,6 +14,7 @@ A version's tags describe it, so that they appear with the version or not at all
     parent_sha256, parent_version     the model that it was made from, and where that is registered
     settings, bytes, ratios           the recipe, weight files on disk, ratios with their denominators
     metric.NAME                       measurements, whole: value, standard error, n, protocol
+    handoff, handoff_reason           passed, failed or none
 
 A call is a transaction under a lock.  A kill leaves whole versions only, and at most one without its partner, which the
 next call makes.  The lock is of this machine: two machines that register one artifact on a server at the same moment may
@@ -37,7 +38,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import schemas
+from . import handoff, schemas
 from .artifact import MANIFEST, Artifact, dequantize
 from .errors import BadInput
 from .folders import remove
@@ -67,12 +68,14 @@ def register(
     uri: str | None = None,
     record: str | Path | None = None,
     aliases: tuple[str, ...] = (),
+    handed: str | Path | None = None,
 ) -> Registered:
     """Check an artifact, every byte of it, and register it with the model that it decodes to.
 
     name: of the registered model (default: the base model's).  uri: see `registry_uri`.  record: a file of measurements, an
     audit's record or what `agentforge evaluate --json` printed; those of this artifact are taken.  aliases: that shall lead
-    to the packed version.  An artifact that is there already gets the new metrics and aliases, and no new version.
+    to the packed version.  handed: the folder of a hand-off that the artifact is part of; it is checked, and the outcome
+    recorded.  An artifact that is there already gets the new metrics and aliases, and no new version.
 
     Raises BadInput if the artifact is damaged, or anything else cannot be used; nothing is registered then.
     """
@@ -84,18 +87,19 @@ def register(
     name = _name_of(artifact) if name is None else _checked(name, r"\w[\w. -]{0,199}", "name", "letters, digits, _ . -")
     for alias in aliases:
         _checked(alias, r"(?![vV]\d+$|(?i:latest)$)[\w-]{1,200}", "alias", "letters, digits, _ -, no version and not latest")
+    status = _handed(Path(handed).expanduser(), sha256) if handed is not None else {}
     with _opened(uri) as client:
         folder, fingerprint = _dequantised(artifact, sha256, uri)
         fingerprints = {"packed": sha256, "dequantised": fingerprint}
         metrics = _metrics(Path(record).expanduser(), fingerprints) if record is not None else {}
-        known = _lineage(client, artifact)
+        known = _lineage(client, artifact) | status
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
         if new := (sha256, "packed") not in _versions(client, name):
             source, run = (str(artifact.path), None) if _sqlite_file(uri) else _upload(client, artifact, folder, sha256)
             other = str(folder) if run is None else source.removesuffix("packed") + "dequantised"
             about = _about(artifact, sha256, folder, fingerprint)
-            tags = {"form": "packed", "dequantised_source": other, **about, **known}
+            tags = {"form": "packed", "handoff": "none", "dequantised_source": other, **about, **known}
             client.create_model_version(name, source, run_id=run, tags=tags)
         _link(client, name)
         made = [_versions(client, name)[sha256, form] for form in ("packed", "dequantised")]
@@ -305,6 +309,23 @@ def _lineage(client: Any, artifact: Artifact) -> dict[str, str]:
             tags["parent_version"] = f"{first.name}/{first.version}"
             tags["base_sha256"] = first.tags["base_sha256"]
     return tags
+
+
+def _handed(folder: Path, sha256: str) -> dict[str, str]:
+    """Whether a hand-off that this artifact is part of is accepted by its receiver."""
+    data: Any = read_json(folder / handoff.HANDOFF, handoff.LARGEST)
+    try:
+        phase = int(data["phase"])
+        parts = {about["files"].get(MANIFEST, {}).get("sha256") for about in data["models"].values()}
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{folder / handoff.HANDOFF}: is not a hand-off; expected the folder that a phase has left") from None
+    if sha256 not in parts:
+        raise BadInput(f"{folder / handoff.HANDOFF}: does not hand over this artifact; expected the folder that does")
+    try:
+        handoff.check_handoff(folder, phase, progress=False)
+    except BadInput as error:
+        return {"handoff": "failed", "handoff_reason": str(error)}
+    return {"handoff": "passed", "handoff_reason": f"phase {phase} to {handoff.contract(phase).to}"}
 
 
 def _metrics(path: Path, fingerprints: Mapping[str, str]) -> dict[str, dict[str, str]]:

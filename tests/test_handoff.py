@@ -14,11 +14,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import agentforge as af
-from agentforge import cli, handoff, schemas
+from agentforge import cli, handoff, registry, schemas
 from agentforge.artifact import Artifact, dequantize
 from agentforge.chain import Chain, run_chain
 from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
+from agentforge.opening import load
 from agentforge.tensorfiles import describe_files, read_json, write_json
 
 TO = {3: "4", 4: "5", 7: "8", 8: "deployment"}
@@ -318,3 +319,21 @@ def test_an_artifact_is_no_dense_model(sound: dict[int, Path], tmp_path: Path) -
     with pytest.raises(BadInput, match=r"cannot be handed over from phase 3 to 4: .*'dense' was expected"):
         handoff.measure_and_write(tmp_path, 3)
     assert not (tmp_path / "handoff.json").exists()
+
+
+def test_the_registry_records_the_receivers_answer(sound: dict[int, Path], tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    artifact = Artifact(sound[4] / "quantized")
+    registry.register(artifact.path, uri=uri, handed=sound[4])
+    assert {row["tags"]["handoff"] for row in registry.registered(uri)} == {"passed"}
+    folder, data = copied(sound[4], tmp_path)
+    data["models"]["quantized"]["quality"]["value"] = 0.9999
+    write_json(folder / "handoff.json", data)
+    registry.register(artifact.path, uri=uri, handed=folder)
+    rows = registry.registered(uri)
+    assert [row["tags"]["handoff"] for row in rows] == ["failed", "failed"]
+    assert "handed over was 0.9999" in rows[0]["tags"]["handoff_reason"]
+    with pytest.raises(BadInput, match="does not hand over this artifact"):
+        registry.register(artifact.path, uri=uri, handed=sound[8])
+    assert load(rows[0]["source"]).fingerprint == artifact.sha256

@@ -240,7 +240,10 @@ def test_the_command_line_registers_and_lists(
     assert code == 0 and "is already there: shown, version 1 (dequantised: version 2)" in out
     code, out, _ = run(capsys, monkeypatch, "models", "shown", "--registered", "--json")
     listed = json.loads(out)["registered"]
-    assert [(row["version"], row["aliases"]) for row in listed] == [(1, ["best"]), (2, [])]
+    assert [(row["version"], row["aliases"], row["tags"]["handoff"]) for row in listed] == [
+        (1, ["best"], "none"),
+        (2, [], "none"),
+    ]
     code, out, _ = run(capsys, monkeypatch, "models", "--registered")
     assert code == 0 and "best" in out
 
