@@ -27,7 +27,6 @@ from agentforge.audit.workshop import Workshop
 from agentforge.chain import Condition
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement, intervals
-from agentforge.evaluation.rate_distortion import gaussian
 from agentforge.models import quiet_transformers
 from agentforge.opening import load, open_model
 from agentforge.stages.seedlm_search import TAPS, lfsr
@@ -88,6 +87,11 @@ def size_target(workshop: Workshop, parameters: Count) -> Measurement:
 
 
 # Weights: the sampled matrices, or Gaussian ones
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Independent weights of the unit Gaussian: float32[rows, columns]."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32))
 
 
 def _weights(
