@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
@@ -74,11 +75,8 @@ def check(
     judge and candidate each.  Arguments and results must be Python literals (numbers, strings, lists, tuples, dicts,
     sets, None).
     """
-    settings = {"seconds": seconds, "memory": memory, "entry_point": entry_point}
-    message = b"".join(
-        struct.pack("<Q", len(part)) + part
-        for part in (json.dumps({**settings, "solution": solution}).encode(), json.dumps([prelude, tests]).encode())
-    )
+    job = {"seconds": seconds, "memory": memory, "entry_point": entry_point, "solution": solution}
+    message = f"{json.dumps(job)}\n{json.dumps([prelude, tests])}\n".encode()
     with subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(__file__).absolute())],
         stdin=subprocess.PIPE,
@@ -104,7 +102,7 @@ def check(
 
 def _inside() -> None:
     """The script: read the candidate, confine this process, and leave the rest to the judge."""
-    job = json.loads(_receive())
+    job = _receive()
     unenforced = []
     try:
         _isolate()
@@ -114,7 +112,7 @@ def _inside() -> None:
     limits = {"AS": job["memory"], "CPU": cpu, "FSIZE": FILE, "CORE": 0, "NOFILE": 64}
     unenforced += [f"RLIMIT_{name}" for name, value in limits.items() if not _limit(name, value)]
     if unenforced:
-        _say("refused", f"this system does not enforce: {'; '.join(unenforced)}", "")
+        _write(1, json.dumps(["refused", f"this system does not enforce: {'; '.join(unenforced)}", ""]))
     elif judge := os.fork():
         os.waitpid(judge, 0)
     else:
@@ -194,7 +192,7 @@ def _judge(job: dict[str, Any]) -> NoReturn:
     status, detail = "failed", ""
     try:
         answer()  # the candidate's source has run
-        prelude, tests = json.loads(_receive())
+        prelude, tests = _receive()
         names: dict[str, Any] = {"__name__": "tests"}
         exec(compile(prelude, "prelude", "exec"), names)
         names[job["entry_point"]] = call
@@ -208,7 +206,7 @@ def _judge(job: dict[str, Any]) -> NoReturn:
     os.kill(candidate, signal.SIGKILL)
     os.waitpid(candidate, 0)
     reader.join(0.5)
-    _say(status, detail, bytes(printed).decode(errors="replace"))
+    _write(1, json.dumps([status, detail, bytes(printed).decode(errors="replace")]))
     os._exit(0)
 
 
@@ -244,27 +242,15 @@ def _missing(*_: Any, **__: Any) -> NoReturn:
     raise NameError("the function that was asked for is not defined")
 
 
-def _receive() -> bytes:
-    """The next part of standard input, and not a byte more: the candidate must not hold what comes after."""
-    parts = b""
-    wanted = 8
-    while len(parts) < wanted:
-        if not (chunk := os.read(0, wanted - len(parts))):
-            raise EOFError("input ended early")
-        parts += chunk
-        if wanted == 8 and len(parts) == 8:
-            wanted += struct.unpack("<Q", parts)[0]
-    return parts[8:]
+def _receive() -> Any:
+    """The next line of standard input, as JSON, and not a byte more: the candidate must not hold what comes after."""
+    return json.loads(io.FileIO(0, closefd=False).readline())  # without a buffer
 
 
 def _write(end: int, line: str) -> None:
     data = line.encode(errors="replace") + b"\n"
     while data:
         data = data[os.write(end, data) :]
-
-
-def _say(status: str, detail: str, output: str) -> None:
-    _write(1, json.dumps([status, detail, output]))
 
 
 def _limit(name: str, value: int) -> bool:
