@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,7 +110,9 @@ def compress(
         shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
         common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
 
-        def work(name: str) -> Callable[[], Encoded | str]:  # made when its turn comes, with its statistics
+        def work(name: str) -> Callable[[], Encoded | str] | None:  # made when its turn comes, with its statistics
+            if name not in touched:
+                return None
             reader = model.reader(name)
             return partial(encode_tensor, Task.of(touched[name], reader, known.get(name), stage=plan[name], **common))
 
@@ -121,7 +122,7 @@ def compress(
         def keep(name: str) -> tuple[torch.Tensor, str]:
             return model.tensor(name), reasons[name]
 
-        return _fill(writer, model, names, touched, work, keep, title, workers, executor, ready or {})
+        return _fill(writer, model, names, keep, title, ready or {}, work, workers, executor)
 
 
 def _plan(
@@ -197,10 +198,8 @@ def refine(
         def keep(name: str) -> tuple[torch.Tensor, str]:
             return artifact.decode(rows[name]), rows[name]["reason"]
 
-        work = partial(partial, again)
-        return _fill(
-            writer, original, list(rows), refined, work, keep, f"refining: {original.name}" if progress else None, 1
-        )
+        ready = {name: partial(again, name) for name in refined}
+        return _fill(writer, original, list(rows), keep, f"refining: {original.name}" if progress else None, ready)
 
 
 def store(
@@ -238,26 +237,25 @@ def store(
     def keep(name: str) -> tuple[torch.Tensor, str]:
         return kept.get(name, model.tensor(name)), reasons[name]
 
-    work = partial(partial, encoded)
-    return _fill(writer, model, sorted(model.entries), touched, work, keep, f"writing {model.name}" if progress else None, 1)
+    ready = {name: partial(encoded, name) for name in touched}
+    return _fill(writer, model, sorted(model.entries), keep, f"writing {model.name}" if progress else None, ready)
 
 
 def _fill(
     writer: Writer,
     model: LanguageModel,
     names: list[str],
-    touched: Collection[str],
-    work: Callable[[str], Callable[[], Encoded | str]],
     keep: Callable[[str], tuple[torch.Tensor, str]],
     title: str | None,
+    ready: Mapping[str, Callable[[], Encoded]],
+    work: Callable[[str], Callable[[], Encoded | str] | None] = lambda _: None,
     workers: int | None = None,
     executor: Executor | None = None,
-    ready: Mapping[str, Callable[[], Encoded]] = MappingProxyType({}),
 ) -> Artifact:
     """Write the tensors of these names that the writer has not finished yet, in this order, and finish the artifact.
 
-    work: gives what encodes one of the `touched`, to be called by the executor, or by threads of this process; any other
-    tensor stays as `keep` says: the tensor, and why.  This thread writes.  title: of the bar; None for no bar.
+    ready: give weights at once.  work: gives what encodes a weight, to be called by the executor, or by threads of this
+    process.  Any other tensor stays as `keep` says: the tensor, and why.  title: of the bar; None for no bar.
     """
     weights = {weight.name: weight for weight in model.weights(embeddings=True)}
     sizes = {name: math.prod(entry.shape) for name, entry in model.entries.items()}
@@ -276,9 +274,9 @@ def _fill(
                     if name in ready:
                         writer.put_encoded(index, weights[name], ready[name]())
                         bar.update()
-                    elif name in touched:
+                    elif job := work(name):
                         with failures_of(executor):
-                            running[pool.submit(work(name))] = index, name
+                            running[pool.submit(job)] = index, name
                         held += sizes[name]
                     else:
                         writer.put_kept(index, name, *keep(name))
