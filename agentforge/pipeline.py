@@ -223,17 +223,16 @@ def store(
     for name in [*packed, *kept]:
         if name not in model.entries or (name in packed and name not in touched):
             raise BadInput(f"{name}: is not a tensor of {model.name} that could be stored so")
-    for name, weight in touched.items():
-        if packed[name].shape != weight.shape:
-            raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(packed[name].shape)}")
     for name, tensor in kept.items():
         if tuple(tensor.shape) != model.entries[name].shape:
             raise BadInput(f"{name}: is {list(model.entries[name].shape)}, the tensor to keep is {list(tensor.shape)}")
     reasons = {**dict.fromkeys(model.entries, "not encoded"), **model.kept(), **dict.fromkeys(kept, "trained")}
 
     def encoded(name: str) -> Encoded:
-        by = stage[name] if isinstance(stage, Mapping) else stage
-        return Encoded.of(by, packed[name], relative_error(touched[name].load(), by.decode(packed[name])))
+        by, planes, weight = stage[name] if isinstance(stage, Mapping) else stage, packed[name], touched[name]
+        if planes.shape != weight.shape:
+            raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(planes.shape)}")
+        return Encoded.of(by, planes, relative_error(weight.load(), by.decode(planes)))
 
     def keep(name: str) -> tuple[torch.Tensor, str]:
         return kept.get(name, model.tensor(name)), reasons[name]
