@@ -3,7 +3,8 @@
 The student starts as a copy of the original with other linear layers (`student`): ternary ones with straight-through
 gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes of ecsq,
 which are trained, too.  The original is the teacher: the loss is
-KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
+KL(teacher || student), averaged over all tokens, on any text; no labels are needed.  If all codes stay, both run block by
+block on the CPU (`distil`): in memory are one block, what is trained, and some windows' logits.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
 that was killed continues from its last checkpoint and, on the CPU, repeats the same losses.
@@ -15,8 +16,9 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -263,6 +265,11 @@ class _Run:
         if still is None:
             self._compress(start)
         self.layers = {f"{name}.weight": layer for name, layer in layers_of(self.student, Student)}
+        self._most = self.recipe["training"].get("most_bytes", math.inf)
+        rows = [row for row in still.rows if row["stage"]] if still else []
+        gains = {row["name"]: self.layers[row["name"]].get_parameter("floats.gains") for row in rows}
+        if (size := sum(r["bytes"] + (0 if r["stage"]["gains"] else 2 * len(gains[r["name"]])) for r in rows)) > self._most:
+            raise BadInput(f"recovery: codes and gains take {size:,} bytes, {self._most:,} are allowed; start with fewer")
         self.trained = self._trainable()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
@@ -449,9 +456,12 @@ class _Run:
         for name, parameter in self.trained.items():
             parameter.copy_(tensors[prefix + name])
 
-    def result(self) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
+    def result(self) -> tuple[dict[str, Callable[[], Packed]], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
-        packed = within(self.layers, self.recipe["training"].get("most_bytes", math.inf))
+        packed: dict[str, Callable[[], Packed]] = {name: layer.packed for name, layer in self.layers.items()}
+        if not self.pair.passes:
+            found = within(self.layers, self._most)
+            packed = {name: partial(found.__getitem__, name) for name in found}
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -64,38 +64,21 @@ def layers_of(module: nn.Module, kind: type[_S]) -> Iterator[tuple[str, _S]]:
             yield name, layer
 
 
-@dataclass(frozen=True)
-class Planes(Mapping[str, Packed]):
-    """The planes of layers by their names, which are made, or read, when they are asked for."""
-
-    layers: Mapping[str, Student]
-    shrink: float = 1.0
-
-    def __getitem__(self, name: str) -> Packed:
-        return self.layers[name].packed(self.shrink)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.layers)
-
-    def __len__(self) -> int:
-        return len(self.layers)
-
-
-def within(layers: Mapping[str, Student], most: float) -> Planes:
+def within(layers: Mapping[str, Student], most: float) -> dict[str, Packed]:
     """The planes of all layers, of at most `most` bytes together: if training has made them larger, all latent values are
     shrunk by the same factor, as little as it takes to a thousandth.
 
     Raises BadInput if nine tenths of their size are still too large.
     """
-    found = Planes(layers)
-    while most < math.inf:
-        size = sum(plane.stored().nbytes for packed in found.values() for plane in packed)
+    shrink = 1.0
+    while True:
+        found = {name: layer.packed(shrink) for name, layer in layers.items()}
+        size = sum(plane.stored().nbytes for packed in found.values() for plane in packed) if most < math.inf else 0
         if size <= most:
-            break
-        found = replace(found, shrink=found.shrink - max(0.001, 0.3 * (1 - most / size)))
-        if found.shrink < 0.9:
+            return found
+        shrink -= max(0.001, 0.3 * (1 - most / size))
+        if shrink < 0.9:
             raise BadInput(f"recovery: the codes take {size:,} bytes, {most:,} are allowed; lower the learning rate")
-    return found
 
 
 def straight_through(value: torch.Tensor, quantised: torch.Tensor, blend: float = 1.0) -> torch.Tensor:
@@ -206,22 +189,15 @@ def put_codes(model: LanguageModel, artifact: Artifact, module: nn.Module) -> di
 
     Raises BadInput if another weight than one of a linear layer is encoded, or by another stage.
     """
-
-    def read(row: dict[str, Any]) -> Packed:
-        found = artifact.read(row)
-        assert isinstance(found, Packed)
-        return found
-
     layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
     for row in artifact.rows:
         if row["stage"]:
             name, owner, stage = row["name"], row["name"].removesuffix(".weight"), stages.from_json(row["stage"])
             if name not in weights:
                 raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
-            if isinstance(stage, TCQ):
-                student: Student = GainLinear(layers[owner], stage, partial(read, row))
-            else:
-                student = CodeLinear(layers[owner], stage, read(row), weights[name].load())
+            layer, read = layers[owner], cast(Callable[[], Packed], partial(artifact.read, row))
+            stays = isinstance(stage, TCQ)
+            student = GainLinear(layer, stage, read) if stays else CodeLinear(layer, stage, read(), weights[name].load())
             module.set_submodule(owner, student)
     return {f"{name}.{STILL}": layer.multiples for name, layer in layers_of(module, GainLinear)}
 

@@ -14,6 +14,7 @@ from torch import nn
 import agentforge as af
 from agentforge import stages
 from agentforge.artifact import Artifact
+from agentforge.errors import BadInput
 from agentforge.evaluation import Text
 from agentforge.planes import Packed
 from agentforge.stages.tcq import TCQ
@@ -57,8 +58,7 @@ def resident(student: nn.Module) -> set[str]:
     return {".".join(name.split(".")[:3]) for name in there}
 
 
-@pytest.mark.parametrize("hidden", [0.0, 0.5])
-@pytest.mark.parametrize("at_once", [2, 4])
+@pytest.mark.parametrize(("at_once", "hidden"), [(2, 0.0), (4, 0.0), (1, 0.5)])  # hidden states are relative to a part's own
 def test_gradients_are_those_of_the_whole_models(tiny_llama: Path, start: Artifact, at_once: int, hidden: float) -> None:
     whole, blocks = pairs(tiny_llama, start, at_once, hidden, False)
     (loss, expected), (found_loss, found) = gradients(whole), gradients(blocks)
@@ -78,8 +78,8 @@ def test_what_is_computed_once_more_is_computed_in_half_floats_too(tiny_llama: P
         found = gradients(blocks)[1]
     assert sorted(seen, key=str) == [(False, torch.bfloat16)] * 4 + [(True, torch.bfloat16)] * 4
     exact = gradients(pairs(tiny_llama, start, 4, 0.0, False)[0])[1]
-    for name, gradient in exact.items():
-        assert (found[name] - gradient).norm() < 0.1 * gradient.norm(), name
+    one, other = (torch.cat([by[name] for name in sorted(exact)]) for by in (exact, found))
+    assert 0 < (one - other).norm() < 0.05 * one.norm()
 
 
 def test_one_block_is_in_memory_at_a_time(tiny_llama: Path, start: Artifact) -> None:
@@ -87,7 +87,7 @@ def test_one_block_is_in_memory_at_a_time(tiny_llama: Path, start: Artifact) -> 
     seen: list[set[str]] = []
     assert blocks.passes is not None
     for block in blocks.passes[1].blocks:
-        block.register_forward_hook(lambda *_: seen.append(resident(blocks.student)))
+        block.get_submodule("mlp.down_proj").register_forward_hook(lambda *_: seen.append(resident(blocks.student)))
     gradients(blocks)
     assert len(seen) == 2 * 2 * len(WINDOWS)  # blocks, there and back
     assert {name for names in seen for name in names} == {"model.layers.0", "model.layers.1"}
@@ -137,6 +137,11 @@ def test_cores_change_no_byte_and_a_killed_run_goes_on(
             raise KeyboardInterrupt
         return step(run)
 
+    most = sum(row["bytes"] for row in start.rows if row["stage"])
+    with pytest.raises(BadInput, match="codes and gains take .* start with fewer"):
+        recover(
+            model, tmp_path / "no", None, settings, start=start, most_bytes=most, text=TEXT, device="cpu", progress=False
+        )
     whole = trained("whole", 1)
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "_one_step", killed)
