@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from functools import partial
+from functools import cache, partial
 from threading import local
 from typing import Any
 
@@ -36,7 +36,7 @@ class Pair:
         self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, hidden: float, half: bool
     ) -> None:
         self.device, self.at_once, self.hidden, self.half = device, at_once, hidden, half
-        self.passes = (Passes(model), Passes(model, partial(put_codes, model, still))) if still else None
+        self.passes = (Passes(model), Passes(model, partial(_spilled, model, still))) if still else None
         if self.passes:
             self.student: nn.Module = self.passes[1].module
             return
@@ -112,6 +112,14 @@ class Pair:
             error = (mine.float() - other.float()).square().mean() / other.float().square().mean().clamp(min=1e-12)
             loss = loss + self.hidden * error / (len(ours) - 1)
         return loss
+
+
+def _spilled(model: LanguageModel, still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    """`put_codes`, of which each tensor is decoded once and waits on the disk, because that takes ten times as long as
+    reading it."""
+    read, spill = put_codes(model, still, module), Spill()
+    waiting = cache(lambda name: spill.put(read[name]()))
+    return {name: partial(lambda name: waiting(name)(), name) for name in read}
 
 
 def agreement(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

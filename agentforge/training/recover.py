@@ -458,10 +458,8 @@ class _Run:
 
     def result(self) -> tuple[dict[str, Callable[[], Packed]], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
-        packed: dict[str, Callable[[], Packed]] = {name: layer.packed for name, layer in self.layers.items()}
-        if not self.pair.passes:
-            found = within(self.layers, self._most)
-            packed = {name: partial(found.__getitem__, name) for name in found}
+        made = None if self.pair.passes else within(self.layers, self._most)
+        packed = {name: partial(made.__getitem__, name) if made else layer.packed for name, layer in self.layers.items()}
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()

@@ -196,9 +196,10 @@ def put_codes(model: LanguageModel, artifact: Artifact, module: nn.Module) -> di
             if name not in weights:
                 raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
             layer, read = layers[owner], cast(Callable[[], Packed], partial(artifact.read, row))
-            stays = isinstance(stage, TCQ)
-            student = GainLinear(layer, stage, read) if stays else CodeLinear(layer, stage, read(), weights[name].load())
-            module.set_submodule(owner, student)
+            if isinstance(stage, TCQ):
+                module.set_submodule(owner, GainLinear(layer, stage, read))
+            else:
+                module.set_submodule(owner, CodeLinear(layer, stage, read(), weights[name].load()))
     return {f"{name}.{STILL}": layer.multiples for name, layer in layers_of(module, GainLinear)}
 
 
