@@ -38,7 +38,7 @@ class Pair:
         self.device, self.at_once, self.hidden, self.half = device, at_once, hidden, half
         self.passes = (Passes(model), Passes(model, partial(_spilled, model, still))) if still else None
         if self.passes:
-            self.student: nn.Module = self.passes[1].module
+            self.student: Any = self.passes[1].module
             return
         # The model is the caller's: it stays where it is, and as it is.
         here = next(model.model.parameters()).device == device
@@ -67,7 +67,7 @@ class Pair:
             for name, parameter in trained.items() if self.passes else ():
                 hook = parameter.register_hook(lambda gradient, name=name: vars(mine).update({name: gradient}))
                 stack.callback(hook.remove)
-            total = sum(self._map(back, inputs, backward=True, passed=passed))
+            total: float = sum(self._map(back, inputs, backward=True, passed=passed))
         for name, gradient in sums.items():
             trained[name].grad = gradient  # instead of what was added up in any order
         return total

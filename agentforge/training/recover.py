@@ -459,7 +459,9 @@ class _Run:
     def result(self) -> tuple[dict[str, Callable[[], Packed]], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
         made = None if self.pair.passes else within(self.layers, self._most)
-        packed = {name: partial(made.__getitem__, name) if made else layer.packed for name, layer in self.layers.items()}
+        packed: dict[str, Callable[[], Packed]] = {
+            name: partial(made.__getitem__, name) if made else layer.packed for name, layer in self.layers.items()
+        }
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()

@@ -110,6 +110,8 @@ class PlaneLinear(Student):
     store scales in units that suit half floats, a thousand times those of the weights; one learning rate has to serve all.)
     """
 
+    read: Callable[[], Packed]
+
     def __init__(self, layer: nn.Module, stage: Stage, packed: Packed) -> None:
         super().__init__()
         if packed.shared is not None:
@@ -170,7 +172,8 @@ class GainLinear(PlaneLinear):
 
     def factors(self) -> torch.Tensor:
         """What the rows of `still` are multiplied by, float32[out], as a function of the floats."""
-        return self.values()["gains"] * self.floats["step"]
+        found: torch.Tensor = self.values()["gains"] * self.floats["step"]
+        return found
 
     def dense(self) -> torch.Tensor:
         """The weight, as a function of the floats."""
