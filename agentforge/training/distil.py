@@ -115,8 +115,7 @@ class Pair:
 
 
 def _spilled(model: LanguageModel, still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
-    """`put_codes`, of which each tensor is decoded once and waits on the disk, because that takes ten times as long as
-    reading it."""
+    """`put_codes`, of which each tensor is decoded once and waits on the disk: decoding takes longer than reading."""
     read, spill = put_codes(model, still, module), Spill()
     waiting = cache(lambda name: spill.put(read[name]()))
     return {name: partial(lambda name: waiting(name)(), name) for name in read}
