@@ -28,7 +28,8 @@ test-code: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -m "" -q --durations=25 tests $(LATER:%=--ignore=%)
 
 # Tests that take minutes and reach hardly a line that no other reaches: behind the notebooks, which end before the rest.
-LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py
+LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py tests/test_real_model.py \
+	tests/stages/test_vptq_real.py
 test-later: test-notebooks
 	$(BIN)/python -m pytest -m "" -q --durations=5 $(LATER)
 

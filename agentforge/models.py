@@ -219,7 +219,7 @@ class LanguageModel:
         if not self.in_blocks:
             return self.model, []
         self.check()
-        parameters = dict(self.skeleton().named_parameters(remove_duplicate=False))
+        parameters = dict(self._structure.named_parameters(remove_duplicate=False))
         names = [name for name, e in self.entries.items() if len(e.shape) > 1 and name in parameters]
         gone = {name: absent(self.entries[name].shape) for name in names}
         module = self._build({name: gone[name] if name in gone else self.tensor(name) for name in self.entries})
@@ -311,7 +311,7 @@ class LanguageModel:
         """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""
         for _ in self._classified(embeddings=False):
             pass
-        module = self.skeleton()
+        module = self._structure
         tied: dict[str, str] = getattr(module, "all_tied_weights_keys", {})  # told by transformers even while it loads
         stored = {tied.get(name, name) for name in self.entries}
         for name, _ in module.named_parameters(remove_duplicate=False):
@@ -341,6 +341,10 @@ class LanguageModel:
             raise BadInput(f"{self.path}/config.json: no model can be built from it ({first_line(error)})") from None
         assert isinstance(module, nn.Module)
         return module
+
+    @cached_property
+    def _structure(self) -> nn.Module:
+        return self.skeleton()
 
     def weights(self, embeddings: bool = False) -> list[Weight]:
         """The weights a stage may touch: linear layers (and GPT-2's Conv1D) and layers of experts inside the decoder's
@@ -375,7 +379,7 @@ class LanguageModel:
 
     def _classified(self, embeddings: bool) -> Iterator[tuple[str, Weight | str]]:
         """Each stored tensor with a Weight if a stage may touch it, else with the reason why not."""
-        module = self.skeleton()
+        module = self._structure
         owners: dict[str, tuple[nn.Module, str]] = {}
         for prefix, owner in module.named_modules():
             for leaf, _ in list(owner.named_parameters(recurse=False)) + list(owner.named_buffers(recurse=False)):
