@@ -135,10 +135,6 @@ class QuantisedModel(LanguageModel):
             if name in self.entries and name not in known and not self.tensor(name).any():
                 del self.entries[name]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by name: float32 if it was quantised, else as stored."""
-        return self.reader(name)()
-
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
         """`tensor(name)` as a function that can be sent to another process, which then reads the files by itself."""
         if name not in self._matrices:
