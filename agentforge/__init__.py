@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
 from .version import __version__ as __version__
@@ -19,22 +20,7 @@ _HOMES = {
     "evaluate_tasks": "evaluation",
     "accuracy": "evaluation",
 }
-_MODULES = (
-    "allocation",
-    "artifact",
-    "audit",
-    "chain",
-    "evaluation",
-    "handoff",
-    "models",
-    "opening",
-    "pipeline",
-    "planes",
-    "registry",
-    "runtime",
-    "stages",
-    "statistics",
-)
+_MODULES = {module.name for module in pkgutil.iter_modules(__path__)} - {"__main__"}
 __all__ = [
     "accuracy",
     "audit",
