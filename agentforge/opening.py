@@ -112,7 +112,7 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             raise BadInput(f"{error}, or remove {SOURCE_FILE} from it if the change is yours") from None
     if not path.is_relative_to(cache_dir()):
         source.pop("bytes", None)  # only of our own conversions do we know what they were made from
-    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
+    if quantization is not None or config.get("quantization") is not None or any(n.endswith(".W_q") for n in entries):
         opened: LanguageModel = QuantisedModel(name, path, entries, source)
         entries = opened.entries
     else:
