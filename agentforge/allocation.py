@@ -350,7 +350,7 @@ class _Search(NamedTuple):
                 for weight, encoded in zip(new, results(tasks, *how), strict=True):
                     assert isinstance(encoded, Encoded)
                     self.encoded[weight.name, encoded.stage] = self._put(encoded)
-                    self.counted[keys[weight.name]] = sum(plane.data.nbytes for plane in encoded.planes)
+                    self.counted[keys[weight.name]] = sum(plane.nbytes for plane in encoded.planes)
                     lines.write(json.dumps({keys[weight.name]: self.counted[keys[weight.name]]}) + "\n")
                     lines.flush()
                     bar.update()
@@ -363,11 +363,9 @@ class _Search(NamedTuple):
         return Task.of(weight, self.model.reader(weight.name), statistics, stage=stage, device=self.device)
 
     def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
-        waiting = [self.spill.put(torch.from_numpy(np.require(plane.data, requirements="W"))) for plane in encoded.planes]
-        empty = encoded._replace(planes=tuple(plane._replace(data=np.empty(0, np.uint8)) for plane in encoded.planes))
-        return lambda: empty._replace(
-            planes=tuple(p._replace(data=data().numpy()) for p, data in zip(empty.planes, waiting, strict=True))
-        )
+        waiting = [self.spill.put(torch.from_numpy(np.require(plane, requirements="W"))) for plane in encoded.planes]
+        empty = encoded._replace(planes=())
+        return lambda: empty._replace(planes=tuple(plane().numpy() for plane in waiting))
 
     def planes(self, artifact: Artifact) -> int:
         """Bytes of the planes of the weights that have options."""

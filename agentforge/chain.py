@@ -204,20 +204,6 @@ def run_chain(
     return result
 
 
-def compress_with(model: LanguageModel | str | Path, chain: Chain | str | Path, out: str | Path, **options: Any) -> Artifact:
-    """The last artifact that a chain accepted, in `out`/artifact.  options: of `run_chain`.
-
-    Raises AgentForgeError if no step was accepted: an artifact that failed its gates is never returned.
-    """
-    result = run_chain(model, chain, out, **options)
-    if result.artifact is None:
-        last = result.attempts[-1]
-        raise AgentForgeError(
-            f"{out}: no step of the chain was accepted; {last['name']}, the last one tried: {last['reason']}"
-        )
-    return result.artifact
-
-
 def _check_quantities(model: LanguageModel, chain: Chain) -> None:
     """Raise BadInput for a gate on something that this model does not have."""
     for gate in [*chain.gates, *(gate for step in chain.steps for gate in step.gates)]:
