@@ -237,6 +237,9 @@ def fit(
     text: TextName = None,
     tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
     recover: Annotated[int | None, Option(min=1, help="Train gains and norms: steps of 4,096 tokens, same bits.")] = None,
+    program: Annotated[
+        str | None, Option("--for", help="gguf: one file for llama.cpp, of at most --bytes in all, in its own block types.")
+    ] = None,
     workers: Threads = None,
     device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
     scheduler: Scheduler = None,
@@ -255,8 +258,16 @@ def fit(
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
-    options: dict[str, Any] = {"embeddings": embeddings, "text": text, "tokens": tokens, "workers": workers}
+    options: dict[str, Any] = {"text": text, "tokens": tokens, "workers": workers}
+    if program is not None:
+        if program != "gguf":
+            raise BadInput(f"--for {program!r:.40}: is no format that files are fitted for; expected gguf")
+        if most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
+            raise BadInput("--for gguf takes --bytes (or --target) of the whole file, and no other limit, stage or training")
+        options |= {"device": device, "progress": not as_json}
+        return _fit_gguf(opened, out_dir, most, options, scheduler, as_json)
     options |= {"recovery": Settings.of_codes(recover) if recover else None, "device": device, "overwrite": overwrite}
+    options["embeddings"] = embeddings
     with execution.connected(scheduler) as executor:
         found = run(opened, out_dir, Budget(most, bits, max_kl), executor=executor, progress=not as_json, **options)
     seconds = time.perf_counter() - start
@@ -274,6 +285,28 @@ def fit(
     about = {"outside": found.outside, "bits_per_weight": found.bits, "predicted_kl": found.predicted}
     about |= {"measured": {name: value.to_json() for name, value in measured._asdict().items()}, "seconds": seconds}
     _show_ratios(found.artifact, about, as_json, [caption])
+
+
+def _fit_gguf(model: Any, out: Path, most: int, options: dict[str, Any], scheduler: str | None, as_json: bool) -> None:
+    from . import execution
+    from .gguf_fit import fit_gguf
+
+    start = time.perf_counter()
+    with execution.connected(scheduler) as executor:
+        found = fit_gguf(model, out, most, executor=executor, **options)
+    seconds, measured = time.perf_counter() - start, found.measured
+    said = [
+        *found.file.lines(),
+        f"KL {measured.kl}, predicted {found.predicted:.3g}; perplexity {measured.perplexity} "
+        f"(original {measured.original_perplexity.value:.2f}); {seconds:.0f} s",
+    ]
+    about = {
+        **found.file.to_json(),
+        "predicted_kl": found.predicted,
+        "measured": {name: value.to_json() for name, value in measured._asdict().items()},
+        "seconds": seconds,
+    }
+    _show(about, as_json, lambda: _say(*said))
 
 
 @app.command()
