@@ -22,9 +22,9 @@ Steps are stored as a base, and an exponent in eighths of octaves for each row a
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -33,15 +33,13 @@ from numba import njit
 
 from ..bits import unzigzag, zigzag
 from ..entropy import expected_bytes
-from ..errors import BadInput
 from ..planes import FLOAT32_MAX, Packed, Plane
-from .base import InputStatistics, Stage, register
-from .propagation import add_product, unit_factor
+from .base import InputStatistics, Layout, Stage, register
+from .propagation import pass_on, quantised, unit_factor
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
 SAMPLED = 96  # rows that a price is estimated from
-BLOCK = 64  # columns that pass on their errors together
 
 
 class Stepped(Stage):
@@ -51,6 +49,7 @@ class Stepped(Stage):
     """
 
     trains = "floats"
+    needs_statistics = needs_sensitivity = True
     step: float
     damping: float
     gains: bool
@@ -60,26 +59,14 @@ class Stepped(Stage):
         """Of the multiples, zigzag."""
         return "~uint16"
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Always: without them it is rounding with a good code."""
-        return True
-
-    @property
-    def needs_sensitivity(self) -> bool:
-        """Always: which rows may be coarse."""
-        return True
-
     def _check(self) -> None:
-        if not 2**-12 <= self.step <= 2**6:
-            raise BadInput(f"{self.name}: step={self.step}; expected 0.000244 to 64")
-        if not 0.0 < self.damping <= 1e6:
-            raise BadInput(f"{self.name}: damping={self.damping}; expected more than 0, at most 1e6")
+        self._expect(2**-12 <= self.step <= 2**6, "step", "0.000244 to 64")
+        self._expect(0.0 < self.damping <= 1e6, "damping", "more than 0, at most 1e6")
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         rows, columns = shape
-        planes: dict[str, tuple[str, tuple[int, ...]]] = {
+        planes: Layout = {
             "codes": (self.coding, (rows, columns)),
             "rows": ("~uint8", (rows,)),
             "columns": ("~uint8", (columns,)),
@@ -118,9 +105,14 @@ class Stepped(Stage):
         raise NotImplementedError
 
     def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
-        factor, exponents = _of_columns(values.shape[1], stats, self.damping)
+        rows, columns = values.shape
+        factor, of_columns = np.zeros((columns, columns), np.float32), np.zeros(columns)
+        if stats is not None and stats.diagonal.any():
+            factor, moments = _factor(stats.hessian, self.damping)
+            of_columns = -np.log2(moments) / 2
+        of_rows = damped_sensitivity(rows, stats).log2().numpy() / -4
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
-        return _Plan(factor, _exponents(_of_rows(len(values), stats)), _exponents(exponents), rms)
+        return _Plan(factor, _exponents(of_rows), _exponents(of_columns), rms)
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
@@ -153,13 +145,12 @@ class ECSQ(Stepped):
 
     def _check(self) -> None:
         super()._check()
-        if not 0.0 < self.rounding <= 0.5:
-            raise BadInput(f"ecsq: rounding={self.rounding}; expected more than 0, at most 0.5")
+        self._expect(0.0 < self.rounding <= 0.5, "rounding", "more than 0, at most 0.5")
 
     def _codes(
         self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
     ) -> np.ndarray:
-        return _quantise(values, factor, rows, columns, self.rounding)
+        return quantised(values, factor, partial(_round_block, values, factor, rows, columns, np.float32(self.rounding)))
 
     def price(
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
@@ -174,7 +165,7 @@ class ECSQ(Stepped):
         factor, of_rows, of_columns, rms = sample.plan
         step = np.float32(min(self.step * rms, FLOAT32_MAX))
         rows, columns = _steps(of_rows, of_columns, step)
-        codes = _quantise(sample.values, factor, rows, columns, self.rounding)
+        codes = self._codes(sample.values, factor, rows, columns, stats)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
@@ -241,22 +232,9 @@ def _gains(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics |
     return torch.where(found.isfinite() & (found > 0), found.clamp(2**-10, 2**10), torch.ones_like(found)).to(torch.float16)
 
 
-def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """M of the damped H, strictly upper triangular, float32[in, in], and log2 of D_j**-1/2, float64[in]."""
-    if stats is None or not stats.diagonal.any():
-        return np.zeros((columns, columns), np.float32), np.zeros(columns)
-    factor, moments = _factor(stats.hessian, damping)
-    return factor, -np.log2(moments) / 2
-
-
-@functools.lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
+@lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
 def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
     return unit_factor(hessian.numpy(), damping)
-
-
-def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:
-    """log2 of g_i**-1/4: float64[out]."""
-    return np.asarray(damped_sensitivity(rows, stats).log2().numpy() / -4)
 
 
 def damped_sensitivity(rows: int, stats: InputStatistics | None) -> torch.Tensor:
@@ -278,37 +256,22 @@ def _steps(rows: np.ndarray, columns: np.ndarray, step: np.float32) -> tuple[np.
     return powers[rows], np.minimum(powers[columns].astype(np.float64) * step, FLOAT32_MAX).astype(np.float32)
 
 
-def _quantise(weight: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, rounding: float) -> np.ndarray:
-    """Codes, int32[in, out], of the weight, float32[in, out].  factor: M, strictly upper triangular.  rows, columns: factors
-    of the steps."""
-    codes = np.zeros(weight.shape, np.int32)
-    target, error = weight.copy(), np.zeros_like(weight)
-    feedback = bool(factor.any())
-    for first in range(0, len(weight), BLOCK):
-        last = min(first + BLOCK, len(weight))
-        if feedback and first:
-            add_product(target[first:last], np.ascontiguousarray(factor[:first, first:last]), error[:first])
-        _round_block(first, last, weight, factor, rows, columns, np.float32(rounding), codes, target, error)
-    return codes
-
-
 @njit(nogil=True, cache=True)
 def _round_block(  # pragma: no cover  (compiled)
-    first: int,
-    last: int,
     weight: np.ndarray,
     factor: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
     rounding: np.float32,
+    first: int,
+    last: int,
     codes: np.ndarray,
     target: np.ndarray,
     error: np.ndarray,
 ) -> None:
-    """Round columns first .. last - 1 one after the other, and pass each error on to those of them that follow."""
-    out = weight.shape[1]
+    """Round columns first .. last - 1 one after the other."""
     for n in range(first, last):
-        for r in range(out):
+        for r in range(weight.shape[1]):
             step = rows[r] * columns[n]
             x = target[n, r]
             q = np.float32(0)
@@ -317,8 +280,4 @@ def _round_block(  # pragma: no cover  (compiled)
             q = -q if x < 0 else q
             codes[n, r] = np.int32(q)
             error[n, r] = weight[n, r] - q * step if q != 0 else weight[n, r]  # a step may be infinite
-        for m in range(n + 1, last):
-            share = factor[n, m]
-            if share != 0:
-                for r in range(out):
-                    target[m, r] += share * error[n, r]
+        pass_on(n, last, factor, target, error)
