@@ -252,10 +252,8 @@ def register(cls: _S) -> _S:
     return cls
 
 
-@cache  # evaluating annotations takes longer than decoding a small weight
-def setting_types(cls: Any) -> dict[str, Any]:
-    """The types of a stage's settings, by name."""
-    return typing.get_type_hints(cls)
+# The types of a stage's settings, by name: evaluating annotations takes longer than decoding a small weight.
+setting_types: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
 
 
 def _finite(value: Any) -> bool:
