@@ -80,8 +80,8 @@ class Stepped(Stage):
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
-        factor, of_rows, of_columns, rms = self._plan(weight.numpy(), stats)
-        step = np.float32(min(self.step * rms, FLOAT32_MAX))
+        plan = self._plan(weight.numpy(), stats)
+        factor, of_rows, of_columns, step = plan.factor, plan.of_rows, *self._reaching(plan)
         values = np.ascontiguousarray(weight.numpy().T)
         codes = self._codes(values, factor, *_steps(of_rows, of_columns, step), stats)
         planes = {
@@ -97,6 +97,8 @@ class Stepped(Stage):
         planes["gains"] = _gains(weight, self.decode(packed), stats)
         return self.packed(shape, planes)
 
+    reach: ClassVar[float]  # the largest multiple
+
     def _codes(
         self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
     ) -> np.ndarray:
@@ -110,9 +112,19 @@ class Stepped(Stage):
         if stats is not None and stats.diagonal.any():
             factor, moments = _factor(stats.hessian, self.damping)
             of_columns = -np.log2(moments) / 2
-        of_rows = damped_sensitivity(rows, stats).log2().numpy() / -4
+        of_rows = _exponents(damped_sensitivity(rows, stats).log2().numpy() / -4)
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
-        return _Plan(factor, _exponents(of_rows), _exponents(of_columns), rms)
+        with np.errstate(over="ignore"):  # infinite: the coarsest step there is
+            largest = np.abs(values / _steps(of_rows, of_rows, np.float32(1))[0][:, None]).max(0)
+        return _Plan(factor, of_rows, _exponents(of_columns), rms, largest)
+
+    def _reaching(self, plan: _Plan) -> tuple[np.ndarray, np.float32]:
+        """Exponents of the columns' steps, and the step: those of a plan, but coarser where the largest value of a column
+        would be more than half of all multiples there are.  The other half is for what other columns pass on."""
+        step = np.float32(min(self.step * plan.rms, FLOAT32_MAX))
+        with np.errstate(all="ignore"):  # of zeros
+            least = np.nan_to_num(np.ceil(OCTAVE * np.log2(plan.largest / (float(step) * self.reach / 2))) + 128, nan=0)
+        return np.clip(np.maximum(plan.of_columns, least), 0, 255).astype(np.uint8), step
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
@@ -138,6 +150,7 @@ class ECSQ(Stepped):
     """
 
     name: ClassVar[str] = "ecsq"
+    reach: ClassVar[float] = LARGEST
     step: float = 0.6
     rounding: float = 0.44
     damping: float = 0.1
@@ -162,25 +175,28 @@ class ECSQ(Stepped):
         if key not in scratch:
             scratch[key] = _Sample.of(self._checked(weight, stats, name).numpy(), stats, self._plan(weight.numpy(), stats))
         sample: _Sample = scratch[key]
-        factor, of_rows, of_columns, rms = sample.plan
-        step = np.float32(min(self.step * rms, FLOAT32_MAX))
-        rows, columns = _steps(of_rows, of_columns, step)
-        codes = self._codes(sample.values, factor, rows, columns, stats)
+        of_columns, step = self._reaching(sample.plan)
+        rows, columns = _steps(sample.plan.of_rows, of_columns, step)
+        codes = self._codes(sample.values, sample.plan.factor, rows, columns, stats)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
-        largest = 2 * int(min(sample.largest / float(step) + self.rounding, LARGEST))
+        with np.errstate(all="ignore"):  # a step may be zero
+            multiples = float(np.nan_to_num(sample.plan.largest / columns).max())
+        largest = 2 * int(min(multiples + self.rounding, LARGEST))
         size = sample.beside + expected_bytes(stored, len(weight), max(largest, int(stored.max())))
         return math.ceil(size), float(lost @ sample.shares) / 2, False
 
 
 class _Plan(NamedTuple):
-    """What is the same for every step.  factor: M.  of_rows, of_columns: exponents of the steps.  rms: of the weight."""
+    """What is the same for every step.  factor: M.  of_rows, of_columns: exponents of the steps.  rms: of the weight.
+    largest: of each column's values, in units of their rows' factors."""
 
     factor: np.ndarray
     of_rows: np.ndarray
     of_columns: np.ndarray
     rms: float
+    largest: np.ndarray
 
 
 class _Sample(NamedTuple):
@@ -190,31 +206,28 @@ class _Sample(NamedTuple):
     sorted by that, and of each of `SAMPLED` parts one row is taken.
 
     values: float32[in, rows].  plan: of the weight, exponents of these rows alone.  shares: what a row's error counts for,
-    its whole part with it.  largest: value of the weight in units of its step, for a step of 1.  beside: bytes of the planes
-    that are no codes.
+    its whole part with it.  beside: bytes of the planes that are no codes.
     """
 
     values: np.ndarray
     plan: _Plan
     shares: np.ndarray
-    largest: float
     beside: int
 
     @classmethod
     def of(cls, values: np.ndarray, stats: InputStatistics, plan: _Plan) -> _Sample:
         """The rows that stand for `values`, float32[out, in]."""
-        rows, columns = _steps(plan.of_rows, plan.of_columns, np.float32(1))
+        rows = _steps(plan.of_rows, plan.of_columns, np.float32(1))[0]
         squares = np.square(rows, dtype=np.float64)
         loudness = np.square(values, dtype=np.float64).mean(1) / squares
         parts = np.array_split(np.argsort(loudness, kind="stable"), SAMPLED)
         some = np.array([part[len(part) // 2] for part in parts])
         weights = squares if stats.sensitivity is None else squares * stats.sensitivity.double().numpy()
         shares = np.array([weights[part].sum() for part in parts]) / squares[some]
-        largest = float((np.abs(values / columns).max(1) / rows).max())
         exponents = (Plane("", torch.from_numpy(plane), "~uint8") for plane in (plan.of_rows, plan.of_columns))
         beside = sum(plane.stored().nbytes for plane in exponents) + 4
         chosen = np.ascontiguousarray(values[some].T)
-        return cls(chosen, plan._replace(of_rows=plan.of_rows[some]), shares, largest, beside)
+        return cls(chosen, plan._replace(of_rows=plan.of_rows[some]), shares, beside)
 
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:

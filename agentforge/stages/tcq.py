@@ -55,6 +55,7 @@ class TCQ(Stepped):
     """
 
     name: ClassVar[str] = "tcq"
+    reach: ClassVar[float] = REACH
     step: float = 0.3
     states: Literal[8, 32, 256] = 8
     damping: float = 0.1
