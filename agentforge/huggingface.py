@@ -9,11 +9,12 @@ configuration and the headers of the weight files are checked against each other
 from __future__ import annotations
 
 import copy
+import hashlib
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from . import stages
-from .artifact import FORMAT, MANIFEST, TOKENIZER, Artifact, oriented, write_manifest
+from .artifact import FORMAT, MANIFEST, TOKENIZER, Artifact, oriented, relative_error, write_manifest
+from .bits import tensor_bytes
 from .errors import BadArtifact, BadInput
 from .opening import ArtifactModel
 from .planes import Packed
@@ -32,12 +34,14 @@ from .runtime import TernaryLinear
 from .runtime.packed import finish, name_in, replace
 from .tensorfiles import (
     WEIGHTS_INDEX,
+    Entry,
     describe_files,
     names_in,
     plain_file,
     read_json,
     read_tensor,
     write_json,
+    write_safetensors,
 )
 
 if TYPE_CHECKING:
@@ -137,11 +141,11 @@ def _save_pretrained(
     """Write the artifact again: the same bytes, if nothing was changed since it was loaded.  Its manifest leaves out the
     tokenizer's files, which lie there as they were: `tokenizer.save_pretrained` writes them in its own way.
 
-    Settings of config.json and generation_config.json that were changed are written as they are now, with their hashes in
-    the manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
+    Kept tensors and settings of config.json and generation_config.json that were changed are written as they are now, with
+    their hashes in the manifest.  push_to_hub: to `repo_id`, too, with the other options of `push_to_hub`.
 
-    Raises BadInput for other options, for planes and tensors that were changed, or if the model holds only a part of the
-    artifact or is offloaded.
+    Raises BadInput for other options, for planes that were changed, or if the model holds only a part of the artifact
+    or is offloaded.
     """
     if not push_to_hub and options:
         raise BadInput(f"save_pretrained: {next(iter(options))} is not an option for artifacts, which are written as read")
@@ -173,10 +177,26 @@ def _write(model: Any, out: Path, with_tokenizer: bool = True) -> None:
     """Write the artifact that `model` was loaded from, as it is in memory, into the empty folder `out`.  with_tokenizer:
     whether its manifest is to vouch for the tokenizer's files, too."""
     artifact: Artifact = model.hf_quantizer.artifact
-    _check_unchanged(model, artifact)
+    entries = artifact.entries
+    rows, changed = [], {}
+    for row, now in _rows_now(model, artifact, entries):
+        rows.append(row)
+        if now is not None:
+            changed[row["name"]] = now
     for file in artifact.manifest["files"]:
-        (out / file).parent.mkdir(exist_ok=True)
-        shutil.copyfile(_fetch(model.config, artifact.path, file), out / file)
+        source = _fetch(model.config, artifact.path, file)
+        if not any(entries[name].file.name == file for name in changed):
+            (out / file).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, out / file)
+            continue
+        names = [name for name, entry in entries.items() if entry.file.name == file]
+        names.sort(key=lambda name: entries[name].offset)  # the order in which they lie there
+        about = {name: changed.get(name, entries[name]) for name in names}
+        write_safetensors(
+            out / file,
+            [(name, of.dtype, tuple(of.shape)) for name, of in about.items()],
+            (tensor_bytes(read_tensor(n, of) if isinstance(of, Entry) else of) for n, of in about.items()),
+        )
     config, before = _config_of(model), model.hf_quantizer.loaded_config
     if changed := {key: value for key, value in config.items() if key not in before or before[key] != value}:
         write_json(out / "config.json", {**read_json(out / "config.json"), **changed})
@@ -185,15 +205,19 @@ def _write(model: Any, out: Path, with_tokenizer: bool = True) -> None:
     files = {
         name: about for name, about in describe_files(out).items() if with_tokenizer or not re.fullmatch(TOKENIZER, name)
     }
-    if files == artifact.manifest["files"]:
+    if rows == artifact.rows and files == artifact.manifest["files"]:
         shutil.copyfile(artifact.path / MANIFEST, out / MANIFEST)  # older ones may lack what reading them fills in
     else:
-        write_manifest(out, {**artifact.manifest, "files": files})
+        write_manifest(out, {**artifact.manifest, "files": files, "tensors": rows})
 
 
-def _check_unchanged(model: Any, artifact: Artifact) -> None:
-    """Raise BadInput if a tensor in memory is not the artifact's, or the model lacks one."""
-    entries = artifact.entries
+def _rows_now(
+    model: Any, artifact: Artifact, entries: Mapping[str, Entry]
+) -> Iterator[tuple[dict[str, Any], torch.Tensor | None]]:
+    """The row of each tensor as it is in memory, and the tensor if it was kept and changed since it was loaded.
+
+    Raises BadInput if planes were changed, or the model lacks something.
+    """
     state, modules = model.state_dict(), dict(model.named_modules())
 
     def in_memory(name: str) -> torch.Tensor:
@@ -216,13 +240,27 @@ def _check_unchanged(model: Any, artifact: Artifact) -> None:
             else:
                 planes = [f"{name}.{plane}" for plane in stages.from_json(row["stage"]).layout(oriented(row))]
                 pairs = [(read_tensor(plane, entries[plane]), in_memory(plane)) for plane in planes]
-        else:
-            kept = read_tensor(name, entries[name])
-            now = layer.bias.cpu() if isinstance(layer, TernaryLinear) and layer.bias is not None else in_memory(name)
-            pairs = [(kept.to(now.dtype), now)]  # what was only rounded for memory is not changed
-        if not all(torch.equal(disk, memory) for disk, memory in pairs):
-            what = "planes" if row["stage"] is not None else "values"
-            raise BadInput(f"save_pretrained: {what} of {name} are not the artifact's; compress the model again")
+            if not all(torch.equal(disk, memory) for disk, memory in pairs):
+                raise BadInput(f"save_pretrained: planes of {name} are not the artifact's; compress the model again")
+            yield row, None
+            continue
+        kept = read_tensor(name, entries[name])
+        now = layer.bias.cpu() if isinstance(layer, TernaryLinear) and layer.bias is not None else in_memory(name)
+        if torch.equal(kept.to(now.dtype), now):  # what was only rounded for memory is not changed
+            yield row, None
+            continue
+        yield (
+            {
+                **row,
+                "reason": "changed after it was loaded",
+                "dtype": str(now.dtype).removeprefix("torch."),
+                "bits": 8 * now.nbytes,
+                "bytes": now.nbytes,
+                "relative_error": relative_error(kept, now),  # against the one that it replaces
+                "sha256": hashlib.sha256(tensor_bytes(now)).hexdigest(),
+            },
+            now,
+        )
 
 
 def _push_to_hub(
@@ -233,12 +271,12 @@ def _push_to_hub(
     commit_message: str | None = None,
     private: bool | None = None,
     token: str | bool | None = None,
-    **options: Any,
+    revision: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Write the artifact and its model card to a repository of the hub, which is made if there is none.
 
-    measurements: what the card says of quality, by name (`agentforge.perplexity` gives one).  options: of the hub's
-    `upload_folder`, such as revision and create_pr.  Returns the commit's address.
+    measurements: what the card says of quality, by name (`agentforge.perplexity` gives one).  Returns the commit's address.
     """
     from huggingface_hub import HfApi
 
@@ -251,6 +289,11 @@ def _push_to_hub(
         _write(self, folder)
         card = model_card(Artifact(folder), measurements, repo)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        message = commit_message or "Upload an artifact of agentforge"
-        done = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message, **options)
+        done = api.upload_folder(
+            repo_id=repo,
+            folder_path=folder,
+            commit_message=commit_message or "Upload an artifact of agentforge",
+            revision=revision,
+            create_pr=create_pr,
+        )
     return str(done.commit_url)
