@@ -22,13 +22,15 @@ test: $(VENV)/.dev
 	$(BIN)/agentforge models smollm2-135m --json > /dev/null
 	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 test-code test-later
 
-# -m "" runs the slow tests, too.
+# Coverage is of the quick tests: counting lines costs two fifths of their time, and slow ones reach hardly a line more.
 # (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)
 test-code: $(VENV)/.dev
-	$(BIN)/python -m coverage run -m pytest -m "" -q --durations=25 tests $(LATER:%=--ignore=%)
+	$(BIN)/python -m coverage run -m pytest -q --durations=25 tests $(LATER:%=--ignore=%)
+	$(BIN)/python -m pytest -m slow -q --durations=25 tests $(LATER:%=--ignore=%)
 
-# Tests that take minutes and reach hardly a line that no other reaches: behind the notebooks, which end before the rest.
-LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py
+# All tests of these, behind the notebooks, which end before the rest.
+LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py tests/test_real_model.py \
+	tests/stages/test_vptq_real.py
 test-later: test-notebooks
 	$(BIN)/python -m pytest -m "" -q --durations=5 $(LATER)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import pkgutil
 from typing import TYPE_CHECKING, Any
 
+from .errors import AgentForgeError
 from .version import __version__ as __version__
 
 # torch and transformers load when a name is first used, so that `import agentforge` takes milliseconds.
@@ -19,22 +21,7 @@ _HOMES = {
     "evaluate_tasks": "evaluation",
     "accuracy": "evaluation",
 }
-_MODULES = (
-    "allocation",
-    "artifact",
-    "audit",
-    "chain",
-    "evaluation",
-    "handoff",
-    "models",
-    "opening",
-    "pipeline",
-    "planes",
-    "registry",
-    "runtime",
-    "stages",
-    "statistics",
-)
+_MODULES = {module.name for module in pkgutil.iter_modules(__path__)} - {"__main__"}
 __all__ = [
     "accuracy",
     "audit",
@@ -81,10 +68,14 @@ def compress(
     """
     from . import chain, pipeline
 
-    if isinstance(stage, os.PathLike) or (isinstance(stage, str) and stage.endswith((".yaml", ".yml"))):
-        stage = chain.read_chain(stage)
-    if isinstance(stage, chain.Chain):
-        return chain.compress_with(model, stage, out, **options)
+    if isinstance(stage, chain.Chain | os.PathLike) or (isinstance(stage, str) and stage.endswith((".yaml", ".yml"))):
+        result = chain.run_chain(model, stage, out, **options)
+        if result.artifact is None:
+            last = result.attempts[-1]
+            raise AgentForgeError(
+                f"{out}: no step of the chain was accepted; {last['name']}, the last one tried: {last['reason']}"
+            )
+        return result.artifact
     return pipeline.compress(model, stage, out, **options)
 
 

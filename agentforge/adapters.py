@@ -55,10 +55,6 @@ class AdapterModel(LanguageModel):
         parts = [self._base.fingerprint_now(), *map(sha256_file, self._files)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by name, as the base has it; float32 if the adapter changes it."""
-        return self.reader(name)()
-
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
         """`tensor(name)` as a function that can be sent to another process."""
         read = self._base.reader(name)

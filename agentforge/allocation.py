@@ -148,7 +148,7 @@ def candidates(
     journal = _journal(model, calibration, ladder)
     found: dict[str, list[tuple[int, float, bool]]] = _read_lines(journal)
     priced = statistics.sensitivities if isinstance(statistics, Collected) else statistics  # without reading every H
-    weights = [weight for weight in model.weights() if weight.name in priced]
+    weights = [weight for weight in model.weights(embeddings=True) if weight.name in priced]
     todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
     journal.parent.mkdir(parents=True, exist_ok=True)
     bar = _bar("candidates", len(weights), len(weights) - len(todo), progress)
@@ -290,7 +290,7 @@ def fit(
     settings = {"calibration": calibration, "statistics": statistics, **how}
     journal = _journal(model, calibration, ladder).with_suffix(".counted.jsonl")
     counted = _read_lines(journal)
-    search = _Search(model, options, rest, found_text, tokens, device, progress, settings, journal, counted, Spill(), {})
+    search = Search(model, options, rest, found_text, tokens, device, progress, settings, journal, counted, Spill(), {})
     if budget.bytes is not None:
         return search.finished(*search.within_bytes(budget.bytes, out, overwrite))
     if budget.bits is None:
@@ -301,7 +301,7 @@ def fit(
     return search.finished(*search.recovered(planes, recovery, out, overwrite))
 
 
-class _Search(NamedTuple):
+class Search(NamedTuple):
     """What the artifacts of one fit are made of and measured on.  rest: a stage for each weight beside `options`.  settings:
     the same for every `compress`.  encoded: by weight and stage, what has been encoded already and waits on the disk.
     counted: bytes by weight and place in `options`, as the journal has them."""
@@ -329,7 +329,7 @@ class _Search(NamedTuple):
         chosen = self.chosen(plane_bytes)
         plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
         ready = {name: self.encoded[name, one.stage] for name, one in chosen.items() if (name, one.stage) in self.encoded}
-        about = self.settings | {"embeddings": bool(self.rest), "overwrite": overwrite, "ready": ready}
+        about = {"embeddings": bool(self.rest)} | self.settings | {"overwrite": overwrite, "ready": ready}
         artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, **about)
         return artifact, sum(one.damage for one in chosen.values())
 
@@ -350,7 +350,7 @@ class _Search(NamedTuple):
                 for weight, encoded in zip(new, results(tasks, *how), strict=True):
                     assert isinstance(encoded, Encoded)
                     self.encoded[weight.name, encoded.stage] = self._put(encoded)
-                    self.counted[keys[weight.name]] = sum(plane.data.nbytes for plane in encoded.planes)
+                    self.counted[keys[weight.name]] = sum(plane.nbytes for plane in encoded.planes)
                     lines.write(json.dumps({keys[weight.name]: self.counted[keys[weight.name]]}) + "\n")
                     lines.flush()
                     bar.update()
@@ -363,11 +363,9 @@ class _Search(NamedTuple):
         return Task.of(weight, self.model.reader(weight.name), statistics, stage=stage, device=self.device)
 
     def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
-        waiting = [self.spill.put(torch.from_numpy(np.require(plane.data, requirements="W"))) for plane in encoded.planes]
-        empty = encoded._replace(planes=tuple(plane._replace(data=np.empty(0, np.uint8)) for plane in encoded.planes))
-        return lambda: empty._replace(
-            planes=tuple(p._replace(data=data().numpy()) for p, data in zip(empty.planes, waiting, strict=True))
-        )
+        waiting = [self.spill.put(torch.from_numpy(np.require(plane, requirements="W"))) for plane in encoded.planes]
+        empty = encoded._replace(planes=())
+        return lambda: empty._replace(planes=tuple(plane().numpy() for plane in waiting))
 
     def planes(self, artifact: Artifact) -> int:
         """Bytes of the planes of the weights that have options."""
@@ -404,7 +402,7 @@ class _Search(NamedTuple):
         encoded = {*self.options, *self.rest}
         kept = [entry for name, entry in self.model.entries.items() if name not in encoded]
         beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in kept)
-        with _beside(out) as folder:
+        with folder_beside(out) as folder:
             for _ in range(PASSES):
                 artifact, predicted = self.make(most - beside, folder / "trial", True)
                 if artifact.weight_bytes <= most:
@@ -423,7 +421,7 @@ class _Search(NamedTuple):
         largest = high
         at, ratio = _bytes_for(self.options, most / 2), 1.0
         passed: tuple[float, Divergence] | None = None
-        with _beside(out) as folder:
+        with folder_beside(out) as folder:
             trial, best = folder / "trial", folder / "best"
             for _ in range(PASSES):
                 artifact, predicted = self.make(at, trial, True)
@@ -467,7 +465,7 @@ def _bar(what: str, total: int, done: int, progress: bool) -> Any:
 
 
 @contextmanager
-def _beside(out: Path) -> Iterator[Path]:
+def folder_beside(out: Path) -> Iterator[Path]:
     """A new folder next to `out`, on the same file system, which is gone afterwards."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:

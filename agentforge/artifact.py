@@ -177,7 +177,7 @@ class Artifact:
         read = [n for n in others if re.search(r"\.(safetensors|json|txt|model|jinja)$", n) and n != HISTORY]
         if read := [n for n in read if not (left_out and re.fullmatch(TOKENIZER, n))]:
             raise BadArtifact(f"{self.path}: {read[0]!a:.80} is not in the manifest, loaders may read it; take it away")
-        self.entries()  # every tensor of the weight files is one that the manifest knows
+        _ = self.entries  # every tensor of the weight files is one that the manifest knows
         if self.manifest["shared"] and self.shared.sha256 != self.manifest["shared"]["sha256"]:
             raise BadArtifact(f"{self.path}: the planes that its tensors share are not those that were fitted")
         odd_values = []
@@ -219,22 +219,19 @@ class Artifact:
 
         Raises BadArtifact if what is on disk is not what the manifest, and the stage's settings, say.
         """
-        name, entries = row["name"], self._entries
+        name = row["name"]
         if row["stage"] is None:
-            return read_tensor(name, entries[name])
-        shared = self.shared if _stage_of(row).shared_layout() else None
-        return Packed(oriented(row), _planes(self.path, name, _layout(row), entries), shared)
-
-    def entries(self) -> dict[str, Entry]:
-        """Where each kept tensor and each plane lies, by its name in the weight files.
-
-        All are checked against the manifest by the headers alone: no data is read, so that other loaders can call this
-        before they allocate anything.  Raises BadArtifact if files, names, sizes, shapes or dtypes are not the manifest's.
-        """
-        return dict(self._entries)
+            return read_tensor(name, self.entries[name])
+        shared = self.shared if stages.from_json(row["stage"]).shared_layout() else None
+        return Packed(oriented(row), _planes(self.path, name, _layout(row), self.entries), shared)
 
     @cached_property
-    def _entries(self) -> dict[str, Entry]:
+    def entries(self) -> Mapping[str, Entry]:
+        """Where each kept tensor and each plane lies, by its name in the weight files.
+
+        All are checked against the manifest by the headers alone: no data is read, so that other loaders can ask for this
+        before they allocate anything.  Raises BadArtifact if files, names, sizes, shapes or dtypes are not the manifest's.
+        """
         self.check(absent=True)
         found, wanted = index_folder(self.path), dict[str, Entry]()
         shared = self.manifest["shared"]
@@ -262,7 +259,7 @@ class Artifact:
     @cached_property
     def shared(self) -> Packed:
         """The planes that all encoded tensors share."""
-        return Packed((0, 0), _planes(self.path, SHARED, _layout(self.manifest["shared"]), self._entries))
+        return Packed((0, 0), _planes(self.path, SHARED, _layout(self.manifest["shared"]), self.entries))
 
     def decode(self, row: dict[str, Any], packed: Packed | None = None) -> torch.Tensor:
         """A row's tensor as the model has it: decoded to float32 if it was encoded, as kept otherwise."""
@@ -270,7 +267,7 @@ class Artifact:
         if isinstance(found, torch.Tensor):
             return found
         try:
-            dense = _stage_of(row).decode(found)
+            dense = stages.from_json(row["stage"]).decode(found)
         except BadArtifact as error:
             raise BadArtifact(f"{self.path}: tensor {row['name']}: {error}") from None
         return as_stored(dense, row["shape"], row["transposed"])
@@ -420,15 +417,15 @@ class Writer:
             "transposed": weight.transposed,
             "dtype": str(weight.dtype).removeprefix("torch."),
             "bits": encoded.bits,
-            "bytes": sum(plane.data.nbytes for plane in encoded.planes),
+            "bytes": sum(plane.nbytes for plane in encoded.planes),
             "relative_error": encoded.error,
             "sha256": encoded.sha256,
             **({"fallback": True, "reason": encoded.reason} if encoded.reason else {}),
         }
         planes = {}
-        for plane in encoded.planes:
-            data = torch.from_numpy(np.require(plane.data, requirements="W"))  # another process sends read-only
-            planes[f"{weight.name}.{plane.name}"] = data.view(plane.dtype).reshape(plane.shape)
+        for about, plane in zip(_stored(row), encoded.planes, strict=True):
+            data = torch.from_numpy(np.require(plane, requirements="W"))  # another process sends read-only
+            planes[about.name] = data if about.shape is None else data.view(about.dtype).reshape(about.shape)
         write_sealed(self.piece(index), planes, {"row": json.dumps(row)})
 
     def put_shared(self, stage: stages.Stage, shared: Packed) -> None:
@@ -483,8 +480,9 @@ class Writer:
                 shards.append([])
                 size = grown
             shards[-1] += tensors.items()
-        names = [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
-        names = names if len(shards) > 1 else ["model.safetensors"]
+        names = ["model.safetensors"]
+        if len(shards) > 1:
+            names = [f"model-{k + 1:05}-of-{len(shards):05}.safetensors" for k in range(len(shards))]
         for name, members in zip(names, shards, strict=True):
             write_safetensors(
                 folder / name,
@@ -530,36 +528,26 @@ class Writer:
         return self.tensors / f"{index:0>5}.safetensors"
 
 
-class StoredPlane(NamedTuple):
-    """A plane as it goes to disk, in a form that any process can send to another: its bytes, uint8[n]."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    data: np.ndarray
-
-
 class Encoded(NamedTuple):
-    """All that an artifact says of an encoded weight.  shape: (out, in).  error: |W - decoded| / |W| (Frobenius).  reason:
-    why it was the fallback that encoded it, None if it was not."""
+    """All that an artifact says of an encoded weight, in a form that any process can send to another.
+
+    error: |W - decoded| / |W| (Frobenius).  planes: as they go to disk, in the order of the stage's layout, uint8[bytes]
+    each.  reason: why it was the fallback that encoded it, None if it was not.
+    """
 
     stage: stages.Stage
-    shape: tuple[int, int]
     bits: int
     sha256: str
     error: float
-    planes: tuple[StoredPlane, ...]
+    planes: tuple[np.ndarray, ...]
     reason: str | None = None
 
     @classmethod
     def of(cls, stage: stages.Stage, packed: Packed, error: float, reason: str | None = None) -> Encoded:
         """The planes, packed once for the hash and for the disk."""
         stored = [plane.stored() for plane in packed]
-        planes = tuple(
-            StoredPlane(plane.name, tensor.dtype, tuple(tensor.shape), np.asarray(tensor_bytes(tensor)))
-            for plane, tensor in zip(packed, stored, strict=True)
-        )
-        return cls(stage, packed.shape, packed.bits, packed.hash_of(stored), error, planes, reason)
+        planes = tuple(np.asarray(tensor_bytes(tensor)) for tensor in stored)
+        return cls(stage, packed.bits, packed.hash_of(stored), error, planes, reason)
 
 
 def read_shared(piece: Path, stage: stages.Stage) -> Packed:
@@ -618,13 +606,9 @@ def _row_of(piece: Path) -> dict[str, Any]:
     return row
 
 
-def _stage_of(row: dict[str, Any]) -> stages.Stage:
-    return stages.from_json(row["stage"])
-
-
 def _layout(row: dict[str, Any]) -> dict[str, Plan]:
     """The planes of an encoded row, by name; of what all the rows share, if that is what it is about."""
-    stage = _stage_of(row)
+    stage = stages.from_json(row["stage"])
     return stage.layout(oriented(row)) if "name" in row else stage.shared_layout()
 
 
@@ -783,7 +767,7 @@ def _wrong(row: dict[str, Any], shared: dict[str, Any] | None) -> str:
             shape = row["shape"]
             if len(shape) not in (2, 3) or 0 in shape or max(oriented(row)) > LARGEST_SIDE:
                 return f"shape {shape!r:.60} is neither a matrix nor one an expert, or not believable"
-            if _stage_of(row).shared_layout() and (shared is None or shared["stage"] != row["stage"]):
+            if stages.from_json(row["stage"]).shared_layout() and (shared is None or shared["stage"] != row["stage"]):
                 return "the planes that its stage shares are missing"
         stored = _stored(row)
     except BadInput as error:

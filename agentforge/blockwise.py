@@ -10,11 +10,12 @@ would be NaN, and could not be taken for one.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
@@ -34,6 +35,7 @@ from .models import LanguageModel, absent, cache_dir
 T = TypeVar("T")
 R = TypeVar("R")
 Notice = Callable[[nn.Module], None]
+Readers = Mapping[str, Callable[[], torch.Tensor]]
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 OWN_BLOCK = 4 << 20  # bytes from which a block is returned as soon as it is freed
@@ -49,19 +51,25 @@ class Passes:
     """The module of a model, and how windows run through it.
 
     module: to hang hooks on.  Its matrices are there while their unit's turn lasts, unless the model was built before.
-    blocks: of the decoder.
+    blocks: of the decoder.  change: puts other modules into a copy of its own, and says how to read the parameters of these
+    that are not there yet, by their names.
     """
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, change: Callable[[nn.Module], Readers] | None = None) -> None:
         self.module, hollow = model.hollow()
-        self._model, self._mine, self._turns = model, threading.local(), 0
+        self._read: dict[str, Callable[[], torch.Tensor]] = {name: partial(model.tensor, name) for name in hollow}
+        self._mine, self._turns = threading.local(), 0
+        if change is not None:
+            self.module = self.module if hollow else copy.deepcopy(self.module).requires_grad_(False)
+            self._read |= change(self.module)
         lists = [inner for inner in self.module.modules() if isinstance(inner, nn.ModuleList)]
         nested = {inner for outer in lists for inner in list(outer.modules())[1:]}
         self.blocks = [block for outer in lists if outer not in nested for block in outer]
         inside = {inner: block for block in self.blocks for inner in block.modules()}
         # What takes its turn, and the names of its matrices: blocks, and layers outside them.
         self._units: dict[nn.Module, list[str]] = {block: [] for block in self.blocks}
-        names = {self.module.get_parameter(name): name for name in hollow}  # a tied one has two owners
+        there = dict(self.module.named_parameters(remove_duplicate=False))
+        names = {there[name]: name for name in self._read if name in there}  # a tied one has two owners
         for owner in self.module.modules():
             own = [names[tensor] for tensor in owner.parameters(recurse=False) if tensor in names]
             if own and (owner in inside or not [*owner.children()]):
@@ -138,7 +146,7 @@ class Passes:
             for name in names:
                 owner, _, leaf = name.rpartition(".")
                 here = getattr(self.module.get_submodule(owner), leaf)
-                here.data = absent(here.shape) if hollow else self._model.tensor(name).to(torch.float32)
+                here.data = absent(here.shape) if hollow else self._read[name]().to(torch.float32)
 
 
 def progress_bar(title: str | None, steps: int) -> Any:
@@ -341,6 +349,9 @@ class _Again(torch.autograd.Function):
         ctx.about, call = about, about[2]
         wanted = ctx.needs_input_grad[3:]
         ctx.given = [kept.put(x.detach()) if want else x for x, want in zip(floats, wanted, strict=True)]
+        kind = next((x.device.type for x in floats), "cpu")
+        how = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        ctx.cast = partial(torch.autocast, kind, *how, cache_enabled=False)  # which may hold what has no gradients
         return call(floats)
 
     @staticmethod
@@ -350,7 +361,7 @@ class _Again(torch.autograd.Function):
         gate.enter(unit)
         given = [x().requires_grad_() if callable(x) else x for x in ctx.given]
         gate.mine.back = True
-        with gate.within, Products(), torch.enable_grad():  # type: ignore[no-untyped-call]  # the engine has left it
+        with gate.within, Products(), ctx.cast(), torch.enable_grad():  # type: ignore[no-untyped-call]  # the engine has left
             found = call(given)
         gate.mine.back = False
         pairs = [(x, g) for x, g in zip(found, gradients, strict=True) if isinstance(x, torch.Tensor) and x.requires_grad]

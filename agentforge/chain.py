@@ -23,10 +23,10 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from . import evaluation, stages, tracking
 from .artifact import RECIPE, Artifact, Ratio, joint_error
@@ -92,42 +92,34 @@ class Condition(NamedTuple):
         return f"{self.quantity} {self.sense} {self.limit:g}"
 
 
+def _known(text: str) -> str:
+    try:
+        stages.parse(f"rounding {text}" if text.startswith("|") else text)
+    except BadInput as error:
+        raise ValueError(str(error)) from None
+    return text
+
+
 class Setting(BaseModel):
     """One try.  stage: as for `compress`, or refinements of what the last accepted step stored, each after a bar, such as
     "| entropy".  calibration_tokens: of selftext, for stages that need input statistics."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
-    stage: str
+    stage: Annotated[str, AfterValidator(_known)]
     calibration_tokens: int = Field(8192, ge=1)
 
-    @field_validator("stage")
-    @classmethod
-    def _known(cls, text: str) -> str:
-        try:
-            stages.parse(f"rounding {text}" if text.startswith("|") else text)
-        except BadInput as error:
-            raise ValueError(str(error)) from None
-        return text
+
+GateText = Annotated[str, AfterValidator(lambda text: str(Condition.parse(text)))]
+Try = Annotated[Setting, BeforeValidator(lambda given: {"stage": given} if isinstance(given, str) else given)]
 
 
 class Step(BaseModel):
-    """Settings that are tried in turn until one passes the gates."""
+    """Settings that are tried in turn until one passes the gates; a setting may be just its stage's text."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
     name: str
-    settings: tuple[Setting, ...] = Field(alias="try", min_length=1)
-    gates: tuple[str, ...] = ()
-
-    @field_validator("settings", mode="before")
-    @classmethod
-    def _from_text(cls, given: Any) -> Any:
-        """A setting may be just the stage's text."""
-        return [{"stage": one} if isinstance(one, str) else one for one in given] if isinstance(given, list) else given
-
-    @field_validator("gates")
-    @classmethod
-    def _conditions(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(str(Condition.parse(gate)) for gate in gates)
+    settings: tuple[Try, ...] = Field(alias="try", min_length=1)
+    gates: tuple[GateText, ...] = ()
 
 
 class Chain(BaseModel):
@@ -138,14 +130,12 @@ class Chain(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
     steps: tuple[Step, ...] = Field(min_length=1)
-    gates: tuple[str, ...] = ()
+    gates: tuple[GateText, ...] = ()
     on_failure: Literal["stop", "go_on"] = "stop"
     text: str | None = None
     tokens: int = Field(SAMPLED_TOKENS, ge=2)
     most_tokens: int = Field(4 * SAMPLED_TOKENS, ge=2)
     bits: Literal[16, 32] = 16
-
-    _conditions = field_validator("gates")(Step._conditions.__func__)  # type: ignore[attr-defined]
 
 
 def read_chain(path: str | Path) -> Chain:
@@ -212,20 +202,6 @@ def run_chain(
     if track is not None:
         tracking.track_chain(Path(track).expanduser(), model, recipe, result.attempts, finished, result.artifact)
     return result
-
-
-def compress_with(model: LanguageModel | str | Path, chain: Chain | str | Path, out: str | Path, **options: Any) -> Artifact:
-    """The last artifact that a chain accepted, in `out`/artifact.  options: of `run_chain`.
-
-    Raises AgentForgeError if no step was accepted: an artifact that failed its gates is never returned.
-    """
-    result = run_chain(model, chain, out, **options)
-    if result.artifact is None:
-        last = result.attempts[-1]
-        raise AgentForgeError(
-            f"{out}: no step of the chain was accepted; {last['name']}, the last one tried: {last['reason']}"
-        )
-    return result.artifact
 
 
 def _check_quantities(model: LanguageModel, chain: Chain) -> None:

@@ -172,15 +172,8 @@ def models(
     rows = [[w.name, _shape(w.shape), "may be touched", w.module] for w in weights]
     rows += [[name, _shape(opened.entries[name].shape), "kept", why] for name, why in kept.items()]
     caption = f"{opened.parameters:,} parameters, {touched:,} in the {len(weights)} matrices that a stage may touch"
-    data = {
-        "name": opened.name,
-        "path": str(opened.path),
-        "parameters": opened.parameters,
-        "touched_parameters": touched,
-        "source": opened.source,
-        "weights": {w.name: list(w.shape) for w in weights},
-        "kept": kept,
-    }
+    data = {"name": opened.name, "path": str(opened.path), "parameters": opened.parameters, "touched_parameters": touched}
+    data |= {"source": opened.source, "weights": {w.name: list(w.shape) for w in weights}, "kept": kept}
     _show(data, as_json, lambda: _table("tensor|shape||why", rows, caption))
 
 
@@ -244,6 +237,9 @@ def fit(
     text: TextName = None,
     tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
     recover: Annotated[int | None, Option(min=1, help="Train gains and norms: steps of 4,096 tokens, same bits.")] = None,
+    program: Annotated[
+        str | None, Option("--for", help="gguf: one file for llama.cpp, of at most --bytes in all, in its own block types.")
+    ] = None,
     workers: Threads = None,
     device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
     scheduler: Scheduler = None,
@@ -262,8 +258,16 @@ def fit(
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
-    options: dict[str, Any] = {"embeddings": embeddings, "text": text, "tokens": tokens, "workers": workers}
+    options: dict[str, Any] = {"text": text, "tokens": tokens, "workers": workers}
+    if program is not None:
+        if program != "gguf":
+            raise BadInput(f"--for {program!r:.40}: is no format that files are fitted for; expected gguf")
+        if most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
+            raise BadInput("--for gguf takes --bytes (or --target) of the whole file, and no other limit, stage or training")
+        options |= {"device": device, "progress": not as_json}
+        return _fit_gguf(opened, out_dir, most, options, scheduler, as_json)
     options |= {"recovery": Settings.of_codes(recover) if recover else None, "device": device, "overwrite": overwrite}
+    options["embeddings"] = embeddings
     with execution.connected(scheduler) as executor:
         found = run(opened, out_dir, Budget(most, bits, max_kl), executor=executor, progress=not as_json, **options)
     seconds = time.perf_counter() - start
@@ -278,14 +282,31 @@ def fit(
             f"\n{len(found.outside)} weights have no statistics, such as {found.outside[0]}: they are kept as they are, and "
             "the bits do not count them"
         )
+    about = {"outside": found.outside, "bits_per_weight": found.bits, "predicted_kl": found.predicted}
+    about |= {"measured": {name: value.to_json() for name, value in measured._asdict().items()}, "seconds": seconds}
+    _show_ratios(found.artifact, about, as_json, [caption])
+
+
+def _fit_gguf(model: Any, out: Path, most: int, options: dict[str, Any], scheduler: str | None, as_json: bool) -> None:
+    from . import execution
+    from .gguf_fit import fit_gguf
+
+    start = time.perf_counter()
+    with execution.connected(scheduler) as executor:
+        found = fit_gguf(model, out, most, executor=executor, **options)
+    seconds, measured = time.perf_counter() - start, found.measured
+    said = [
+        *found.file.lines(),
+        f"KL {measured.kl}, predicted {found.predicted:.3g}; perplexity {measured.perplexity} "
+        f"(original {measured.original_perplexity.value:.2f}); {seconds:.0f} s",
+    ]
     about = {
-        "outside": found.outside,
-        "bits_per_weight": found.bits,
+        **found.file.to_json(),
         "predicted_kl": found.predicted,
         "measured": {name: value.to_json() for name, value in measured._asdict().items()},
         "seconds": seconds,
     }
-    _show_ratios(found.artifact, about, as_json, [caption])
+    _show(about, as_json, lambda: _say(*said))
 
 
 @app.command()
@@ -357,16 +378,14 @@ def register(
     _show(found._asdict(), as_json, lambda: _say(said))
 
 
-def _registered_table(rows: list[dict[str, Any]]) -> None:
-    def cells(row: dict[str, Any]) -> list[str]:
-        tags = row["tags"]
-        metrics = ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
-        about = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
-        about += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
-        return [*about, ", ".join(row["aliases"]) or "-", tags["handoff"]]
-
-    columns = "name|>version|form|>other form|manifest|>bytes|made from|measured|aliases|hand-off"
-    _table(columns, [cells(row) for row in rows])
+def _registered_table(found: list[dict[str, Any]]) -> None:
+    rows = []
+    for row in found:
+        tags, metrics = row["tags"], ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
+        cells = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
+        cells += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
+        rows.append([*cells, ", ".join(row["aliases"]) or "-", tags["handoff"]])
+    _table("name|>version|form|>other form|manifest|>bytes|made from|measured|aliases|hand-off", rows)
 
 
 @handoff_app.command("write")
@@ -448,8 +467,8 @@ def evaluate(
         return _show(found, as_json, lambda: _measure_table({**edge.named(), **rules.named()}, edge.summary))
     if tasks is not None:
         asked = [name.strip() for name in tasks.split(",") if name.strip()]
-        about: dict[str, Any] = {"original": original, "limit": limit, "data": data, "unsafe_code": allow_generated_code}
-        results = evaluation.evaluate_tasks(opened, asked, **about, progress=progress)
+        options: dict[str, Any] = {"limit": limit, "data": data, "unsafe_code": allow_generated_code, "progress": progress}
+        results = evaluation.evaluate_tasks(opened, asked, original=original, **options)
         found = {"model": opened.name, "tasks": {name: result.to_json() for name, result in results.items()}}
         return _show(found, as_json, lambda: _task_table(results))
     if opened.is_classifier:
@@ -457,15 +476,12 @@ def evaluate(
         if original:
             measured["accuracy of the original"] = evaluation.accuracy(original)
     else:
-        about = {"text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos, "progress": progress}
+        about: dict[str, Any] = {"text": text, "context": context, "stride": stride, "tokens": tokens, "bos": bos}
+        about["progress"] = progress
         if original:
             result = evaluation.divergence(opened, original, **about)
-            measured = {
-                "perplexity": result.perplexity,
-                "perplexity of the original": result.original_perplexity,
-                "KL(original || model)": result.kl,
-                "top-1 agreement": result.top1,
-            }
+            measured = {"perplexity": result.perplexity, "perplexity of the original": result.original_perplexity}
+            measured |= {"KL(original || model)": result.kl, "top-1 agreement": result.top1}
         else:
             measured = {"perplexity": evaluation.perplexity(opened, **about)}
         for one, name in ((original, "perplexity of the original"), (opened, "perplexity")):
@@ -530,13 +546,8 @@ def recover(
     options: dict[str, Any] = {"text": text, "training_text": train_on, "tokens": tokens, "always_train": always}
     options |= {"stage": f"ternary:packing={packing}", "device": device, "overwrite": overwrite}
     result = phase(model, out_dir, settings, progress=not as_json, **options)
-    data = {
-        "path": str(result.path),
-        "trained": result.trained,
-        "metrics": result.metrics,
-        "gates": [gate.to_json() for gate in result.gates],
-        "passed": result.passed,
-    }
+    data = {"path": str(result.path), "trained": result.trained, "metrics": result.metrics}
+    data |= {"gates": [gate.to_json() for gate in result.gates], "passed": result.passed}
     rows = [[k, f"{v:.5g}"] for k, v in result.metrics.items()]
     _show(data, as_json, lambda: _table("metric|>value", rows, *map(str, result.gates)), result.passed)
 
@@ -649,11 +660,8 @@ def audit(
 def _made(found: list[dict[str, Any]]) -> None:
     """How many rows of each report got which verdict, and the pages to open."""
     paths = [Path(one["path"]).resolve() for one in found]
-    rows = [
-        [verdict, *(str(one["summary"][verdict]) for one in found)]
-        for verdict in found[0]["summary"]
-        if any(one["summary"][verdict] for one in found)
-    ]
+    rows = [[verdict, *(str(one["summary"][verdict]) for one in found)] for verdict in found[0]["summary"]]
+    rows = [row for row in rows if {*row[1:]} != {"0"}]
     rows.append(["minutes", *(f"{one['seconds'] / 60:.1f}" for one in found)])
     _table("".join(f"|>{path.name.replace('_', ' ')}" for path in paths), rows)
     out.print("\n".join(f"open {(path / f'{path.name}.html').as_uri()}" for path in paths), markup=False)

@@ -67,7 +67,9 @@ def encode(values: torch.Tensor, coding: str) -> bytes:
     stored, shape = pack(values, coding), tuple(values.shape)
     coded = [bytes([RAW]) + bytes(tensor_bytes(stored))]
     if values.numel():
-        lines, width = _patterns(unpack(stored, coding, shape), coding).reshape(_rows(shape), -1), _width(coding)
+        width = _width(coding)
+        patterns = np.frombuffer(tensor_bytes(unpack(stored, coding, shape)), _dtype(coding))  # of floats, their bits
+        lines = patterns.reshape(_rows(shape), -1)
         if width <= WIDEST:
             coded.append(_sealed(WHOLE, _encode_digit(lines.astype(np.int32) & (1 << width) - 1, width, odd)))
         if width > 8:
@@ -122,13 +124,6 @@ def _digits(width: int) -> list[tuple[int, int]]:
     return [(max(top - 8, 0), min(top, 8)) for top in range(width, 0, -8)]
 
 
-def _patterns(values: torch.Tensor, coding: str) -> Array:
-    """The values as integers: of floats, their bits."""
-    if coding in FLOATS:
-        values = values.contiguous().view(torch.int16 if values.dtype.itemsize == 2 else torch.int32)
-    return values.numpy()
-
-
 def _sealed(kind: int, body: bytes) -> bytes:
     return bytes([kind]) + zlib.crc32(body).to_bytes(4, "little") + body
 
@@ -139,17 +134,14 @@ def _encode_digit(lines: Array, width: int, odd: Array | None = None) -> bytes:
     odd: the parities of a path.
     """
     if odd is not None:
-        _, kind, these, classes, counts = _best_way(_sizes(lines, odd), 2)
+        # 2 |m| or 2 m + 1, whichever is not negative, of digits of zigzag numbers m and parities.
+        sizes = (lines + 1 - odd) // 2 * 2 + odd
+        _, kind, these, classes, counts = _best_way(sizes, 2)
         turned = lines.T if kind == COLUMNS else lines
         return _modelled(kind, turned, classes, counts, these & 1)
     best = _best_way(lines)
     packed = bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))
     return min(packed, _modelled(*best[1:]), key=len)
-
-
-def _sizes(digits: Array, odd: Array) -> Array:
-    """2 |m| or 2 m + 1, whichever is not negative, of digits of zigzag numbers m and parities: int32."""
-    return (digits + 1 - odd) // 2 * 2 + odd
 
 
 def _best_way(lines: Array, parities: int = 1) -> tuple[int, int, Array, Array, Array]:

@@ -20,7 +20,7 @@ import torch
 
 from .bits import tensor_bytes
 from .errors import BadInput
-from .models import quiet_transformers
+from .models import first_line, quiet_transformers
 from .tensorfiles import write_json, write_safetensors
 
 LAYER_NAMES = {
@@ -78,8 +78,7 @@ def convert(source: Path, folder: Path) -> dict[str, Any]:
     except (BadInput, OSError):
         raise
     except Exception as error:  # whatever a lying file makes the reader, the tokenizer or the arithmetic say
-        said = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise BadInput(f"{source}: no readable GGUF file of a Llama ({type(error).__name__}: {said:.120})") from None
+        raise BadInput(f"{source}: no readable GGUF file of a Llama ({first_line(error)})") from None
 
 
 def parts_of(source: Path) -> list[Path]:

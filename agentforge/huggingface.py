@@ -75,7 +75,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = Path(checkpoint_files[0]).parent
         _fetch(model.config, folder, MANIFEST)
         self.artifact = Artifact(folder)
-        entries = self.artifact.entries()
+        entries = self.artifact.entries
         if {Path(file) for file in checkpoint_files} != {entry.file for entry in entries.values()}:
             raise BadArtifact(f"{folder}: transformers reads other weight files here than those that the manifest has")
         ArtifactModel(self.artifact).check()  # against config.json
@@ -85,7 +85,7 @@ class AgentForgeQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         # A model may ask for float32 by parts of names (`_keep_in_fp32_modules`); planes are never to be converted.
         buffers = dict(model.named_buffers())
-        for name, entry in self.artifact.entries().items():
+        for name, entry in self.artifact.entries.items():
             found = buffers.get(own := name_in(model, name))
             if found is not None and found.dtype != entry.dtype:
                 path, _dot, leaf = own.rpartition(".")
@@ -177,7 +177,7 @@ def _write(model: Any, out: Path, with_tokenizer: bool = True) -> None:
     """Write the artifact that `model` was loaded from, as it is in memory, into the empty folder `out`.  with_tokenizer:
     whether its manifest is to vouch for the tokenizer's files, too."""
     artifact: Artifact = model.hf_quantizer.artifact
-    entries = artifact.entries()
+    entries = artifact.entries
     rows, changed = [], {}
     for row, now in _rows_now(model, artifact, entries):
         rows.append(row)

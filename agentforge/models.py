@@ -176,8 +176,8 @@ class LanguageModel:
         return digest.hexdigest()
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the model, as stored."""
-        return read_tensor(name, self.entries[name])
+        """A tensor by its name in the model: as stored, or float32 if it is computed from what is stored."""
+        return self.reader(name)()
 
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
         """`tensor(name)` as a function that can be sent to another process, which then reads the files by itself."""
@@ -199,13 +199,23 @@ class LanguageModel:
         return self._build(self.state_dict())
 
     def _build(self, tensors: dict[str, torch.Tensor]) -> Any:
+        """The module of these tensors.  Raises BadInput if transformers fails, lacks a tensor or does not know one."""
         from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
         config = self._hf_config
-        with quiet_transformers():
-            built = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
-                None, config=config, state_dict=tensors, dtype=torch.float32
-            )
+        try:
+            with quiet_transformers():
+                built, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].from_pretrained(
+                    None, config=config, state_dict=tensors, dtype=torch.float32, output_loading_info=True
+                )
+        except Exception as error:
+            raise BadInput(f"{self.path}: transformers does not open it ({first_line(error)})") from None
+        for keys, problem in (
+            (report["missing_keys"], "is missing"),
+            (report["unexpected_keys"], f"is not part of a {type(built).__name__}"),
+        ):
+            if keys:
+                raise BadInput(f"{self.path}: tensor {min(keys)} {problem}; is config.json its own?")
         return built.eval()
 
     @property
@@ -219,7 +229,7 @@ class LanguageModel:
         if not self.in_blocks:
             return self.model, []
         self.check()
-        parameters = dict(self.skeleton().named_parameters(remove_duplicate=False))
+        parameters = dict(self._structure.named_parameters(remove_duplicate=False))
         names = [name for name, e in self.entries.items() if len(e.shape) > 1 and name in parameters]
         gone = {name: absent(self.entries[name].shape) for name in names}
         module = self._build({name: gone[name] if name in gone else self.tensor(name) for name in self.entries})
@@ -311,7 +321,7 @@ class LanguageModel:
         """Raise BadInput if tensors are missing, unknown or of another shape than config.json asks for."""
         for _ in self._classified(embeddings=False):
             pass
-        module = self.skeleton()
+        module = self._structure
         tied: dict[str, str] = getattr(module, "all_tied_weights_keys", {})  # told by transformers even while it loads
         stored = {tied.get(name, name) for name in self.entries}
         for name, _ in module.named_parameters(remove_duplicate=False):
@@ -341,6 +351,10 @@ class LanguageModel:
             raise BadInput(f"{self.path}/config.json: no model can be built from it ({first_line(error)})") from None
         assert isinstance(module, nn.Module)
         return module
+
+    @cached_property
+    def _structure(self) -> nn.Module:
+        return self.skeleton()
 
     def weights(self, embeddings: bool = False) -> list[Weight]:
         """The weights a stage may touch: linear layers (and GPT-2's Conv1D) and layers of experts inside the decoder's
@@ -375,15 +389,17 @@ class LanguageModel:
 
     def _classified(self, embeddings: bool) -> Iterator[tuple[str, Weight | str]]:
         """Each stored tensor with a Weight if a stage may touch it, else with the reason why not."""
-        module = self.skeleton()
+        module = self._structure
         owners: dict[str, tuple[nn.Module, str]] = {}
         for prefix, owner in module.named_modules():
             for leaf, _ in list(owner.named_parameters(recurse=False)) + list(owner.named_buffers(recurse=False)):
                 owners[f"{prefix}.{leaf}" if prefix else leaf] = (owner, leaf)
         blocks = [block for block in module.modules() if isinstance(block, nn.ModuleList) and len(block)]
         in_blocks = {inner for block in blocks for inner in block.modules()}
-        ends = {_call(module, "get_output_embeddings"): "output head"}
-        ends |= {_call(module, "get_input_embeddings"): "token embedding"}
+        ends = {
+            getattr(module, f"get_{side}_embeddings", lambda: None)(): what
+            for side, what in (("output", "output head"), ("input", "token embedding"))
+        }
         for name, entry in self.entries.items():
             if name not in owners:
                 raise BadInput(
@@ -436,37 +452,11 @@ class BuiltModel(LanguageModel):
     @cached_property
     def model(self) -> Any:
         """The torch module, built by transformers from the tensors as the files name them."""
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-        try:
-            with quiet_transformers():
-                built, report = MODEL_FOR_CAUSAL_LM_MAPPING[type(self._hf_config)].from_pretrained(
-                    None,
-                    config=self._hf_config,
-                    state_dict=self._opened.state_dict(),
-                    dtype=torch.float32,
-                    output_loading_info=True,
-                )
-        except BadInput:
-            raise
-        except Exception as error:
-            raise BadInput(f"{self.path}: transformers does not open it ({first_line(error)})") from None
-        for what in ("missing_keys", "unexpected_keys"):
-            if report[what]:
-                name = sorted(report[what])[0]
-                known = "is missing" if what == "missing_keys" else f"is not part of a {type(built).__name__}"
-                raise BadInput(f"{self.path}: tensor {name} {known}; is config.json its own?")
-        return built.eval()
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by its name in the built model, float32."""
-        tensor = self.model.state_dict()[name]
-        assert isinstance(tensor, torch.Tensor)
-        return tensor
+        return self._build(self._opened.state_dict())
 
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
-        """A function that holds the tensor itself: another process would have to build the model first."""
-        return partial(torch.tensor, self.tensor(name).numpy())
+        """A function that holds the tensor itself, float32: another process would have to build the model first."""
+        return partial(torch.tensor, self.model.state_dict()[name].numpy())
 
 
 def absent(shape: tuple[int, ...]) -> torch.Tensor:
@@ -524,10 +514,6 @@ def quiet_transformers() -> Iterator[None]:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _call(module: nn.Module, method: str) -> Any:
-    return getattr(module, method)() if hasattr(module, method) else None
 
 
 def first_line(error: BaseException) -> str:

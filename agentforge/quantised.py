@@ -90,6 +90,8 @@ class QuantisedModel(LanguageModel):
         settings: Any = said
         if isinstance(mlx, dict) and said in (None, mlx):
             settings = {**mlx, "quant_method": "mlx"}
+        elif said is None and mlx is None:  # hqq writes no more than its planes
+            settings = {"quant_method": "hqq"}
         method = settings.get("quant_method") if isinstance(settings, dict) else None
         if not isinstance(method, str) or method not in FORMATS:
             raise BadInput(
@@ -134,10 +136,6 @@ class QuantisedModel(LanguageModel):
         for name in [f"{weight.removesuffix('weight')}bias" for weight in self._matrices]:
             if name in self.entries and name not in known and not self.tensor(name).any():
                 del self.entries[name]
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """A tensor by name: float32 if it was quantised, else as stored."""
-        return self.reader(name)()
 
     def reader(self, name: str) -> Callable[[], torch.Tensor]:
         """`tensor(name)` as a function that can be sent to another process, which then reads the files by itself."""
@@ -373,11 +371,9 @@ def _fp8(said: dict[str, Any], module: Module) -> Matrix:
 
 
 def _bitsandbytes(said: dict[str, Any], module: Module) -> Matrix:
-    return _int8(module) if module.has("SCB") else _four_bits(module)
-
-
-def _int8(module: Module) -> Matrix:
-    """LLM.int8: a byte per number and a maximum per row."""
+    """LLM.int8: a byte per number and a maximum per row; else four bits."""
+    if not module.has("SCB"):
+        return _four_bits(module)
     shape = module.shape("weight")
     planes: Shapes = {"weight": (shape, INT8), "SCB": ((shape[0], 1), FLOATS)}
     if module.has("weight_format"):
@@ -540,6 +536,39 @@ def _decode_vptq(rows: int, width: int, lengths: tuple[int, int], bits: list[int
     return values
 
 
+def _hqq(said: dict[str, Any], module: Module) -> Matrix:
+    """Codes of rows that lie a part of the matrix apart, the first in the highest bits, and a scale and a zero point per
+    group: HQQLinear of hqq, which writes its settings as tensors beside them."""
+    packing = module.read("packing").view(torch.uint8).numpy().tobytes()
+    if packing not in HQQ_PACKINGS:
+        raise BadInput(f"packing is {packing!a:.40}, which is not supported")
+    about = {leaf: module.read(leaf).tolist() for leaf in HQQ_LAYER if module.has(leaf)}
+    _check_settings({leaf: values[0] for leaf, values in about.items()}, HQQ_LAYER)
+    numbers = [*module.read("shape").tolist(), *module.read("group_size").tolist()]
+    if len(numbers) != 3 or not all(type(n) is int and 0 < n < 1 << 31 for n in numbers):
+        raise BadInput(f"shape and group_size are {numbers!a:.60}, expected three positive numbers")
+    rows, columns, group = numbers
+    groups, rest = divmod(rows * columns, group)
+    if rest:
+        raise BadInput(f"{rows} x {columns} numbers are no whole groups of {group}")
+    along = module.read("axis").tolist() == [1]
+    flat = (groups, group) if along else (group, groups)
+    bits, per = HQQ_PACKINGS[packing]
+    planes: Shapes = {
+        "W_q": ((math.ceil(flat[0] / per), flat[1]), INT32 if bits == 3 else UINT8),
+        **dict.fromkeys(("scale", "zero"), ((groups, 1) if along else (1, groups), FLOATS)),
+        **{leaf: (module.entry(leaf).shape, (module.entry(leaf).dtype,)) for leaf in about},
+    }
+    kind = f"{module.read('nbits')[0]:.3g} bits"
+    return Matrix(kind, (rows, columns), planes, partial(_decode_hqq, bits, per, flat[0], (rows, columns)))
+
+
+def _decode_hqq(bits: int, per: int, rows: int, shape: tuple[int, int], planes: Planes) -> torch.Tensor:
+    parts = [planes["W_q"] >> bits * part & (1 << bits) - 1 for part in reversed(range(per))]
+    codes = torch.cat(parts)[:rows].float()
+    return ((codes - planes["zero"].float()) * planes["scale"].float()).reshape(shape)
+
+
 def _any(names: str) -> dict[str, Any]:
     return dict.fromkeys(names.split())
 
@@ -612,6 +641,14 @@ VPTQ_LAYER = {
     "is_indice_packed": (True,),
     "indices_as_float": (False,),
 }
+HQQ_LAYER = {
+    **_any("nbits group_size shape packing optimize round_zero compute_dtype unpack_view_dtype"),
+    **_any("offload_meta encoded_state_dict stores_quant_config"),
+    "axis": (0, 1),
+    "channel_wise": (1,),
+    **dict.fromkeys(("quant_scale", "quant_zero", "view_as_float"), (0,)),
+}
+HQQ_PACKINGS = {b"8bit_u8": (8, 1), b"4bit_u8": (4, 2), b"3bit_32": (3, 10), b"2bit_u8": (2, 4), b"1bit_u8": (1, 8)}
 # By the name that config.json has for it: what finds a matrix, how a plane ends by which it is known, and the settings.
 FORMATS: dict[str, tuple[Callable[[dict[str, Any], Module], Matrix], tuple[str, ...], dict[str, Any]]] = {
     "gptq": (_gptq, ("qweight",), GPTQ),
@@ -623,4 +660,5 @@ FORMATS: dict[str, tuple[Callable[[dict[str, Any], Module], Matrix], tuple[str, 
     "mlx": (_mlx, ("scales",), MLX),
     "bitnet": (_bitnet, ("weight_scale",), BITNET),
     "vptq": (_vptq, ("indices",), VPTQ),
+    "hqq": (_hqq, ("W_q",), _any("quant_method quant_config skip_modules")),
 }

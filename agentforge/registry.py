@@ -130,9 +130,9 @@ def registered(uri: str | None = None) -> list[dict[str, Any]]:
                 continue
             row = {"name": version.name, "version": int(version.version), "source": version.source}
             row["aliases"] = sorted(a for a, v in aliases.get(version.name, {}).items() if int(v) == int(version.version))
-            parts = {key.removeprefix("metric."): v for key, v in version.tags.items() if key.startswith("metric.")}
-            row["metrics"] = {key: json.loads(value) for key, value in parts.items()}
-            row["tags"] = {key: value for key, value in version.tags.items() if not key.startswith("metric.")}
+            metrics = {key: value for key, value in version.tags.items() if key.startswith("metric.")}
+            row["metrics"] = {key.removeprefix("metric."): json.loads(value) for key, value in metrics.items()}
+            row["tags"] = {key: value for key, value in version.tags.items() if key not in metrics}
             rows.append(row)
     return sorted(rows, key=lambda row: (row["name"], row["version"]))
 

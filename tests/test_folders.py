@@ -57,7 +57,7 @@ def audit(out: Path) -> None:
 
 def fit(out: Path, model: LanguageModel, **_: Any) -> None:
     out = folders.check_out(out, model.path, replace=True)
-    with allocation._beside(out) as folder:
+    with allocation.folder_beside(out) as folder:
         agentforge.compress(model, "rounding:bits=3", folder / "made", progress=False)
         allocation._take(folder / "made", out, True)
 

@@ -19,7 +19,7 @@ LAYERS = (
     ("blockwise", "evaluation", "statistics"),
     ("execution", "pipeline", "tracking", "modelcard", "huggingface", "exports"),
     ("chain",),
-    ("training", "handoff", "registry", "allocation"),
+    ("training", "handoff", "registry", "allocation", "gguf_fit"),
     ("cli", "audit", "dashboard", "lm_eval", "__main__", ""),
 )
 

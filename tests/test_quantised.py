@@ -130,6 +130,19 @@ def test_a_module_of_mlx_may_have_its_own_bits(tmp_path: Path) -> None:
     assert mixed.source["precision"] == "dequantised mlx (4 bits and 6 bits)"
 
 
+def test_a_folder_of_hqq_may_say_nothing_of_it(tmp_path: Path) -> None:
+    """Its own writer leaves config.json as it was: all settings lie beside the planes.  Its pickles stay closed."""
+    folder = shutil.copytree(DATA / "hqq-3", tmp_path / "f")
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(folder), logits(DATA / "hqq-3"))
+    assert open_model(folder).source["precision"] == "dequantised hqq (3 bits)"
+    (folder / "model.safetensors").rename(folder / "qmodel.pt")
+    with pytest.raises(BadInput, match=r"pickled \(qmodel\.pt\)"):
+        open_model(folder)
+
+
 @pytest.mark.parametrize(
     ("name", "scheme", "said"),
     [
@@ -264,6 +277,15 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Tensors] | dict[str, Any], str
         changed("outlier_indices", lambda t: t * 0 - 1),
         "lead out of their codebook",
     ),
+    "an HQQ packing of no kind": ("hqq-4", changed("packing", state(b"4bit_u9")), "packing is b'4bit_u9', which is not"),
+    "groups of HQQ that lie": ("hqq-4", changed("group_size", lambda t: t * 0 + 48), "128 x 64 numbers are no whole groups"),
+    "groups of HQQ that are too long": ("hqq-4", changed("group_size", lambda t: t * 2), r"expected uint8\[64, 64\]"),
+    "a huge HQQ matrix": ("hqq-4", changed("shape", lambda t: t << 20), r"expected uint8\[140737488355328, 32\]"),
+    "an HQQ shape of no matrix": ("hqq-4", changed("shape", lambda t: t[:1]), "expected three positive numbers"),
+    "HQQ codes seen as floats": ("hqq-4", changed("view_as_float", lambda t: t + 1), "'view_as_float' is 1, which is not"),
+    "HQQ scales that are quantised": ("hqq-4", changed("quant_scale", lambda t: t + 1), "'quant_scale' is 1, which is not"),
+    "no HQQ zero points": ("hqq-4", without("zero"), "zero is missing"),
+    "no HQQ bits": ("hqq-4", without("nbits"), "nbits is missing"),
     "an unknown tool": ("awq", {"quant_method": "quark"}, "in a way that is not known.*'quark'"),
     "not even a name": ("awq", {"quant_method": ["awq"]}, "in a way that is not known"),
 }

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 
+def test_the_known_perplexity(smollm2: LanguageModel, beginning: Callable[[int], Text]) -> None:
+    found = af.perplexity(smollm2, beginning(10 * 2048), context=2048, progress=False)
+    assert found.value == pytest.approx(19.92, abs=0.02)
+    assert found.n == 20470
+
+
 def test_int8_in_groups_of_64(smollm2: LanguageModel, beginning: Callable[[int], Text], tmp_path: Path) -> None:
     artifact = af.compress(smollm2, "rounding:bits=8,group=64", tmp_path / "a", progress=False)
     measured = af.perplexity(af.load(artifact.path), beginning(5 * 2048), progress=False)

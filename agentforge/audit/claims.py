@@ -20,9 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import jsonschema
-
-from .. import stages
+from .. import schemas, stages
 from ..errors import BadInput
 from ..evaluation.measurement import Measurement
 from ..yamlfiles import read_yaml
@@ -131,28 +129,29 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
     if folder:
         import_probes(folder)
     data, line = read_yaml(path, "a file of claims")
-    schema = json.loads((Path(__file__).parent / "schema.json").read_text(encoding="utf-8"))
-    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(data))
-    if problem is not None:
+
+    def at(*where: Any) -> str:
+        return f"{path}, line {line(where)}"
+
+    if problem := schemas.first_error(Path(__file__).parent / "schema.json", data):
         where = list(problem.absolute_path)
-        raise BadInput(f"{path}, line {line(where)}: {_place(data, where)}: {problem.message:.300}")
+        raise BadInput(f"{at(*where)}: {_place(data, where)}: {problem.message:.300}")
     claims = tuple(_claim(row) for row in data["claims"])
     places: dict[str, str] = {}
     for number, claim in enumerate(claims):
         if claim.id in places:
-            raise BadInput(f"{path}, line {line(['claims', number])}: claim {claim.id} is there twice")
+            raise BadInput(f"{at('claims', number)}: claim {claim.id} is there twice")
         unit = claim.claimed["unit"] if claim.claimed else None
         if found := _nonsense(claim) or (mistake(claim.probe, claim.parameters, unit) if claim.probe else None):
             part, why = found
-            place = line(["claims", number, *part])
-            raise BadInput(f"{path}, line {place}: claim {claim.id}, {', '.join(part)}: {why}")
-        places[claim.id] = f"{path}, line {line(['claims', number, 'probe'])}: claim {claim.id}"
+            raise BadInput(f"{at('claims', number, *part)}: claim {claim.id}, {', '.join(part)}: {why}")
+        places[claim.id] = f"{at('claims', number, 'probe')}: claim {claim.id}"
     baselines = tuple(data.get("baselines", ()))
     for number, stage in enumerate(baselines):
         try:
             stages.parse(stage)
         except BadInput as error:
-            raise BadInput(f"{path}, line {line(['baselines', number])}: {error}") from None
+            raise BadInput(f"{at('baselines', number)}: {error}") from None
     rest = {key: value for key, value in data.items() if key not in ("claims", "baselines")}
     return ClaimsFile(claims=claims, baselines=baselines, file=path.name, folder=folder, places=places, **rest)
 
@@ -185,29 +184,27 @@ def judge(claim: Claim, measured: Measurement | None, failure: str = "", missing
         return Judged(
             claim, "not reproducible here" if claim.not_here else "not tested", None, missing=missing or claim.needs
         )
-    verdict, undecided = verdict_of(measured, claim.confirmed, claim.partly, claim.about_other)
+    verdict, undecided = _verdict_of(claim, measured)
     far = reach(claim, measured)
     needed = measured.n * far * far if undecided else math.inf
     return Judged(claim, verdict, measured, undecided, _two_digits(needed) if math.isfinite(needed) else None)
 
 
-def verdict_of(
-    measured: Measurement, confirmed: Interval | None, partly: Interval | None, about_other: str = ""
-) -> tuple[Verdict, bool]:
+def _verdict_of(claim: Claim, measured: Measurement) -> tuple[Verdict, bool]:
     """What a measurement means under the thresholds of a claim, and whether it is undecided between two verdicts."""
-    near = measured.within(*confirmed) if confirmed else "outside"
+    near = measured.within(*claim.confirmed) if claim.confirmed else "outside"
     if near == "inside":
         return "confirmed", False
-    if near == "outside" and about_other:
+    if near == "outside" and claim.about_other:
         return "does not carry over", False
-    wide = _around(confirmed, partly)
+    wide = _around(claim.confirmed, claim.partly)
     around = measured.within(*wide) if wide else "outside"
     return ("refuted", False) if around == "outside" else ("partly", "undecided" in (near, around))
 
 
 def _around(*intervals: Interval | None) -> Interval | None:
     """The interval from the least to the greatest bound of those that there are."""
-    bounds = [bound for interval in intervals for bound in interval or ()]
+    bounds = [bound for one in intervals for bound in one or ()]
     return (min(bounds), max(bounds)) if bounds else None
 
 
@@ -223,7 +220,7 @@ def reach(claim: Claim, measured: Measurement) -> float:
     low, high = measured.bounds
     intervals = (claim.confirmed, None if claim.about_other else _around(claim.confirmed, claim.partly))
     found = 0.0
-    for edge in (edge for interval in intervals for edge in interval or () if math.isfinite(edge)):
+    for edge in (edge for one in intervals for edge in one or () if math.isfinite(edge)):
         way = abs(edge - measured.value)
         arm = measured.value - low if edge < measured.value else high - measured.value
         found = max(found, arm / way if way else math.inf)
@@ -242,22 +239,26 @@ def false_discoveries(reaches: Sequence[float], rate: float = 0.05) -> int:
     return max(0, sum(r < 1 for r in reaches) - kept)
 
 
+def interval(bounds: Sequence[float | None] | None) -> Interval | None:
+    """Thresholds from a file, in which null is no bound on that side."""
+    if bounds is None:
+        return None
+    low, high = bounds
+    return (-math.inf if low is None else float(low), math.inf if high is None else float(high))
+
+
 def _claim(row: dict[str, Any]) -> Claim:
-    row = dict(row)
-    probe = row.pop("probe", None)
-    for key in ("confirmed", "partly"):
-        if key in row:
-            low, high = row[key]
-            row[key] = (-math.inf if low is None else float(low), math.inf if high is None else float(high))
-    return Claim(probe=probe["name"] if probe else None, parameters=(probe or {}).get("parameters", {}), **row)
+    probe = row.get("probe") or {}
+    thresholds = {key: interval(row.get(key)) for key in ("confirmed", "partly")}
+    return Claim(**row | thresholds | {"probe": probe.get("name"), "parameters": probe.get("parameters", {})})
 
 
 def _nonsense(claim: Claim) -> tuple[tuple[str, ...], str] | None:
     """The part of a claim that makes no sense, and why."""
-    for key, interval in (("confirmed", claim.confirmed), ("partly", claim.partly)):
-        if interval and interval[0] > interval[1]:
-            return (key,), f"{interval[0]:g} to {interval[1]:g} holds nothing; expected the smaller bound first"
-        if interval and interval == (-math.inf, math.inf):
+    for key, bounds in (("confirmed", claim.confirmed), ("partly", claim.partly)):
+        if bounds and bounds[0] > bounds[1]:
+            return (key,), f"{bounds[0]:g} to {bounds[1]:g} holds nothing; expected the smaller bound first"
+        if bounds == (-math.inf, math.inf):
             return (key,), "holds every value; expected a bound, or two"
     if claim.claimed and claim.confirmed:
         value = claim.claimed["value"]
@@ -273,7 +274,7 @@ def _nonsense(claim: Claim) -> tuple[tuple[str, ...], str] | None:
 def _place(data: Any, path: list[Any]) -> str:
     """Where in the file something is wrong, in a reader's words."""
     if len(path) >= 2 and path[0] == "claims":
-        claim = data["claims"][path[1]]
-        name = claim.get("id", f"number {path[1] + 1}") if isinstance(claim, dict) else f"number {path[1] + 1}"
+        claim, number = data["claims"][path[1]], f"number {path[1] + 1}"
+        name = claim.get("id", number) if isinstance(claim, dict) else number
         return f"claim {name}" + "".join(f", {part}" for part in path[2:])
     return ", ".join(map(str, path)) or "top level"

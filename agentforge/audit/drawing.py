@@ -97,16 +97,11 @@ def _taken_at(record: dict[str, Any]) -> str:
     """The commits that took the rows, as each row names its own."""
     taken = [row["provenance"] for row in record["claims"] if row["provenance"]]
     counts = Counter((one["commit"], one["dirty"], one["source"]) for one in taken)
-    return (
-        "Rows were measured at "
-        + "; ".join(
-            f"`{str(commit)[:12]}`{' with uncommitted changes' if dirty else ''} (source `{source[:12]}`): {count}"
-            for (commit, dirty, source), count in counts.most_common()
-        )
-        + "."
-        if counts
-        else ""
-    )
+    words = [
+        f"`{str(commit)[:12]}`{' with uncommitted changes' if dirty else ''} (source `{source[:12]}`): {count}"
+        for (commit, dirty, source), count in counts.most_common()
+    ]
+    return f"Rows were measured at {'; '.join(words)}." if words else ""
 
 
 def is_own(row: dict[str, Any]) -> bool:
@@ -116,11 +111,8 @@ def is_own(row: dict[str, Any]) -> bool:
 
 def claimant(row: dict[str, Any]) -> str:
     """Whose claim a row is: of the number, else of the first text that it quotes."""
-    by = (
-        row["claimed"]["by"]
-        if row["claimed"]
-        else next(who for who in ("audit", "paper", "documentation", "code") if row[who])
-    )
+    quoted = (who for who in ("audit", "paper", "documentation", "code") if row[who])
+    by = row["claimed"]["by"] if row["claimed"] else next(quoted)
     return f"{by}, about another model or size" if row["about_other"] else str(by)
 
 
@@ -172,7 +164,8 @@ def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
     measured = row["measured"]
     if measured is None:
         return ""
-    words = [f"probe <code>{call_text(row)}</code>"]
+    call = f"{row['probe']}({', '.join(f'{k}={v!r}' for k, v in row['parameters'].items())})"
+    words = [f"probe <code>{call}</code>"]
     words += [f"{k}: {_short(str(v))}" for k, v in measured["protocol"].items() if v not in ([], "")]
     words += [f"seed: {measured['seed']}"] if measured["seed"] is not None else []
     hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
@@ -202,11 +195,6 @@ def _short(text: str, most: int = 120) -> str:
     return text if len(text) <= most else markdown(html.unescape(text)[:most])
 
 
-def call_text(row: dict[str, Any]) -> str:
-    """The probe of a row as a call."""
-    return f"{row['probe']}({', '.join(f'{k}={v!r}' for k, v in row['parameters'].items())})"
-
-
 def stage_table(record: dict[str, Any]) -> str:
     """What each stage made of the model, as a Markdown table; the original is the first row.
 
@@ -220,10 +208,9 @@ def stage_table(record: dict[str, Any]) -> str:
         "| Perplexity | KL (nats per token) | Same top token |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    rows = record["stages"]
-    if rows:
-        lines.append(f"| original | - | - | - | - | {_with_error(rows[0]['original_perplexity'])} | 0 | 100% |")
-    for row in rows:
+    for row in record["stages"][:1]:
+        lines.append(f"| original | - | - | - | - | {_with_error(row['original_perplexity'])} | 0 | 100% |")
+    for row in record["stages"]:
         ratios = {(r["what"], r["denominator"].endswith("at 16 bits")): r["ratio"] for r in row["ratios"]}
         whole = next(r for r in row["ratios"] if r["what"] == "whole model" and not r["denominator"].endswith("bits"))
         lines.append(

@@ -215,19 +215,10 @@ def ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
     """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
-    for candidate in workshop.artifact(stage).ratios:
-        if candidate.what == of and candidate.denominator.endswith(f"at {bits} bits"):
-            return workshop.exact(
-                candidate.ratio,
-                "x",
-                candidate.bytes,
-                "compression ratio",
-                stage=stage,
-                of=of,
-                denominator=candidate.denominator,
-                denominator_bytes=candidate.denominator_bytes,
-            )
-    raise BadInput(f"ratio: of={of!r}, bits={bits}; expected 'whole model' or 'touched tensors', and 16 or 32")
+    ratios = workshop.artifact(stage).ratios
+    found = next(r for r in ratios if r.what == of and r.denominator.endswith(f"at {bits} bits"))
+    against = {"denominator": found.denominator, "denominator_bytes": found.denominator_bytes}
+    return workshop.exact(found.ratio, "x", found.bytes, "compression ratio", stage=stage, of=of, **against)
 
 
 @probe("bits/weight")

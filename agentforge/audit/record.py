@@ -11,21 +11,19 @@ import os
 import subprocess
 import time
 from collections import Counter
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jsonschema
-
+from .. import schemas
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
-from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, judge, reach
+from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, interval, judge, reach
 from .probes import SLOW, UNKEPT, bits_per_weight, run
 from .workshop import EFFORTS, LEFT_OUT, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
-SCHEMA = Path(__file__).parent / "record.schema.json"
 # What reports and benchmarks write, for git.
 WRITTEN = [f":(top,exclude,glob)reports/**/*.{end}" for end in ("json", "ipynb", "html", "md", "sarif", "png")]
 # Probes of how a stage changes predictions: all their stages are scored in one pass over the text.
@@ -63,7 +61,7 @@ def measure(
     stages_before = {row["stage"]: row for row in before["stages"]} if before else {}
     comparing = [claim for claim in claims.claims if claim.probe in COMPARING]
     compared = list(dict.fromkeys([*claims.baselines, *(claim.parameters["stage"] for claim in comparing)]))
-    asked = {claim.parameters["stage"] for claim in comparing if _key(claim) not in taken}
+    asked = {claim.parameters["stage"] for claim in comparing if _key(claim.probe, claim.parameters) not in taken}
     compared = [stage for stage in compared if workshop.has_time_for(stage)]
     new = [stage for stage in compared if stage in asked or stage not in stages_before]
     if new:
@@ -74,13 +72,12 @@ def measure(
     probed = [claim for claim in claims.claims if claim.probe]
     probed.sort(key=lambda claim: claim.probe == "score")
     ahead = expected_seconds(claims, workshop.effort.name, last) if last else {}
-    for key in taken:
-        ahead.pop(key, None)
+    ahead = {key: seconds for key, seconds in ahead.items() if key not in taken}
     whole, began = sum(ahead.values()), time.perf_counter()
     for done, claim in enumerate(probed, 1):
         say(f"[now] {claim.title}", flush=True)
         workshop.rows = list(rows.values())
-        if (key := _key(claim)) not in taken:
+        if (key := _key(claim.probe, claim.parameters)) not in taken:
             taken[key] = take(workshop, claim)
         ahead.pop(key, None)
         row = rows[claim.id] = _row(claim, taken[key])
@@ -95,17 +92,14 @@ def measure(
     stage_rows = [stages_before[stage] for stage in compared if stage not in new]
     for stage in new:
         with contextlib.suppress(Exception):  # likewise
-            stage_rows.append(workshop.remember("stage", {"stage": stage}, _stage_row(workshop, stage)))
+            stage_rows.append(workshop.remember("stage", {"stage": stage}, partial(_stage_row, workshop, stage)))
     stage_rows.sort(key=lambda row: compared.index(row["stage"]))
     artifacts: dict[str, str] = {}
     for row in ordered:
         artifacts |= (row["measured"] or {}).get("inputs", {}).get("artifacts", {})
     return {
         "format": RECORD_FORMAT,
-        "report": claims.report,
-        "title": claims.title,
-        "about": claims.about,
-        "source": claims.source,
+        **{key: getattr(claims, key) for key in ("report", "title", "about", "source")},
         "claims_file": claims.file,
         "claims_sha256": claims_sha256(claims.claims),
         "budget": workshop.effort.name,
@@ -118,10 +112,7 @@ def measure(
         "model": _model(workshop.model),
         "subject": _model(workshop.subject) if workshop.subject else None,
         "text": {
-            "name": workshop.text.name,
-            "split": workshop.text.split,
-            "origin": workshop.text.origin,
-            "sha256": workshop.text.sha256,
+            **{key: getattr(workshop.text, key) for key in ("name", "split", "origin", "sha256")},
             "scored_tokens": workshop.tokens,
             "context": workshop.context,
             "skipped": list(workshop.text.skipped),
@@ -135,17 +126,18 @@ def measure(
     }
 
 
-def _key(claim: Claim) -> str:
-    return f"{claim.probe} {json.dumps(claim.parameters, sort_keys=True)}"
+def _key(probe: str | None, parameters: dict[str, Any]) -> str:
+    return f"{probe} {json.dumps(parameters, sort_keys=True)}"
 
 
 def expected_seconds(claims: ClaimsFile, budget: str, last: dict[str, Any]) -> dict[str, float]:
     """About how long each probe of the claims takes at a budget, as far as a record says: of this budget, or of another one,
     whose seconds are scaled as the tokens that the two score."""
-    rows = {f"{row['probe']} {json.dumps(row['parameters'], sort_keys=True)}": row["seconds"] for row in last["claims"]}
+    rows = {_key(row["probe"], row["parameters"]): row["seconds"] for row in last["claims"]}
     wanted = [claim for claim in claims.claims if claim.probe and not (budget == "quick" and claim.probe in SLOW)]
     scale = EFFORTS[budget].tokens / EFFORTS[last.get("budget", budget)].tokens
-    return {key: max(rows.get(key, 0.0) * scale, 0.01) for key in map(_key, wanted)}
+    keys = [_key(claim.probe, claim.parameters) for claim in wanted]
+    return {key: max(rows.get(key, 0.0) * scale, 0.01) for key in keys}
 
 
 def duration(seconds: float) -> str:
@@ -166,16 +158,14 @@ def _kept(before: dict[str, Any], claims: ClaimsFile, workshop: Workshop) -> dic
     ):
         if found != wanted:
             raise BadInput(f"report {before['report']}: its {what} is {found}, asked for is {wanted}; run without --keep")
-    rows = {
-        (row["probe"], json.dumps(row["parameters"], sort_keys=True)): row for row in before["claims"] if row["measured"]
-    }
+    asked = {_key(claim.probe, claim.parameters) for claim in claims.claims}
     taken: dict[str, Taken] = {}
-    for claim in claims.claims:
-        row = rows.get((claim.probe, json.dumps(claim.parameters, sort_keys=True)))
-        if row and claim.probe not in UNKEPT:
+    for row in before["claims"]:
+        key = _key(row["probe"], row["parameters"])
+        if key in asked and row["measured"] and row["probe"] not in UNKEPT:
             provenance = {"environment": before["environment"], **row["provenance"]}
             measured = Measurement(**row["measured"], environment=provenance["environment"])
-            taken[_key(claim)] = Taken(measured, provenance, row["seconds"])
+            taken[key] = Taken(measured, provenance, row["seconds"])
     return taken
 
 
@@ -222,47 +212,34 @@ def _model(model: Any) -> dict[str, Any]:
         return Path(name).name if os.path.isabs(name) else name
 
     source = {key: short(value) if isinstance(value, str) else value for key, value in model.source.items()}
-    return {
-        "name": short(model.name),
-        "parameters": model.parameters,
-        "fingerprint": model.fingerprint,
-        "source": source,
-    }
+    about = {"name": short(model.name), "parameters": model.parameters, "fingerprint": model.fingerprint}
+    return about | {"source": source}
 
 
 def git_state(folder: Path = Path(__file__).parent) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that holds `folder`, or nulls if there is none."""
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
     try:
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
         # What a report writes is not a change to what it measures.
-        changes = subprocess.run(
-            ["git", "status", "--porcelain", "--", ":/", ":(top,exclude)README.md", *WRITTEN],
-            cwd=folder,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)README.md", *WRITTEN)
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(changes)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": None, "dirty": None}
-    return {"commit": commit.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
-def _stage_row(workshop: Workshop, stage: str) -> Callable[[], dict[str, Any]]:
+def _stage_row(workshop: Workshop, stage: str) -> dict[str, Any]:
     """What a stage makes of the model: size and likelihoods, for the table that claims are read against."""
-
-    def make() -> dict[str, Any]:
-        artifact, result = workshop.artifact(stage), workshop.divergence(stage)
-        return {
-            "stage": stage,
-            "bits_per_weight": bits_per_weight(workshop, stage).value,
-            "ratios": [ratio.to_json() for ratio in artifact.ratios],
-            "perplexity": result.perplexity.to_json(),
-            "original_perplexity": result.original_perplexity.to_json(),
-            "kl": result.kl.to_json(),
-            "top1": result.top1.to_json(),
-        }
-
-    return make
+    ratios = workshop.artifact(stage).ratios
+    result, measured = workshop.divergence(stage), ("perplexity", "original_perplexity", "kl", "top1")
+    return {
+        "stage": stage,
+        "bits_per_weight": bits_per_weight(workshop, stage).value,
+        "ratios": [ratio.to_json() for ratio in ratios],
+    } | {name: getattr(result, name).to_json() for name in measured}
 
 
 def _row(claim: Claim, taken: Taken) -> dict[str, Any]:
@@ -290,15 +267,12 @@ def _row(claim: Claim, taken: Taken) -> dict[str, Any]:
 def _said(claim: Claim) -> dict[str, Any]:
     """What a row has from its claim alone."""
     about = ("id", "stage", "section", "title", "paper", "documentation", "code", "audit", "claimed", "about_other")
-    thresholds = {"confirmed": _interval(claim.confirmed), "partly": _interval(claim.partly)} if claim.probe else None
+    thresholds = {
+        name: bounds and [bound if math.isfinite(bound) else None for bound in bounds]
+        for name, bounds in (("confirmed", claim.confirmed), ("partly", claim.partly))
+    }
     how = ("measures", "probe", "parameters", "protocol", "remark")
-    return {name: getattr(claim, name) for name in (*about, *how)} | {"thresholds": thresholds}
-
-
-def _interval(interval: tuple[float, float] | None) -> list[float | None] | None:
-    if interval is None:
-        return None
-    return [None if abs(bound) == float("inf") else bound for bound in interval]
+    return {name: getattr(claim, name) for name in (*about, *how)} | {"thresholds": thresholds if claim.probe else None}
 
 
 def record_sha256(record: dict[str, Any]) -> str:
@@ -311,9 +285,7 @@ def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
 
     claims: the file that it was made from; thresholds and claims must be those that stand there.
     """
-    schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
-    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(record))
-    if problem is not None:
+    if problem := schemas.first_error(Path(__file__).parent / "record.schema.json", record):
         where = ", ".join(map(str, problem.absolute_path)) or "top level"
         raise BadInput(f"record: {where}: {problem.message:.300}")
     report = record["report"]
@@ -337,12 +309,9 @@ def check_record(record: Any, claims: ClaimsFile | None = None) -> None:
 
 def _said_again(row: dict[str, Any]) -> tuple[Claim, Measurement | None]:
     """The claim of a row, as far as a verdict needs it, and the measurement."""
-    given: dict[str, Any] = {
-        name: row[name] for name in ("id", "stage", "section", "title", "claimed", "about_other", "probe")
-    }
-    for name, bounds in (row["thresholds"] or {}).items():
-        low, high = bounds or (None, None)
-        given[name] = bounds and (-math.inf if low is None else low, math.inf if high is None else high)
+    named = ("id", "stage", "section", "title", "claimed", "about_other", "probe")
+    given: dict[str, Any] = {name: row[name] for name in named}
+    given |= {name: interval(bounds) for name, bounds in (row["thresholds"] or {}).items()}
     claim = Claim(**given, not_here=row["verdict"] == "not reproducible here")  # the one thing that no measurement says
     return claim, row["measured"] and Measurement(**row["measured"], environment={})
 

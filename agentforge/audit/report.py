@@ -35,7 +35,7 @@ from ..folders import check_out, replace
 from ..opening import NAMED
 from ..tensorfiles import read_json, write_json
 from .claims import COLOURS, ClaimsFile, is_path, read_claims
-from .drawing import MARKS, SHAPES, measured_text
+from .drawing import MARKS, SHAPES
 from .probes import COMPARES, REPORTS, import_probes
 from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
@@ -78,7 +78,8 @@ def run(
     Raises BadInput for an unknown report, unusable settings and a folder in the way that is not a report, AgentForgeError if
     a cell of the notebook fails.
     """
-    report = _place(report)
+    if is_path(report):
+        report = Path(report).expanduser().absolute()  # the notebook runs elsewhere
     claims = read_claims(report)
     check_settings(tokens, budget, device)
     model, against, text = _places(claims, {"model": model, "against": against, "text": text})
@@ -94,21 +95,12 @@ def run(
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{claims.report}-") as scratch:
         made = Path(scratch) / claims.report
         made.mkdir()
-        parameters = {
-            "report": str(report),
-            "model": model,
-            "against": against,
-            "text": text,
-            "tokens": tokens,
-            "budget": budget,
-            "device": device,
-            "fresh": fresh,
-            "keep": str(before.resolve()) if keep else None,
-            "record_path": str((made / f"{claims.report}.json").resolve()),
-            "artifacts": str((Path(scratch) / "artifacts").resolve()),
-        }
-        with _lines_of_progress(progress):
-            _execute(claims.report, made, parameters, progress, _template(claims))
+        parameters = {"report": str(report), "model": model, "against": against, "text": text, "tokens": tokens}
+        parameters |= {"budget": budget, "device": device, "fresh": fresh, "keep": str(before.resolve()) if keep else None}
+        parameters["record_path"] = str((made / f"{claims.report}.json").resolve())
+        parameters["artifacts"] = str((Path(scratch) / "artifacts").resolve())
+        with _lines_of_progress() if progress else contextlib.nullcontext() as lines:
+            _execute(claims.report, made, parameters, _template(claims), lines)
         check_record(read_json(made / f"{claims.report}.json"), claims)
         render(made, claims.report)
         if beside:
@@ -146,10 +138,8 @@ def obtain(record_path: str | None, artifacts: str | None, settings: dict[str, A
         record = measure(claims, workshop, before=before, last=last_record(claims.report, settings["budget"]))
         for figure in getattr(claims.folder and import_probes(claims.folder), "FIGURES", ()):
             name = figure.__name__
-            if before and name in before["figures"]:
-                record["figures"][name] = before["figures"][name]
-                continue
-            found = workshop.remember(f"figure {name}", {}, partial(figure, workshop))
+            kept = before and before["figures"].get(name)
+            found = kept or workshop.remember(f"figure {name}", {}, partial(figure, workshop))
             record["figures"][name] = {key: value for key, value in found.items() if key != "seconds"}
     record = json.loads(json.dumps(record))  # what is drawn is what is written
     if record_path:
@@ -197,16 +187,14 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
     return made
 
 
-def check(folder: Path, claims: ClaimsFile | None = None) -> None:
+def check(folder: Path, claims: ClaimsFile) -> None:
     """Raise BadInput if a report is not what its record gives: its verdicts, or any of the forms drawn from it.
 
-    claims: the claims file that the record has to be of (default: the package's of that name, if there is one).
+    claims: the claims file that the record has to be of.
     Pictures have to be there; their bytes may differ between machines.
     """
     record_file = folder / f"{folder.name}.json"
     record: Any = read_json(record_file)
-    if claims is None and (REPORTS / folder.name / "claims.yaml").is_file():
-        claims = read_claims(folder.name)
     check_record(record, claims)
     with tempfile.TemporaryDirectory(prefix="agentforge-check-") as scratch:
         again = Path(scratch) / folder.name
@@ -214,7 +202,7 @@ def check(folder: Path, claims: ClaimsFile | None = None) -> None:
         write_json(again / record_file.name, record)
         name = record["report"]
         drawn = {"report": name, "record_path": str(again / record_file.name)}
-        _execute(name, again, drawn, progress=False, template=_template(claims))
+        _execute(name, again, drawn, _template(claims))
         render(again, name)
         for file in sorted(again.iterdir()):
             if not (folder / file.name).is_file():
@@ -235,22 +223,14 @@ def _comparable(file: Path) -> str:
     return re.sub(r"data:image/png;base64,[A-Za-z0-9+/=\n]*", "", text)
 
 
-def _place(report: str | Path) -> str | Path:
-    """A report's name as it is; a path made absolute, because the notebook runs elsewhere."""
-    return Path(report).expanduser().absolute() if is_path(report) else report
-
-
 def _places(claims: ClaimsFile, settings: dict[str, Any]) -> list[str | None]:
     """Model, original and text, as asked for or as the claims have them, seen from the current folder: paths absolute, names
     (of ours, or a hub id) as they are."""
-    asked = (settings["model"] or claims.model, settings["against"] or claims.against, settings["text"])
-    return [_absolute(name) if name and name not in (*NAMED, *SPLITS) else name for name in asked]
-
-
-def _absolute(name: str) -> str:
-    """The absolute path of what is there; any other name as it is."""
-    path = os.path.abspath(os.path.expanduser(name))
-    return path if os.path.exists(path) else name
+    asked = [settings["model"] or claims.model, settings["against"] or claims.against, settings["text"]]
+    for index, name in enumerate(asked):
+        if name and name not in (*NAMED, *SPLITS) and os.path.exists(path := os.path.abspath(os.path.expanduser(name))):
+            asked[index] = path
+    return asked
 
 
 def reports_folder(budget: str = "full") -> Path:
@@ -285,14 +265,16 @@ def foreseen(reports: Sequence[str | Path], budget: str) -> str:
     return f"{words}: {duration(seconds)}, {said}, and {size:,.0f} MB of compressed models meanwhile"
 
 
-def _template(claims: ClaimsFile | None) -> Path:
+def _template(claims: ClaimsFile) -> Path:
     """The notebook that draws a report: that of its folder, or the package's."""
-    own = claims and claims.folder and claims.folder / "template.ipynb"
+    own = claims.folder and claims.folder / "template.ipynb"
     return own if own and own.is_file() else TEMPLATE
 
 
-def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool, template: Path = TEMPLATE) -> None:
-    """Run a report's template in a kernel, into `folder`/NAME.ipynb."""
+def _execute(
+    name: str, folder: Path, parameters: dict[str, Any], template: Path = TEMPLATE, lines: _Progress | None = None
+) -> None:
+    """Run a report's template in a kernel, into `folder`/NAME.ipynb.  lines: gets what it prints."""
     try:
         import papermill
         from papermill.exceptions import PapermillExecutionError
@@ -313,7 +295,8 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
             folder / f"{name}.ipynb",
             parameters=parameters,
             cwd=folder,
-            log_output=progress,
+            stdout_file=lines,
+            stderr_file=lines,
             progress_bar=False,
             kernel_name="python3",
             config=Config(KernelManager={"transport_encryption": "auto"}),  # else the kernel warns of plain TCP
@@ -328,17 +311,19 @@ def _execute(name: str, folder: Path, parameters: dict[str, Any], progress: bool
         os.environ.update(before)
 
 
-class _Progress(logging.Handler):
-    """Shows the lines of progress that the measuring cell prints, as papermill logs them, and nothing else of its log."""
+class _Progress:
+    """Shows the lines of progress that the measuring cell prints, and nothing else of what it prints."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.console = Console(stderr=True, highlight=False, soft_wrap=True)
         self.doing, self.since, self.said = "starting", time.monotonic(), time.monotonic()
 
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show the lines of a message that are lines of progress."""
-        for line in record.getMessage().splitlines():
+    def flush(self) -> None:
+        """Nothing waits."""
+
+    def write(self, text: str) -> None:
+        """Show the lines of a text that are lines of progress."""
+        for line in text.splitlines():
             match = re.match(rf"(\[\d+/\d+\] )({'|'.join(COLOURS)})?", line)
             if match or line.startswith(("[now] ", "fetching ")):  # the default model is fetched before anything is measured
                 self.doing, self.since = re.sub(r"^\[.*?\] ", "", line), time.monotonic()
@@ -359,20 +344,14 @@ class _Progress(logging.Handler):
 
 
 @contextlib.contextmanager
-def _lines_of_progress(wanted: bool) -> Iterator[None]:
+def _lines_of_progress() -> Iterator[_Progress]:
     """Show lines of progress, in colour on a terminal, and one at least every QUIET seconds."""
-    logger, handler, ended = logging.getLogger("papermill"), _Progress(), threading.Event()
-    level = logger.level
-    if wanted:
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
-        threading.Thread(target=handler.wait, args=(ended,), daemon=True).start()
+    lines, ended = _Progress(), threading.Event()
+    threading.Thread(target=lines.wait, args=(ended,), daemon=True).start()
     try:
-        yield
+        yield lines
     finally:
         ended.set()
-        logger.removeHandler(handler)
-        logger.setLevel(level)
 
 
 def render(folder: Path, name: str) -> None:
@@ -397,13 +376,13 @@ def render(folder: Path, name: str) -> None:
     config = Config()
     config.NbConvertBase.display_data_priority = ["text/markdown", "image/png", "text/html", "text/plain"]
     body, _ = HTMLExporter(template_name="basic", exclude_input=True, config=config).from_notebook_node(shown)
-    style = STYLE.read_text(encoding="utf-8")
     page = (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="record-sha256" content="{sha256}">\n<title>{html.escape(record["title"])}</title>\n'
-        f"<style>{style}</style>\n</head>\n<body>\n{_for_readers(body, record)}\n</body>\n</html>\n"
+        f"<style>{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
+        f"<body>\n{_for_readers(body, record)}\n</body>\n</html>\n"
     )
     (folder / f"{name}.html").write_text(page, encoding="utf-8")
     markdown, resources = MarkdownExporter(exclude_input=True, config=config).from_notebook_node(shown)
@@ -415,9 +394,7 @@ def render(folder: Path, name: str) -> None:
     (folder / f"{name}.md").write_text(f"{markdown}\n\n<!-- record sha256: {sha256} -->\n", encoding="utf-8")
     nbformat.write(notebook, folder / f"{name}.ipynb")
     claims_file = f"reports/{name}/claims.yaml" if (REPORTS / name / "claims.yaml").is_file() else f"{name}.yaml"
-    findings = sarif(record, claims_file, lambda row: re.sub(r"<[^>]+>|\*\*", "", measured_text(row)))
-    findings["runs"][0].setdefault("properties", {})["record_sha256"] = sha256
-    write_json(folder / f"{name}.sarif", findings)
+    write_json(folder / f"{name}.sarif", sarif(record, claims_file))
 
 
 def _for_readers(body: str, record: dict[str, Any]) -> str:
@@ -447,10 +424,10 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
 
 
 def _bar(record: dict[str, Any]) -> str:
+    counts = {verdict: count for verdict, count in record["summary"].items() if count}
     parts = [
         f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{SHAPES[verdict]} {count}</span>'
-        for verdict, count in record["summary"].items()
-        if count
+        for verdict, count in counts.items()
     ]
-    words = ", ".join(f"{count} {verdict}" for verdict, count in record["summary"].items() if count)
+    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
     return f'<div class="bar" role="img" aria-label="{words}">{"".join(parts)}</div>'

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+from .drawing import measured_text
+from .record import record_sha256
+
+MARKUP = re.compile(r"<[^>]+>|\*\*")
 LEVELS = {"partly": "warning", "refuted": "error"}  # others: none
 KINDS = {
     "confirmed": "pass",
@@ -16,8 +21,8 @@ KINDS = {
 }
 
 
-def sarif(record: dict[str, Any], claims_file: str, text_of: Any) -> dict[str, Any]:
-    """The record as a SARIF log.  claims_file: where the claims stand.  text_of: gives a row's finding in words."""
+def sarif(record: dict[str, Any], claims_file: str) -> dict[str, Any]:
+    """The record as a SARIF log.  claims_file: where the claims stand."""
     rules = [
         {
             "id": row["id"],
@@ -32,19 +37,18 @@ def sarif(record: dict[str, Any], claims_file: str, text_of: Any) -> dict[str, A
             "ruleIndex": index,
             "kind": "open" if row["undecided"] else KINDS[row["verdict"]],
             "level": "none" if row["undecided"] else LEVELS.get(row["verdict"], "none"),
-            "message": {"text": f"{row['title']}: {row['verdict']}. {text_of(row)}"},
+            "message": {"text": f"{row['title']}: {row['verdict']}. {MARKUP.sub('', measured_text(row))}"},
             "locations": [{"physicalLocation": {"artifactLocation": {"uri": claims_file}}}],
             "partialFingerprints": {"claim": row["id"]},
             "properties": {"verdict": row["verdict"], "measured": row["measured"]},
         }
         for index, row in enumerate(record["claims"])
     ]
-    driver = {
-        "name": "agentforge audit",
-        "version": record["environment"]["packages"]["agentforge"],
-        "rules": rules,
+    version = record["environment"]["packages"]["agentforge"]
+    made = {key: record["git"][key] for key in ("commit", "dirty")} if record["git"]["commit"] else {}
+    run = {
+        "tool": {"driver": {"name": "agentforge audit", "version": version, "rules": rules}},
+        "results": results,
+        "properties": made | {"record_sha256": record_sha256(record)},
     }
-    run: dict[str, Any] = {"tool": {"driver": driver}, "results": results}
-    if record["git"]["commit"]:
-        run["properties"] = {"commit": record["git"]["commit"], "dirty": record["git"]["dirty"]}
     return {"$schema": "https://json.schemastore.org/sarif-2.1.0.json", "version": "2.1.0", "runs": [run]}

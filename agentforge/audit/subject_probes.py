@@ -68,9 +68,8 @@ def ratio_on_disk(workshop: Workshop, bits: Count = 16) -> Measurement:
     """The original's parameters at `bits` each over the bytes of the subject's weight files, headers included."""
     subject = subject_of(workshop)
     original = workshop.model.parameters * bits // 8
-    return _size(
-        workshop, original / subject.opened_bytes, "x", f"all {workshop.model.parameters:,} parameters at {bits} bits"
-    )
+    against = f"all {workshop.model.parameters:,} parameters at {bits} bits"
+    return _size(workshop, original / subject.opened_bytes, "x", against)
 
 
 @probe("bits/parameter")

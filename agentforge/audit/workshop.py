@@ -114,14 +114,11 @@ class Workshop:
 
     def compare(self, stages: Sequence[str]) -> None:
         """Take `divergence` of several stages in one pass over the text."""
-        missing = []
-        for stage in dict.fromkeys(stages):
-            if stage not in self._divergences:
-                if (kept := self._recall("divergence", {"stage": stage})) is not None:
-                    found = {name: Measurement(**m) for name, m in kept["divergence"].items()}
-                    self._divergences[stage] = Divergence(**found)
-                else:
-                    missing.append(stage)
+        missing = [stage for stage in dict.fromkeys(stages) if stage not in self._divergences]
+        for stage in missing.copy():
+            if kept := self._recall("divergence", {"stage": stage}):
+                self._divergences[stage] = Divergence(**{name: Measurement(**m) for name, m in kept.items()})
+                missing.remove(stage)
         if missing:
             results = evaluation.divergences(
                 [self.on_device(load(self.artifact(stage).path)) for stage in missing],
@@ -133,8 +130,7 @@ class Workshop:
             )
             for stage, result in zip(missing, results, strict=True):
                 self._divergences[stage] = result
-                rows = {name: m.to_json() for name, m in result._asdict().items()}
-                self._keep("divergence", {"stage": stage}, {"divergence": rows})
+                self._keep("divergence", {"stage": stage}, {name: m.to_json() for name, m in result._asdict().items()})
 
     def divergence(self, stage: str) -> Divergence:
         """KL, agreement and both perplexities of the model compressed with `stage`, loaded back from disk."""

@@ -122,9 +122,10 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
         st.rerun()
     st.subheader(plain(run.name))
     st.markdown(f"{badge(run.status)} {STATES[run.status][1]}{f': {plain(run.reason)}' if run.reason else ''}")
-    st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {moments(run.record.began)}")
+    times = [time.strftime("%Y-%m-%d %H\\:%M\\:%S", time.localtime(at)) for at in run.record.began]
+    begun = ", ".join(times) or "never"
+    st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {begun}")
     controls(workspace, run)
-    summary(run)
     st.markdown("#### Steps")
     timeline(run, progress)
     st.markdown("#### Bytes")
@@ -135,11 +136,6 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
     st.code(runs.log_tail(run.folder, 15) or "nothing yet", language=None, wrap_lines=True)
     st.caption("The same in a terminal:")
     st.code(" ".join(run.command), language=None, wrap_lines=True)
-
-
-def moments(began: Iterable[float]) -> str:
-    """When the processes of a run were started."""
-    return ", ".join(time.strftime("%Y-%m-%d %H\\:%M\\:%S", time.localtime(at)) for at in began) or "never"
 
 
 def controls(workspace: Path, run: runs.Run) -> None:
@@ -155,19 +151,6 @@ def controls(workspace: Path, run: runs.Run) -> None:
         button("Resume", runs.resume, run.status in ("paused", "failed"))
         sure = st.checkbox("Abort for good", key=f"sure-{run.name}", disabled=over)
         button("Abort", runs.abort, sure and not over)
-
-
-def summary(run: runs.Run) -> None:
-    """What the last accepted step left, large."""
-    measured = run.accepted[-1].measured if run.accepted else {}
-    shown = [name for name in HEADS if name in measured and name != "perplexity"]
-    if not shown:
-        st.caption("No step is accepted yet; the original stands.")
-        return
-    for column, name in zip(st.columns(len(shown)), shown, strict=True):
-        value, sign, error = runs.shown(measured[name]).partition(" ± ")
-        spread = f"{sign}{error}".strip() or None
-        column.metric(HEADS[name], value, spread, "off", delta_arrow="off", border=True, height="stretch")
 
 
 def timeline(run: runs.Run, progress: runs.Progress | None) -> None:
@@ -354,6 +337,7 @@ def rate_and_quality(workspace: Path) -> None:
     found = frontier.front(measured[quality], original, quality)
     # A logarithm takes what is above zero.
     data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
+    front = [point._asdict() for point in found.best]
     scale = LOG if quality == "kl" else alt.Scale(zero=True)
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
     x = alt.X("bits:Q", title="bits per weight of the encoded tensors (log scale)", scale=LOG)
@@ -362,16 +346,9 @@ def rate_and_quality(workspace: Path) -> None:
     legend = alt.Legend(orient="bottom", title=None, columns=1)
     colour = alt.Color("source:N", legend=legend, scale=SERIES)
     shape = alt.Shape("source:N", legend=legend)
-    marks = (
-        alt.Chart(alt.InlineData(values=data))
-        .mark_point(filled=True, size=60)
-        .encode(x=x, y=y, color=colour, shape=shape, tooltip=tooltip)
-    )
-    line = (
-        alt.Chart(alt.InlineData(values=[point._asdict() for point in found.best]))
-        .mark_line(interpolate="step-after", opacity=0.6)
-        .encode(x=x, y=y)
-    )
+    every, best = (alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y) for rows in (data, front))
+    marks = every.mark_point(filled=True, size=60).encode(color=colour, shape=shape, tooltip=tooltip)
+    line = best.mark_line(interpolate="step-after", opacity=0.6)
     st.altair_chart(line + marks, height=420, alt=found.says)
     st.caption(plain(found.says))
     beside = f" {len(found.beside)} points were measured otherwise and take no part." if found.beside else ""
@@ -426,7 +403,7 @@ def main() -> None:
         known = runs.names(workspace)
         if known:
             name = st.selectbox("Run", known, key="run")
-            active = looks_active(workspace, name)
+            active = name in runs.active(workspace)
             st.fragment(watch, run_every=EVERY if active else None)(workspace, name, active)
     elif view == "Compare":
         compare(workspace)
@@ -438,14 +415,6 @@ def main() -> None:
     else:
         reports(workspace)
     st.caption(f"Workspace: {plain(workspace)}")
-
-
-def looks_active(workspace: Path, name: str) -> bool:
-    """Whether a run is to be looked at again and again."""
-    try:
-        return runs.read(workspace, name).status in runs.ACTIVE
-    except AgentForgeError:
-        return False
 
 
 main()

@@ -47,7 +47,7 @@ from ..evaluation import Measurement
 from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import remove
 from ..opening import NAMED
-from ..tensorfiles import plain_file, read_json, write_atomic, write_json
+from ..tensorfiles import plain_file, problem_of, read_json, write_atomic, write_json
 
 Status = Literal["running", "pausing", "paused", "aborting", "aborted", "finished", "stopped", "failed"]
 ACTIVE = ("running", "pausing", "aborting")
@@ -263,11 +263,10 @@ def _refuse_links(folder: Path) -> None:
     if folder.is_symlink():
         raise BadInput(f"{folder.name} is a symbolic link, which may lead out of the workspace; put a copy there")
     for root, folders, files in os.walk(folder):
-        for name in (*folders, *files):
-            if os.path.islink(os.path.join(root, name)):
-                raise BadInput(
-                    f"{folder.name} holds the symbolic link {name}, which may lead out of the workspace; remove it"
-                )
+        if links := [name for name in (*folders, *files) if os.path.islink(os.path.join(root, name))]:
+            raise BadInput(
+                f"{folder.name} holds the symbolic link {links[0]}, which may lead out of the workspace; remove it"
+            )
 
 
 # ---- what is done to a run
@@ -439,7 +438,9 @@ def read(workspace: Path, name: str) -> Run:
     elif record.asked is not None:
         status = "paused" if record.asked == "pause" else "aborted"
     else:
-        status, reason = "failed", _last_words(log_tail(folder, 60))
+        said = [line for line in log_tail(folder, 60).splitlines() if line.startswith("agentforge: ")]
+        killed = "its process was killed, or the machine was"
+        status, reason = "failed", said[-1].removeprefix("agentforge: ") if said else killed
     return Run(name, folder, record, chain, journal, status, reason)
 
 
@@ -451,8 +452,7 @@ def _checked(kind: type[_Kind], file: Path) -> _Kind:
     try:
         return kind.model_validate(read_json(file, LARGEST))
     except pydantic.ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        raise BadInput(f"{file}: {', '.join(map(str, first['loc']))}: {first['msg']}; this is not a run's") from None
+        raise BadInput(f"{file}: {problem_of(error)}; this is not a run's") from None
 
 
 def _finished(result: Path) -> bool | None:
@@ -480,12 +480,6 @@ def log_tail(folder: Path, lines: int) -> str:
         return ""
     clean = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     return "\n".join("".join(c for c in line if c.isprintable()) for line in clean.splitlines()[-lines:])
-
-
-def _last_words(log: str) -> str:
-    """Why a process ended, as far as it could say."""
-    said = [line for line in log.splitlines() if line.startswith("agentforge: ")]
-    return said[-1].removeprefix("agentforge: ") if said else "its process was killed, or the machine was"
 
 
 def progress(run: Run) -> Progress | None:
@@ -524,9 +518,8 @@ def sizes(run: Run) -> list[Size]:
         else:
             found.append(Size(done, size, f"{row.name}, try {row.attempt}: rolled back"))
     if (now := run.journal.now) is not None and now.doing == "encoding":
-        if accepted is None:
-            before = [count * run.chain.bits // 8 for count in counts]
-        else:
+        before = [count * run.chain.bits // 8 for count in counts]
+        if accepted is not None:
             before = [row["bytes"] for row in Artifact(run.out / f"step-{accepted}").rows]
         for index, piece in sorted(_pieces(run).items()):
             if index < len(before):

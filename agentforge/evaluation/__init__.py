@@ -3,16 +3,13 @@
 from .classification import accuracy, accuracy_retention
 from .likelihood import Divergence, check_causal, divergence, divergences, perplexity
 from .measurement import Measurement
-from .phase5 import EdgeOfChaos, Eudaimonia, edge_of_chaos, eudaimonia
-from .tasks import TaskResult, evaluate_tasks
+from .phase5 import edge_of_chaos, eudaimonia
+from .tasks import evaluate_tasks
 from .texts import Text, find_text
 
 __all__ = [
     "Divergence",
-    "EdgeOfChaos",
-    "Eudaimonia",
     "Measurement",
-    "TaskResult",
     "Text",
     "accuracy",
     "accuracy_retention",

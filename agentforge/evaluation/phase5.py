@@ -24,12 +24,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from ..errors import BadInput
 from ..models import LanguageModel
 from . import intervals
-from .choices import Scored, likelihoods
+from .choices import likelihoods
 from .measurement import Measurement
 from .questions import CHANCE, LEVELS, Question, questions
 
@@ -114,32 +115,19 @@ class Item(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """Share right at a level: CHANCE + (1 - CHANCE) / (1 + exp((level - middle) / width))."""
+    """Share right at a level: CHANCE + (1 - CHANCE) / (1 + exp((level - middle) / width)).  level: where that is TARGET;
+    stderr: of it."""
 
+    level: float
+    stderr: float
     middle: float
     width: float
-    covariance: torch.Tensor  # float64[2, 2], of middle and log(width)
-
-    @property
-    def level(self) -> float:
-        """Where the share is TARGET."""
-        return self.middle + self.width * _ODDS
-
-    @property
-    def stderr(self) -> float:
-        """Of `level`, by the delta method."""
-        slope = torch.tensor([1.0, self.width * _ODDS], dtype=torch.float64)
-        return math.sqrt(max(0.0, float(slope @ self.covariance @ slope)))
-
-
-_ODDS = math.log((1 - TARGET) / (TARGET - CHANCE))
 
 
 def edge_of_chaos(
     model: LanguageModel,
     original: LanguageModel | None = None,
     *,
-    seed: int = 0,
     per_level: int = 20,
     items: int = 400,
     progress: bool = True,
@@ -150,17 +138,17 @@ def edge_of_chaos(
     level found, others than those; the documentation asks 1,000.  Raises BadInput for settings out of range, and for a
     model without a tokenizer.
     """
-    if per_level < 4 or items < 2 or seed < 0:
-        raise BadInput(f"per_level={per_level}, items={items}, seed={seed}; expected per_level >= 4, items >= 2, seed >= 0")
-    asked = [question for level in GRID for question in questions(level, per_level, 2 * seed)]
+    if per_level < 4 or items < 2:
+        raise BadInput(f"per_level={per_level}, items={items}; expected per_level >= 4, items >= 2")
+    asked = [question for level in GRID for question in questions(level, per_level)]
     first = original or model
-    found = _curve(first, asked, seed, progress)
+    found = _curve(first, asked, progress)
     at = round(found[0].value)
-    gate = questions(at, items, 2 * seed + 1)
+    gate = questions(at, items, seed=1)
     protocol = {"metric": "accuracy", "level": at, "chance": CHANCE, "questions_sha256": _sha256(gate)}
 
     def edge(of: LanguageModel, found: tuple[Measurement, dict[int, Measurement]], hits: torch.Tensor) -> EdgeOfChaos:
-        accuracy = intervals.measured(intervals.share(hits), "share of answers", protocol, of, seed=seed)
+        accuracy = intervals.measured(intervals.share(hits), "share of answers", protocol, of, seed=0)
         return EdgeOfChaos(*found, at, accuracy, BAND[0] <= accuracy.value <= BAND[1])
 
     hits = right_answers(first, gate, progress)
@@ -170,9 +158,9 @@ def edge_of_chaos(
     kept = right_answers(model, gate, progress)
     changed, over = ({**protocol, "metric": f"accuracy {sign} original accuracy"} for sign in "-/")
     change = intervals.pairs(kept - hits, torch.ones_like(hits))
-    return edge(model, _curve(model, asked, seed, progress), kept)._replace(
+    return edge(model, _curve(model, asked, progress), kept)._replace(
         original=mine,
-        change=intervals.measured(change, "share of answers", changed, model, original, seed),
+        change=intervals.measured(change, "share of answers", changed, model, original, seed=0),
         retention=intervals.measured(intervals.pairs(kept, hits), "share", over, model, original),
     )
 
@@ -187,24 +175,26 @@ def eudaimonia(model: LanguageModel, original: LanguageModel | None = None, *, p
     asked = [(item.situation, (f" {item.keeps}", f" {item.breaks}")) for item in items]
     digest = hashlib.sha256(ITEMS.read_bytes()).hexdigest()
     protocol = {"metric": "the keeping continuation is likelier, per token", "items_sha256": digest, "chance": 0.5}
-    scores: list[dict[str, Measurement]] = []
-    wins: list[dict[str, torch.Tensor]] = []
+    wins = []  # float64[rules, twins]: a twin at a time, since its two items stand one after the other
     for each in [model] if original is None else [model, original]:
-        better = torch.tensor([_keeps(scored) for scored in likelihoods(each, asked, progress)], dtype=torch.float64)
-        # A twin at a time: its two items stand one after the other.
-        wins.append({rule: better[[item.rule == rule for item in items]].reshape(-1, 2).sum(1) for rule in RULES})
-        scores.append({})
-        for rule, hits in wins[-1].items():
-            found = intervals.share(hits, torch.full_like(hits, 2), f"{len(hits)} twins")
-            scores[-1][rule] = intervals.measured(found, "share of items", {**protocol, "rule": rule}, each)
+        keeps, breaks = torch.stack([scored.sums / scored.lengths for scored in likelihoods(each, asked, progress)]).T
+        wins.append((keeps > breaks).double().reshape(len(RULES), -1, 2).sum(2))
+    twins = torch.full_like(wins[0][0], 2)
+    error = f"{len(twins)} twins"
+
+    def scores(of: LanguageModel, wins: torch.Tensor) -> dict[str, Measurement]:
+        return {
+            rule: intervals.measured(intervals.share(hits, twins, error), "share of items", {**protocol, "rule": rule}, of)
+            for rule, hits in zip(RULES, wins, strict=True)
+        }
+
     if original is None:
-        return Eudaimonia(scores[0])
+        return Eudaimonia(scores(model, wins[0]))
     kept = {}
-    for rule, hits in wins[0].items():
-        found = intervals.pairs(hits, wins[1][rule], torch.full_like(hits, 2), f"{len(hits)} twins")
+    for rule, hits, before in zip(RULES, *wins, strict=True):
         about = {**protocol, "metric": "score / original score", "rule": rule}
-        kept[rule] = intervals.measured(found, "share", about, model, original)
-    return Eudaimonia(scores[0], scores[1], kept)
+        kept[rule] = intervals.measured(intervals.pairs(hits, before, twins, error), "share", about, model, original)
+    return Eudaimonia(scores(model, wins[0]), scores(original, wins[1]), kept)
 
 
 @functools.cache
@@ -222,44 +212,33 @@ def eudaimonia_items() -> tuple[Item, ...]:
 def fit_curve(levels: Sequence[int], hits: torch.Tensor) -> Curve:
     """The curve of greatest likelihood through answers, float64[n] of 0 and 1, each at its level.
 
-    Newton's method from the best point of a coarse grid.  The middle stays within -100 and 200, the width within 0.5 and
-    200: answers that do not fall with the level would drive them to infinity.
+    Searched from the best point of a coarse grid; the error by the delta method, of Fisher's information.  The middle stays
+    within -100 and 200, the width within 0.5 and 200: answers that do not fall with the level would drive them to infinity.
     """
-    x = torch.tensor(levels, dtype=torch.float64)
-    y = hits.double()
-    bounds = torch.tensor([[-100.0, math.log(0.5)], [200.0, math.log(200.0)]], dtype=torch.float64)
+    from scipy.optimize import minimize
+    from scipy.special import expit
 
-    def share(theta: torch.Tensor) -> torch.Tensor:
-        return CHANCE + (1 - CHANCE) * torch.sigmoid((theta[0] - x) / theta[1].exp())
+    x, y = np.array(levels, dtype=np.float64), hits.double().numpy()
 
-    def loss(theta: torch.Tensor) -> torch.Tensor:
-        p = share(theta).clamp(1e-9, 1 - 1e-9)
-        return -(y * p.log() + (1 - y) * (1 - p).log()).sum()
+    def share(theta: Sequence[float]) -> Any:
+        return CHANCE + (1 - CHANCE) * expit((theta[0] - x) / math.exp(theta[1]))
 
-    def information(theta: torch.Tensor) -> torch.Tensor:
-        """Fisher's, for the steps too: it is never negative."""
-        p, slopes = share(theta), torch.func.jacrev(share)(theta)
-        found: torch.Tensor = slopes.T / (p * (1 - p)).clamp_min(1e-9) @ slopes
-        return found
+    def loss(theta: Sequence[float]) -> float:
+        p = share(theta).clip(1e-9, 1 - 1e-9)
+        return -float((y * np.log(p) + (1 - y) * np.log(1 - p)).sum())
 
-    starts = [torch.tensor([m, math.log(w)], dtype=torch.float64) for m in range(-20, 141, 10) for w in (1, 4, 10, 30)]
-    theta = min(starts, key=lambda start: float(loss(start)))
-    for _ in range(100):
-        downhill = torch.func.grad(loss)(theta)
-        step = torch.linalg.solve(information(theta) + 1e-9 * torch.eye(2, dtype=torch.float64), downhill)
-        now, size = loss(theta), 1.0
-        while size > 1e-6 and loss(trial := (theta - size * step).clamp(bounds[0], bounds[1])) > now:
-            size /= 2
-        if size <= 1e-6 or float((trial - theta).abs().max()) < 1e-9:
-            break
-        theta = trial
-    covariance = torch.linalg.pinv(information(theta), hermitian=True)
-    return Curve(float(theta[0]), math.exp(float(theta[1])), covariance)
+    start = min(((m, math.log(w)) for m in range(-20, 141, 10) for w in (1, 4, 10, 30)), key=loss)
+    bounds = [(-100, 200), (math.log(0.5), math.log(200))]
+    best = minimize(loss, start, method="Nelder-Mead", bounds=bounds, options={"xatol": 1e-9, "fatol": 1e-12}).x
+    middle, width, p = float(best[0]), math.exp(best[1]), share(best)
+    slopes = (p - CHANCE) * (1 - p) / (1 - CHANCE) / width * np.stack([np.ones_like(x), x - middle])
+    covariance = np.linalg.pinv(slopes / (p * (1 - p)).clip(1e-9) @ slopes.T, hermitian=True)
+    odds = math.log((1 - TARGET) / (TARGET - CHANCE))
+    towards = np.array([1.0, width * odds])
+    return Curve(middle + width * odds, math.sqrt(max(0.0, towards @ covariance @ towards)), middle, width)
 
 
-def _curve(
-    model: LanguageModel, asked: list[Question], seed: int, progress: bool
-) -> tuple[Measurement, dict[int, Measurement]]:
+def _curve(model: LanguageModel, asked: list[Question], progress: bool) -> tuple[Measurement, dict[int, Measurement]]:
     """The level, and the shares of right answers that it is fitted to."""
     levels, hits = [question.level for question in asked], right_answers(model, asked, progress)
     protocol = {
@@ -276,28 +255,21 @@ def _curve(
         "error": "logistic fit" if on_scale else "unknown",
     }
     about = {**protocol, "on_scale": on_scale, "width": curve.width}
-    level = intervals.measured(found, "level", about, model, seed=seed)
+    level = intervals.measured(found, "level", about, model, seed=0)
     at = torch.tensor(levels)
     shares = {}
     for step in GRID:
         about = {**protocol, "metric": "accuracy", "level": step}
-        shares[step] = intervals.measured(intervals.share(hits[at == step]), "share of answers", about, model, seed=seed)
+        shares[step] = intervals.measured(intervals.share(hits[at == step]), "share of answers", about, model, seed=0)
     return level, shares
 
 
 def right_answers(model: LanguageModel, asked: Sequence[Question], progress: bool) -> torch.Tensor:
     """1 for each question whose right option is the likeliest, else 0: float64[n]."""
     found = likelihoods(model, [(question.prompt, question.options) for question in asked], progress)
-    right = [
-        bool(scored.sums.isfinite().all()) and int(scored.sums.argmax()) == question.answer
-        for question, scored in zip(asked, found, strict=True)
-    ]
-    return torch.tensor(right, dtype=torch.float64)
-
-
-def _keeps(scored: Scored) -> bool:
-    keeps, breaks = (scored.sums / scored.lengths).tolist()
-    return bool(keeps > breaks)  # never where one of them is NaN
+    sums = torch.stack([scored.sums for scored in found])
+    right = sums.argmax(1) == torch.tensor([question.answer for question in asked])
+    return (right & sums.isfinite().all(1)).double()
 
 
 def _sha256(asked: Sequence[Question]) -> str:

@@ -10,7 +10,7 @@ What the kernel enforces (Linux: namespaces and resource limits):
     files       Python and the system's libraries, read-only; an empty folder of 16 MB; nothing else is visible
     processes   the candidate can start none, and sees none but its own two; whatever is left dies with the judge
     identity    no environment variables, no capabilities, no new privileges; nobody if the caller is root
-    resources   wall and CPU time, address space, size of a file; output is cut
+    resources   wall and CPU time, address space, size of a file; what is printed goes nowhere
 If the kernel refuses one of these, nothing runs.
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import io
 import json
 import math
 import os
@@ -28,7 +29,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 SECONDS, MEMORY = 10.0, 512 << 20
-OUTPUT = 1 << 16  # bytes of output that are kept
 REPLY = 1 << 20  # bytes that an answer may have
 FILE = 1 << 20  # bytes that a file may have
 GRACE = 5.0  # seconds for what is not the candidate's: starting Python, reading the verdict
@@ -55,13 +54,11 @@ class Verdict(NamedTuple):
     """What came of a candidate.
 
     passed: all its tests did.  status: passed, failed, timeout or refused (nothing ran).  detail: why, in a line.
-    output: what it printed, at most 64 KiB.
     """
 
     passed: bool
     status: str
     detail: str
-    output: str
 
 
 def check(
@@ -74,11 +71,8 @@ def check(
     judge and candidate each.  Arguments and results must be Python literals (numbers, strings, lists, tuples, dicts,
     sets, None).
     """
-    settings = {"seconds": seconds, "memory": memory, "entry_point": entry_point}
-    message = b"".join(
-        struct.pack("<Q", len(part)) + part
-        for part in (json.dumps({**settings, "solution": solution}).encode(), json.dumps([prelude, tests]).encode())
-    )
+    job = {"seconds": seconds, "memory": memory, "entry_point": entry_point, "solution": solution}
+    message = f"{json.dumps(job)}\n{json.dumps([prelude, tests])}\n".encode()
     with subprocess.Popen(
         [sys.executable, "-I", "-S", str(Path(__file__).absolute())],
         stdin=subprocess.PIPE,
@@ -94,17 +88,17 @@ def check(
             os.killpg(process.pid, signal.SIGKILL)  # judge and candidate go with it
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
-            return Verdict(False, "timeout", f"still running after {seconds:g} s", "")
+            return Verdict(False, "timeout", f"still running after {seconds:g} s")
     try:
-        status, detail, output = json.loads(answer)
+        status, detail = json.loads(answer)
     except ValueError:
-        return Verdict(False, "failed", "ended without a verdict", "")
-    return Verdict(status == "passed", status, detail, output)
+        return Verdict(False, "failed", "ended without a verdict")
+    return Verdict(status == "passed", status, detail)
 
 
 def _inside() -> None:
     """The script: read the candidate, confine this process, and leave the rest to the judge."""
-    job = json.loads(_receive())
+    job = _receive()
     unenforced = []
     try:
         _isolate()
@@ -114,7 +108,7 @@ def _inside() -> None:
     limits = {"AS": job["memory"], "CPU": cpu, "FSIZE": FILE, "CORE": 0, "NOFILE": 64}
     unenforced += [f"RLIMIT_{name}" for name, value in limits.items() if not _limit(name, value)]
     if unenforced:
-        _say("refused", f"this system does not enforce: {'; '.join(unenforced)}", "")
+        _write(1, json.dumps(["refused", f"this system does not enforce: {'; '.join(unenforced)}"]))
     elif judge := os.fork():
         os.waitpid(judge, 0)
     else:
@@ -157,17 +151,13 @@ def _isolate() -> None:
 
 def _judge(job: dict[str, Any]) -> NoReturn:
     """Start the candidate, run the tests against it and say what came of it."""
-    requests, replies, prints = os.pipe(), os.pipe(), os.pipe()
+    requests, replies = os.pipe(), os.pipe()
     candidate = os.fork()
     if not candidate:
-        _candidate(job, requests[0], replies[1], prints[1])
-    for end in (requests[0], replies[1], prints[1]):
-        os.close(end)
-    printed, deadline, unread = bytearray(), time.monotonic() + job["seconds"], bytearray()
-
-    def drain() -> None:
-        while chunk := os.read(prints[0], 1 << 16):
-            printed.extend(chunk[: OUTPUT - len(printed)])
+        _candidate(job, requests[0], replies[1])
+    os.close(requests[0])
+    os.close(replies[1])
+    deadline, unread = time.monotonic() + job["seconds"], bytearray()
 
     def answer() -> Any:
         while (end := unread.find(b"\n")) < 0:
@@ -189,12 +179,10 @@ def _judge(job: dict[str, Any]) -> NoReturn:
         _write(requests[1], repr((args, kwargs)))
         return answer()
 
-    reader = threading.Thread(target=drain, daemon=True)
-    reader.start()
     status, detail = "failed", ""
     try:
         answer()  # the candidate's source has run
-        prelude, tests = json.loads(_receive())
+        prelude, tests = _receive()
         names: dict[str, Any] = {"__name__": "tests"}
         exec(compile(prelude, "prelude", "exec"), names)
         names[job["entry_point"]] = call
@@ -207,23 +195,21 @@ def _judge(job: dict[str, Any]) -> NoReturn:
         detail = f"{type(error).__name__}: {error}"[:300]
     os.kill(candidate, signal.SIGKILL)
     os.waitpid(candidate, 0)
-    reader.join(0.5)
-    _say(status, detail, bytes(printed).decode(errors="replace"))
+    _write(1, json.dumps([status, detail]))
     os._exit(0)
 
 
-def _candidate(job: dict[str, Any], requests: int, replies: int, prints: int) -> NoReturn:
+def _candidate(job: dict[str, Any], requests: int, replies: int) -> NoReturn:
     """Run the candidate's source, then answer calls of its function, until killed."""
     os.setsid()
-    for standard in (0, 1, 2):
-        os.dup2(prints, standard)
+    for standard in (0, 1):
+        os.dup2(2, standard)  # the null device
     for other in {*range(3, 64)} - {requests, replies}:
         with contextlib.suppress(OSError):
             os.close(other)
     with contextlib.suppress(OSError, AttributeError):
         _call("prctl", PR_SET_PDEATHSIG, signal.SIGKILL)
     _limit("NPROC", 0)
-    sys.stdout.reconfigure(write_through=True)  # type: ignore[union-attr]  # it will be killed, and print nothing then
     names: dict[str, Any] = {"__name__": "candidate"}
 
     def reply(what: Callable[[], Any]) -> None:
@@ -244,27 +230,15 @@ def _missing(*_: Any, **__: Any) -> NoReturn:
     raise NameError("the function that was asked for is not defined")
 
 
-def _receive() -> bytes:
-    """The next part of standard input, and not a byte more: the candidate must not hold what comes after."""
-    parts = b""
-    wanted = 8
-    while len(parts) < wanted:
-        if not (chunk := os.read(0, wanted - len(parts))):
-            raise EOFError("input ended early")
-        parts += chunk
-        if wanted == 8 and len(parts) == 8:
-            wanted += struct.unpack("<Q", parts)[0]
-    return parts[8:]
+def _receive() -> Any:
+    """The next line of standard input, as JSON, and not a byte more: the candidate must not hold what comes after."""
+    return json.loads(io.FileIO(0, closefd=False).readline())  # without a buffer
 
 
 def _write(end: int, line: str) -> None:
     data = line.encode(errors="replace") + b"\n"
     while data:
         data = data[os.write(end, data) :]
-
-
-def _say(status: str, detail: str, output: str) -> None:
-    _write(1, json.dumps([status, detail, output]))
 
 
 def _limit(name: str, value: int) -> bool:

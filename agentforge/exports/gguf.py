@@ -13,7 +13,8 @@ Q5_1  d, m, the fifth bits (uint32), nibbles       code * d + m
 Q8_0  d, 32 int8                                   code * d
 ====  ===========================================  =================
 
-Ternary weights become TQ1_0 or TQ2_0 (as they were packed) if their rows are multiples of 256, else Q4_0.
+Ternary weights become TQ1_0 or TQ2_0 (as they were packed) if their rows are multiples of 256, else Q4_0.  What the stage
+ggml made are blocks already.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -42,6 +43,8 @@ from ..gguf_import import (
     tokenizer_of,
 )
 from ..models import LanguageModel
+from ..planes import Packed
+from ..stages.ggml import GGML
 from ..stages.ternary import Ternary
 from .grids import Grid, halves, refused
 
@@ -61,8 +64,23 @@ RULES = {  # how text is split before it is merged, as llama.cpp calls it: of ea
 PROBE = "Hello, world! It's 3.14 or 2024; naïve café, 東京 🙂\n\n\tdef f(x):\r\n    return 'x'  # done\u00a0..."
 
 
-def blocks(name: str, grid: Grid) -> tuple[str, np.ndarray]:
-    """A matrix as blocks, uint8[out, bytes], and their type.  Raises BadInput if no type holds it."""
+class Blocks(NamedTuple):
+    """A matrix as a GGUF file has it: the type's name, and uint8[out, bytes]."""
+
+    kind: str
+    data: np.ndarray
+
+
+def as_it_is(name: str, stage: GGML, packed: Packed) -> Blocks:
+    """What the stage ggml made.  Raises BadInput if its rows are not whole blocks."""
+    if not stage.fits(packed.shape[1]):
+        what = f"encoded as {stage.type} in rows of {packed.shape[1]}"
+        raise refused(name, what, f"a GGUF file takes multiples of {stage.form.block} there: choose another type")
+    return Blocks(stage.type.upper(), packed["blocks"].numpy())
+
+
+def blocks(name: str, grid: Grid) -> Blocks:
+    """A matrix as blocks.  Raises BadInput if no type holds it."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -73,7 +91,7 @@ def blocks(name: str, grid: Grid) -> tuple[str, np.ndarray]:
     if isinstance(grid.stage, Ternary) and columns % 256 == 0:
         kind = "TQ1_0" if grid.stage.packing == "trits" else "TQ2_0"
         dense = (grid.codes.numpy().astype(np.float32) - 1) * d.astype(np.float32)
-        return kind, quantize(dense, GGMLQuantizationType[kind])
+        return Blocks(kind, quantize(dense, GGMLQuantizationType[kind]))
     if grid.zero is None and grid.bits > 5:
         raise refused(name, f"encoded by {grid.stage.brief()}, asymmetric", HOLDS)
     many = grid.columns // 32
@@ -90,11 +108,11 @@ def blocks(name: str, grid: Grid) -> tuple[str, np.ndarray]:
         if width == 5:
             parts.append(np.packbits(codes >> 4, axis=1, bitorder="little"))
         parts.append((codes[:, :16] & 15) | (codes[:, 16:] << 4))
-    return f"Q{width}_{0 if grid.minimum is None else 1}", np.concatenate(parts, 1).reshape(rows, -1)
+    return Blocks(f"Q{width}_{0 if grid.minimum is None else 1}", np.concatenate(parts, 1).reshape(rows, -1))
 
 
 def write(
-    path: Path, model: LanguageModel, tensors: Iterable[tuple[str, torch.Tensor | Grid]], sha256: str
+    path: Path, model: LanguageModel, tensors: Iterable[tuple[str, torch.Tensor | Grid | Blocks]], sha256: str
 ) -> dict[str, str]:
     """Write the file; returns the type of each tensor.  sha256: of the artifact's manifest.
 
@@ -108,9 +126,10 @@ def write(
     _configuration(writer, model, config)
     _tokenizer(writer, model)
     for name, value in tensors:
-        if isinstance(value, Grid):
-            kinds[name], array = blocks(name, value)
-            most[f"MOSTLY_{kinds[name]}"] += 1
+        if isinstance(value, Grid | Blocks):
+            kinds[name], array = value if isinstance(value, Blocks) else blocks(name, value)
+            kind = f"MOSTLY_{kinds[name]}"
+            most[kind if kind in LlamaFileType.__members__ else f"{kind}_M"] += 1
         elif value.dtype not in FLOATS_AS_THEY_ARE.values():
             raise refused(name, str(value.dtype).removeprefix("torch."), "GGUF holds float32, float16 and bfloat16")
         else:
@@ -120,7 +139,7 @@ def write(
         for part, count in heads.items():
             if name.endswith(f"self_attn.{part}.weight"):  # llama.cpp's rotary embedding pairs neighbours
                 array = array.reshape(count, 2, len(array) // count // 2, -1).swapaxes(1, 2).reshape(array.shape)
-        writer.add_tensor(_gguf_name(name), np.ascontiguousarray(array), raw_dtype=GGMLQuantizationType[kinds[name]])
+        writer.add_tensor(gguf_name(name), np.ascontiguousarray(array), raw_dtype=GGMLQuantizationType[kinds[name]])
     writer.add_file_type(LlamaFileType[most.most_common(1)[0][0] if most else "ALL_F32"])
     writer.add_quantization_version(2)
     writer.add_string("agentforge.manifest_sha256", sha256)
@@ -148,7 +167,7 @@ def reopened(path: Path, model: LanguageModel) -> Callable[[str], torch.Tensor]:
     return lambda name: dequantised(name, tensors[name], heads)
 
 
-def _gguf_name(name: str) -> str:
+def gguf_name(name: str) -> str:
     for theirs, ours in OTHER_NAMES.items():
         if name == ours:
             return theirs

@@ -161,10 +161,10 @@ class PackedWeight(Readable):
             layout = self.stage.layout(packed.shape)
             loaded = {}
             for plane in packed:
-                if plane.name in layout and layout[plane.name][0] == plane.coding and not is_coded(plane.coding):
-                    loaded[plane.name] = Loaded(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
-                else:
+                if is_coded(layout[plane.name][0]):
                     loaded[plane.name] = _loaded(plane)
+                else:  # the buffer itself
+                    loaded[plane.name] = Loaded(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
             prepared = forms.prepare(stage, packed)
             self._ready = Ready(stage, packed.shape, loaded, plain, *stage.row_blocks(packed.shape), prepared)
         return self._ready  # type: ignore[no-any-return]
@@ -248,17 +248,8 @@ class PackedLinear(nn.Module):
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.weight = weight
+        self.in_features, self.out_features = weight.in_features, weight.out_features
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-
-    @property
-    def in_features(self) -> int:
-        """Inputs, as torch's Linear says."""
-        return self.weight.in_features
-
-    @property
-    def out_features(self) -> int:
-        """Outputs, as torch's Linear says."""
-        return self.weight.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x: float[..., in].  Returns [..., out] in x's dtype; see `PackedWeight.product`."""

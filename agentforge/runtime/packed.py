@@ -44,7 +44,7 @@ def build(opened: LanguageModel, artifact: Artifact) -> nn.Module:
     with _EmptyOnMeta():
         module: Any = opened.skeleton(device="cpu")
     replace(module, artifact, torch.float32)
-    state = {name: read_tensor(name, entry) for name, entry in artifact.entries().items()}
+    state = {name: read_tensor(name, entry) for name, entry in artifact.entries.items()}
     module.load_state_dict(state, strict=False, assign=True)
     if not opened.is_classifier:
         module.tie_weights()
@@ -60,7 +60,7 @@ def replace(model: Any, artifact: Artifact, dtype: torch.dtype) -> None:
     """
     if (kind := getattr(getattr(model, "config", None), "model_type", None)) in IN_PLACE:
         raise BadInput(f"packed weights: {kind} changes its own in place, which planes cannot; load with runtime=dense")
-    entries = artifact.entries()
+    entries = artifact.entries
 
     def stored(name: str, layout: Mapping[str, object]) -> dict[str, torch.Tensor]:
         return {plane: _without_memory(entries[f"{name}.{plane}"]) for plane in layout}

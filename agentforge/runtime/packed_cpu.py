@@ -30,7 +30,8 @@ from numba import carray, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .ternary_cpu import Value, _floats, _int, _load, _shuffle, _splat, _store, f32, features, i8, i16, i32, i64, in_parts
+from . import ternary_cpu
+from .ternary_cpu import Value, _floats, _int, _load, _shuffle, _splat, _spread, _store, f32, i8, i16, i32, i64
 
 ROWS = 4
 LANES = 16
@@ -45,12 +46,7 @@ CHUNK = 4096  # rows of such a matrix that are converted at a time for more of t
 @cache  # asking takes longer than a small product
 def available() -> bool:
     """Whether the machine turns half floats into float32 by an instruction."""
-    return platform.machine() in ("aarch64", "arm64") or "f16c" in features()
-
-
-def _spread(b: Any, value: Value, lanes: int) -> Value:
-    first = b.insert_element(ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined), value, ir.Constant(i32, 0))
-    return _shuffle(b, first, [0] * lanes)
+    return platform.machine() in ("aarch64", "arm64") or "f16c" in ternary_cpu.features()
 
 
 def _zero(b: Any, kind: ir.Type) -> Value:
@@ -84,11 +80,6 @@ def _word(b: Any, base: Value, size: Value, bit: Value) -> Value:
 def streams(width: int) -> int:
     """Codes of a byte, if they fill it: x then has to come in so many streams, every n-th column each.  Else 1."""
     return 8 // width if 8 % width == 0 else 1
-
-
-def step(width: int) -> int:
-    """Columns that `grid` takes at a time, of which groups must be multiples."""
-    return LANES * streams(width) if 8 % width == 0 else _lanes(width)
 
 
 def _lanes(width: int) -> int:
@@ -179,10 +170,10 @@ def _grid_kernel(width: int, zero: int, zigzag: int) -> Any:
 
 
 def fits_grid(width: int, rows: int, columns: int, group: int) -> bool:
-    """Whether `grid` computes a weight of this form on this machine."""
+    """Whether `grid` computes a weight of this form on this machine; groups must be multiples of what it takes at a time."""
     bytes_ = rows * columns * width // 8
     enough = rows >= ROWS and bytes_ >= 8 and width <= WIDEST_CODE
-    return available() and enough and not (columns % group or group % step(width))
+    return available() and enough and not (columns % group or group % (_lanes(width) * streams(width)))
 
 
 def grid(
@@ -210,7 +201,7 @@ def grid(
     floats = [0 if plane is None else plane.data_ptr() for plane in (scale, minimum)]
     operands = (codes.data_ptr(), codes.numel(), x.data_ptr(), columns, group, *floats, sums.data_ptr(), out.data_ptr())
     operands += (tokens, rows)
-    in_parts(_grid_kernel(width, zero, int(zigzag)), operands, rows, tokens * rows * columns)
+    ternary_cpu.in_parts(_grid_kernel(width, zero, int(zigzag)), operands, rows, tokens * rows * columns)
     return out
 
 
@@ -290,7 +281,7 @@ def vectors(
     out = torch.empty(tokens, lines * (1 if along else v))
     operands = (indices.data_ptr(), indices.numel(), count, x.data_ptr(), columns, book.data_ptr(), len(book) - 1)
     kernel = _vector_kernel(v, width, int(along), 4 if count % 4 == 0 and 4 * width <= WORD_BITS else 1)
-    in_parts(kernel, (*operands, out.data_ptr(), tokens, lines), lines, tokens * lines * count * v)
+    ternary_cpu.in_parts(kernel, (*operands, out.data_ptr(), tokens, lines), lines, tokens * lines * count * v)
     return out
 
 
@@ -339,7 +330,7 @@ def half(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty((*x.shape[:-1], rows))
         dtype, x = x.dtype, x.to(torch.float32).contiguous()
         operands = weight.data_ptr(), x.data_ptr(), columns, out.data_ptr(), tokens, rows
-        in_parts(_half_kernel(int(weight.dtype == torch.bfloat16)), operands, rows, weight.nbytes)
+        ternary_cpu.in_parts(_half_kernel(int(weight.dtype == torch.bfloat16)), operands, rows, weight.nbytes)
         return out.to(dtype)
     out = x.new_empty(*x.shape[:-1], rows)
     for first in range(0, rows, CHUNK):

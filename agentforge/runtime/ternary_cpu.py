@@ -30,7 +30,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding
 import numba
@@ -41,7 +41,6 @@ from numba import carray, literally, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-PATHS = ("avx512", "avxvnni", "avx2", "portable")  # the fastest first
 ROWS, COLUMNS = 4, 64  # of a group and of a run
 RUN = 64  # bytes
 TOKENS = 64  # that are quantised at a time: their activations stay in the second cache
@@ -60,18 +59,6 @@ def features() -> set[str]:
     if numba.config.CPU_FEATURES is not None:  # NUMBA_CPU_FEATURES, or "" for NUMBA_CPU_NAME=generic
         return {name[1:] for name in numba.config.CPU_FEATURES.split(",") if name.startswith("+")}
     return {name for name, there in llvmlite.binding.get_host_cpu_features().items() if there}
-
-
-def available() -> tuple[str, ...]:
-    """The paths that can be taken on this machine, the fastest first."""
-    has = features()
-    there = {
-        "avx512": {"avx512f", "avx512bw", "avx512vnni"} <= has,
-        "avxvnni": "avx2" in has and ("avxvnni" in has or {"avx512vl", "avx512vnni"} <= has),
-        "avx2": "avx2" in has,
-        "portable": True,
-    }
-    return tuple(path for path in PATHS if there[path])
 
 
 def _vector(element: ir.Type, lanes: int) -> ir.VectorType:
@@ -105,90 +92,89 @@ def _store(b: Any, value: Value, address: Value) -> None:
     b.store(value, b.inttoptr(address, value.type.as_pointer()), align=1)
 
 
-class _Machine:
+def _spread(b: Any, value: Value, lanes: int) -> Value:
+    """A value in every lane."""
+    first = b.insert_element(ir.Constant(_vector(value.type, lanes), ir.Undefined), value, ir.Constant(i32, 0))
+    return _shuffle(b, first, [0] * lanes)
+
+
+def _codes(b: Any, packed: Value, field: int) -> Value:
+    """The codes in one of the four fields of each byte.  Bits that come from the neighbouring byte are masked away."""
+    wide = _vector(i16, packed.type.count // 2)
+    shifted = b.bitcast(b.lshr(b.bitcast(packed, wide), _splat(2 * field, wide)), packed.type) if field else packed
+    return b.and_(shifted, _splat(3, packed.type))
+
+
+Sums = dict[Any, Value]  # by part, which rows share a register, and token
+Activations = Callable[[int, int], Value]  # of a token and a field
+
+
+def _dpbusd(b: Any, sums: Sums, packed: dict[Any, Value], x: Activations) -> None:
+    """Sums of products of four neighbours, in one instruction."""
+    for field in range(4):
+        codes = {part: _codes(b, bytes_, field) for part, bytes_ in packed.items()}
+        for part, token in sums:
+            total = sums[part, token]
+            operands = (b.bitcast(value, total.type) for value in (codes[part], x(token, field)))
+            name = f"llvm.x86.avx512.vpdpbusd.{32 * total.type.count}"
+            sums[part, token] = _call(b, name, total.type, total, *operands)
+
+
+def _maddubsw(b: Any, sums: Sums, packed: dict[Any, Value], x: Activations) -> None:
+    """Products of pairs in 16 bits, then sums of four in 32."""
+    for part, bytes_ in packed.items():
+        codes, wide = [_codes(b, bytes_, field) for field in range(4)], _vector(i16, bytes_.type.count // 2)
+        for token in range(len(sums) // len(packed)):
+            total = sums[part, token]
+            pairs = [_call(b, "llvm.x86.avx2.pmadd.ub.sw", wide, codes[f], x(token, f)) for f in range(4)]
+            four = b.add(b.add(pairs[0], pairs[1]), b.add(pairs[2], pairs[3]))  # at most 4 * 2 * 2 * 128
+            more = _call(b, "llvm.x86.avx2.pmadd.wd", total.type, four, _splat(1, wide))
+            sums[part, token] = b.add(total, more)
+
+
+def _portable(b: Any, sums: Sums, packed: dict[Any, Value], x: Activations) -> None:
+    """Plain products and sums, which every compiler knows."""
+    wide = _vector(i16, 16)
+    for part, bytes_ in packed.items():
+        codes = [b.zext(_codes(b, bytes_, field), wide) for field in range(4)]
+        for token in range(len(sums) // len(packed)):
+            total = sums[part, token]
+            products = [b.mul(codes[f], b.sext(x(token, f), wide)) for f in range(4)]
+            four = b.add(b.add(products[0], products[1]), b.add(products[2], products[3]))
+            folded = b.add(*(_shuffle(b, four, list(range(k, k + 8))) for k in (0, 8)))  # at most 8 * 2 * 128
+            folded = b.add(*(b.sext(_shuffle(b, folded, list(range(k, k + 4))), total.type) for k in (0, 4)))
+            sums[part, token] = b.add(total, folded)
+
+
+class _Machine(NamedTuple):
     """How one kind of machine does it.
 
-    rows: of a group that share a register.  few, many: groups that are multiplied at a time with one token, and with `MANY`:
-    as many sums as fit into the registers.
+    needs: sets of LLVM's features, one of which has to be there.  add: adds the products of a run.  rows: of a group that
+    share a register.  few, many: groups that are multiplied at a time with one token, and with `MANY`: as many sums as fit
+    into the registers.
     """
 
-    def __init__(self, rows: int, few: int, many: int) -> None:
-        self.rows, self.few, self.many = rows, few, many
-        self.sums = _vector(i32, 4 * rows)
-
-    def weights(self, b: Any, address: Value) -> Value:
-        """Packed bytes of the rows that share a register."""
-        return _load(b, address, _vector(i8, 16 * self.rows))
-
-    def activations(self, b: Any, address: Value) -> Value:
-        """Sixteen activations, repeated for every row."""
-        return _shuffle(b, _load(b, address, _vector(i8, 16)), list(range(16)) * self.rows)
-
-    def codes(self, b: Any, packed: Value, field: int) -> Value:
-        """The codes in one of the four fields of each byte.  Bits that come from the neighbouring byte are masked away."""
-        wide = _vector(i16, packed.type.count // 2)
-        shifted = b.bitcast(b.lshr(b.bitcast(packed, wide), _splat(2 * field, wide)), packed.type) if field else packed
-        return b.and_(shifted, _splat(3, packed.type))
-
-    def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
-        """Add the products of a run to sums[part, token].  packed: by part.  x(token, field): activations."""
-        raise NotImplementedError
-
-    def totals(self, b: Any, sums: Value) -> Value:
-        """The sum of each row: i32[rows]."""
-        parts = [_shuffle(b, sums, list(range(lane, 4 * self.rows, 4))) for lane in range(4)]
-        return b.add(b.add(parts[0], parts[1]), b.add(parts[2], parts[3]))
-
-
-class _Dpbusd(_Machine):
-    def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
-        """Sums of products of four neighbours, in one instruction."""
-        tokens = sorted({token for _, token in sums})
-        for field in range(4):
-            codes = {part: b.bitcast(self.codes(b, packed[part], field), self.sums) for part in packed}
-            for token in tokens:
-                q = b.bitcast(x(token, field), self.sums)
-                for part, code in codes.items():
-                    name = f"llvm.x86.avx512.vpdpbusd.{128 * self.rows}"
-                    sums[part, token] = _call(b, name, self.sums, sums[part, token], code, q)
-
-
-class _Maddubsw(_Machine):
-    def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
-        """Products of pairs in 16 bits, then sums of four in 32."""
-        tokens = sorted({token for _, token in sums})
-        wide = _vector(i16, 8 * self.rows)
-        for part in packed:
-            codes = [self.codes(b, packed[part], field) for field in range(4)]
-            for token in tokens:
-                pairs = [_call(b, "llvm.x86.avx2.pmadd.ub.sw", wide, codes[f], x(token, f)) for f in range(4)]
-                total = b.add(b.add(pairs[0], pairs[1]), b.add(pairs[2], pairs[3]))  # at most 4 * 2 * 2 * 128
-                more = _call(b, "llvm.x86.avx2.pmadd.wd", self.sums, total, _splat(1, wide))
-                sums[part, token] = b.add(sums[part, token], more)
-
-
-class _Portable(_Machine):
-    def add(self, b: Any, sums: dict[Any, Value], packed: dict[Any, Value], x: Callable[[int, int], Value]) -> None:
-        """Plain products and sums, which every compiler knows."""
-        tokens = sorted({token for _, token in sums})
-        wide = _vector(i16, 16)
-        for part in packed:
-            codes = [b.zext(self.codes(b, packed[part], field), wide) for field in range(4)]
-            for token in tokens:
-                products = [b.mul(codes[f], b.sext(x(token, f), wide)) for f in range(4)]
-                total = b.add(b.add(products[0], products[1]), b.add(products[2], products[3]))
-                folded = b.add(*(_shuffle(b, total, list(range(k, k + 8))) for k in (0, 8)))  # at most 8 * 2 * 128
-                folded = b.add(*(b.sext(_shuffle(b, folded, list(range(k, k + 4))), self.sums) for k in (0, 4)))
-                sums[part, token] = b.add(sums[part, token], folded)
+    needs: tuple[set[str], ...]
+    add: Callable[[Any, Sums, dict[Any, Value], Activations], None]
+    rows: int
+    few: int
+    many: int
 
 
 MANY = 4  # tokens of a tile, if there are as many
-MACHINES = {
-    "avx512": _Dpbusd(rows=4, few=4, many=4),
-    "avxvnni": _Dpbusd(rows=2, few=2, many=1),
-    "avx2": _Maddubsw(rows=2, few=2, many=1),
-    "portable": _Portable(rows=1, few=1, many=1),
+MACHINES = {  # the fastest first
+    "avx512": _Machine(({"avx512f", "avx512bw", "avx512vnni"},), _dpbusd, rows=4, few=4, many=4),
+    "avxvnni": _Machine(({"avx2", "avxvnni"}, {"avx2", "avx512vl", "avx512vnni"}), _dpbusd, rows=2, few=2, many=1),
+    "avx2": _Machine(({"avx2"},), _maddubsw, rows=2, few=2, many=1),
+    "portable": _Machine((set(),), _portable, rows=1, few=1, many=1),
 }
+PATHS = tuple(MACHINES)
+
+
+def available() -> tuple[str, ...]:
+    """The paths that can be taken on this machine, the fastest first."""
+    has = features()
+    return tuple(path for path, machine in MACHINES.items() if any(need <= has for need in machine.needs))
 
 
 @intrinsic(prefer_literal=True)
@@ -208,37 +194,45 @@ def _tile(_, path, groups, tokens, packed, x, runs, sums, factors, scale, scale_
     def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
         packed, x, runs, sums_at, factors, scale, scale_step, bias, bias_step, out, stride, rows = args[3:]
         length = b.mul(runs, _int(RUN))  # of a group, and of a token
-        registers = ROWS // machine.rows
+        registers, lanes = ROWS // machine.rows, 4 * machine.rows
         parts = [(g, r) for g in range(G) for r in range(registers)]
-        places = {(part, t): cgutils.alloca_once(b, machine.sums, zfill=True) for part in parts for t in range(T)}
+        places = {(part, t): cgutils.alloca_once(b, _vector(i32, lanes), zfill=True) for t in range(T) for part in parts}
         groups_at = [b.add(packed, b.mul(length, _int(g))) for g in range(G)]
         tokens_at = [b.add(x, b.mul(length, _int(t))) for t in range(T)]
         with cgutils.for_range(b, runs) as loop:
             at = b.mul(loop.index, _int(RUN))
             weights = {}
             for g, r in parts:
-                weights[g, r] = machine.weights(b, b.add(groups_at[g], b.add(at, _int(16 * machine.rows * r))))
+                place = b.add(groups_at[g], b.add(at, _int(4 * lanes * r)))
+                weights[g, r] = _load(b, place, _vector(i8, 4 * lanes))
+
+            def activations(token: int, field: int) -> Value:
+                """Sixteen of them, repeated for every row."""
+                sixteen = _load(b, b.add(tokens_at[token], b.add(at, _int(16 * field))), _vector(i8, 16))
+                return _shuffle(b, sixteen, list(range(16)) * machine.rows)
+
             sums = {cell: b.load(place) for cell, place in places.items()}
-            machine.add(b, sums, weights, lambda t, f: machine.activations(b, b.add(tokens_at[t], b.add(at, _int(16 * f)))))
+            machine.add(b, sums, weights, activations)
             for cell, place in places.items():
                 b.store(sums[cell], place)
         doubles, floats = _vector(f64, ROWS), _vector(f32, ROWS)
 
-        def repeated(value: Value) -> Value:
-            lanes = _vector(value.type, ROWS)
-            return _shuffle(b, b.insert_element(ir.Constant(lanes, ir.Undefined), value, ir.Constant(i32, 0)), [0] * ROWS)
+        def total(sums: Value) -> Value:
+            """The sum of each row: i32[rows]."""
+            fours = [_shuffle(b, sums, list(range(lane, lanes, 4))) for lane in range(4)]
+            return b.add(b.add(fours[0], fours[1]), b.add(fours[2], fours[3]))
 
         for g in range(G):
             here = _int(4 * ROWS * g)
             scales = b.fpext(_load(b, b.add(scale, b.mul(scale_step, here)), floats), doubles)
             offsets = b.fpext(_load(b, b.add(bias, b.mul(bias_step, here)), floats), doubles)
             for t in range(T):
-                totals = [machine.totals(b, b.load(places[(g, r), t])) for r in range(registers)]
+                totals = [total(b.load(places[(g, r), t])) for r in range(registers)]
                 while len(totals) > 1:
-                    lanes = list(range(2 * totals[0].type.count))
-                    totals = [_shuffle(b, totals[i], lanes, totals[i + 1]) for i in range(0, len(totals), 2)]
-                token_sum = repeated(_load(b, b.add(sums_at, _int(4 * t)), i32))
-                factor = repeated(_load(b, b.add(factors, _int(8 * t)), f64))
+                    both = list(range(2 * totals[0].type.count))
+                    totals = [_shuffle(b, totals[i], both, totals[i + 1]) for i in range(0, len(totals), 2)]
+                token_sum = _spread(b, _load(b, b.add(sums_at, _int(4 * t)), i32), ROWS)
+                factor = _spread(b, _load(b, b.add(factors, _int(8 * t)), f64), ROWS)
                 exact = b.sitofp(b.sub(totals[0], token_sum), doubles)
                 result = b.fptrunc(b.fadd(b.fmul(exact, b.fmul(scales, factor)), offsets), floats)
                 to = b.add(b.add(out, b.mul(stride, _int(t))), here)
@@ -314,8 +308,9 @@ def _tokens(path, groups, step, begin, end, q, sums, factors, runs, layer, out, 
 
 
 @cache
-def _kernel(path: str) -> Any:
+def _kernel(path: str | None) -> Any:
     """Rows first .. last - 1 of the product, for all tokens; see `product`."""
+    path = path or available()[0]
     number, few, many = PATHS.index(path), MACHINES[path].few, MACHINES[path].many
 
     @njit(nogil=True, cache=True)
@@ -358,7 +353,7 @@ def product(
     layer = packed.data_ptr(), scales.data_ptr(), per_row, biases.data_ptr(), with_bias
     # Each part rounds the activations for itself: that takes less than to wait for one that does it for all.
     operands = (x.data_ptr(), columns, *layer, out.data_ptr(), tokens, rows)
-    in_parts(_kernel(path or _fastest()), operands, rows, tokens * packed.numel(), threads)
+    in_parts(_kernel(path), operands, rows, tokens * packed.numel(), threads)
     return out
 
 
@@ -387,11 +382,6 @@ def in_parts(kernel: Any, operands: tuple[Any, ...], rows: int, work: int, threa
         for other in others:
             if not other.cancel():
                 other.result()
-
-
-@cache
-def _fastest() -> str:
-    return available()[0]
 
 
 @cache

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -20,7 +22,7 @@ from ..planes import Packed, Plane, exponent_plane
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REGISTRY: dict[str, type[Stage]] = {}
-_HINTS: dict[Any, dict[str, Any]] = {}
+Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (coding, shape) of each plane, in order
 _S = TypeVar("_S", bound="type[Stage]")
 
 
@@ -173,8 +175,8 @@ class Stage:
         """
         raise NotImplementedError
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """What `encode` gives for a weight of this shape: name -> (coding, shape) of each plane, in order.
+    def layout(self, shape: tuple[int, int]) -> Layout:
+        """Coding and shape of each plane that `encode` gives for a weight of this shape.
 
         A reader checks a file against it before it allocates anything.
         """
@@ -193,7 +195,7 @@ class Stage:
         """
         return 0, {}
 
-    def shared_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def shared_layout(self) -> Layout:
         """Coding and shape of each plane that all weights of a model share; empty if the stage shares none."""
         return {}
 
@@ -229,6 +231,11 @@ class Stage:
     def _check(self) -> None:
         """Ranges and combinations of settings; overridden if there are any."""
 
+    def _expect(self, right: bool, setting: str, expected: str) -> None:
+        """Raise BadInput if the setting is not right."""
+        if not right:
+            raise BadInput(f"{self.name}: {setting}={getattr(self, setting)}; expected {expected}")
+
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         raise NotImplementedError
 
@@ -245,15 +252,9 @@ def register(cls: _S) -> _S:
     return cls
 
 
-def setting_types(cls: Any) -> dict[str, Any]:
-    """The types of a stage's settings, by name."""
-    if cls not in _HINTS:  # evaluating annotations takes longer than decoding a small weight
-        _HINTS[cls] = typing.get_type_hints(cls)
-    return _HINTS[cls]
+# The types of a stage's settings, by name: evaluating annotations takes longer than decoding a small weight.
+setting_types: Callable[[Any], dict[str, Any]] = cache(typing.get_type_hints)
 
 
 def _finite(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
-        return False
+    return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) <= sys.float_info.max

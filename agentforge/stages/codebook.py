@@ -10,7 +10,6 @@ one block that won.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,28 +20,17 @@ LANES = 128  # centroids per block
 ROUND = {"contract", "nnan", "nsz"}  # fused multiply-adds; no sum is reordered
 
 
-@dataclass(frozen=True)
-class Codebook:
-    """Centroids as the kernels read them.
-
-    blocks: float32[ceil(k / LANES), v, LANES].  halves: |c|^2 / 2, float32[ceil(k / LANES), LANES], infinite in the
-    lanes beyond k.
-    """
-
-    blocks: np.ndarray
-    halves: np.ndarray
-
-    @classmethod
-    def of(cls, centroids: np.ndarray) -> Codebook:
-        """From float32[k, v]."""
-        k, v = centroids.shape
-        count = -(-k // LANES)
-        padded = np.zeros((count * LANES, v), np.float32)
-        padded[:k] = centroids
-        halves = np.full(count * LANES, np.inf, np.float32)
-        halves[:k] = 0.5 * (centroids.astype(np.float64) ** 2).sum(1)
-        blocks = np.ascontiguousarray(padded.reshape(count, LANES, v).transpose(0, 2, 1))
-        return cls(blocks, halves.reshape(count, LANES))
+def in_blocks(centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Centroids, float32[k, v], as the kernels read them: float32[ceil(k / LANES), v, LANES], and |c|^2 / 2,
+    float32[ceil(k / LANES), LANES], infinite in the lanes beyond k."""
+    k, v = centroids.shape
+    count = -(-k // LANES)
+    padded = np.zeros((count * LANES, v), np.float32)
+    padded[:k] = centroids
+    halves = np.full(count * LANES, np.inf, np.float32)
+    halves[:k] = 0.5 * (centroids.astype(np.float64) ** 2).sum(1)
+    blocks = np.ascontiguousarray(padded.reshape(count, LANES, v).transpose(0, 2, 1))
+    return blocks, halves.reshape(count, LANES)
 
 
 @intrinsic

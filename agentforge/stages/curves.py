@@ -29,7 +29,7 @@ from numba import njit
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, power_of_two_exponent, times_power_of_two
-from .base import Stage, register
+from .base import Layout, Stage, register
 
 
 @register
@@ -50,12 +50,9 @@ class Curves(Stage):
     sort: Literal["none", "segment", "tensor"] = "none"
 
     def _check(self) -> None:
-        if not 0 <= self.degree <= 15:
-            raise BadInput(f"curves: degree={self.degree}; expected 0 to 15")
-        if self.segments < 0:
-            raise BadInput(f"curves: segments={self.segments}; expected 1 or more, or 0 to cut by length")
-        if not self.segments and self.segment <= self.degree:
-            raise BadInput(f"curves: segment={self.segment}; expected more than degree={self.degree}")
+        self._expect(0 <= self.degree <= 15, "degree", "0 to 15")
+        self._expect(self.segments >= 0, "segments", "1 or more, or 0 to cut by length")
+        self._expect(self.segments > 0 or self.segment > self.degree, "segment", f"more than degree={self.degree}")
 
     def _length(self, count: int) -> int:
         """Weights a segment, the last one aside, in a tensor of `count` weights."""
@@ -65,10 +62,10 @@ class Curves(Stage):
         """Weights that are sorted together."""
         return count if self.sort == "tensor" else self._length(count)
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         count = shape[0] * shape[1]
-        planes: dict[str, tuple[str, tuple[int, ...]]] = {
+        planes: Layout = {
             "points": ("float16", (math.ceil(count / self._length(count)), self.degree + 1)),
             "exponent": ("uint8", (1,)),
         }

@@ -22,9 +22,9 @@ Steps are stored as a base, and an exponent in eighths of octaves for each row a
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -33,15 +33,13 @@ from numba import njit
 
 from ..bits import unzigzag, zigzag
 from ..entropy import expected_bytes
-from ..errors import BadInput
 from ..planes import FLOAT32_MAX, Packed, Plane
-from .base import InputStatistics, Stage, register
-from .propagation import add_product, unit_factor
+from .base import InputStatistics, Layout, Stage, register
+from .propagation import pass_on, quantised, unit_factor
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
 SAMPLED = 96  # rows that a price is estimated from
-BLOCK = 64  # columns that pass on their errors together
 
 
 class Stepped(Stage):
@@ -51,6 +49,7 @@ class Stepped(Stage):
     """
 
     trains = "floats"
+    needs_statistics = needs_sensitivity = True
     step: float
     damping: float
     gains: bool
@@ -60,26 +59,14 @@ class Stepped(Stage):
         """Of the multiples, zigzag."""
         return "~uint16"
 
-    @property
-    def needs_statistics(self) -> bool:
-        """Always: without them it is rounding with a good code."""
-        return True
-
-    @property
-    def needs_sensitivity(self) -> bool:
-        """Always: which rows may be coarse."""
-        return True
-
     def _check(self) -> None:
-        if not 2**-12 <= self.step <= 2**6:
-            raise BadInput(f"{self.name}: step={self.step}; expected 0.000244 to 64")
-        if not 0.0 < self.damping <= 1e6:
-            raise BadInput(f"{self.name}: damping={self.damping}; expected more than 0, at most 1e6")
+        self._expect(2**-12 <= self.step <= 2**6, "step", "0.000244 to 64")
+        self._expect(0.0 < self.damping <= 1e6, "damping", "more than 0, at most 1e6")
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         rows, columns = shape
-        planes: dict[str, tuple[str, tuple[int, ...]]] = {
+        planes: Layout = {
             "codes": (self.coding, (rows, columns)),
             "rows": ("~uint8", (rows,)),
             "columns": ("~uint8", (columns,)),
@@ -93,8 +80,8 @@ class Stepped(Stage):
 
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape = (weight.shape[0], weight.shape[1])
-        factor, of_rows, of_columns, rms = self._plan(weight.numpy(), stats)
-        step = np.float32(min(self.step * rms, FLOAT32_MAX))
+        plan = self._plan(weight.numpy(), stats)
+        factor, of_rows, of_columns, step = plan.factor, plan.of_rows, *self._reaching(plan)
         values = np.ascontiguousarray(weight.numpy().T)
         codes = self._codes(values, factor, *_steps(of_rows, of_columns, step), stats)
         planes = {
@@ -110,6 +97,8 @@ class Stepped(Stage):
         planes["gains"] = _gains(weight, self.decode(packed), stats)
         return self.packed(shape, planes)
 
+    reach: ClassVar[float]  # the largest multiple
+
     def _codes(
         self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
     ) -> np.ndarray:
@@ -118,9 +107,24 @@ class Stepped(Stage):
         raise NotImplementedError
 
     def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
-        factor, exponents = _of_columns(values.shape[1], stats, self.damping)
+        rows, columns = values.shape
+        factor, of_columns = np.zeros((columns, columns), np.float32), np.zeros(columns)
+        if stats is not None and stats.diagonal.any():
+            factor, moments = _factor(stats.hessian, self.damping)
+            of_columns = -np.log2(moments) / 2
+        of_rows = _exponents(damped_sensitivity(rows, stats).log2().numpy() / -4)
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
-        return _Plan(factor, _exponents(_of_rows(len(values), stats)), _exponents(exponents), rms)
+        with np.errstate(over="ignore"):  # infinite: the coarsest step there is
+            largest = np.abs(values / _steps(of_rows, of_rows, np.float32(1))[0][:, None]).max(0)
+        return _Plan(factor, of_rows, _exponents(of_columns), rms, largest)
+
+    def _reaching(self, plan: _Plan) -> tuple[np.ndarray, np.float32]:
+        """Exponents of the columns' steps, and the step: those of a plan, but coarser where the largest value of a column
+        would be more than half of all multiples there are.  The other half is for what other columns pass on."""
+        step = np.float32(min(self.step * plan.rms, FLOAT32_MAX))
+        with np.errstate(all="ignore"):  # of zeros
+            least = np.nan_to_num(np.ceil(OCTAVE * np.log2(plan.largest / (float(step) * self.reach / 2))) + 128, nan=0)
+        return np.clip(np.maximum(plan.of_columns, least), 0, 255).astype(np.uint8), step
 
     def _decode(self, packed: Packed) -> torch.Tensor:
         return self.dense(packed, packed.floats).clamp_(-FLOAT32_MAX, FLOAT32_MAX)
@@ -146,6 +150,7 @@ class ECSQ(Stepped):
     """
 
     name: ClassVar[str] = "ecsq"
+    reach: ClassVar[float] = LARGEST
     step: float = 0.6
     rounding: float = 0.44
     damping: float = 0.1
@@ -153,13 +158,12 @@ class ECSQ(Stepped):
 
     def _check(self) -> None:
         super()._check()
-        if not 0.0 < self.rounding <= 0.5:
-            raise BadInput(f"ecsq: rounding={self.rounding}; expected more than 0, at most 0.5")
+        self._expect(0.0 < self.rounding <= 0.5, "rounding", "more than 0, at most 0.5")
 
     def _codes(
         self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
     ) -> np.ndarray:
-        return _quantise(values, factor, rows, columns, self.rounding)
+        return quantised(values, factor, partial(_round_block, values, factor, rows, columns, np.float32(self.rounding)))
 
     def price(
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
@@ -171,25 +175,28 @@ class ECSQ(Stepped):
         if key not in scratch:
             scratch[key] = _Sample.of(self._checked(weight, stats, name).numpy(), stats, self._plan(weight.numpy(), stats))
         sample: _Sample = scratch[key]
-        factor, of_rows, of_columns, rms = sample.plan
-        step = np.float32(min(self.step * rms, FLOAT32_MAX))
-        rows, columns = _steps(of_rows, of_columns, step)
-        codes = _quantise(sample.values, factor, rows, columns, self.rounding)
+        of_columns, step = self._reaching(sample.plan)
+        rows, columns = _steps(sample.plan.of_rows, of_columns, step)
+        codes = self._codes(sample.values, sample.plan.factor, rows, columns, stats)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
-        largest = 2 * int(min(sample.largest / float(step) + self.rounding, LARGEST))
+        with np.errstate(all="ignore"):  # a step may be zero
+            multiples = float(np.nan_to_num(sample.plan.largest / columns).max())
+        largest = 2 * int(min(multiples + self.rounding, LARGEST))
         size = sample.beside + expected_bytes(stored, len(weight), max(largest, int(stored.max())))
         return math.ceil(size), float(lost @ sample.shares) / 2, False
 
 
 class _Plan(NamedTuple):
-    """What is the same for every step.  factor: M.  of_rows, of_columns: exponents of the steps.  rms: of the weight."""
+    """What is the same for every step.  factor: M.  of_rows, of_columns: exponents of the steps.  rms: of the weight.
+    largest: of each column's values, in units of their rows' factors."""
 
     factor: np.ndarray
     of_rows: np.ndarray
     of_columns: np.ndarray
     rms: float
+    largest: np.ndarray
 
 
 class _Sample(NamedTuple):
@@ -199,31 +206,28 @@ class _Sample(NamedTuple):
     sorted by that, and of each of `SAMPLED` parts one row is taken.
 
     values: float32[in, rows].  plan: of the weight, exponents of these rows alone.  shares: what a row's error counts for,
-    its whole part with it.  largest: value of the weight in units of its step, for a step of 1.  beside: bytes of the planes
-    that are no codes.
+    its whole part with it.  beside: bytes of the planes that are no codes.
     """
 
     values: np.ndarray
     plan: _Plan
     shares: np.ndarray
-    largest: float
     beside: int
 
     @classmethod
     def of(cls, values: np.ndarray, stats: InputStatistics, plan: _Plan) -> _Sample:
         """The rows that stand for `values`, float32[out, in]."""
-        rows, columns = _steps(plan.of_rows, plan.of_columns, np.float32(1))
+        rows = _steps(plan.of_rows, plan.of_columns, np.float32(1))[0]
         squares = np.square(rows, dtype=np.float64)
         loudness = np.square(values, dtype=np.float64).mean(1) / squares
         parts = np.array_split(np.argsort(loudness, kind="stable"), SAMPLED)
         some = np.array([part[len(part) // 2] for part in parts])
         weights = squares if stats.sensitivity is None else squares * stats.sensitivity.double().numpy()
         shares = np.array([weights[part].sum() for part in parts]) / squares[some]
-        largest = float((np.abs(values / columns).max(1) / rows).max())
         exponents = (Plane("", torch.from_numpy(plane), "~uint8") for plane in (plan.of_rows, plan.of_columns))
         beside = sum(plane.stored().nbytes for plane in exponents) + 4
         chosen = np.ascontiguousarray(values[some].T)
-        return cls(chosen, plan._replace(of_rows=plan.of_rows[some]), shares, largest, beside)
+        return cls(chosen, plan._replace(of_rows=plan.of_rows[some]), shares, beside)
 
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,22 +245,9 @@ def _gains(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics |
     return torch.where(found.isfinite() & (found > 0), found.clamp(2**-10, 2**10), torch.ones_like(found)).to(torch.float16)
 
 
-def _of_columns(columns: int, stats: InputStatistics | None, damping: float) -> tuple[np.ndarray, np.ndarray]:
-    """M of the damped H, strictly upper triangular, float32[in, in], and log2 of D_j**-1/2, float64[in]."""
-    if stats is None or not stats.diagonal.any():
-        return np.zeros((columns, columns), np.float32), np.zeros(columns)
-    factor, moments = _factor(stats.hessian, damping)
-    return factor, -np.log2(moments) / 2
-
-
-@functools.lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
+@lru_cache(maxsize=4)  # by the tensor's identity: one weight is tried with many steps, and three share one H
 def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarray]:
     return unit_factor(hessian.numpy(), damping)
-
-
-def _of_rows(rows: int, stats: InputStatistics | None) -> np.ndarray:
-    """log2 of g_i**-1/4: float64[out]."""
-    return np.asarray(damped_sensitivity(rows, stats).log2().numpy() / -4)
 
 
 def damped_sensitivity(rows: int, stats: InputStatistics | None) -> torch.Tensor:
@@ -278,37 +269,22 @@ def _steps(rows: np.ndarray, columns: np.ndarray, step: np.float32) -> tuple[np.
     return powers[rows], np.minimum(powers[columns].astype(np.float64) * step, FLOAT32_MAX).astype(np.float32)
 
 
-def _quantise(weight: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, rounding: float) -> np.ndarray:
-    """Codes, int32[in, out], of the weight, float32[in, out].  factor: M, strictly upper triangular.  rows, columns: factors
-    of the steps."""
-    codes = np.zeros(weight.shape, np.int32)
-    target, error = weight.copy(), np.zeros_like(weight)
-    feedback = bool(factor.any())
-    for first in range(0, len(weight), BLOCK):
-        last = min(first + BLOCK, len(weight))
-        if feedback and first:
-            add_product(target[first:last], np.ascontiguousarray(factor[:first, first:last]), error[:first])
-        _round_block(first, last, weight, factor, rows, columns, np.float32(rounding), codes, target, error)
-    return codes
-
-
 @njit(nogil=True, cache=True)
 def _round_block(  # pragma: no cover  (compiled)
-    first: int,
-    last: int,
     weight: np.ndarray,
     factor: np.ndarray,
     rows: np.ndarray,
     columns: np.ndarray,
     rounding: np.float32,
+    first: int,
+    last: int,
     codes: np.ndarray,
     target: np.ndarray,
     error: np.ndarray,
 ) -> None:
-    """Round columns first .. last - 1 one after the other, and pass each error on to those of them that follow."""
-    out = weight.shape[1]
+    """Round columns first .. last - 1 one after the other."""
     for n in range(first, last):
-        for r in range(out):
+        for r in range(weight.shape[1]):
             step = rows[r] * columns[n]
             x = target[n, r]
             q = np.float32(0)
@@ -317,8 +293,4 @@ def _round_block(  # pragma: no cover  (compiled)
             q = -q if x < 0 else q
             codes[n, r] = np.int32(q)
             error[n, r] = weight[n, r] - q * step if q != 0 else weight[n, r]  # a step may be infinite
-        for m in range(n + 1, last):
-            share = factor[n, m]
-            if share != 0:
-                for r in range(out):
-                    target[m, r] += share * error[n, r]
+        pass_on(n, last, factor, target, error)

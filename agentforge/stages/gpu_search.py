@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numba import njit
 
-from .codebook import Codebook, nearest_kernel
+from .codebook import in_blocks, nearest_kernel
 from .seedlm_search import LARGEST_Q, LEAST_Q, Rule, fit_seed, lfsr, to_unit
 
 CPU = torch.device("cpu")  # for every other device there are the searches here
@@ -36,7 +36,7 @@ def nearest(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
 
     vectors: float32[n, v], centroids: float32[k, v], both on one device.
     """
-    book, c = Codebook.of(centroids.cpu().numpy()), centroids.double()
+    (blocks, of_blocks), c = in_blocks(centroids.cpu().numpy()), centroids.double()
     halves, norms = c.square().sum(1) / 2, c.norm(dim=1)
     found = torch.empty(len(vectors), dtype=torch.int32, device=vectors.device)
     step = max(1, SCORES // len(c))
@@ -45,7 +45,7 @@ def nearest(vectors: torch.Tensor, centroids: torch.Tensor) -> torch.Tensor:
         part.copy_(places[:, 0])
         close = (~(scores[:, -1] - scores[:, 0] > _margins(x, norms))).nonzero().squeeze(1)  # NaN is close, too
         again = np.empty(len(close), np.int32)
-        nearest_kernel(x[close].cpu().numpy(), book.blocks, book.halves, (0,) * x.shape[1], again)
+        nearest_kernel(x[close].cpu().numpy(), blocks, of_blocks, (0,) * x.shape[1], again)
         part[close] = torch.from_numpy(again).to(part.device)
     return found
 

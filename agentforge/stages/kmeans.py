@@ -6,17 +6,15 @@ over vectors are taken in order, in double precision.
 
 from __future__ import annotations
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numba import njit
 
 from . import gpu_search
-from .codebook import Codebook, nearest_kernel
+from .codebook import in_blocks, nearest_kernel
 from .gpu_search import CPU
 
 SPREAD = 8192  # most centroids that k-means++ places
@@ -33,14 +31,15 @@ def nearest(vectors: np.ndarray, centroids: np.ndarray, threads: int = 1, device
     if device != gpu_search.CPU:
         on_device = (torch.from_numpy(np.ascontiguousarray(part)).to(device) for part in (vectors, centroids))
         return np.asarray(gpu_search.nearest(*on_device).cpu())
-    book = Codebook.of(centroids)
+    blocks, halves = in_blocks(centroids)
     found = np.empty(len(vectors), np.int32)
     like = (0,) * vectors.shape[1]
 
     def work(first: int) -> None:
-        nearest_kernel(vectors[first : first + CHUNK], book.blocks, book.halves, like, found[first : first + CHUNK])
+        nearest_kernel(vectors[first : first + CHUNK], blocks, halves, like, found[first : first + CHUNK])
 
-    _share(work, range(0, len(vectors), CHUNK), threads)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(0, len(vectors), CHUNK)))
     return found
 
 
@@ -114,15 +113,6 @@ def _move(vectors: np.ndarray, mass: np.ndarray, centroids: np.ndarray, moments:
         draws = np.random.default_rng(seed).random(len(empty))
         moved[empty] = vectors[_spread(np.ascontiguousarray(vectors.T), mass, squares.astype(np.float32), draws)]
     return moved
-
-
-def _share(work: Any, items: Any, threads: int) -> None:
-    if threads == 1:
-        for item in items:
-            work(item)
-        return
-    with ThreadPoolExecutor(min(threads, os.cpu_count() or 1)) as pool:
-        list(pool.map(work, items))
 
 
 @njit(nogil=True, cache=True)

@@ -6,6 +6,8 @@ kernel shares its work between threads, and every sum has a fixed order: the sam
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numba import njit
 
@@ -14,6 +16,7 @@ from .codebook import nearest_kernel
 
 TILE = 576  # weights of a column that are worked on together: twelve such rows fit into the first cache
 FACTOR = 64  # rows of a factor that are found together
+BLOCK = 64  # columns that pass on their errors together
 
 
 def unit_factor(hessian: np.ndarray, damping: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -108,6 +111,35 @@ def product(hessian: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     out = np.zeros_like(matrix)
     add_product(out, hessian, matrix)
     return out
+
+
+def quantised(weight: np.ndarray, factor: np.ndarray, quantise_block: Callable[..., None]) -> np.ndarray:
+    """Multiples, int32[in, out], of a weight, float32[in, out], whose columns are quantised one after the other.
+
+    factor: M of `unit_factor`.  quantise_block(first, last, codes, target, error): does so with columns first .. last - 1,
+    each of which then calls `pass_on`.
+    """
+    codes = np.zeros(weight.shape, np.int32)
+    target, error = weight.copy(), np.zeros_like(weight)
+    feedback = bool(factor.any())
+    for first in range(0, len(weight), BLOCK):
+        last = min(first + BLOCK, len(weight))
+        if feedback and first:
+            add_product(target[first:last], np.ascontiguousarray(factor[:first, first:last]), error[:first])
+        quantise_block(first, last, codes, target, error)
+    return codes
+
+
+@njit(nogil=True, cache=True)
+def pass_on(  # pragma: no cover  (compiled)
+    n: int, last: int, factor: np.ndarray, target: np.ndarray, error: np.ndarray
+) -> None:
+    """The error of column n, to those that follow it in its block."""
+    for m in range(n + 1, last):
+        share = factor[n, m]
+        if share != 0:
+            for r in range(target.shape[1]):
+                target[m, r] += share * error[n, r]
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})

@@ -6,7 +6,7 @@ Its ratio multiplies with that of the stage before it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,7 @@ import torch
 
 from ..errors import BadInput
 from ..planes import Packed, Plane
-from .base import Layer, Stage
-
-Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+from .base import Layer, Layout, Stage
 
 
 @dataclass(frozen=True)
@@ -53,11 +51,11 @@ class Refined(Stage):
         """The stage's text without the settings that are at their defaults, which `parse` takes back."""
         return f"{self.first.brief()} | entropy"
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         return _coded(self.first.layout(shape))
 
-    def shared_layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def shared_layout(self) -> Layout:
         """Coding and shape of each plane that all weights share."""
         return _coded(self.first.shared_layout())
 
@@ -83,5 +81,5 @@ class Refined(Stage):
         return self.first.decode(packed)
 
 
-def _coded(layout: Layout) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _coded(layout: Layout) -> Layout:
     return {name: (f"~{coding.removeprefix('~')}", shape) for name, (coding, shape) in layout.items()}

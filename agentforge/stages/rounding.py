@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..errors import BadArtifact, BadInput
+from ..errors import BadArtifact
 from ..planes import Packed, power_of_two_exponent, times_power_of_two
-from .base import Stage, register
+from .base import Layout, Stage, register
 
 STARTS = 6  # starting grids of the search for the least squared error
 NARROWEST = 0.4  # the narrowest of them, as a share of the group's range
@@ -51,20 +51,17 @@ class Rounding(Stage):
     clip: Literal["none", "mse"] = "none"
 
     def _check(self) -> None:
-        if not 2 <= self.bits <= 8:
-            raise BadInput(f"rounding: bits={self.bits}; expected 2 to 8")
-        if self.group < 0:
-            raise BadInput(f"rounding: group={self.group}; expected 1 or more, or 0 for one grid per row")
+        self._expect(2 <= self.bits <= 8, "bits", "2 to 8")
+        self._expect(self.group >= 0, "group", "1 or more, or 0 for one grid per row")
 
     def columns_a_grid(self, columns: int) -> int:
         """Weights a grid in a row of this length."""
         return min(self.group or columns, columns)
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         grids = (shape[0], math.ceil(shape[1] / self.columns_a_grid(shape[1])))
-        planes: dict[str, tuple[str, tuple[int, ...]]] = {"codes": (f"uint{self.bits}", shape)}
-        planes["scale"] = ("float16", grids)
+        planes: Layout = {"codes": (f"uint{self.bits}", shape), "scale": ("float16", grids)}
         if not self.symmetric:
             planes["minimum"] = ("float16", grids)
         planes["exponent"] = ("uint8", (1,))

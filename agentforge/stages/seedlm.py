@@ -30,6 +30,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ import torch
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, times_power_of_two
 from . import gpu_search
-from .base import InputStatistics, Stage, register
+from .base import InputStatistics, Layout, Stage, register
 from .seedlm_search import LARGEST_EXPONENT, LEAST_EXPONENT, Rule, reconstruct, reweigh, search_seeds, tables_of, taps_mask
 
 LARGEST_K = 20  # of a search: its tables grow with 2^K, a tenth of a GB for K = 20
@@ -84,10 +85,9 @@ class SeedLM(Stage):
                 raise BadInput(f"seedlm: C={self.C}, P={self.P}; expected 1 <= P <= 16 and P < C <= 32")
         elif self.bits not in (0, *PRESETS):
             raise BadInput(f"seedlm: bits={self.bits}; expected one of {', '.join(map(str, PRESETS))}, or C and P")
-        if not 2 <= self.K <= LARGEST_K:
-            raise BadInput(f"seedlm: K={self.K}; expected 2 to {LARGEST_K}")
+        self._expect(2 <= self.K <= LARGEST_K, "K", f"2 to {LARGEST_K}")
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         C, P = self.geometry
         blocks = math.ceil(shape[0] * shape[1] / C)
@@ -118,7 +118,7 @@ class SeedLM(Stage):
             assert stats is not None
             seeds, codes = _search_weighted(blocks, P, weight.shape[1], stats.diagonal.numpy(), search)
         else:
-            seeds, codes = search(blocks, None)
+            seeds, codes = search(blocks, np.ones(C))
         shape = (weight.shape[0], weight.shape[1])
         numbers = codes.astype(np.int16) & 15  # four bits, two's complement
         planes = {"seeds": seeds.astype(np.int32), "exponents": numbers[:, 0], "coefficients": numbers[:, 1:]}
@@ -155,25 +155,25 @@ def _blocks(weight: np.ndarray, C: int) -> np.ndarray:
     return blocks
 
 
-Search = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, np.ndarray]]
+Search = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 def _searcher(K: int, C: int, P: int, rule: Rule, device: torch.device) -> Search:
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
-    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance; None if all are 1."""
+    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance."""
     if device != gpu_search.CPU:
-        return lambda blocks, h: gpu_search.search(blocks, np.ones(C) if h is None else h, K, P, rule, device)
+        return partial(gpu_search.search, K=K, P=P, rule=rule, device=device)
     tables = tables_of(K, C, P)
-    buffers: list[np.ndarray] = []  # for the tables of an importance: one set, made again for each
+    # The tables of an importance, made again for each; they take no memory until then.
+    groups, normals = np.empty_like(tables.groups), np.empty_like(tables.seeds)
 
-    def search(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    def search(blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         weighted = tables
-        if h is not None:
-            buffers[:] = buffers or [np.empty_like(tables.groups), np.empty_like(tables.seeds)]
-            reweigh(tables.groups, tables.seeds, P, h, *buffers)
-            weighted = tables._replace(groups=buffers[0], seeds=buffers[1])
+        if (h != 1).any():
+            reweigh(tables.groups, tables.seeds, P, h, groups, normals)
+            weighted = tables._replace(groups=groups, seeds=normals)
         seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
-        search_seeds(blocks, np.ones(C) if h is None else h, weighted, rule, seeds, codes)
+        search_seeds(blocks, h, weighted, rule, seeds, codes)
         return seeds, codes
 
     return search

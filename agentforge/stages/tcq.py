@@ -22,6 +22,7 @@ With half of the multiples allowed, half of `ecsq`'s step takes about as many bi
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -31,8 +32,8 @@ from numba import njit
 from ..entropy import path_costs
 from ..trellis import RESTART, successors
 from .base import InputStatistics, register
-from .ecsq import BLOCK, ECSQ, Stepped, damped_sensitivity
-from .propagation import add_product
+from .ecsq import ECSQ, Stepped, damped_sensitivity
+from .propagation import pass_on, quantised
 
 REACH = 65528.0  # steps that a target may be large, so that multiples fit into 16 bits and their parity
 COUNTED = 256  # absolute values of which bits are counted; those beyond are taken for as rare as the last one
@@ -54,6 +55,7 @@ class TCQ(Stepped):
     """
 
     name: ClassVar[str] = "tcq"
+    reach: ClassVar[float] = REACH
     step: float = 0.3
     states: Literal[8, 32, 256] = 8
     damping: float = 0.1
@@ -99,18 +101,9 @@ def _quantise(
     factor: M, strictly upper triangular.  rows, columns: factors of the steps.  importance: w.  bits: from
     `entropy.path_costs`.
     """
-    codes = np.zeros(weight.shape, np.int32)
-    target, error = weight.copy(), np.zeros_like(weight)
-    feedback = bool(factor.any())
-    of_rows, of_columns, tables = bits[0], bits[1], (WORTH * bits[2]).astype(np.float32)
-    before = _predecessors(states)
-    for first in range(0, len(weight), BLOCK):
-        last = min(first + BLOCK, len(weight))
-        if feedback and first:
-            add_product(target[first:last], np.ascontiguousarray(factor[:first, first:last]), error[:first])
-        about = (weight, factor, rows, columns, importance)
-        _path_block(first, last, about, (of_rows, of_columns, tables), before, codes, target, error)
-    return codes
+    tables = bits[0], bits[1], (WORTH * bits[2]).astype(np.float32)
+    about = weight, factor, rows, columns, importance
+    return quantised(weight, factor, partial(_path_block, about, tables, _predecessors(states)))
 
 
 def _predecessors(states: int) -> np.ndarray:
@@ -127,16 +120,16 @@ def _predecessors(states: int) -> np.ndarray:
 
 @njit(nogil=True, cache=True)
 def _path_block(  # pragma: no cover  (compiled)
-    first: int,
-    last: int,
     about: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     bits: tuple[np.ndarray, np.ndarray, np.ndarray],
     before: np.ndarray,
+    first: int,
+    last: int,
     codes: np.ndarray,
     target: np.ndarray,
     error: np.ndarray,
 ) -> None:
-    """Quantise columns first .. last - 1 one after the other, and pass each error on to those of them that follow."""
+    """Quantise columns first .. last - 1 one after the other."""
     weight, factor, rows, columns, importance = about
     of_rows, of_columns, tables = bits
     out, most = weight.shape[1], np.float32(REACH)
@@ -160,11 +153,7 @@ def _path_block(  # pragma: no cover  (compiled)
         for r in range(out):
             q = np.float32(codes[n, r]) * (rows[r] * columns[n])
             error[n, r] = weight[n, r] - q if abs(q) < np.inf else weight[n, r]
-        for m in range(n + 1, last):
-            share = factor[n, m]
-            if share != 0:
-                for r in range(out):
-                    target[m, r] += share * error[n, r]
+        pass_on(n, last, factor, target, error)
 
 
 @njit(nogil=True, cache=True)

@@ -23,9 +23,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 
-from ..errors import BadArtifact, BadInput
+from ..errors import BadArtifact
 from ..planes import Packed, power_of_two_exponent, times_power_of_two
-from .base import Stage, register
+from .base import Layout, Stage, register
 from .propagation import product
 
 GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.1)  # tau of the calibrated rule, in units of a row's mean |w|
@@ -54,12 +54,10 @@ class Ternary(Stage):
         return self.rule == "calibrated"
 
     def _check(self) -> None:
-        if self.tau < 0:
-            raise BadInput(f"ternary: tau={self.tau}; expected 0 or more")
-        if self.eps < 1e-37:
-            raise BadInput(f"ternary: eps={self.eps}; expected at least 1e-37, so that its reciprocal is a float32")
+        self._expect(self.tau >= 0, "tau", "0 or more")
+        self._expect(self.eps >= 1e-37, "eps", "at least 1e-37, so that its reciprocal is a float32")
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         codes = ("trit" if self.packing == "trits" else "uint2", shape)
         if self.rule == "absmean":

@@ -13,10 +13,10 @@ decoded.  A pair is stored as one integer, index + (U + 1) * class.
 
 Every such codebook is the set of points of a lattice inside a box: there are integers D and z, z_1 = 1, such that theta
 stands for the coordinates theta z mod D, the first of which is theta itself.  The nearest point therefore takes no tree
-and constant time: the lattice's basis is reduced once (by Lagrange and Gauss), rounding the coefficients one by one (Babai)
-leaves a cell about each lattice point, and a short list holds every lattice vector that can be nearer than that point to
-some place in the cell.  If the nearest point lies outside the box, the lines of the lattice are gone through in order of
-their distance: on each the points inside the box are an interval, and the nearest of them is a rounding.
+and constant time.  The lattice's basis is reduced once, by Lagrange and Gauss.  Its points lie on lines along the shorter
+vector, at least 0.86 of its length apart, so that the nearest point is on one of the two lines beside the pair.  If it lies
+outside the box, the lines are gone through in order of their distance: on each the points inside the box are an interval,
+and the nearest of them is a rounding.
 
 Deviations and errata:
 
@@ -41,9 +41,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..errors import BadArtifact, BadInput
+from ..errors import BadArtifact
 from ..planes import FLOAT32_MAX, Packed
-from .base import Stage, register
+from .base import Layout, Stage, register
 
 LARGEST_U = 2**24
 GENERATORS = 512  # generators of a Korobov lattice that are tried
@@ -78,23 +78,18 @@ class Trajectory(Stage):
 
     def _check(self) -> None:
         for key, least, most in (("U", 2, LARGEST_U), ("M", 0, 100), ("K", 1, 2)):
-            if not least <= getattr(self, key) <= most:
-                raise BadInput(f"trajectory: {key}={getattr(self, key)}; expected {least} to {most}")
-        if self.U_first and not 2 <= self.U_first < self.U:
-            raise BadInput(f"trajectory: U_first={self.U_first}; expected 2 to below U={self.U}, or 0 for none")
-        if self.U_first and not self.select:
-            raise BadInput(f"trajectory: U_first={self.U_first}; expected 0 if select=False, which takes U as it is")
-        if self.l and not 1e-30 <= self.l <= 1e30:
-            raise BadInput(f"trajectory: l={self.l}; expected 1e-30 to 1e30, or 0 to search it")
-        if self.loss < 0:
-            raise BadInput(f"trajectory: loss={self.loss}; expected 0 or more")
-        if self.variant == "printed" and self.K != 2:
-            raise BadInput(f"trajectory: K={self.K}; expected 2 with variant=printed")
+            self._expect(least <= getattr(self, key) <= most, key, f"{least} to {most}")
+        if self.U_first:
+            self._expect(2 <= self.U_first < self.U, "U_first", f"2 to below U={self.U}, or 0 for none")
+            self._expect(self.select, "U_first", "0 if select=False, which takes U as it is")
+        self._expect(self.l == 0 or 1e-30 <= self.l <= 1e30, "l", "1e-30 to 1e30, or 0 to search it")
+        self._expect(self.loss >= 0, "loss", "0 or more")
+        self._expect(self.variant != "printed" or self.K == 2, "K", "2 with variant=printed")
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         width = (self.U + (self.U + 1) * self.M).bit_length()
-        planes: dict[str, tuple[str, tuple[int, ...]]] = {
+        planes: Layout = {
             "indices": (f"uint{width}", (math.ceil(shape[0] * shape[1] / self.K),)),
             "centroid": ("float32", (self.K,)),
         }
@@ -117,7 +112,8 @@ class Trajectory(Stage):
         spare = -flat.size % self.K
         if spare:
             flat = np.concatenate([flat, np.full(spare, flat.mean(dtype=np.float64), np.float32)])
-        points = np.ascontiguousarray(flat.reshape(-1, self.K).T)
+        points = np.zeros((2, flat.size // self.K), np.float32)  # with K = 1 the second coordinate stays zero
+        points[: self.K] = flat.reshape(-1, self.K).T
         del weight, flat  # as large as the points
         centroid, widest, radius = _extent(points)
         radius = float(np.float32(min(radius, FLOAT32_MAX)))  # as it is stored
@@ -127,7 +123,7 @@ class Trajectory(Stage):
             for M in self._classes(outside=widest > self.l / 2):
                 tried_side = self.l or _best_side(points, centroid, widest, radius, M, lattice)
                 tried = np.empty(points.shape[1], np.int32)
-                error = _assign(points, centroid, _reaches(tried_side, radius, M), lattice, tried)[0] / points.size
+                error = _assign(points, centroid, _reaches(tried_side, radius, M), lattice, tried)[0] / (self.K * tried.size)
                 if error <= least:
                     least, indices, side, choice = error, tried, tried_side, (number, M)
                 if least <= self.loss:
@@ -136,7 +132,7 @@ class Trajectory(Stage):
                 break
         values = {
             "indices": indices,
-            "centroid": centroid,
+            "centroid": centroid[: self.K],
             "radius": torch.tensor([radius], dtype=torch.float32),
             "side": torch.tensor([side], dtype=torch.float32),
             "choice": torch.tensor(choice, dtype=torch.uint8),
@@ -196,14 +192,12 @@ def paper_bits_per_weight(packed: Packed) -> float:
 
 
 class Lattice(NamedTuple):
-    """A codebook as the points of a lattice in a box, in units of side / D, with a reduced basis.
+    """A codebook as the points of a lattice in a box, in units of side / D; with K = 1 they have 0 as second coordinate.
 
-    D: units per side.  z: int64[K], the step of theta, z[0] = 1.  shift: float64[K], from the cube's corner to the first
-    point.  box: int64[K], coordinates run from 0 to below it.  basis: float64[K, K] of integers, one vector per row.
-    dual: float64[K, K], <u, dual[i]> is the coefficient of u along the i-th vector of Gram and Schmidt; mu: float64[K, K],
-    their coefficients; norm: float64[K], their squared lengths.  rivals: float64[R, K], every lattice vector that may be
-    nearer than 0 to a point of Babai's cell, 0 first; where the point's coefficients are rho (at most 1/2 each), rival r is
-    nearer by <rho, slope[r]> - cost[r].
+    D: units per side.  z: int64[2], the step of theta, z[0] = 1.  shift: float64[2], from the square's corner to the first
+    point.  box: float64[2], coordinates run from 0 to below it.  basis: float64[2, 2] of integers, reduced, one vector per
+    row.  mu: the share of its first vector in the second; norm: float64[2], squared lengths of the first one and of what
+    else is in the second; dual: float64[2, 2], <u, dual[i]> is the coefficient of u along these two.
     """
 
     D: float
@@ -211,60 +205,49 @@ class Lattice(NamedTuple):
     shift: np.ndarray
     box: np.ndarray
     basis: np.ndarray
-    dual: np.ndarray
-    mu: np.ndarray
+    mu: float
     norm: np.ndarray
-    rivals: np.ndarray
-    slope: np.ndarray
-    cost: np.ndarray
+    dual: np.ndarray
 
 
 @functools.lru_cache(maxsize=64)
 def _lattice(U: int, K: int, variant: str, centred: bool) -> Lattice:
     """The lattice of a trajectory of U points in K dimensions."""
-    N = round(U ** (1 / K))
-    N += N**K < U
-    N -= (N - 1) ** K >= U
-    if variant == "printed":
-        D, step = U * math.isqrt(U), U
+    N = math.isqrt(U - 1) + 1
+    if K == 1:
+        D, step = U, 0
+    elif variant == "printed":
+        D, step = U * math.isqrt(U), U % (U * math.isqrt(U))
     elif variant == "korobov":
-        D, step = U, _generator(U, K)
+        D, step = U, _generator(U)
     else:
-        D, step = N**K, N
-    z = [pow(step, k, D) for k in range(K)]
-    # What the points leave free: theta runs to U - 1 of D, the other coordinates in steps of gcd(z, D).
-    free = [D - U + 1] + [math.gcd(zk, D) for zk in z[1:]]
-    shift = np.array(free) / 2 if centred else np.zeros(K)
-    basis = _reduced(np.array(z, np.float64), float(D))
-    dual, mu, norm = _gram_schmidt(basis)
-    rivals, coefficients = _rivals(basis, mu, norm)
-    box = np.array([U] + [D] * (K - 1), np.float64)
-    slope, cost = 2 * norm * coefficients, (norm * coefficients**2).sum(1)
-    return Lattice(float(D), np.array(z, np.int64), shift, box, basis, dual, mu, norm, rivals, slope, cost)
+        D, step = N * N, N
+    z = np.array([1, step], np.int64)
+    # What the points leave free: theta runs to U - 1 of D, the other coordinate in steps of gcd(step, D).
+    shift = np.array([(D - U + 1) / 2 if centred else 0.0, math.gcd(step, D) / 2 if centred or K == 1 else 0.0])
+    basis = _reduced(z, D)
+    mu = float((basis[0] * basis[1]).sum() / (basis[0] ** 2).sum())
+    orthogonal = np.array([basis[0], basis[1] - mu * basis[0]])
+    norm = (orthogonal**2).sum(1)
+    return Lattice(float(D), z, shift, np.array([U, D], np.float64), basis, mu, norm, orthogonal / norm[:, None])
 
 
-def _rivals(basis: np.ndarray, mu: np.ndarray, norm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Every lattice vector that can be nearer than 0 to some point of Babai's cell, and their coefficients; 0 first.
-
-    In Gram and Schmidt's orthogonal directions the cell is |rho_i| <= 1/2, so a vector w with coefficients omega comes
-    nearer somewhere only if sum n_i omega_i**2 < sum n_i |omega_i|.  Hence sum n_i (|omega_i| - 1/2)**2 < sum n_i / 4,
-    which bounds the integers to try.
-    """
-    bound = 0.5 + np.sqrt(norm.sum() / (4 * norm))
-    ranges = [np.arange(-most, most + 1) for most in np.ceil(bound + bound[-1] / 2)]
-    tails = np.stack(np.meshgrid(*ranges[::-1], indexing="ij"), -1).reshape(-1, len(norm))[:, ::-1]
-    omega = tails @ mu
-    near = ((norm * omega**2).sum(1) < (norm * abs(omega)).sum(1) * (1 + 1e-12)) & tails.any(1)
-    integers = np.concatenate([np.zeros((1, len(norm))), tails[near]])
-    return integers @ basis, integers @ mu
+def _reduced(z: np.ndarray, D: float) -> np.ndarray:
+    """A basis of {theta z + D e}, z[0] = 1, reduced by Lagrange and Gauss: the shorter vector first, integers all."""
+    basis = np.array([z, [0, D]], np.float64)
+    while True:
+        short, long = basis
+        long -= np.rint((short * long).sum() / (short * short).sum()) * short
+        if (long * long).sum() >= (short * short).sum():
+            return basis
+        basis = basis[::-1].copy()
 
 
-def _generator(U: int, K: int) -> int:
-    """The a of the lattice theta (1, a, a**2, ...) mod U whose shortest vector is longest, of `GENERATORS` tried."""
+def _generator(U: int) -> int:
+    """The a of the lattice theta (1, a) mod U whose shortest vector is longest, of `GENERATORS` tried."""
 
     def shortest(a: int) -> float:
-        basis = _reduced(np.array([pow(a, k, U) for k in range(K)], np.float64), float(U))
-        return float((basis[0] ** 2).sum())
+        return float((_reduced(np.array([1, a]), U)[0] ** 2).sum())
 
     return max(sorted({1 + i * (U - 1) // GENERATORS for i in range(GENERATORS)}), key=shortest)
 
@@ -303,59 +286,24 @@ def _best_side(points: np.ndarray, centroid: np.ndarray, widest: float, radius: 
 
 
 @njit(nogil=True, cache=True)
-def _gram_schmidt(basis: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # pragma: no cover  (compiled)
-    """Dual vectors, coefficients and squared lengths of the orthogonalised rows of `basis`, as `Lattice` holds them."""
-    K = len(basis)
-    dual, mu, norm = np.zeros((K, K)), np.eye(K), np.zeros(K)
-    for i in range(K):
-        star = basis[i].copy()
-        for j in range(i):
-            mu[i, j] = (basis[i] * dual[j]).sum()
-            star -= mu[i, j] * norm[j] * dual[j]
-        norm[i] = (star * star).sum()
-        dual[i] = star / norm[i]
-    return dual, mu, norm
-
-
-@njit(nogil=True, cache=True)
-def _reduced(z: np.ndarray, D: float) -> np.ndarray:  # pragma: no cover  (compiled)
-    """A basis of {theta z + D e}, z[0] = 1, reduced by Lagrange and Gauss.
-
-    The entries are integers below 2**53, so every step on them is exact.
-    """
-    basis = np.eye(len(z)) * D
-    basis[0] = z
-    while len(z) > 1:
-        basis[1] -= np.rint(_gram_schmidt(basis)[1][1, 0]) * basis[0]
-        _, mu, norm = _gram_schmidt(basis)
-        if norm[1] >= (0.999 - mu[1, 0] ** 2) * norm[0]:
-            break
-        basis = basis[::-1].copy()
-    return basis
-
-
-@njit(nogil=True, cache=True)
 def _extent(points: np.ndarray) -> tuple[np.ndarray, float, float]:  # pragma: no cover  (compiled)
-    """The centroid, float32[K], the largest coordinate of any vector from there, and the largest distance.
+    """The centroid, float32[2], the largest coordinate of any vector from there, and the largest distance.
 
     Sums and maxima are those of vectors BLOCK apart, until the end, so that several can be taken at a time.
     """
-    K, n = points.shape
-    total, widest, farthest, distance = np.zeros((K, BLOCK)), np.zeros(BLOCK), np.zeros(BLOCK), np.empty(BLOCK)
+    n = points.shape[1]
+    total, widest, farthest = np.zeros((2, BLOCK)), np.zeros(BLOCK), np.zeros(BLOCK)
     for first in range(0, n, BLOCK):
-        for k in range(K):
-            _add_times(total[k], 1.0, points[k, first : first + BLOCK])
+        for i in range(min(BLOCK, n - first)):
+            total[0, i] += points[0, first + i]
+            total[1, i] += points[1, first + i]
     centroid = (total.sum(axis=1) / n).astype(np.float32)
+    cx, cy = np.float64(centroid[0]), np.float64(centroid[1])
     for first in range(0, n, BLOCK):
-        distance[:] = 0.0
-        for k in range(K):
-            row, middle = points[k, first : first + BLOCK], np.float64(centroid[k])
-            for i in range(len(row)):
-                offset = row[i] - middle
-                widest[i] = max(widest[i], abs(offset))
-                distance[i] += offset * offset
-        for i in range(BLOCK):
-            farthest[i] = max(farthest[i], distance[i])
+        for i in range(min(BLOCK, n - first)):
+            x, y = points[0, first + i] - cx, points[1, first + i] - cy
+            widest[i] = max(widest[i], abs(x), abs(y))
+            farthest[i] = max(farthest[i], x * x + y * y)
     return centroid, widest.max(), math.sqrt(farthest.max())
 
 
@@ -367,149 +315,104 @@ def _assign(  # pragma: no cover  (compiled)
 
     By blocks, and inside a block step by step, so that the compiler can take several vectors at a time.
     """
-    K, n = points.shape
-    U, middle = np.int64(lattice.box[0]), lattice.D / 2 - lattice.shift
+    n = points.shape[1]
+    U, half = np.int64(lattice.box[0]), lattice.D / 2
+    centre, middle = centroid.astype(np.float64), half - lattice.shift
     # Units of the lattice in a unit of the weights, and back; all at the centroid if the cube has no extent.
-    per_weight = np.array([lattice.D / 2 / reach if reach > 0 else 0.0 for reach in reaches])
+    per_weight = np.array([half / reach if reach > 0 else 0.0 for reach in reaches])
     per_unit = reaches * (2 / lattice.D)
     absolute, squared = np.zeros(BLOCK), np.zeros(BLOCK)
-    point = np.empty(K)
+    offset, u, found = np.empty((2, BLOCK)), np.empty((2, BLOCK)), np.empty((2, BLOCK))
+    classes = np.empty(BLOCK, np.int64)
     for first in range(0, n, BLOCK):
         count = min(BLOCK, n - first)
-        offset, u, found = np.empty((K, count)), np.empty((K, count)), np.empty((K, count))
-        nearer, inside = np.zeros(count), np.ones(count, np.bool_)
-        for k in range(K):
-            offset[k] = points[k, first : first + count] - np.float64(centroid[k])
-        classes = _classes_of(offset, reaches)
-        for k in range(K):
-            row, away, middle_k = u[k], offset[k], middle[k]
+        for k in range(2):
             for i in range(count):
-                row[i] = max(-lattice.D / 2, min(lattice.D / 2, away[i] * per_weight[classes[i]])) + middle_k
-        _nearest_in_lattice(u, lattice, found)
-        for k in range(K):
-            row, f, middle_k, size = u[k], found[k], middle[k], lattice.box[k]
+                offset[k, i] = points[k, first + i] - centre[k]
+        _classes_of(offset[:, :count], reaches, classes)
+        for k in range(2):
             for i in range(count):
-                inside[i] &= (f[i] >= 0.0) & (f[i] < size)
-                # By how much what was found is nearer to u than the centroid, squared distances.
-                nearer[i] += (f[i] - middle_k) * (2.0 * row[i] - f[i] - middle_k)
+                u[k, i] = max(-half, min(half, offset[k, i] * per_weight[classes[i]])) + middle[k]
+        _nearest_in_lattice(u[:, :count], lattice, found)
         for i in range(count):
-            if nearer[i] > 0.0 and not inside[i]:
-                for k in range(K):
-                    point[k] = u[k, i]
-                inside[i] = _nearest_in_box(point, middle, lattice)
-                for k in range(K):
-                    found[k, i] = point[k]
-            index = np.int64(0)
-            if nearer[i] > 0.0 and inside[i]:
-                index = np.int64(found[0, i]) + 1
-            else:
-                for k in range(K):
-                    found[k, i] = middle[k]
-            indices[first + i] = index + (U + 1) * classes[i]
-        for k in range(K):
-            away, f, middle_k = offset[k], found[k], middle[k]
+            x, y = found[0, i], found[1, i]
+            # By how much what was found is nearer to u than the centroid, squared distances.
+            nearer = (x - middle[0]) * (2.0 * u[0, i] - x - middle[0]) + (y - middle[1]) * (2.0 * u[1, i] - y - middle[1])
+            hit = nearer > 0.0
+            if hit and not (0.0 <= x < lattice.box[0] and 0.0 <= y < lattice.box[1]):
+                hit, found[0, i], found[1, i] = _nearest_in_box(u[0, i], u[1, i], middle, lattice)
+            if not hit:
+                found[0, i], found[1, i] = middle[0], middle[1]
+            indices[first + i] = (np.int64(found[0, i]) + 1 if hit else 0) + (U + 1) * classes[i]
+        for k in range(2):
             for i in range(count):
-                error = abs(away[i] - per_unit[classes[i]] * (f[i] - middle_k))
+                error = abs(offset[k, i] - per_unit[classes[i]] * (found[k, i] - middle[k]))
                 absolute[i] += error
                 squared[i] += error * error
     return absolute.sum(), squared.sum()
 
 
 @njit(nogil=True, cache=True)
-def _classes_of(offset: np.ndarray, reaches: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
+def _classes_of(offset: np.ndarray, reaches: np.ndarray, classes: np.ndarray) -> None:  # pragma: no cover  (compiled)
     """The class of every vector: 0 inside the cube, else the first whose reach is no less than its distance."""
     M = len(reaches) - 1
     half, spread = reaches[0], reaches[M] - reaches[0]
-    widest, distance = np.zeros(offset.shape[1]), np.zeros(offset.shape[1])
-    for k in range(len(offset)):
-        away = offset[k]
-        for i in range(len(away)):
-            widest[i] = max(widest[i], abs(away[i]))
-            distance[i] += away[i] * away[i]
-    classes = np.zeros(offset.shape[1], np.int64)
     per_class = M / spread if spread > 0 else 0.0
-    for i in range(len(classes)):
-        steps = np.ceil((math.sqrt(distance[i]) - half) * per_class)
+    for i in range(offset.shape[1]):
+        x, y = offset[0, i], offset[1, i]
+        steps = np.ceil((math.sqrt(x * x + y * y) - half) * per_class)
         outside = min(np.float64(M), max(1.0, steps))
-        classes[i] = np.int64(outside if widest[i] > half else 0.0) if M > 0 else 0
-    return classes
+        classes[i] = np.int64(outside if max(abs(x), abs(y)) > half else 0.0) if M > 0 else 0
 
 
 @njit(nogil=True, cache=True)
-def _nearest_in_lattice(  # pragma: no cover  (compiled)
-    u: np.ndarray, lattice: Lattice, found: np.ndarray
-) -> None:
-    """The lattice point nearest to every u, whether in the box or not: Babai's plane by plane, then his cell's rivals."""
-    K, count = u.shape
-    rho, x = np.zeros((K, count)), np.empty((K, count))
-    for level in range(K - 1, -1, -1):
-        coefficient, rounded = rho[level], x[level]
-        for k in range(K):
-            _add_times(coefficient, lattice.dual[level, k], u[k])
-        for above in range(level + 1, K):
-            _add_times(coefficient, -lattice.mu[above, level], x[above])
-        for i in range(count):
-            rounded[i] = np.rint(coefficient[i])
-            coefficient[i] -= rounded[i]
-    gain, nearer, rival = np.zeros(count), np.empty(count), np.zeros(count, np.int64)
-    for r in range(1, len(lattice.cost)):
-        nearer[:] = -lattice.cost[r]
-        for k in range(K):
-            _add_times(nearer, lattice.slope[r, k], rho[k])
-        for i in range(count):
-            rival[i] = r if nearer[i] > gain[i] else rival[i]
-            gain[i] = max(gain[i], nearer[i])
-    for k in range(K):
-        coordinate = found[k]
-        for i in range(count):
-            coordinate[i] = lattice.rivals[rival[i], k]
-        for level in range(K):
-            _add_times(coordinate, lattice.basis[level, k], x[level])
-
-
-@njit(nogil=True, cache=True, inline="always")
-def _add_times(target: np.ndarray, factor: float, values: np.ndarray) -> None:  # pragma: no cover  (compiled)
-    """Add `factor` times `values` to the first places of `target`, which is no shorter."""
-    for i in range(len(values)):
-        target[i] += factor * values[i]
+def _nearest_in_lattice(u: np.ndarray, lattice: Lattice, found: np.ndarray) -> None:  # pragma: no cover  (compiled)
+    """The lattice point nearest to every u, whether in the box or not: the nearer one of those on the two lines beside u."""
+    basis, dual, mu, (along, across) = lattice.basis, lattice.dual, lattice.mu, lattice.norm
+    for i in range(u.shape[1]):
+        x = u[0, i] * dual[0, 0] + u[1, i] * dual[0, 1]
+        y = u[0, i] * dual[1, 0] + u[1, i] * dual[1, 1]
+        line = np.rint(y)
+        other = line + (1.0 if y > line else -1.0)
+        place, its = np.rint(x - mu * line), np.rint(x - mu * other)
+        distance = (y - line) ** 2 * across + (x - mu * line - place) ** 2 * along
+        its_distance = (y - other) ** 2 * across + (x - mu * other - its) ** 2 * along
+        place, line = (its, other) if its_distance < distance else (place, line)
+        found[0, i] = place * basis[0, 0] + line * basis[1, 0]
+        found[1, i] = place * basis[0, 1] + line * basis[1, 1]
 
 
 @njit(nogil=True, cache=True)
 def _nearest_in_box(  # pragma: no cover  (compiled)
-    point: np.ndarray, middle: np.ndarray, lattice: Lattice
-) -> bool:
-    """Put the point of the box nearest to `point` in its place; False if none is nearer than the centroid, `middle`.
+    ux: float, uy: float, middle: np.ndarray, lattice: Lattice
+) -> tuple[bool, float, float]:
+    """Whether a point of the box is nearer to u than the centroid, `middle`, and the nearest one.
 
     The lines of the lattice in order of their distance, as long as one can hold a nearer point than the one found.
     """
-    last = len(point) - 1
-    best, hit = ((point - middle) ** 2).sum(), False
-    y = np.array([(point * lattice.dual[0]).sum(), (point * lattice.dual[last]).sum()])
-    line = np.rint(y[1]) if last else 0.0
-    turn = 1.0 if y[1] >= line else -1.0
-    while True:
-        away = (y[1] - line) ** 2 * lattice.norm[1] if last else 0.0
-        if not away < best:
-            return hit
-        centre = y[0] - line * lattice.mu[1, 0] if last else y[0]
-        x = _into_box(np.rint(centre), line, lattice)
-        distance = away + (centre - x) ** 2 * lattice.norm[0]
+    basis, dual = lattice.basis, lattice.dual
+    best, hit, at_x, at_y = (ux - middle[0]) ** 2 + (uy - middle[1]) ** 2, False, 0.0, 0.0
+    x, y = ux * dual[0, 0] + uy * dual[0, 1], ux * dual[1, 0] + uy * dual[1, 1]
+    line = np.rint(y)
+    turn = 1.0 if y >= line else -1.0
+    while (y - line) ** 2 * lattice.norm[1] < best:
+        centre = x - line * lattice.mu
+        place = _into_box(np.rint(centre), line, lattice)
+        distance = (y - line) ** 2 * lattice.norm[1] + (centre - place) ** 2 * lattice.norm[0]
         if distance < best:  # infinite or NaN if the line has no point in the box
             best, hit = distance, True
-            for k in range(len(point)):
-                point[k] = x * lattice.basis[0, k] + line * lattice.basis[last, k]
-        if not last:
-            return hit
+            at_x, at_y = place * basis[0, 0] + line * basis[1, 0], place * basis[0, 1] + line * basis[1, 1]
         line += turn
         turn = -turn - (1.0 if turn > 0 else -1.0)
+    return hit, at_x, at_y
 
 
 @njit(nogil=True, cache=True)
 def _into_box(x: float, line: float, lattice: Lattice) -> float:  # pragma: no cover  (compiled)
     """The coefficient of the first basis vector nearest to x, on this line, inside the box; infinite if there is none."""
     low, high = -math.inf, math.inf
-    for k in range(len(lattice.box)):
-        step, start = lattice.basis[0, k], line * lattice.basis[-1, k]
+    for k in range(2):
+        step, start = lattice.basis[0, k], line * lattice.basis[1, k]
         if step == 0:
             if start < 0 or start >= lattice.box[k]:
                 return math.inf

@@ -40,6 +40,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -47,8 +48,8 @@ import torch
 
 from ..errors import BadArtifact, BadInput
 from ..planes import Packed, Plane, power_of_two_exponent, times_power_of_two
-from .base import InputStatistics, Layer, Stage, register
-from .codebook import Codebook
+from .base import InputStatistics, Layer, Layout, Stage, register
+from .codebook import in_blocks
 from .gpu_search import CPU
 from .kmeans import kmeans
 from .propagation import add_product, gather, product, scatter, sweep_block, unit_factor
@@ -62,13 +63,12 @@ ENOUGH = 1e-3  # the least share by which a round of refinement lowers the cost
 HALF_MAX = 65504.0
 
 Books = list[list[np.ndarray]]  # of a segment: [main, residual?] of [parts] of float32[k, v / parts]
-Layout = dict[str, tuple[str, tuple[int, ...]]]
 LEVELS = ("", "residual_")  # what the names of a codebook's planes begin with
 
 
 class Segment(NamedTuple):
     """Columns that share codebooks.  first, last: their places in the order of processing.  sizes: centroids of each
-    codebook, main and residual.  plane: what the names of its planes begin with; index: its place in these planes."""
+    codebook, main and residual.  plane: what the names of its planes begin with; group: its place in these planes."""
 
     first: int
     last: int
@@ -84,8 +84,8 @@ class Problem:
     """A layer to be encoded: its columns in the order of processing, times 2**exponent.
 
     weight: float32[in, padded rows], transposed, less the columns' means, filled up with rows of zeros.  rows: the true
-    number of rows.  hessian: float32[in, in], damped.  importance: float64[in], its diagonal before.  scale: float32[in],
-    what centroids are multiplied by.  mean: float32[in].  order: int64[in], the original place of each column.
+    number of rows.  hessian: float32[in, in], damped.  scale: float32[in], what centroids are multiplied by.  mean:
+    float32[in].  order: int64[in], the original place of each column.
     """
 
     weight: np.ndarray
@@ -112,6 +112,10 @@ class Codes:
     indices: list[list[np.ndarray]]
     error: np.ndarray
     target: np.ndarray
+
+    def left(self, problem: Problem) -> np.ndarray:
+        """What is left of the targets for a second codebook: float32[in, padded rows]."""
+        return np.asarray(self.target - (problem.weight - self.error))
 
 
 @register
@@ -163,14 +167,12 @@ class Vptq(Stage):
             ("groups", self.groups, 1, 64),
             ("refine", self.refine, 0, 1000),
         ):
-            if not low <= value <= high:
+            if not low <= value <= high:  # v, k and residual may be those that bits stand for
                 raise BadInput(f"vptq: {what}={value}; expected {low} to {high}")
         if v % self.parts:
             raise BadInput(f"vptq: parts={self.parts} does not divide v={v}")
-        if not 0 <= self.outliers <= 0.5:
-            raise BadInput(f"vptq: outliers={self.outliers}; expected a share from 0 to 0.5")
-        if not 1e-6 <= self.damping <= 10:
-            raise BadInput(f"vptq: damping={self.damping}; expected 1e-6 to 10")
+        self._expect(0 <= self.outliers <= 0.5, "outliers", "a share from 0 to 0.5")
+        self._expect(1e-6 <= self.damping <= 10, "damping", "1e-6 to 10")
 
     @property
     def needs_statistics(self) -> bool:
@@ -197,25 +199,23 @@ class Vptq(Stage):
             enough = max(2, 1 << (count * math.ceil(rows / v) - 1).bit_length())
             return tuple(k if self.shared else min(k, enough) for k in wanted if k)
 
-        widest = max(b - a for a, b in zip(ends, ends[1:], strict=False))
+        widest = max(b - a for a, b in pairwise(ends))
         main = sizes(widest, v, k, residual)
-        found = [Segment(a, b, v, self.parts, main, "", g) for g, (a, b) in enumerate(zip(ends, ends[1:], strict=False))]
+        found = [Segment(a, b, v, self.parts, main, "", g) for g, (a, b) in enumerate(pairwise(ends))]
         if outliers:
-            found.insert(
-                0, Segment(0, outliers, self.outlier_v, 1, sizes(outliers, self.outlier_v, self.outlier_k), "outlier_", 0)
-            )
+            of_outliers = sizes(outliers, self.outlier_v, self.outlier_k)
+            found.insert(0, Segment(0, outliers, self.outlier_v, 1, of_outliers, "outlier_", 0))
         return found
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         planes: Layout = {}
         segments = self.segments(shape)
-        for plane, members in _by_plane(segments):
+        for plane, level, members in _stored(segments):
             head = segments[members[0]]
             columns = sum(segments[i].last - segments[i].first for i in members)
-            for name, k in zip(LEVELS, head.sizes, strict=False):
-                chunks = math.ceil(shape[0] / head.v)
-                planes[f"{plane}{name}indices"] = (f"uint{(k - 1).bit_length()}", (head.parts, chunks, columns))
+            width = (head.sizes[level] - 1).bit_length()
+            planes[f"{plane}indices"] = (f"uint{width}", (head.parts, math.ceil(shape[0] / head.v), columns))
         if not self.shared:
             planes.update(_books_layout(segments))
         if self._has_classes(segments):
@@ -246,14 +246,14 @@ class Vptq(Stage):
         shape, device = (weight.shape[0], weight.shape[1]), weight.device
         problem, segments = self._prepare(weight, stats), self.segments(shape)
         factor = _factor(problem)
-        books = [[self._train([_vectors(problem, s, problem.weight)], s, 0, seed, device)] for s in segments]
-        codes = _sweep(problem, segments, books, factor)
-        if len(segments[-1].sizes) > 1:
-            left = codes.target - (problem.weight - codes.error)
+        books: Books = [[] for _ in segments]
+        left = problem.weight
+        for level in range(len(segments[-1].sizes)):
             for s, book in zip(segments, books, strict=True):
-                if len(s.sizes) > 1:
-                    book.append(self._train([_vectors(problem, s, left)], s, 1, seed, device))
+                if level < len(s.sizes):
+                    book.append(self._train([_vectors(problem, s, left)], s, level, seed, device))
             codes = _sweep(problem, segments, books, factor)
+            left = codes.left(problem)
         return self._pack(shape, segments, *self._refine(problem, segments, books, codes))
 
     def _encode_shared(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int, shared: Packed) -> Packed:
@@ -273,8 +273,7 @@ class Vptq(Stage):
             mine = self.segments((problem.rows, len(problem.weight)))
             source = problem.weight
             if level:
-                codes = _sweep(problem, mine, books[len(books) - len(mine) :], _factor(problem))
-                source = codes.target - (problem.weight - codes.error)
+                source = _sweep(problem, mine, books[len(books) - len(mine) :], _factor(problem)).left(problem)
             most = [max(1, SAMPLE * s.sizes[0] // len(layers)) for s in mine]
             return {
                 (s.plane, s.group): _thinned(*_vectors(problem, s, source), n, seed) for s, n in zip(mine, most, strict=True)
@@ -285,8 +284,10 @@ class Vptq(Stage):
                 found = list(pool.map(partial(sample, level=level), layers))
             for s, book in zip(segments, books, strict=True):
                 sets = [vectors[s.plane, s.group] for vectors in found if (s.plane, s.group) in vectors]
+                if not sets:  # of outliers or groups that no layer is wide enough to have
+                    sets = [(np.zeros((s.parts, 1, s.v // s.parts), np.float32), np.ones(1))]
                 if level < len(s.sizes):
-                    book.append(self._train(sets or [_no_vectors(s)], s, level, seed, device))
+                    book.append(self._train(sets, s, level, seed, device))
         return Packed((1, 1), tuple(_book_planes(segments, books)))
 
     def _prepare(self, weight: torch.Tensor, stats: InputStatistics | None) -> Problem:
@@ -336,14 +337,13 @@ class Vptq(Stage):
         k = segment.sizes[level]
         vectors, weights = np.concatenate([v for v, _ in sets], 1), np.concatenate([w for _, w in sets])
         vectors, weights = _thinned(vectors, weights, SAMPLE * k, seed)
-        book = np.empty((segment.parts, k, segment.v // segment.parts), np.float32)
-        for part in range(segment.parts):
-            mass = weights if self.weighted else None
-            threads = (os.cpu_count() or 1) if self.shared else 1
-            book[part] = kmeans(
-                vectors[part], k, mass, seed=seed, iterations=ITERATIONS, tolerance=1e-3, threads=threads, device=device
-            ).centroids
-        return _half(book)
+        mass = weights if self.weighted else None
+        threads = (os.cpu_count() or 1) if self.shared else 1
+        found = (
+            kmeans(part, k, mass, seed=seed, iterations=ITERATIONS, tolerance=1e-3, threads=threads, device=device)
+            for part in vectors
+        )
+        return _half(np.stack([clusters.centroids for clusters in found]))
 
     def _refine(self, problem: Problem, segments: list[Segment], books: Books, codes: Codes) -> tuple[Problem, Books, Codes]:
         """Nearest centroids, and least-squares centroids and scales, by turns until the cost stops falling."""
@@ -375,10 +375,9 @@ class Vptq(Stage):
         """The planes of `layout`; columns in their original order within a segment."""
         tensors: dict[str, np.ndarray] = {}
         ranks = [np.argsort(problem.order[s.first : s.last]) for s in segments]
-        for plane, members in _by_plane(segments):
-            for level in range(len(segments[members[0]].sizes)):
-                columns = np.concatenate([codes.indices[i][level][ranks[i]] for i in members])
-                tensors[f"{plane}{LEVELS[level]}indices"] = columns.transpose(1, 2, 0)
+        for plane, level, members in _stored(segments):
+            columns = np.concatenate([codes.indices[i][level][ranks[i]] for i in members])
+            tensors[f"{plane}indices"] = columns.transpose(1, 2, 0)
         if not self.shared:
             tensors.update((p.name, p.values.numpy()) for p in _book_planes(segments, books))
         classes = np.empty(shape[1], np.int32)
@@ -397,7 +396,7 @@ class Vptq(Stage):
         rows = packed.shape[0]
         segments = self.segments(packed.shape)
         found, pieces = self.columns(packed, segments), []
-        starts = {plane: 0 for plane, _ in _by_plane(segments)}
+        starts = {s.plane: 0 for s in segments}
         for s, mine in zip(segments, found, strict=True):
             first, last = starts[s.plane], starts[s.plane] + len(mine)
             starts[s.plane] = last
@@ -454,12 +453,14 @@ def paper_bits(
     return index + codebook * len(shapes) / sum(rows * columns for rows, columns in shapes)
 
 
-def _by_plane(segments: list[Segment]) -> list[tuple[str, list[int]]]:
-    """The segments whose indices and codebooks are stored together: of the groups, and of the outliers."""
-    planes: dict[str, list[int]] = {}
-    for i, segment in sorted(enumerate(segments), key=lambda pair: pair[1].plane):
-        planes.setdefault(segment.plane, []).append(i)
-    return list(planes.items())
+def _stored(segments: list[Segment]) -> list[tuple[str, int, list[int]]]:
+    """What is stored together, of the groups, then of the outliers: what the names of its planes begin with, the level of
+    its codebooks, and the places of its segments."""
+    found = []
+    for plane in sorted({segment.plane for segment in segments}):
+        members = [i for i, segment in enumerate(segments) if segment.plane == plane]
+        found += [(plane + LEVELS[level], level, members) for level in range(len(segments[members[0]].sizes))]
+    return found
 
 
 def _class(segment: Segment, segments: list[Segment]) -> int:
@@ -468,19 +469,17 @@ def _class(segment: Segment, segments: list[Segment]) -> int:
 
 def _books_layout(segments: list[Segment]) -> Layout:
     planes: Layout = {}
-    for plane, members in _by_plane(segments):
+    for plane, level, members in _stored(segments):
         head = segments[members[0]]
-        for name, k in zip(LEVELS, head.sizes, strict=False):
-            planes[f"{plane}{name}codebook"] = ("float16", (len(members), head.parts, k, head.v // head.parts))
+        planes[f"{plane}codebook"] = ("float16", (len(members), head.parts, head.sizes[level], head.v // head.parts))
     return planes
 
 
 def _book_planes(segments: list[Segment], books: Books) -> list[Plane]:
     planes = []
-    for plane, members in _by_plane(segments):
-        for level in range(len(segments[members[0]].sizes)):
-            values = np.stack([books[i][level] for i in members]).astype(np.float16)
-            planes.append(Plane(f"{plane}{LEVELS[level]}codebook", torch.from_numpy(values), "float16"))
+    for plane, level, members in _stored(segments):
+        values = np.stack([books[i][level] for i in members]).astype(np.float16)
+        planes.append(Plane(f"{plane}codebook", torch.from_numpy(values), "float16"))
     return planes
 
 
@@ -508,11 +507,6 @@ def _vectors(problem: Problem, segment: Segment, source: np.ndarray) -> tuple[np
     mass = np.diag(problem.hessian)[mine] * problem.scale[mine].astype(np.float64) ** 2
     mass = mass / mass.mean() if mass.any() else mass + 1
     return np.ascontiguousarray(vectors), np.repeat(mass, chunks)
-
-
-def _no_vectors(segment: Segment) -> tuple[np.ndarray, np.ndarray]:
-    """For outliers or groups that no layer is wide enough to have."""
-    return np.zeros((segment.parts, 1, segment.v // segment.parts), np.float32), np.ones(1)
 
 
 def _thinned(vectors: np.ndarray, weights: np.ndarray, most: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -567,9 +561,9 @@ def _sweep(
 
 def _readable(book: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The codebooks of the parts as the kernel reads them: blocks, halves and centroids."""
-    read = [Codebook.of(part) for part in book] or [Codebook.of(np.zeros((1, book.shape[2]), np.float32))]
-    blocks, halves = np.stack([b.blocks for b in read]), np.stack([b.halves for b in read])
-    return (blocks[: len(book)], halves[: len(book)], book)
+    parts = [in_blocks(part) for part in book] or [in_blocks(np.zeros((1, book.shape[2]), np.float32))]
+    blocks, halves = (np.stack(arrays)[: len(book)] for arrays in zip(*parts, strict=True))
+    return blocks, halves, book
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> float:
@@ -619,14 +613,9 @@ def _fit_books(problem: Problem, segments: list[Segment], books: Books, places: 
 
     curvature = (np.diag(problem.hessian) * problem.scale)[:, None]
     values += _least_squares(problem.hessian, error, apply, collect, np.broadcast_to(curvature, error.shape))
-    found: Books = []
-    start = 0
-    for book in books:
-        found.append([])
-        for level in book:
-            found[-1].append(_half(values[start : start + level.size].reshape(level.shape)))
-            start += level.size
-    return found
+    ends = np.cumsum([level.size for book in books for level in book])
+    parts = iter(np.split(values, ends))
+    return [[_half(next(parts).reshape(level.shape)) for level in book] for book in books]
 
 
 def _fit_scale(problem: Problem, books: Books, places: np.ndarray, error: np.ndarray) -> Problem:

@@ -56,16 +56,6 @@ class BitLinear(Student):
         self.activations, self.norm, self.stage = activations, norm, stage
         self.blend = 1.0
 
-    @property
-    def in_features(self) -> int:
-        """Inputs."""
-        return self.weight.shape[0 if self.transposed else 1]
-
-    @property
-    def out_features(self) -> int:
-        """Outputs."""
-        return self.weight.shape[1 if self.transposed else 0]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """y = x_q W_q^T + bias: float[..., in] -> float[..., out]."""
         if self.norm == "inside":
@@ -97,11 +87,7 @@ class BitLinear(Student):
         gamma = self.scale()
         codes = (self._codes(gamma) + 1).to("cpu", torch.uint8)
         codes = codes.T.contiguous() if self.transposed else codes
-        return self.stage.packed((self.out_features, self.in_features), {"codes": codes, "scale": gamma.cpu()})
-
-    def extra_repr(self) -> str:
-        """Settings, for `print(model)`."""
-        return f"{self.in_features}, {self.out_features}, activations={self.activations}, norm={self.norm}"
+        return self.stage.packed((codes.shape[0], codes.shape[1]), {"codes": codes, "scale": gamma.cpu()})
 
 
 def quantize_activations(x: torch.Tensor) -> torch.Tensor:

@@ -8,17 +8,15 @@ A gradient that stays comes out (1 + lambda) times as large, one that changes it
 what is amplified is slow.  (g + lambda (g - mu), one sign away, is the opposite filter.)
 
 Muon (Keller Jordan, "Muon: An optimizer for hidden layers in neural networks", 2024) takes momentum with Nesterov's step
-ahead, and replaces the result U S V^T by nearly U V^T, with five Newton-Schulz iterations (`newton_schulz`):
+ahead, and replaces the result U S V^T by nearly U V^T, with five Newton-Schulz iterations:
 
     m <- beta m + (1 - beta) g'        u = (1 - beta) g' + beta m
     W <- (1 - lr wd) W - lr 0.2 sqrt(max(rows, cols)) NS(u)
 
 with the scale of "Muon is Scalable for LLM Training" (arXiv 2502.16982, section 2.2, equation 4), which gives the step the
 size an AdamW step has, so that one learning rate and one weight decay serve both.  That paper writes m <- beta m + g; a
-positive factor makes no difference to NS.  torch.optim.Muon(adjust_lr_fn="match_rms_adamw") does the same step without
-the filter.
-
-AdamW (arXiv 1711.05101, algorithm 2) is torch's own function.
+positive factor makes no difference to NS.  The steps are those of torch.optim.Muon(adjust_lr_fn="match_rms_adamw") and of
+torch.optim.AdamW (arXiv 1711.05101, algorithm 2).
 
 Neither paper says in what order to clip and to filter: clip before `step()`, and so before the filter.
 """
@@ -31,12 +29,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.adamw import adamw
 
 from ..errors import BadInput
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-ITERATIONS = 5
 OPTIONS = ("lr", "momentum", "weight_decay", "betas", "eps", "alpha", "lamb")
 
 
@@ -87,7 +82,7 @@ class MuGrokfast(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            ready = []
+            twins: dict[nn.Parameter, dict[str, Any]] = {}  # in the memory of the parameters, with the filtered gradients
             for i, parameter in enumerate(group["params"]):
                 gradient = parameter.grad
                 if gradient is None:
@@ -99,9 +94,28 @@ class MuGrokfast(torch.optim.Optimizer):
                     if "ema" not in state:
                         state["ema"] = gradient.clone()
                     gradient = amplify_slow(gradient, state["ema"], group["alpha"], group["lamb"])
-                ready.append((parameter, gradient, state))
-            (_muon if group["muon"] else _adamw)(group, ready)
+                shape = (len(parameter), -1) if group["muon"] else parameter.shape
+                twin = nn.Parameter(parameter.detach().view(shape))
+                twin.grad = gradient.reshape(twin.shape)
+                twins[twin] = state
+            if twins:
+                _step(group, twins)
         return loss
+
+
+def _step(group: dict[str, Any], twins: dict[nn.Parameter, dict[str, Any]]) -> None:
+    """One step of torch's Muon or AdamW: parameters, each with its state."""
+    options: dict[str, Any] = {"lr": float(group["lr"]), "weight_decay": group["weight_decay"]}
+    if group["muon"]:
+        options |= {"momentum": group["momentum"], "adjust_lr_fn": "match_rms_adamw"}
+        torchs: torch.optim.Optimizer = torch.optim.Muon(list(twins), **options)
+    else:
+        torchs = torch.optim.AdamW(list(twins), betas=group["betas"], eps=group["eps"], **options)
+    for twin, state in twins.items():
+        torchs.state[twin] = {key: value for key, value in state.items() if key != "ema"}
+    torchs.step()
+    for twin, state in twins.items():
+        state.update(torchs.state[twin])
 
 
 def amplify_slow(gradient: torch.Tensor, ema: torch.Tensor, alpha: float, lamb: float) -> torch.Tensor:
@@ -109,31 +123,6 @@ def amplify_slow(gradient: torch.Tensor, ema: torch.Tensor, alpha: float, lamb: 
     gradient + lamb * ema.  ema: at first the first gradient."""
     ema.lerp_(gradient, 1 - alpha)
     return gradient.add(ema, alpha=lamb)
-
-
-def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
-    """Nearly U V^T of matrix = U S V^T, as bfloat16[rows, cols] (Jordan 2024).
-
-    X / |X|_F has singular values in 0..1; each of five iterations maps them through a s + b s^3 + c s^5 with
-    (a, b, c) = (3.4445, -4.7750, 2.0315), which is steep at zero and comes to rest nowhere: from 0.002 upwards they end
-    between 0.68 and 1.14.  Bfloat16 is enough for that.  The square matrices have the smaller of the two sides.
-    """
-    if matrix.dim() != 2:
-        raise BadInput(f"newton_schulz: expected a matrix, got {list(matrix.shape)}")
-    a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    x = matrix.to(torch.bfloat16)
-    x = x.mT if tall else x
-    x = x / x.norm().clamp(min=1e-7)
-    for _ in range(ITERATIONS):
-        square = x @ x.mT
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
-
-
-def muon_scale(rows: int, cols: int) -> float:
-    """0.2 sqrt(max(rows, cols)): U V^T times this has the root mean square of an AdamW step (arXiv 2502.16982, eq. 4)."""
-    return 0.2 * math.sqrt(max(rows, cols))
 
 
 def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
@@ -166,45 +155,6 @@ def parameter_groups(module: nn.Module) -> list[dict[str, Any]]:
             'parts); write the groups yourself: [{"params": [...], "muon": True}, {"params": [...], "muon": False}]'
         )
     return groups
-
-
-Ready = list[tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
-
-
-def _muon(group: dict[str, Any], ready: Ready) -> None:
-    """One step of Muon: (parameter, filtered gradient, state) each."""
-    lr, momentum = float(group["lr"]), group["momentum"]
-    for parameter, gradient, state in ready:
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(gradient)
-        buffer = state["momentum_buffer"].lerp_(gradient, 1 - momentum)
-        ahead = gradient.lerp(buffer, momentum).flatten(1)
-        parameter.mul_(1 - lr * group["weight_decay"])
-        parameter.add_(newton_schulz(ahead).reshape(parameter.shape), alpha=-lr * muon_scale(*ahead.shape))
-
-
-def _adamw(group: dict[str, Any], ready: Ready) -> None:
-    """One step of torch's AdamW: (parameter, filtered gradient, state) each."""
-    for parameter, _, state in ready:
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-    adamw(
-        [parameter for parameter, _, _ in ready],
-        [gradient for _, gradient, _ in ready],
-        [state["exp_avg"] for _, _, state in ready],
-        [state["exp_avg_sq"] for _, _, state in ready],
-        [],
-        [state["step"] for _, _, state in ready],
-        amsgrad=False,
-        maximize=False,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        lr=float(group["lr"]),
-        weight_decay=group["weight_decay"],
-        eps=group["eps"],
-    )
 
 
 def _ends(module: nn.Module) -> Iterator[nn.Module]:

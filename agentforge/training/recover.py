@@ -3,7 +3,8 @@
 The student starts as a copy of the original with other linear layers (`student`): ternary ones with straight-through
 gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes of ecsq,
 which are trained, too.  The original is the teacher: the loss is
-KL(teacher || student), averaged over all tokens, on any text; no labels are needed.
+KL(teacher || student), averaged over all tokens, on any text; no labels are needed.  If all codes stay, both run block by
+block on the CPU (`distil`): in memory are one block, what is trained, and some windows' logits.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
 that was killed continues from its last checkpoint and, on the CPU, repeats the same losses.
@@ -11,14 +12,13 @@ that was killed continues from its last checkpoint and, on the CPU, repeats the 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -30,21 +30,21 @@ from .. import digits, stages
 from ..artifact import FORMAT, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
-from ..evaluation.likelihood import relative_entropy
 from ..evaluation.texts import Text, find_text
 from ..folders import check_out, foreign, remove
 from ..models import IN_PLACE, LanguageModel, device_named, fastest_device
 from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
+from ..stages.tcq import TCQ
 from ..statistics import Calibration, first_tokens
 from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
 from ..version import __version__
 from .bitlinear import convert, set_blend
+from .distil import Pair
 from .mugrokfast import MuGrokfast, parameter_groups
-from .student import PlaneLinear, Student, layers_of, of_codes, within
+from .student import STILL, PlaneLinear, Student, layers_of, put_codes, within
 
-ROWS = 32  # of logits that the loss works on at a time
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
 
 
@@ -258,17 +258,22 @@ class _Run:
     def prepare(self, start: Artifact | None, overwrite: bool) -> None:
         """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
         settings = self.settings
-        # The model is the caller's: it stays where it is, and as it is.
-        here = next(self.model.model.parameters()).device == self.device
-        self.teacher = self.model.model if here else copy.deepcopy(self.model.model).to(self.device)
-        self.student = copy.deepcopy(self.teacher)
-        self.student.requires_grad_(False)
-        self._compress(start)
+        half = {"auto": self.device.type == "cuda" and torch.cuda.is_bf16_supported(), "bfloat16": True}
+        still, at_once = self._still(start), settings.batch // settings.passes
+        self.pair = Pair(self.model, still, self.device, at_once, settings.hidden, half.get(settings.dtype, False))
+        self.student = self.pair.student
+        if still is None:
+            self._compress(start)
         self.layers = {f"{name}.weight": layer for name, layer in layers_of(self.student, Student)}
+        self._most = self.recipe["training"].get("most_bytes", math.inf)
+        rows = [row for row in still.rows if row["stage"]] if still else []
+        gains = {row["name"]: self.layers[row["name"]].get_parameter("floats.gains") for row in rows}
+        if (size := sum(r["bytes"] + (0 if r["stage"]["gains"] else 2 * len(gains[r["name"]])) for r in rows)) > self._most:
+            raise BadInput(f"recovery: codes and gains take {size:,} bytes, {self._most:,} are allowed; start with fewer")
         self.trained = self._trainable()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        if settings.recompute and not self.model.is_classifier:
+        if settings.recompute and still is None and not self.model.is_classifier:
             # transformers renamed it in 5.2x; the older one stays for the GPU machine's version.
             name = "activation_checkpointing_enable"
             getattr(self.student, name, self.student.gradient_checkpointing_enable)()
@@ -302,18 +307,15 @@ class _Run:
         artifact = start or compress(model, stage or "", folder, overwrite=True)
         if stage is not None and artifact.manifest["recipe"]["stage"] != stage.to_json():
             raise BadInput(f"{artifact.path}: was not made with {stage}; pass the stage it was made with")
-        rows = {row["name"]: row for row in artifact.rows if row["stage"]}
-        layers, weights = dict(self.student.named_modules()), {weight.name: weight for weight in model.weights()}
-        for name in rows if stage is None else self.names:
-            packed, owner = artifact.read(rows[name]), name.removesuffix(".weight")
-            assert isinstance(packed, Packed)
-            if stage is not None:
-                student: Student = PlaneLinear(layers[owner], stage, packed)
-            elif name in weights:
-                student = of_codes(layers[owner], stages.from_json(rows[name]["stage"]), packed, weights[name].load())
-            else:
-                raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
-            self.student.set_submodule(owner, student)
+        if stage is None:
+            for name, read in put_codes(model, artifact, self.student).items():
+                self.student.get_parameter(name).data = read()
+        else:
+            rows, layers = {row["name"]: row for row in artifact.rows if row["stage"]}, dict(self.student.named_modules())
+            for name in self.names:
+                packed, owner = artifact.read(rows[name]), name.removesuffix(".weight")
+                assert isinstance(packed, Packed)
+                self.student.set_submodule(owner, PlaneLinear(layers[owner], stage, packed))
         self.student.to(self.device)
         if start is None:
             remove(folder)
@@ -326,7 +328,7 @@ class _Run:
         for name, parameter in self.student.named_parameters():
             inside = name.rpartition(".")[0].removesuffix(".floats") in layers
             beside = parameter.dim() == 1 and block_of(name) in blocks and block_of(name) != ""
-            if parameter.is_floating_point() and (inside or beside):
+            if parameter.is_floating_point() and (inside or beside) and not name.endswith(f".{STILL}"):
                 found[name] = parameter
         return found
 
@@ -343,14 +345,8 @@ class _Run:
     def train(self) -> list[dict[str, Any]]:
         """Train to the end, or until nothing gets better; leaves the best state in the student."""
         settings = self.settings
-        bar = tqdm(
-            total=settings.steps,
-            initial=self.step,
-            unit="step",
-            leave=False,
-            desc=f"recovery: {self.model.name}",
-            disable=None if self.progress else True,
-        )
+        quiet, title = None if self.progress else True, f"recovery: {self.model.name}"
+        bar = tqdm(total=settings.steps, initial=self.step, unit="step", leave=False, desc=title, disable=quiet)
         began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0.0)
         losses: list[float] = []
         with bar:
@@ -372,34 +368,17 @@ class _Run:
     def _one_step(self) -> float:
         """Forward, backward, and one step of the optimizer.  Returns the loss."""
         settings = self.settings
-        self.student.train()
         rise, fall = schedule(self.step, settings.steps, settings.warmup)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.lr * rise * fall
         set_blend(self.student, rise if settings.warmup > 0 else 1.0)
         self.optimizer.zero_grad(set_to_none=True)
-        total = 0.0
-        for part in self._batch(self.step).chunk(settings.passes):
-            with self._autocast():
-                loss = self._loss(part.to(self.device)) / settings.passes
-            loss.backward()
-            total += float(loss.detach())
+        total = self.pair.gradients(self._batch(self.step))
         if not math.isfinite(total):
             raise BadInput(f"recovery: the loss is {total} at step {self.step}; use a lower lr, or a longer warmup")
         nn.utils.clip_grad_norm_(list(self.trained.values()), settings.clip)
         self.optimizer.step()
         return total
-
-    def _loss(self, inputs: torch.Tensor) -> torch.Tensor:
-        hidden = self.settings.hidden > 0 and not self.model.is_classifier
-        with torch.no_grad():
-            theirs, their_states = _forward(self.teacher, inputs, hidden)
-        ours, our_states = _forward(self.student, inputs, hidden)
-        loss = distillation(ours, theirs)
-        for mine, other in zip(our_states, their_states, strict=True):
-            error = (mine.float() - other.float()).square().mean() / other.float().square().mean().clamp(min=1e-12)
-            loss = loss + self.settings.hidden * error / len(our_states)
-        return loss
 
     def _batch(self, step: int) -> torch.Tensor:
         """The inputs of a step: all of them in an order of its own each time round, which the seed fixes."""
@@ -414,15 +393,7 @@ class _Run:
 
     def look(self) -> Look:
         """KL and agreement on the held-out text."""
-        self.student.eval()
-        kl, same = [], []
-        with torch.no_grad():
-            for part in self.heldout.split(max(1, self.settings.batch // self.settings.passes)):
-                with self._autocast():
-                    theirs = _forward(self.teacher, part.to(self.device))[0].float().log_softmax(-1)
-                    ours = _forward(self.student, part.to(self.device))[0].float().log_softmax(-1)
-                kl.append(relative_entropy(theirs, ours).double().cpu())
-                same.append((theirs.argmax(-1) == ours.argmax(-1)).double().cpu())
+        kl, same = zip(*self.pair.beside(self.heldout), strict=True)
         values = torch.cat(kl)
         found = intervals.mean(values.reshape(len(self.heldout), -1).mean(1))
         return Look(found["value"], found["stderr"], float(torch.cat(same).mean()), values.numel())
@@ -485,9 +456,12 @@ class _Run:
         for name, parameter in self.trained.items():
             parameter.copy_(tensors[prefix + name])
 
-    def result(self) -> tuple[dict[str, Packed], dict[str, torch.Tensor]]:
+    def result(self) -> tuple[dict[str, Callable[[], Packed]], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
-        packed = within(self.layers, self.recipe["training"].get("most_bytes", math.inf))
+        made = None if self.pair.passes else within(self.layers, self._most)
+        packed: dict[str, Callable[[], Packed]] = {
+            name: partial(made.__getitem__, name) if made else layer.packed for name, layer in self.layers.items()
+        }
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()
@@ -496,56 +470,11 @@ class _Run:
         }
         return packed, kept
 
-    def _autocast(self) -> AbstractContextManager[Any]:
-        wanted = self.settings.dtype
-        if wanted == "auto":
-            wanted = "bfloat16" if self.device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
-        if wanted == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, torch.bfloat16)
-
-
-def distillation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """KL(theirs || ours) in nats, the mean over rows of logits, float[rows, classes]; differentiable in `ours` alone.
-
-    The gradient in logits is softmax(ours) - softmax(theirs).  It is found in the forward pass, a few rows at a time, so
-    that no other array of the logits' size is kept or walked through more than once.
-    """
-    loss = _Distillation.apply(ours, theirs)  # type: ignore[no-untyped-call]
-    assert isinstance(loss, torch.Tensor)
-    return loss
-
-
-class _Distillation(torch.autograd.Function):
-    """KL divergence with its gradient, in blocks of rows that stay in the processor's cache."""
-
-    @staticmethod
-    def forward(context: Any, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-        """The mean KL divergence; the gradient is kept for `backward`."""
-        gradient, total = torch.empty_like(ours), torch.zeros((), dtype=torch.float32, device=ours.device)
-        rows = ROWS if ours.device.type == "cpu" else len(ours)
-        for mine, other, out in zip(ours.split(rows), theirs.split(rows), gradient.split(rows), strict=True):
-            log_q, log_p = mine.float().log_softmax(-1), other.float().log_softmax(-1)
-            p = log_p.exp()
-            total += (p * (log_p - log_q).masked_fill_(p == 0, 0.0)).sum()
-            torch.sub(log_q.exp_(), p, out=p)
-            out.copy_(p.div_(len(ours)))
-        context.save_for_backward(gradient)
-        return total / len(ours)
-
-    @staticmethod
-    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """The gradient in our logits alone."""
-        (found,) = context.saved_tensors
-        return found * gradient, None
-
-
-def _forward(module: Any, inputs: torch.Tensor, hidden: bool = False) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-    """Logits, [rows, classes], and the hidden states if they are asked for."""
-    if inputs.is_floating_point():
-        return module(inputs), ()
-    output = module(input_ids=inputs, use_cache=False, output_hidden_states=hidden)
-    return output.logits.flatten(0, 1), tuple(output.hidden_states[1:]) if hidden else ()
+    def _still(self, start: Artifact | None) -> Artifact | None:
+        """The artifact to start with, if its codes stay and the models need not be in memory."""
+        named = {row["stage"]["stage"] for row in start.rows if row["stage"]} if start and self.stage is None else None
+        here = self.model.in_blocks or next(self.model.model.parameters()).device == self.device
+        return start if named == {TCQ.name} and here and self.device.type == "cpu" and not self.model.is_classifier else None
 
 
 def _data(model: LanguageModel, calibration: Calibration, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:

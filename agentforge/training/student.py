@@ -1,27 +1,33 @@
 """Student layers: what a compressed linear layer becomes while it is trained.
 
 A `Student` computes in its forward pass with what `packed` would store of it, so that what is trained is what is loaded
-back from disk.  There are three: `bitlinear.BitLinear` trains the weights themselves, straight through their rounding;
-`PlaneLinear` the float planes of a stage, while its integers stay; `CodeLinear` the codes of entropy-coded quantisation.
+back from disk.  There are four: `bitlinear.BitLinear` trains the weights themselves, straight through their rounding;
+`PlaneLinear` the float planes of a stage, while its integers stay; `GainLinear` those of codes along a trellis, which need
+not be in memory; `CodeLinear` the codes of entropy-coded quantisation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
 
+from .. import stages
+from ..artifact import Artifact
 from ..bits import unzigzag, zigzag
 from ..errors import BadInput
-from ..planes import FLOAT32_MAX, Packed
+from ..models import LanguageModel, absent
+from ..planes import FLOAT32_MAX, Packed, Plane
 from ..stages import Stage
 from ..stages.ecsq import ECSQ, LARGEST, factors
 from ..stages.tcq import TCQ
 
+STILL = "still"  # the name of `GainLinear.still`
 SPAN = 5.0  # steps in a unit of the latent parameter: one learning rate serves codes, gains and norms
 # Of a step, between a latent value and the border of its code at the start.  The fitted codes make up for each other's
 # errors: with a small margin, noise in the first steps of training turns over the codes at the border and undoes that.  With
@@ -104,42 +110,100 @@ class PlaneLinear(Student):
     store scales in units that suit half floats, a thousand times those of the weights; one learning rate has to serve all.)
     """
 
+    read: Callable[[], Packed]
+
     def __init__(self, layer: nn.Module, stage: Stage, packed: Packed) -> None:
         super().__init__()
         if packed.shared is not None:
             raise BadInput(f"recovery: {stage} shares its codebooks between layers; train with shared=false")
-        self.stage, self.planes = stage, packed
+        self.stage, self.read = stage, lambda: packed
         self.bias = getattr(layer, "bias", None)
         planes = packed.floats
+        self.dtypes = {name: packed[name].dtype for name in planes}
         # A power of two, so that what is not trained comes back to the last bit.
         self.unit = {name: 2.0 ** round(math.log2(max(float(v.square().mean()), 1e-30)) / 2) for name, v in planes.items()}
         self.floats = nn.ParameterDict({name: nn.Parameter(v / self.unit[name]) for name, v in planes.items()})
 
     weight = property(lambda self: self.dense())  # for modules that read it instead of calling the layer
 
+    def values(self) -> dict[str, torch.Tensor]:
+        """The float planes as they would be stored, straight through."""
+        now = {name: self.floats[name] * unit for name, unit in self.unit.items()}
+        return {name: straight_through(v, v.detach().to(self.dtypes[name]).float()) for name, v in now.items()}
+
     def dense(self) -> torch.Tensor:
         """The weight, as a function of the floats."""
-        floats = {}
-        for name, unit in self.unit.items():
-            value = self.floats[name] * unit
-            floats[name] = straight_through(value, value.detach().to(self.planes[name].dtype).float())
-        return self.stage.dense(self.planes, floats)
+        return self.stage.dense(self.read(), self.values())
 
     def packed(self, shrink: float = 1.0) -> Packed:
         """The planes with the floats as they are now."""
-        planes = {plane.name: plane.values for plane in self.planes}
-        for name, unit in self.unit.items():
-            planes[name] = (self.floats[name].detach().cpu() * unit).to(planes[name].dtype)
-        return self.stage.packed(self.planes.shape, planes)
+        now = {name: v.detach().cpu().to(self.dtypes[name]) for name, v in self.values().items()}
+        packed = self.read()  # planes that are handed on as they are need not be coded again
+        planes = (Plane(p.name, now[p.name], p.coding) if p.name in now else p for p in packed)
+        return Packed(packed.shape, tuple(planes))
 
 
-def of_codes(layer: nn.Module, stage: Stage, packed: Packed, weight: torch.Tensor) -> Student:
-    """The student of entropy-coded multiples of steps and their weight, float[out, in].  Codes along a trellis stay."""
-    if not isinstance(stage, TCQ):
-        return CodeLinear(layer, stage, packed, weight)
-    ones = {"gains": torch.ones(packed.shape[0], dtype=torch.float16)}
-    stage = replace(stage, gains=True)
-    return PlaneLinear(layer, stage, stage.packed(packed.shape, ones | {plane.name: plane.values for plane in packed}))
+class GainLinear(PlaneLinear):
+    """A linear layer made from `layer` (nn.Linear or Conv1D), whose codes along a trellis stay and need not be in memory.
+
+    y_r = gain_r * step * (still x)_r + bias_r: as outputs are multiplied, and not weights, no gradient of a matrix is
+    computed, which is a third of all products.
+
+    read: gives the planes, each time.  still: the multiples of the step, float32[out, in]; absent until somebody puts
+    `multiples()` there.
+    """
+
+    stage: TCQ
+
+    def __init__(self, layer: nn.Module, stage: TCQ, read: Callable[[], Packed]) -> None:
+        def planes() -> Packed:
+            found = read()
+            ones = torch.ones(found.shape[0], dtype=torch.float16)
+            return found if stage.gains else Packed(found.shape, (*found, Plane("gains", ones, "float16")))
+
+        first = planes()
+        super().__init__(layer, replace(stage, gains=True), first)
+        self.read = planes
+        self.still = nn.Parameter(absent(first.shape), requires_grad=False)
+
+    def multiples(self) -> torch.Tensor:
+        """What `still` is to hold."""
+        return replace(self.stage, gains=False).dense(self.read(), {"step": torch.tensor([self.unit["step"]])})
+
+    def factors(self) -> torch.Tensor:
+        """What the rows of `still` are multiplied by, float32[out], as a function of the floats."""
+        found: torch.Tensor = self.values()["gains"] * self.floats["step"]
+        return found
+
+    def dense(self) -> torch.Tensor:
+        """The weight, as a function of the floats."""
+        return self.still * self.factors()[:, None]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """y = x W^T + bias: float[..., in] -> float[..., out]."""
+        y = nn.functional.linear(x, self.still)
+        scaled = y * self.factors()
+        return (scaled if self.bias is None else scaled + self.bias).to(y.dtype)
+
+
+def put_codes(model: LanguageModel, artifact: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    """Put students in the place of the layers of `module` that the artifact encodes: `GainLinear` if their codes stay, else
+    `CodeLinear`.  Gives what is to be put into each absent parameter, by its name.
+
+    Raises BadInput if another weight than one of a linear layer is encoded, or by another stage.
+    """
+    layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
+    for row in artifact.rows:
+        if row["stage"]:
+            name, owner, stage = row["name"], row["name"].removesuffix(".weight"), stages.from_json(row["stage"])
+            if name not in weights:
+                raise BadInput(f"{artifact.path}: {name} is encoded; codes are trained in linear layers alone")
+            layer, read = layers[owner], cast(Callable[[], Packed], partial(artifact.read, row))
+            if isinstance(stage, TCQ):
+                module.set_submodule(owner, GainLinear(layer, stage, read))
+            else:
+                module.set_submodule(owner, CodeLinear(layer, stage, read(), weights[name].load()))
+    return {f"{name}.{STILL}": layer.multiples for name, layer in layers_of(module, GainLinear)}
 
 
 class CodeLinear(Student):

@@ -27,7 +27,6 @@ from agentforge.audit.workshop import Workshop
 from agentforge.chain import Condition
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement, intervals
-from agentforge.evaluation.rate_distortion import gaussian
 from agentforge.models import quiet_transformers
 from agentforge.opening import load, open_model
 from agentforge.stages.seedlm_search import TAPS, lfsr
@@ -36,7 +35,7 @@ from agentforge.stages.vptq import paper_bits
 from agentforge.statistics import Calibration, InputStatistics, collect, first_tokens
 from agentforge.training import mugrokfast
 from agentforge.training.bitlinear import quantize_activations
-from agentforge.training.mugrokfast import MuGrokfast, muon_scale, newton_schulz
+from agentforge.training.mugrokfast import MuGrokfast
 from agentforge.training.phase import size_of
 
 from .documented import Coder, Shape, coder_of
@@ -88,6 +87,11 @@ def size_target(workshop: Workshop, parameters: Count) -> Measurement:
 
 
 # Weights: the sampled matrices, or Gaussian ones
+
+
+def gaussian(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Independent weights of the unit Gaussian: float32[rows, columns]."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal((rows, columns), dtype=np.float32))
 
 
 def _weights(
@@ -586,12 +590,21 @@ def filter_gain(
     return workshop.exact(value, "x", steps, "gain of a filter", filter=filter, signal=signal, alpha=0.98, lamb=2.0)
 
 
+def _muons_step(gradient: torch.Tensor) -> torch.Tensor:
+    """What MuGrokfast's Muon makes of a gradient at a learning rate of 1, without filter and decay, float64[rows, columns]:
+    0.2 sqrt(max(rows, columns)) times the result of Newton-Schulz."""
+    weight = nn.Parameter(torch.zeros_like(gradient))
+    weight.grad = gradient
+    MuGrokfast([{"params": [weight], "muon": True}], lr=1.0, momentum=0.0, weight_decay=0.0, lamb=0.0).step()
+    return -weight.detach().double()
+
+
 @probe("share of singular values")
 def singular_values(workshop: Workshop, low: float, high: float) -> Measurement:
     """Share of singular values within low..high after Newton-Schulz, on 128 x 256 Gaussian matrices."""
     pairs = []
     for weight, _ in _weights(workshop, "gaussian", 128):
-        found = torch.linalg.svdvals(newton_schulz(weight).double())
+        found = torch.linalg.svdvals(_muons_step(weight)) / (0.2 * math.sqrt(max(weight.shape)))
         pairs.append((float(((found >= low) & (found <= high)).sum()), float(len(found))))
     n = int(sum(count for _, count in pairs))
     return _over(workshop, pairs, "share of singular values", n, "gaussian", "singular values", low=low, high=high)
@@ -600,7 +613,7 @@ def singular_values(workshop: Workshop, low: float, high: float) -> Measurement:
 @probe("root mean square")
 def step_size(workshop: Workshop, rows: Count, columns: Count) -> Measurement:
     """Root mean square of Muon's scaled step, at a learning rate of 1, from Gaussian gradients."""
-    steps = [muon_scale(rows, columns) * newton_schulz(w).double() for w, _ in _weights(workshop, "gaussian", rows, columns)]
+    steps = [_muons_step(weight) for weight, _ in _weights(workshop, "gaussian", rows, columns)]
     pairs = [(math.sqrt(_squares(step) / step.numel()), 1.0) for step in steps]
     return _over(workshop, pairs, "root mean square", rows * columns * len(pairs), "gaussian", "size of a step")
 

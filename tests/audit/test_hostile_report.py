@@ -81,7 +81,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     record["figures"] = {"x": HOSTILE}
     one["measured"]["protocol"] |= {HOSTILE: [HOSTILE]}
     write_json(path, record)
-    report._execute("hostile", folder, {"report": "hostile", "record_path": str(path)}, progress=False)
+    report._execute("hostile", folder, {"report": "hostile", "record_path": str(path)})
     report.render(folder, "hostile")
     return folder
 

@@ -21,12 +21,12 @@ from agentforge.audit.probes import PROBES
 from agentforge.audit.workshop import Effort, Workshop
 from agentforge.errors import BadInput
 from agentforge.evaluation import texts
-from agentforge.evaluation.rate_distortion import gaussian
 from agentforge.stages import seedlm_search
 from agentforge.statistics import Calibration, collect
 from agentforge.training.recover import Look, Recovered
 from reports.claims_vs_measurements import paper
 from reports.claims_vs_measurements.documented import DOCUMENTED, coder_of
+from reports.claims_vs_measurements.paper import gaussian
 from reports.phase4_bitnet import training
 
 QUICK = Effort("quick", 255, 1, 2)

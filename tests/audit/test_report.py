@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import math
 import re
 import signal
@@ -202,7 +201,7 @@ def test_ratio_and_bits_against_the_files(workshop: probes.Workshop) -> None:
     planes = sum(-(-w.shape[0] * w.shape[1] // 5) + 4 for w in workshop.model.weights())
     assert probes.bits_per_weight(workshop, "ternary:rule=absmean").value == pytest.approx(8 * planes / count)
     with pytest.raises(BadInput, match="whole model"):
-        probes.ratio(workshop, "ternary:rule=absmean", "half of it", 32)
+        probes.run(workshop, "ratio", {"stage": "ternary:rule=absmean", "of": "half of it", "bits": 32})
 
 
 def test_exact_probes_on_ternary_weights(workshop: probes.Workshop) -> None:
@@ -250,7 +249,7 @@ def test_progress_is_coloured_on_a_terminal_only_and_never_silent(monkeypatch: p
         ended = threading.Event()
         waiting = threading.Thread(target=progress.wait, args=(ended,))
         for text in ("Executing Cell 2---", "[1/2] refuted: First [bold]: 2 x (about 30 s left)\nnoise\n[now] Second\n"):
-            progress.emit(logging.LogRecord("papermill", logging.INFO, "", 0, text, None, None))
+            progress.write(text)
         waiting.start()
         time.sleep(2.5)
         ended.set()

@@ -104,7 +104,6 @@ def test_the_page_is_what_the_journal_has(made: Path, draw: Draw) -> None:
     assert list(table["bytes"]) == [f"{row['measured']['bytes']['value']:,}" for row in (fine, coarse)]
     assert list(table["decision"]) == ["accepted", "rejected"]
     assert "KL, nats/token" not in table  # a classifier has none
-    assert {m.label: m.value for m in page.metric}["bytes"] == f"{fine['measured']['bytes']['value']:,}"
     assert page.code[0].value == "first\n<b>last</b>"
     (chart,) = page.get("vega_lite_chart")
     spec = json.loads(chart.proto.spec)

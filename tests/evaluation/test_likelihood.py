@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -456,13 +455,6 @@ def test_the_bar_is_silent_when_asked(tiny: LanguageModel, monkeypatch: pytest.M
     agentforge.perplexity(tiny, text_of(50), context=16, progress=progress)
     agentforge.divergence(tiny, tiny, text_of(50), context=16, progress=progress)
     assert seen == [None if progress else True] * 2
-
-
-@pytest.mark.slow
-def test_the_known_perplexity_of_smollm2(smollm2: LanguageModel, beginning: Callable[[int], Text]) -> None:
-    found = agentforge.perplexity(smollm2, beginning(10 * 2048), context=2048)
-    assert found.value == pytest.approx(19.92, abs=0.02)
-    assert found.n == 20470
 
 
 def text_of_exactly(model: LanguageModel, count: int) -> Text:

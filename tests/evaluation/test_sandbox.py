@@ -37,7 +37,7 @@ def told(body: str) -> str:
 
 @confined
 def test_right_answers_pass_and_wrong_ones_do_not() -> None:
-    assert Verdict(True, "passed", "", "") == TRIAL
+    assert Verdict(True, "passed", "") == TRIAL
     wrong = check("def f(x):\n    return x + 2\n", "f", TESTS)
     assert (wrong.passed, wrong.status, wrong.detail) == (False, "failed", "AssertionError: ")
     late = check("def f(x):\n    return 3\n", "f", TESTS)  # the first test alone is passed
@@ -226,10 +226,10 @@ def test_privileges_do_not_come_back() -> None:
 
 
 @confined
-def test_output_is_cut() -> None:
+def test_what_is_printed_goes_nowhere_and_answers_are_bounded() -> None:
     verdict = check("print('hello')\ndef f(x):\n    print('x' * 10_000_000)\n    return x + 1\n", "f", TESTS)
     assert verdict.passed
-    assert verdict.output.startswith("hello\nxxx") and len(verdict.output) == sandbox.OUTPUT
+    assert told("return sys.stdin.read(), os.read(0, 9), os.write(1, b'[]'), os.write(2, b'[]')") == "('', b'', 2, 2)"
     long = check("def f(x):\n    return 'x' * 10_000_000\n", "f", TESTS)
     assert (long.status, long.detail) == ("failed", f"ValueError: an answer of more than {sandbox.REPLY} bytes")
 

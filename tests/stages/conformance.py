@@ -40,6 +40,10 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"kind": "polynomial", "degree": 2, "segments": 1, "sort": "segment"},
     ],
     "ecsq": [{}, {"step": 0.1, "damping": 1.0}, {"step": 3.0, "rounding": 0.5}, {"gains": True}],
+    "ggml": [
+        {"type": kind}
+        for kind in ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs")
+    ],
     "rounding": [
         {},
         {"bits": 2, "clip": "mse"},

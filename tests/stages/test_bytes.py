@@ -17,6 +17,7 @@ from agentforge.statistics import InputStatistics
 HASHES = {
     "curves:degree=3,segment=50,sort=tensor": "3a7c7da1ed75779dfbae5cbaf98fc3c9be36bcbb4fd77d6c38c282c0f7e64a6c",
     "ecsq:step=0.5,gains=True": "78a0a0f0a7cb259233ac22c3bd67f23c577546d04df4e707ac8dd008daccb07c",
+    "ggml:type=iq4_nl": "827b10c35565ae97f57119fc767cab38d6f9c88837db75c294c83e556bfd4f6d",
     "rounding:bits=3,group=32,clip=mse": "7ee337080f4fb84781ec58499cc1da77ff574631f701dfaae521b4b47e19cc7c",
     "rounding:bits=3,group=32 | entropy": "5dedb1faa5d57b2890062dfc14fbda612eaa8f93fe80c33b3f1b4e8734b53a8c",
     "seedlm:K=9,C=12,P=4,refine=True,weighted=True": "f0f05c10e5093a9528d333f53eccf32d1579b8059f72c5cb25535124fcbbeea5",

@@ -54,7 +54,7 @@ def counted(U: int, K: int, variant: str) -> np.ndarray:
     if variant == "printed":
         D, a = U * math.isqrt(U), U
     elif variant == "korobov":
-        D, a = U, _generator(U, K)
+        D, a = U, _generator(U)
     else:
         N = next(N for N in itertools.count(1) if N**K >= U)
         D, a = N**K, N
@@ -242,7 +242,7 @@ def test_the_generator_has_the_longest_shortest_vector() -> None:
         return float((centred**2).sum(1).min())
 
     for U in (101, 255, 400):  # small enough for every generator to be tried
-        assert shortest(U, _generator(U, 2)) == max(shortest(U, a) for a in range(1, U))
+        assert shortest(U, _generator(U)) == max(shortest(U, a) for a in range(1, U))
 
 
 # Choices

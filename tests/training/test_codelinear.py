@@ -20,7 +20,8 @@ from agentforge.planes import Packed
 from agentforge.stages.ecsq import ECSQ, factors
 from agentforge.statistics import Calibration
 from agentforge.training import recover as module
-from agentforge.training.recover import Settings, distillation, recover
+from agentforge.training.distil import distillation
+from agentforge.training.recover import Settings, recover
 from agentforge.training.student import MARGIN, SPAN, CodeLinear, _nearest, within
 
 TEXT = Text("letters", "file", "the quick brown fox jumps over the lazy dog. " * 60)

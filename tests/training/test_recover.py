@@ -289,9 +289,9 @@ def test_what_cannot_be_trained_is_refused(tiny_llama: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 def test_two_layers_of_the_real_model_recover_in_sixty_steps(smollm2: LanguageModel, tmp_path: Path) -> None:
-    """The last two blocks made ternary, trained on selftext for 60 steps of 256 tokens: held-out KL at least halved."""
+    """The last two blocks made ternary, trained on selftext for 60 steps of 128 tokens: held-out KL at least halved."""
     names = [weight.name for weight in smollm2.weights() if ".layers.28." in weight.name or ".layers.29." in weight.name]
-    settings = Settings(steps=60, batch=2, context=128, lr=1e-3, evaluate=60, heldout=1024)
+    settings = Settings(steps=60, batch=1, context=128, lr=1e-3, evaluate=60, heldout=1024)
     done = recover(smollm2, tmp_path / "out", settings=settings, names=names, progress=False)
     assert len(names) == 14
     print(f"KL {done.before.kl:.3f} +- {done.before.stderr:.3f} -> {done.after.kl:.3f} +- {done.after.stderr:.3f}")

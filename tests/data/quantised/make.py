@@ -238,6 +238,21 @@ def vptq(folder, groups, outliers, residual):
     return found
 
 
+def hqq(folder, axis=1, **settings):
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    stored, found = load_file(BASE / "model.safetensors"), {}
+    said = BaseQuantizeConfig(axis=axis, **settings)
+    for name in of_modules(stored, "weight", "_proj"):
+        weight = stored.pop(f"{name}.weight")
+        layer = HQQLinear.from_weights(weight, None, said, compute_dtype=torch.float16, device="cpu")
+        stored |= {f"{name}.{leaf}": plane.detach().clone() for leaf, plane in layer.state_dict().items()}
+        layer.meta |= {leaf: layer.meta[leaf].float() for leaf in ("scale", "zero")} | {"compute_dtype": torch.float32}
+        found[f"{name}.weight"] = layer.dequantize()
+    written(folder, stored, quantization_config={"quant_method": "hqq", "quant_config": said, "skip_modules": ["lm_head"]})
+    return found
+
+
 RUNS = {
     "gptq-4": lambda f: gptq(f, bits=4, group_size=32, desc_act=False, sym=True),
     "gptq-2-ordered": lambda f: gptq(f, bits=2, group_size=32, desc_act=True, sym=True),
@@ -269,6 +284,12 @@ RUNS = {
     "fp8": lambda f: fp8(f, weight_block_size=None),
     "bitnet": lambda f: bitnet(f, "bitlinear"),
     "bitnet-auto": lambda f: bitnet(f, "autobitlinear"),
+    "hqq-1": lambda f: hqq(f, nbits=1, group_size=8),
+    "hqq-2-down": lambda f: hqq(f, axis=0, nbits=2, group_size=32),
+    "hqq-3": lambda f: hqq(f, nbits=3, group_size=64),
+    "hqq-3-down": lambda f: hqq(f, axis=0, nbits=3, group_size=64),
+    "hqq-4": lambda f: hqq(f, nbits=4, group_size=32),
+    "hqq-8": lambda f: hqq(f, nbits=8, group_size=64),
     "vptq": lambda f: vptq(f, 2, 0, -1),
     "vptq-outliers": lambda f: vptq(f, 1, 4, 32),
     **{f"mlx-{bits}": lambda f, bits=bits: mlx(f, bits, 64 if bits == 3 else 32) for bits in (2, 3, 4, 5, 6, 8)},

@@ -1,0 +1,166 @@
+"""Distillation: a student beside its teacher, and the gradients of their distance."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from functools import cache, partial
+from threading import local
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..artifact import Artifact
+from ..blockwise import Passes, Spill
+from ..evaluation.likelihood import relative_entropy
+from ..models import LanguageModel
+from .student import put_codes
+
+ROWS = 32  # of logits that are worked on at a time
+
+
+class Pair:
+    """A model and its student.
+
+    still: the student's codes, which stay.  What is trained is small then, and both models run block by block on the CPU
+    (`blockwise`): the weights of one block are in memory at a time, and each is computed once more on the way back.  A
+    window is computed on one thread, and gradients are added in the windows' order: the result is the same bits whatever
+    the number of cores.  Without it both models are in memory; the student is a copy, to be changed.
+
+    at_once: inputs that are computed together.  hidden: weight of the hidden states.  half: whether to use bfloat16.
+    """
+
+    def __init__(
+        self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, hidden: float, half: bool
+    ) -> None:
+        self.device, self.at_once, self.hidden, self.half = device, at_once, hidden, half
+        self.passes = (Passes(model), Passes(model, partial(_spilled, model, still))) if still else None
+        if self.passes:
+            self.student: Any = self.passes[1].module
+            return
+        # The model is the caller's: it stays where it is, and as it is.
+        here = next(model.model.parameters()).device == device
+        self.teacher = model.model if here else copy.deepcopy(model.model).to(device)
+        self.student = copy.deepcopy(self.teacher).requires_grad_(False)
+
+    def gradients(self, inputs: torch.Tensor) -> float:
+        """The mean loss over the inputs, [windows, ...]; its gradients in whatever requires some are left in `.grad`."""
+        self.student.train(not self.passes)  # what is computed twice drops nothing out
+        parts = len(inputs) if self.passes else len(inputs) / self.at_once
+        trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
+        sums: dict[str, torch.Tensor] = {}
+        mine = local()
+
+        def back(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
+            loss = self._distance(ours, theirs) / parts
+            loss.backward()
+            return float(loss.detach())
+
+        def passed(_: nn.Module) -> None:
+            for name, gradient in vars(mine).items():
+                sums[name] = sums[name] + gradient if name in sums else gradient
+            vars(mine).clear()
+
+        with ExitStack() as stack:
+            for name, parameter in trained.items() if self.passes else ():
+                hook = parameter.register_hook(lambda gradient, name=name: vars(mine).update({name: gradient}))
+                stack.callback(hook.remove)
+            total: float = sum(self._map(back, inputs, backward=True, passed=passed))
+        for name, gradient in sums.items():
+            trained[name].grad = gradient  # instead of what was added up in any order
+        return total
+
+    def beside(self, inputs: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """`agreement` on some inputs at a time."""
+        self.student.eval()
+        return self._map(agreement, inputs)
+
+    def _map(self, work: Callable[..., Any], inputs: torch.Tensor, backward: bool = False, **about: Any) -> Iterator[Any]:
+        """`work(ours, theirs)` of some outputs at a time: of one window, or of all that are computed together."""
+        for part in inputs.to(self.device).split(self.at_once):
+            if not self.passes:
+                theirs = self._outputs(self.teacher, part)
+                yield work(self._outputs(self.student, part, backward), theirs)
+                continue
+            with Spill() as kept:  # the teacher's answers
+
+                def answer(module: nn.Module, window: torch.Tensor, kept: Spill = kept) -> list[Callable[[], torch.Tensor]]:
+                    return [kept.put(found) for found in self._outputs(module, window)]
+
+                def compare(module: nn.Module, both: tuple[torch.Tensor, list[Callable[[], torch.Tensor]]]) -> Any:
+                    ours = self._outputs(module, both[0], backward)
+                    return work(ours, [read() for read in both[1]])
+
+                both = list(zip(part.split(1), self.passes[0].map(answer, part.split(1)), strict=True))
+                yield from self.passes[1].map(compare, both, backward=backward, **about)
+
+    def _outputs(self, module: Any, inputs: torch.Tensor, gradients: bool = False) -> list[torch.Tensor]:
+        """Logits, [rows, classes], and the hidden states if they have a weight."""
+        cast = torch.autocast(self.device.type, torch.bfloat16, self.half, cache_enabled=False)
+        with torch.set_grad_enabled(gradients), cast:
+            if inputs.is_floating_point():
+                return [module(inputs)]
+            output = module(input_ids=inputs, use_cache=False, output_hidden_states=self.hidden > 0)
+            return [output.logits.flatten(0, 1), *(output.hidden_states[1:] if self.hidden > 0 else ())]
+
+    def _distance(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
+        """KL(theirs || ours), and the hidden states' mean squared error, relative to the teacher's mean square."""
+        loss = distillation(ours[0], theirs[0])
+        for mine, other in zip(ours[1:], theirs[1:], strict=True):
+            error = (mine.float() - other.float()).square().mean() / other.float().square().mean().clamp(min=1e-12)
+            loss = loss + self.hidden * error / (len(ours) - 1)
+        return loss
+
+
+def _spilled(model: LanguageModel, still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+    """`put_codes`, of which each tensor is decoded once and waits on the disk: decoding takes longer than reading."""
+    read, spill = put_codes(model, still, module), Spill()
+    waiting = cache(lambda name: spill.put(read[name]()))
+    return {name: partial(lambda name: waiting(name)(), name) for name in read}
+
+
+def agreement(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL(theirs || ours) of each row of the logits, and whether both have the same most likely class: float64[rows]."""
+    kl = [relative_entropy(p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in _rows(theirs[0], ours[0])]
+    return torch.cat(kl).double().cpu(), (theirs[0].argmax(-1) == ours[0].argmax(-1)).double().cpu()
+
+
+def _rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    rows = ROWS if tensors[0].device.type == "cpu" else len(tensors[0])
+    return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def distillation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """KL(theirs || ours) in nats, the mean over rows of logits, float[rows, classes]; differentiable in `ours` alone.
+
+    The gradient in logits is softmax(ours) - softmax(theirs).  It is found in the forward pass, a few rows at a time, so
+    that no other array of the logits' size is kept or walked through more than once.
+    """
+    loss = _Distillation.apply(ours, theirs)  # type: ignore[no-untyped-call]
+    assert isinstance(loss, torch.Tensor)
+    return loss
+
+
+class _Distillation(torch.autograd.Function):
+    """KL divergence with its gradient, in blocks of rows that stay in the processor's cache."""
+
+    @staticmethod
+    def forward(context: Any, ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+        """The mean KL divergence; the gradient is kept for `backward`."""
+        gradient, total = torch.empty_like(ours), torch.zeros((), dtype=torch.float32, device=ours.device)
+        for mine, other, out in _rows(ours, theirs, gradient):
+            log_q, log_p = mine.float().log_softmax(-1), other.float().log_softmax(-1)
+            p = log_p.exp()
+            total += (p * (log_p - log_q).masked_fill_(p == 0, 0.0)).sum()
+            torch.sub(log_q.exp_(), p, out=p)
+            out.copy_(p.div_(len(ours)))
+        context.save_for_backward(gradient)
+        return total / len(ours)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """The gradient in our logits alone."""
+        (found,) = context.saved_tensors
+        return found * gradient, None

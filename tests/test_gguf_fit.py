@@ -1,0 +1,133 @@
+"""A GGUF file fitted to its bytes: it keeps to them, and what is measured is the file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import agentforge as af
+from agentforge.cli import app
+from agentforge.errors import BadInput
+from agentforge.evaluation import Text
+from agentforge.gguf_fit import fit_gguf
+from agentforge.models import LanguageModel
+from agentforge.statistics import Calibration, collect
+
+TEXT = Text("words", "test", "".join(f"The {i}th word is number {i * i}. " for i in range(400)))
+CALIBRATION = Calibration(TEXT, tokens=256, context=64, sensitivity_tokens=128)
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tiny(tiny_llama: Path) -> LanguageModel:
+    return af.open_model(tiny_llama)
+
+
+@pytest.mark.parametrize("most", [68_000, 80_000])
+def test_the_whole_file_keeps_to_its_budget_and_is_measured_as_it_is_opened(
+    tiny: LanguageModel, most: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "small.gguf"
+    found = fit_gguf(tiny, out, most, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+    assert out.stat().st_size == found.file.bytes <= most
+    assert out.stat().st_size > 0.93 * most  # the next step of any weight is smaller than that
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["small.gguf"]
+    reader = gguf.GGUFReader(out)
+    kinds = [tensor.tensor_type.name for tensor in reader.tensors]
+    assert dict(found.file.kinds) == {kind: kinds.count(kind) for kind in set(kinds)}
+    assert kinds.count("F32") == 5  # the norms; the embedding is encoded as well
+    opened = af.open_model(out)
+    again = af.divergence(opened, tiny, text=TEXT, tokens=500, context=tiny.sampled_context, progress=False)
+    assert again.kl.value == found.measured.kl.value > 0
+    embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    decoded = torch.from_numpy(np.asarray(gguf.dequantize(embedding.data, embedding.tensor_type)))
+    assert torch.equal(opened.tensor("model.embed_tokens.weight"), decoded)
+
+
+def test_more_bytes_do_less_damage_and_the_same_call_gives_the_same_bytes(tiny: LanguageModel, tmp_path: Path) -> None:
+    def fitted(name: str, most: int, workers: int) -> tuple[float, float, bytes]:
+        about = {"calibration": CALIBRATION, "text": TEXT, "tokens": 500, "workers": workers, "progress": False}
+        found = fit_gguf(tiny, tmp_path / name, most, **about)
+        return found.predicted, found.measured.kl.value, (tmp_path / name).read_bytes()
+
+    small, large = fitted("a", 68_000, 1), fitted("b", 95_000, 2)
+    assert large[0] < 0.3 * small[0] and large[1] < 0.3 * small[1]
+    assert fitted("c", 68_000, 3)[2] == small[2]
+
+
+def test_statistics_of_head_and_embedding_are_those_of_a_plain_pass(tiny: LanguageModel) -> None:
+    """H of the head's inputs, and E[p (1 - p)] of its outputs, by transformers' own forward pass."""
+    found = collect(tiny, CALIBRATION, progress=False, ends=True)["model.embed_tokens.weight"]
+    ids = torch.tensor(tiny.encode(TEXT.text)[:256]).reshape(4, 64)
+    with torch.no_grad():
+        output = tiny.model(input_ids=ids, output_hidden_states=True)
+    x, p = output.hidden_states[-1].flatten(0, 1).double(), output.logits.flatten(0, 1).double().softmax(-1)
+    variance = (p * (1 - p)).mean(0)
+    assert found.sensitivity is not None
+    torch.testing.assert_close(found.sensitivity.double(), variance, rtol=1e-4, atol=1e-9)
+    beside = found.hessian.double() - x.T @ x / len(x)  # the embedding's share
+    assert beside.diagonal().min() > 0
+    torch.testing.assert_close(beside, beside.diagonal().diag(), rtol=0, atol=1e-4)
+
+
+def test_damage_of_the_embedding_is_the_divergence_that_it_makes(tiny: LanguageModel) -> None:
+    """To second order, and with one of both ends changed at a time: the sum is what a tied matrix is charged for."""
+    stats = collect(tiny, CALIBRATION, progress=False, ends=True)["model.embed_tokens.weight"]
+    ids = torch.tensor(tiny.encode(TEXT.text)[:256]).reshape(4, 64)
+    module = tiny.model
+    weight = tiny.tensor("model.embed_tokens.weight").float()
+    noise = 0.01 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+
+    def logits() -> torch.Tensor:
+        with torch.no_grad():
+            return module(input_ids=ids).logits.double().log_softmax(-1)
+
+    before = logits()
+    lost = 0.0
+    for part in (module.lm_head, module.model.embed_tokens):
+        own = part.weight
+        part.weight = torch.nn.Parameter(weight + noise, requires_grad=False)
+        lost += float((before.exp() * (before - logits())).sum(-1).mean())
+        part.weight = own
+    assert lost / 2.5 < af.allocation.damage(weight, weight + noise, stats) < 2.5 * lost
+
+
+def test_a_bad_request_is_one_sentence_and_leaves_nothing(tiny_llama: Path, tmp_path: Path) -> None:
+    out = tmp_path / "small.gguf"
+
+    def asked(*more: str) -> str:
+        result = CliRunner().invoke(app, ["fit", str(tiny_llama), "--out", str(out), *more])
+        assert isinstance(result.exception, BadInput)
+        return str(result.exception)
+
+    assert "takes --bytes" in asked("--for", "gguf", "--bits", "3")
+    assert "takes --bytes" in asked("--for", "gguf", "--bytes", "80kB", "--recover", "5")
+    assert "expected gguf" in asked("--for", "mlx", "--bytes", "80kB")
+    assert not out.exists()
+    with pytest.raises(BadInput, match="the smallest candidates"):
+        fit_gguf(tiny_llama, out, 20_000, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+    assert not out.exists()
+    out.write_bytes(b"mine")
+    with pytest.raises(BadInput, match="is in the way"):
+        fit_gguf(tiny_llama, out, 80_000)
+    assert out.read_bytes() == b"mine"
+
+
+def test_the_command_says_what_it_made(tiny_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text(TEXT.text)
+    about = ["--bytes", "80kB", "--text", str(tmp_path / "words.txt"), "--tokens", "500", "--json"]
+    asked = ["fit", str(tiny_llama), "--for", "gguf", "--out", str(tmp_path / "small.gguf"), *about]
+    found = json.loads(CliRunner().invoke(app, asked, catch_exceptions=False).stdout)
+    assert found["bytes"] == (tmp_path / "small.gguf").stat().st_size <= 80_000
+    assert found["to"] == "gguf" and math.isfinite(found["measured"]["kl"]["value"])
