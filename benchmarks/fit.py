@@ -37,8 +37,8 @@ from agentforge.training.recover import Settings, schedule
 from agentforge.training.student import MARGIN, SPAN
 
 BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
-# Scalars, from 0.025 to 14 root mean squares: finer than the default ladder for 8 bits, coarser for what is left of a bit.
-LADDER = tuple(stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
+# From 0.009 to 14 root mean squares: finer than the default ladder for 8 bits, coarser for what is left of a bit.
+LADDER = tuple(stages.get("tcq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
 ACCIDENT = 1e-4  # relative error below which few bits have found the weights' own grid
 SAME = 0.005  # bits per weight that count as equal
 SHOWN = 4  # rows that a sentence names
@@ -69,7 +69,7 @@ class Other(NamedTuple):
 def recipe(model: Any, bits: float, options: argparse.Namespace) -> Row:
     """What a row depends on."""
     found = find_text(options.text)
-    about = {"bits": bits, "model": model.fingerprint, "agentforge": __version__, "ladder": [s.step for s in LADDER]}
+    about = {"bits": bits, "model": model.fingerprint, "agentforge": __version__, "ladder": [s.brief() for s in LADDER]}
     about["text"] = [found.name, found.split, found.sha256]
     about |= {"tokens": options.tokens, "context": model.sampled_context}
     return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
@@ -189,7 +189,7 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
         embedding and norms stay.  KL is KL(original || compressed) on {first["kl"]["n"]:,} tokens of
         {how["text"]}/{how["split"]}, in windows of {how["context"]} ({how["windows"]}); [ ] holds the value of the whole
         text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  All
-        budgets were met with steps of `ecsq`; by default `agentforge fit` chooses among those of `tcq`.  *Whole
+        budgets were met with steps of `tcq`.  *Whole
         model*: all weight files, against 16 bits for every parameter, and against the file that the model came in; below 1
         that file is the smaller one.
 
