@@ -12,7 +12,6 @@ import sys
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from ..planes import Packed, Plane, exponent_plane
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REGISTRY: dict[str, type[Stage]] = {}
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (coding, shape) of each plane, in order
+_HINTS: dict[Any, dict[str, Any]] = {}
 _S = TypeVar("_S", bound="type[Stage]")
 
 
@@ -252,10 +252,11 @@ def register(cls: _S) -> _S:
     return cls
 
 
-@cache  # evaluating annotations takes longer than decoding a small weight
 def setting_types(cls: Any) -> dict[str, Any]:
     """The types of a stage's settings, by name."""
-    return typing.get_type_hints(cls)
+    if cls not in _HINTS:  # evaluating annotations takes longer than decoding a small weight
+        _HINTS[cls] = typing.get_type_hints(cls)
+    return _HINTS[cls]
 
 
 def _finite(value: Any) -> bool:
