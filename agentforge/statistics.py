@@ -270,9 +270,9 @@ def _go_back(model: LanguageModel, start: torch.Tensor) -> None:
 
 def _moments(x: torch.Tensor) -> torch.Tensor:
     """x^T x, float32[in, in], of x, float32[tokens, in]: the part on and above the diagonal is computed, in blocks."""
-    product = x.new_empty(x.shape[1], x.shape[1])
+    rows, product = x.T.contiguous(), x.new_empty(x.shape[1], x.shape[1])
     for first in range(0, x.shape[1], STRIPE):
-        part = x[:, first : first + STRIPE].T @ x[:, first:]
+        part = rows[first : first + STRIPE] @ rows[first:].T
         product[first : first + STRIPE, first:] = part
         product[first:, first : first + STRIPE] = part.T
     return product

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import agentforge as af
-from agentforge.blockwise import Passes, Spill
+from agentforge.blockwise import Passes, Products, Spill
 from agentforge.errors import BadInput
 from agentforge.models import LanguageModel
 from agentforge.opening import open_model
@@ -125,6 +125,25 @@ def test_measuring_builds_no_model(tiny_llama: Path, tmp_path: Path) -> None:
     whole = af.divergence(loaded, original, text, 64, tokens=500, progress=False)
     assert by_blocks.kl.value == pytest.approx(whole.kl.value, rel=1e-4)
     assert by_blocks.perplexity.value == pytest.approx(whole.perplexity.value, rel=1e-6)
+
+
+def test_products_are_those_of_double_precision() -> None:
+    """Both kinds of input, with and without a bias, forward and backward, of matrices that lie in memory as they like."""
+    torch.manual_seed(0)
+    weight, bias, x = torch.randn(48, 40).T.contiguous().T, torch.randn(48), torch.randn(3, 70, 40)
+    for inputs in (x, x[0], x[0, :0]):
+        for b in (None, bias):
+            found = []
+            for dtype in (torch.float32, torch.float64):
+                x_, w_ = (values.to(dtype, copy=True).requires_grad_() for values in (inputs, weight))
+                with Products():
+                    y = torch.nn.functional.linear(x_, w_, None if b is None else b.to(dtype))
+                    y.square().sum().backward()
+                    with torch.inference_mode():
+                        again = torch.nn.functional.linear(x_, w_, None if b is None else b.to(dtype))
+                found.append([y, again, x_.grad, w_.grad])
+            for single, double in zip(*found, strict=True):
+                torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-3)
 
 
 def test_what_waits_on_the_disk_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ import griffe
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from readme import results
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "agentforge"
@@ -42,6 +43,11 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
     for name in AUDITS:
         path = ROOT / "reports" / name / f"{name}.html"
         files.append(File.generated(config, f"reports/{name}/one-file.html", abs_src_path=str(path)))
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The guide links to the rest of the repository from docs/, where it is."""
+    return markdown.replace("](../", "](") if page.file.src_uri == "guide.md" else markdown
 
 
 def on_page_content(html: str, **_: Any) -> str:
@@ -76,7 +82,7 @@ def texts() -> dict[str, str]:
     paths = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", ROOT / "notebooks" / "README.md"]
     paths += ROOT.glob("reports/*/*.md")
     found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
-    found["readme.md"] = (ROOT / "README.md").read_text(encoding="utf-8")
+    found["readme.md"] = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
     # A notebook's page has the notebook's name.
     return {path: re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", text) for path, text in found.items()}
 
@@ -86,6 +92,7 @@ def generated() -> Iterator[tuple[str, str | bytes]]:
     for path in [*notebooks(), *sorted(ROOT.glob("notebooks/solutions/*.ipynb"))]:
         yield from notebook(path)
     yield "commands.md", commands()
+    yield "results.md", f"# What came out\n\n{results()}\n"
     yield "reports/index.md", report_index()
     yield "api/index.md", verbs()
     for name in modules():

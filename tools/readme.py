@@ -1,4 +1,7 @@
-"""Write README's figures from reports/: everything between the two `figures` comments comes from a report's record."""
+"""Write README's figures from reports/: everything between the two `figures` comments comes from a report's record.
+
+`results` is the longer account, a page of the documentation site.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,13 @@ from agentforge.evaluation import Measurement
 from agentforge.models import converted_bytes
 
 ROOT = Path(__file__).parent.parent
+BUDGETS = (4.2, 3.06, 2.6, 2.0)
+ACCIDENT = 1e-4  # relative error below which a tool has found the grid on which the base lies
+AUDITS = {
+    "phase4_bitnet": "Phase 4, BitNet",
+    "phase8_compression": "Phase 8, compression",
+    "claims_vs_measurements": "Papers and documentation, number by number",
+}
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 SHOWN = (
     "components.sparsity",
@@ -50,8 +60,8 @@ def stages_of(record: dict[str, Any]) -> list[str]:
 def budgets_of(rows: list[dict[str, Any]], report: str) -> list[str]:
     """What a budget of bits buys, and what its report says in bold."""
     lines = [
-        "What a budget of bits buys ([against everything else](reports/fit/fit.md)): `agentforge fit` among steps of",
-        "`ecsq`, KL from the original, [ ] a 95% interval. The default now is steps of `tcq`, which are not measured here.",
+        "What a budget of bits buys ([against everything else](reports/fit/fit.md)): `agentforge fit`, KL from the",
+        "original, [ ] a 95% interval.",
         "",
         "| bits per weight, linear layers | linear layers, to 16 bits | whole model, to 16 bits | whole model, to its file "
         "| KL (nats per token) | perplexity | accuracy kept |",
@@ -71,8 +81,56 @@ def budgets_of(rows: list[dict[str, Any]], report: str) -> list[str]:
     return [*lines, "", *(line.replace("**", "") for line in report.splitlines() if line.startswith("* **"))]
 
 
+def beside_tools() -> list[str]:
+    """A table of some budgets: KL beside that of the best other tool of as many bits, and what another tool needs for it."""
+    budgets = {row["recipe"]["bits"]: row for row in _read("fit/fit.json") if "recovery" not in row["recipe"]}
+    first = next(iter(budgets.values()))
+    tools = [
+        row
+        for row in _read("fit/peers.json")
+        if "failed" not in row
+        and row["bits"]
+        and row.get("relative_error", 1.0) > ACCIDENT
+        and protocol(row["kl"]) == protocol(first["kl"])
+    ]
+    lines = [
+        "| bits per weight | file | KL, `agentforge fit` | best other tool of as many bits | tool of fewest bits as good |",
+        "|---:|---:|---:|---|---|",
+    ]
+    for row in (budgets[bits] for bits in BUDGETS):
+        bits, kl = row["bits"], row["kl"]["value"]
+        best = min((o for o in tools if o["bits"] <= bits + 0.005), key=lambda o: o["kl"]["value"], default=None)
+        equal = min((o for o in tools if o["kl"]["value"] <= kl), key=lambda o: o["bits"], default=None)
+        named = (
+            f"{o['recipe']['name']} ({o['bits']:.2f} bits): {o['kl']['value']:.3g}" if o else "none" for o in (best, equal)
+        )
+        low, high = Measurement(**row["kl"]).bounds
+        size = f"{row['weight_bytes'] / 1e6:.0f} MB"
+        lines.append(f"| {bits:.2f} | {size} | **{kl:.3g}** [{low:.3g}, {high:.3g}] | {' | '.join(named)} |")
+    return lines
+
+
 def figures() -> str:
-    """The README's block of figures, from the records of the phase 4 report, of the ratios, and of the budgets."""
+    """README's block of figures."""
+    ratios, first = _read("ratios/ratios.json"), _read("fit/fit.json")[0]
+    lines = [*beside_tools(), ""]
+    lines += ["SmolLM2-135M-Instruct (dequantised Q4_1); bits of the linear layers, the file is whole; KL(original ||"]
+    lines += [f"compressed) in nats per token on {protocol(first['kl'])}, [ ] a 95% interval; nothing is trained."]
+    lines += ["[All rows](reports/fit/fit.md), with every tool's version and command.", ""]
+    lines += ['Does "280x with 84%" hold? ([All settings](reports/ratios/ratios.md))', ""]
+    lines += [f"* {said}" for said in ratios["says"] if "84% of the accuracy holds" in said or said.startswith('"')]
+    lines += ["", "What the audits say of their claims:", ""]
+    marks = [f"{MARKS[verdict]} {verdict}" for verdict in MARKS]
+    lines += [f"| report | rows | {' | '.join(marks)} |", f"|---|{'---:|' * (len(marks) + 1)}"]
+    for name, title in AUDITS.items():
+        record = _read(f"{name}/{name}.json")
+        counts = " | ".join(str(record["summary"].get(verdict, 0)) for verdict in MARKS)
+        lines.append(f"| [{title}](reports/{name}/{name}.md) | {len(record['claims'])} | {counts} |")
+    return "\n".join(lines)
+
+
+def results() -> str:
+    """What came out, at length, from the records of the phase 4 report, of the ratios, and of the budgets."""
     record = _read("phase4_bitnet/phase4_bitnet.json")
     rows = {row["id"]: row for row in record["claims"]}
     budgets, ratios = _read("fit/fit.json"), _read("ratios/ratios.json")
