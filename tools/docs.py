@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import re
+import runpy
 from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
@@ -18,7 +19,6 @@ import griffe
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
-from readme import results
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "agentforge"
@@ -92,6 +92,7 @@ def generated() -> Iterator[tuple[str, str | bytes]]:
     for path in [*notebooks(), *sorted(ROOT.glob("notebooks/solutions/*.ipynb"))]:
         yield from notebook(path)
     yield "commands.md", commands()
+    results = runpy.run_path(str(ROOT / "tools" / "readme.py"))["results"]
     yield "results.md", f"# What came out\n\n{results()}\n"
     yield "reports/index.md", report_index()
     yield "api/index.md", verbs()

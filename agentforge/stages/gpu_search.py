@@ -17,7 +17,7 @@ import torch
 from numba import njit
 
 from .codebook import in_blocks, nearest_kernel
-from .seedlm_search import LARGEST_Q, LEAST_Q, Rule, fit_seed, lfsr, to_unit
+from .seedlm_search import LARGEST_Q, LEAST_Q, Rule, cycle, fit_seed
 
 CPU = torch.device("cpu")  # for every other device there are the searches here
 SCORES = 1 << 26  # at a time: 0.5 GB, and a few times that while they are taken
@@ -113,11 +113,9 @@ class _Job(NamedTuple):
     @classmethod
     def of(cls, h: Array, K: int, C: int, P: int, rule: Rule, device: torch.device) -> _Job:
         """The tables of a search on `device`: arguments as for `search`."""
-        count = (1 << K) - 1
-        states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
-        values = to_unit(states[np.arange(count + C * P) % count].astype(np.float64), K)
+        states, values = cycle(K, (1 << K) - 1 + C * P)
         weights, entries = torch.from_numpy(h).to(device), torch.from_numpy(values).to(device)
-        positions = torch.arange(count, device=device)
+        positions = torch.arange(len(states), device=device)
         return cls(h, rule, values, states, weights, entries, _bases(_matrices(entries, positions, C, P), weights.sqrt()))
 
 

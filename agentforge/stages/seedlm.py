@@ -30,7 +30,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -162,7 +161,7 @@ def _searcher(K: int, C: int, P: int, rule: Rule, device: torch.device) -> Searc
     """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
     exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance."""
     if device != gpu_search.CPU:
-        return partial(gpu_search.search, K=K, P=P, rule=rule, device=device)
+        return lambda blocks, h: gpu_search.search(blocks, h, K, P, rule, device)
     tables = tables_of(K, C, P)
     # The tables of an importance, made again for each; they take no memory until then.
     groups, normals = np.empty_like(tables.groups), np.empty_like(tables.seeds)

@@ -75,6 +75,13 @@ def taps_mask(K: int) -> int:
     return sum(1 << j for j in TAPS[K])
 
 
+def cycle(K: int, entries: int) -> tuple[np.ndarray, np.ndarray]:
+    """All states from seed 1 on, uint32[2^K - 1], and so many entries of U, float64, the i-th from the i-th state, which
+    begin again at the end."""
+    states = np.roll(lfsr(K, 1, (1 << K) - 1), 1)  # the last one of the cycle is the seed itself
+    return states, to_unit(states[np.arange(entries) % len(states)].astype(np.float64), K)
+
+
 # How the search works.  The error of a seed's best unquantised fit is what of w lies outside the span of U(s): the sum of
 # (n . w)^2 over an orthonormal basis n of the D = C - P dimensions that are orthogonal to U(s).  Any few of these n bound
 # it from below, and the quantised error is larger still.
@@ -96,8 +103,7 @@ Rule = tuple[int, int, int, int]  # least and largest exponent, what is added to
 
 class Tables(NamedTuple):
     """groups: float32[chunks, C, r * CHUNK], the common normals.  seeds: float32[chunks * CHUNK, g, D - r, C], the others.
-    values: the cyclic sequence of U's entries, float64[N + ...], the i-th from the i-th state.  states: uint32[N], from
-    seed 1."""
+    values, states: see `cycle`."""
 
     groups: np.ndarray
     seeds: np.ndarray
@@ -108,13 +114,11 @@ class Tables(NamedTuple):
 @lru_cache(maxsize=4)
 def tables_of(K: int, C: int, P: int) -> Tables:
     """The tables of all bases U(s), C x P, of a register of K bits."""
-    count = (1 << K) - 1
-    states = np.roll(lfsr(K, 1, count), 1)  # the last one of the cycle is the seed itself
     D = C - P
     r = max(1, D - round(D / 3))
     g = D - r + 1
-    chunks = math.ceil(count / (g * CHUNK))
-    values = to_unit(states[np.arange(chunks * CHUNK * g + C * P + g) % count].astype(np.float64), K)
+    chunks = math.ceil(((1 << K) - 1) / (g * CHUNK))
+    states, values = cycle(K, chunks * CHUNK * g + C * P + g)
     groups = np.empty((chunks, C, r, CHUNK), np.float32)
     seeds = np.empty((chunks, CHUNK, g, D - r, C), np.float32)
     rows = P * np.arange(C)[:, None]
