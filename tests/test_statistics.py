@@ -151,8 +151,8 @@ def test_planes_that_all_weights_share_are_stored_and_counted_once(model: Langua
     touched = [row for row in artifact.rows if row["stage"]]
     ratio = next(r for r in artifact.ratios if r.what == "touched tensors")
     assert ratio.bytes == shared["bytes"] + sum(row["bytes"] for row in touched)
-    stored = [name for name in artifact._entries if name.startswith("agentforge.shared.")]
-    assert stored and sum(artifact._entries[name].bytes for name in stored) == shared["bytes"]
+    stored = [name for name in artifact.entries if name.startswith("agentforge.shared.")]
+    assert stored and sum(artifact.entries[name].bytes for name in stored) == shared["bytes"]
     for row in touched:
         decoded = artifact.decode(row)
         original = model.tensor(row["name"]).float()

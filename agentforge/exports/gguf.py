@@ -168,6 +168,7 @@ def reopened(path: Path, model: LanguageModel) -> Callable[[str], torch.Tensor]:
 
 
 def gguf_name(name: str) -> str:
+    """What llama.cpp calls a tensor of a Llama.  Raises BadInput for one that it does not have."""
     for theirs, ours in OTHER_NAMES.items():
         if name == ours:
             return theirs
