@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait give the core to those that work: else several processes at once hold each other up.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: audit test test-code test-later test-notebooks notebooks docs lint readme clean
+.PHONY: audit test test-code test-notebooks notebooks docs lint readme clean
 
 audit: $(VENV)/.lab
 	@$(BIN)/agentforge audit --budget $(BUDGET)
@@ -20,18 +20,16 @@ audit: $(VENV)/.lab
 # The default model is fetched before, once, and says so here: a notebook's checked outputs have no room for that.
 test: $(VENV)/.dev
 	$(BIN)/agentforge models smollm2-135m --json > /dev/null
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 test-code test-later
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 test-code test-notebooks
 
+# Tests of LATER reach hardly a line that no other reaches.
+LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py tests/test_real_model.py \
+	tests/stages/test_vptq_real.py
 # Coverage is of the quick tests: counting lines costs two fifths of their time, and slow ones reach hardly a line more.
 # (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)
 test-code: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -q --durations=25 tests $(LATER:%=--ignore=%)
 	$(BIN)/python -m pytest -m slow -q --durations=25 tests $(LATER:%=--ignore=%)
-
-# All tests of these, behind the notebooks, which end before the rest.
-LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py tests/test_real_model.py \
-	tests/stages/test_vptq_real.py
-test-later: test-notebooks
 	$(BIN)/python -m pytest -m "" -q --durations=5 $(LATER)
 
 # Cell by cell: fails where a cell does, or where the output of a cell tagged nbval-check-output is another one.
