@@ -262,11 +262,13 @@ class Products(TorchDispatchMode):
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in OPERANDS and not kwargs and torch.backends.mkldnn.is_available():
+        if func in OPERANDS and not kwargs and torch.backends.cpu.get_cpu_capability().startswith("AVX"):
             x, weight, bias = OPERANDS[func](*args)
             floats = x.dtype is weight.dtype is torch.float32 and x.device.type == "cpu"
-            if floats and x.numel() and (bias is None or bias.dim() == 1):
-                return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+            if floats and x.numel() and x.dim() > 1 and (bias is None or bias.dim() == 1):
+                if not (weight.is_contiguous() or weight.T.is_contiguous()):  # oneDNN would take its reference: 100 times
+                    weight = weight.contiguous()
+                return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight, bias, "none", [], "")
         return func(*args, **(kwargs or {}))
 
 

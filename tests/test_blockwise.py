@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -130,20 +131,21 @@ def test_measuring_builds_no_model(tiny_llama: Path, tmp_path: Path) -> None:
 def test_products_are_those_of_double_precision() -> None:
     """Both kinds of input, with and without a bias, forward and backward, of matrices that lie in memory as they like."""
     torch.manual_seed(0)
-    weight, bias, x = torch.randn(48, 40).T.contiguous().T, torch.randn(48), torch.randn(3, 70, 40)
-    for inputs in (x, x[0], x[0, :0]):
-        for b in (None, bias):
-            found = []
-            for dtype in (torch.float32, torch.float64):
-                x_, w_ = (values.to(dtype, copy=True).requires_grad_() for values in (inputs, weight))
-                with Products():
-                    y = torch.nn.functional.linear(x_, w_, None if b is None else b.to(dtype))
-                    y.square().sum().backward()
-                    with torch.inference_mode():
-                        again = torch.nn.functional.linear(x_, w_, None if b is None else b.to(dtype))
-                found.append([y, again, x_.grad, w_.grad])
-            for single, double in zip(*found, strict=True):
-                torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-3)
+    bias, x = torch.randn(48), torch.randn(3, 70, 40)
+    some = torch.randn(48, 40), torch.randn(48, 40).T.contiguous().T, torch.randn(48, 64)[:, :40]
+    for inputs, b, weight in itertools.product((x, x[0], x[0, 0], x[0, :0], x[:, ::2]), (None, bias), some):
+        found = []
+        for dtype in (torch.float32, torch.float64):
+            x_, w_ = (values.detach().to(dtype).requires_grad_() for values in (inputs, weight))
+            x_.grad = w_.grad = None
+            with Products():
+                y = torch.nn.functional.linear(x_, w_, None if b is None else b.to(dtype))
+                y.square().sum().backward()
+                with torch.inference_mode():
+                    again = torch.nn.functional.linear(x_, w_, None if b is None else b.to(dtype))
+            found.append([y, again, x_.grad, w_.grad])
+        for single, double in zip(*found, strict=True):
+            torch.testing.assert_close(single.double(), double, rtol=1e-4, atol=1e-3)
 
 
 def test_what_waits_on_the_disk_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
