@@ -23,7 +23,7 @@ from .gguf_import import convert
 from .models import SAMPLED_TOKENS, LanguageModel, device_named
 from .opening import open_model
 from .stages.ggml import FORMS, GGML
-from .statistics import SENSITIVITY_TOKENS, Calibration, Collected, collect
+from .statistics import Calibration, Collected, collect
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -71,9 +71,7 @@ def fit_gguf(
     if os.path.lexists(out):
         raise BadInput(f"{out}: is in the way; choose another name")
     found_text = evaluation.find_text(text)
-    calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device)
-    wanted = calibration.sensitivity_tokens or min(SENSITIVITY_TOKENS, calibration.tokens)
-    calibration = dataclasses.replace(calibration, sensitivity_tokens=wanted)
+    calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device).with_sensitivities()
     columns = {weight.name: weight.shape[1] for weight in model.weights(embeddings=True)}
     usable = {n: [stage for stage in LADDER if stage.type in types and stage.fits(many)] for n, many in columns.items()}
     for name in (name for name, found in usable.items() if not found):

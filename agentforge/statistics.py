@@ -71,9 +71,11 @@ class Calibration:
 
     def for_stage(self, stage: Stage) -> Calibration:
         """The same, with the backward passes that `stage` needs, at least."""
-        if stage.needs_sensitivity and not self.sensitivity_tokens:
-            return replace(self, sensitivity_tokens=min(SENSITIVITY_TOKENS, self.tokens))
-        return self
+        return self.with_sensitivities() if stage.needs_sensitivity else self
+
+    def with_sensitivities(self) -> Calibration:
+        """The same, with backward passes."""
+        return replace(self, sensitivity_tokens=self.sensitivity_tokens or min(SENSITIVITY_TOKENS, self.tokens))
 
 
 class Collected(Mapping[str, InputStatistics]):

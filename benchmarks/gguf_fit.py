@@ -24,7 +24,7 @@ from agentforge.evaluation.likelihood import plan
 from agentforge.gguf_fit import fit_gguf
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
 from agentforge.stages.ggml import FORMS
-from agentforge.statistics import SENSITIVITY_TOKENS, Calibration, Collected, collect
+from agentforge.statistics import Calibration, Collected, collect
 
 KINDS = ("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M")
 OURS = {"ours": tuple(FORMS), "without Q4_1": tuple(kind for kind in FORMS if kind not in ("q4_1", "q5_1"))}
@@ -46,7 +46,7 @@ class Files:
     def statistics(self) -> Collected:
         """What `fit` would collect each time."""
         if self._statistics is None:
-            self._statistics = collect(self.model, Calibration(sensitivity_tokens=SENSITIVITY_TOKENS), ends=True)
+            self._statistics = collect(self.model, Calibration().with_sensitivities(), ends=True)
         return self._statistics
 
     def logits(self, file: Path) -> torch.Tensor:
