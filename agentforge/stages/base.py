@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from ..errors import BadInput
 from ..planes import Packed, Plane, exponent_plane
 
+SAMPLED = 96  # rows that a price is estimated from
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 REGISTRY: dict[str, type[Stage]] = {}
 Layout = dict[str, tuple[str, tuple[int, ...]]]  # name -> (coding, shape) of each plane, in order
@@ -74,6 +76,13 @@ def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) 
     if stats.sensitivity is not None:
         lost = lost * stats.sensitivity.double()
     return float(lost.sum()) / 2
+
+
+def represented(loudness: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
+    """Rows in the order of their loudness, float[out], cut into `SAMPLED` parts: the rows of each part, and the one in its
+    middle that stands for them."""
+    parts = np.array_split(np.argsort(loudness, kind="stable"), SAMPLED)
+    return parts, np.array([part[len(part) // 2] for part in parts])
 
 
 @dataclass(frozen=True)

@@ -34,12 +34,11 @@ from numba import njit
 from ..bits import unzigzag, zigzag
 from ..entropy import expected_bytes
 from ..planes import FLOAT32_MAX, Packed, Plane
-from .base import InputStatistics, Layout, Stage, register
+from .base import SAMPLED, InputStatistics, Layout, Stage, register, represented
 from .propagation import pass_on, quantised, unit_factor
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
-SAMPLED = 96  # rows that a price is estimated from
 
 
 class Stepped(Stage):
@@ -115,7 +114,7 @@ class Stepped(Stage):
         of_rows = _exponents(damped_sensitivity(rows, stats).log2().numpy() / -4)
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
         with np.errstate(over="ignore"):  # infinite: the coarsest step there is
-            largest = np.abs(values / _steps(of_rows, of_rows, np.float32(1))[0][:, None]).max(0)
+            largest = np.abs(values / _powers(of_rows)[:, None]).max(0)
         return _Plan(factor, of_rows, _exponents(of_columns), rms, largest)
 
     def _reaching(self, plan: _Plan) -> tuple[np.ndarray, np.float32]:
@@ -217,11 +216,9 @@ class _Sample(NamedTuple):
     @classmethod
     def of(cls, values: np.ndarray, stats: InputStatistics, plan: _Plan) -> _Sample:
         """The rows that stand for `values`, float32[out, in]."""
-        rows = _steps(plan.of_rows, plan.of_columns, np.float32(1))[0]
-        squares = np.square(rows, dtype=np.float64)
+        squares = np.square(_powers(plan.of_rows), dtype=np.float64)
         loudness = np.square(values, dtype=np.float64).mean(1) / squares
-        parts = np.array_split(np.argsort(loudness, kind="stable"), SAMPLED)
-        some = np.array([part[len(part) // 2] for part in parts])
+        parts, some = represented(loudness)
         weights = squares if stats.sensitivity is None else squares * stats.sensitivity.double().numpy()
         shares = np.array([weights[part].sum() for part in parts]) / squares[some]
         exponents = (Plane("", torch.from_numpy(plane), "~uint8") for plane in (plan.of_rows, plan.of_columns))
@@ -265,8 +262,13 @@ def _exponents(logarithms: np.ndarray) -> np.ndarray:
 
 def _steps(rows: np.ndarray, columns: np.ndarray, step: np.float32) -> tuple[np.ndarray, np.ndarray]:
     """The rows' factors, and the columns' times `step`: float32 each."""
+    return _powers(rows), np.minimum(_powers(columns).astype(np.float64) * step, FLOAT32_MAX).astype(np.float32)
+
+
+def _powers(exponents: np.ndarray) -> np.ndarray:
+    """What exponents of steps stand for: float32[n]."""
     powers = np.array([2.0 ** ((e - 128) / OCTAVE) for e in range(256)], np.float32)
-    return powers[rows], np.minimum(powers[columns].astype(np.float64) * step, FLOAT32_MAX).astype(np.float32)
+    return np.asarray(powers[exponents])
 
 
 @njit(nogil=True, cache=True)

@@ -32,11 +32,10 @@ from numba import njit
 
 from ..errors import BadInput
 from ..planes import Packed
-from .base import InputStatistics, Stage, damage, register
+from .base import SAMPLED, InputStatistics, Stage, damage, register, represented
 from .propagation import add_product, unit_factor
 
 ROWS = 512  # that are encoded together
-SAMPLED = 96  # rows that a price is estimated from
 SWEEPS = 4  # of coordinate descent
 STARTS, TURNS, NARROWEST = 8, 3, 0.5  # of the search for a scale: its starts, turns from each, and the least start
 LARGEST_HALF = 65504.0
@@ -151,9 +150,8 @@ class GGML(Stage):
             # What rows lose is nearly in proportion to what they weigh: one of each part by that stands for the part.
             weights = torch.ones(shape[0]) if stats.sensitivity is None else stats.sensitivity
             loud = (weights * (weight.square() @ stats.diagonal.float().abs())).double().numpy()
-            of_parts = np.array_split(np.argsort(loud, kind="stable"), SAMPLED)
-            some = np.array([part[len(part) // 2] for part in of_parts])
-            shares = np.array([loud[part].sum() for part in of_parts]) / np.maximum(loud[some], 1e-300)
+            parts, some = represented(loud)
+            shares = np.array([loud[part].sum() for part in parts]) / np.maximum(loud[some], 1e-300)
             scratch["ggml rows"] = torch.from_numpy(some), torch.from_numpy(shares).float() * weights[some]
         rows, shares = scratch["ggml rows"]
         key = f"ggml {self.form.block} {self.damping}"
