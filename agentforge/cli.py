@@ -15,7 +15,8 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -250,6 +251,7 @@ def fit(
     from . import execution
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
+    from .gguf_fit import GGUFFit, fit_gguf
     from .models import device_named
     from .opening import open_model
     from .training.recover import Settings
@@ -258,55 +260,34 @@ def fit(
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
-    options: dict[str, Any] = {"text": text, "tokens": tokens, "workers": workers}
-    if program is not None:
-        if program != "gguf":
-            raise BadInput(f"--for {program!r:.40}: is no format that files are fitted for; expected gguf")
-        if most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
-            raise BadInput("--for gguf takes --bytes (or --target) of the whole file, and no other limit, stage or training")
-        options |= {"device": device, "progress": not as_json}
-        return _fit_gguf(opened, out_dir, most, options, scheduler, as_json)
-    options |= {"recovery": Settings.of_codes(recover) if recover else None, "device": device, "overwrite": overwrite}
-    options["embeddings"] = embeddings
+    options: dict[str, Any] = {"text": text, "tokens": tokens, "workers": workers, "device": device, "progress": not as_json}
+    call: Callable[..., Any]
+    if program is None:
+        options |= {"recovery": Settings.of_codes(recover) if recover else None, "embeddings": embeddings}
+        call = partial(run, opened, out_dir, Budget(most, bits, max_kl), overwrite=overwrite, **options)
+    elif program != "gguf":
+        raise BadInput(f"--for {program!r:.40}: is no format that files are fitted for; expected gguf")
+    elif most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
+        raise BadInput("--for gguf takes --bytes (or --target) of the whole file, and no other limit, stage or training")
+    else:
+        call = partial(fit_gguf, opened, out_dir, most, **options)
     with execution.connected(scheduler) as executor:
-        found = run(opened, out_dir, Budget(most, bits, max_kl), executor=executor, progress=not as_json, **options)
-    seconds = time.perf_counter() - start
-    measured = found.measured
-    caption = (
-        f"{found.bits:.3f} bits per weight of the linear layers; KL {measured.kl}, predicted {found.predicted:.3g}; "
-        f"perplexity {measured.perplexity} (original {measured.original_perplexity.value:.2f}); "
-        f"{seconds:.0f} s; written to {found.artifact.path}"
-    )
+        found = call(executor=executor)
+    seconds, measured = time.perf_counter() - start, found.measured
+    said = f"KL {measured.kl}, predicted {found.predicted:.3g}; perplexity {measured.perplexity} "
+    said += f"(original {measured.original_perplexity.value:.2f}); {seconds:.0f} s"
+    about = {"predicted_kl": found.predicted, "measured": {k: v.to_json() for k, v in measured._asdict().items()}}
+    about["seconds"] = seconds
+    if isinstance(found, GGUFFit):
+        return _show(found.file.to_json() | about, as_json, lambda: _say(*found.file.lines(), said))
+    caption = f"{found.bits:.3f} bits per weight of the linear layers; {said}; written to {found.artifact.path}"
     if found.outside:
         caption += (
             f"\n{len(found.outside)} weights have no statistics, such as {found.outside[0]}: they are kept as they are, and "
             "the bits do not count them"
         )
-    about = {"outside": found.outside, "bits_per_weight": found.bits, "predicted_kl": found.predicted}
-    about |= {"measured": {name: value.to_json() for name, value in measured._asdict().items()}, "seconds": seconds}
+    about = {"outside": found.outside, "bits_per_weight": found.bits} | about
     _show_ratios(found.artifact, about, as_json, [caption])
-
-
-def _fit_gguf(model: Any, out: Path, most: int, options: dict[str, Any], scheduler: str | None, as_json: bool) -> None:
-    from . import execution
-    from .gguf_fit import fit_gguf
-
-    start = time.perf_counter()
-    with execution.connected(scheduler) as executor:
-        found = fit_gguf(model, out, most, executor=executor, **options)
-    seconds, measured = time.perf_counter() - start, found.measured
-    said = [
-        *found.file.lines(),
-        f"KL {measured.kl}, predicted {found.predicted:.3g}; perplexity {measured.perplexity} "
-        f"(original {measured.original_perplexity.value:.2f}); {seconds:.0f} s",
-    ]
-    about = {
-        **found.file.to_json(),
-        "predicted_kl": found.predicted,
-        "measured": {name: value.to_json() for name, value in measured._asdict().items()},
-        "seconds": seconds,
-    }
-    _show(about, as_json, lambda: _say(*said))
 
 
 @app.command()
