@@ -30,9 +30,8 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..errors import BadInput
 from ..planes import Packed
-from .base import SAMPLED, InputStatistics, Stage, damage, register, represented
+from .base import SAMPLED, InputStatistics, Layout, Stage, damage, register, represented
 from .propagation import add_product, unit_factor
 
 ROWS = 512  # that are encoded together
@@ -107,10 +106,9 @@ class GGML(Stage):
         return columns % self.form.block == 0
 
     def _check(self) -> None:
-        if not 0.0 < self.damping <= 1e6:
-            raise BadInput(f"ggml: damping={self.damping}; expected more than 0, at most 1e6")
+        self._expect(0.0 < self.damping <= 1e6, "damping", "more than 0, at most 1e6")
 
-    def layout(self, shape: tuple[int, int]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
         return {"blocks": ("uint8", (shape[0], -(-shape[1] // self.form.block) * self.form.bytes))}
 

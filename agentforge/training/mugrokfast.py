@@ -83,6 +83,7 @@ class MuGrokfast(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             twins: dict[nn.Parameter, dict[str, Any]] = {}  # in the memory of the parameters, with the filtered gradients
+            copies = []  # of those whose memory has another order
             for i, parameter in enumerate(group["params"]):
                 gradient = parameter.grad
                 if gradient is None:
@@ -95,11 +96,15 @@ class MuGrokfast(torch.optim.Optimizer):
                         state["ema"] = gradient.clone()
                     gradient = amplify_slow(gradient, state["ema"], group["alpha"], group["lamb"])
                 shape = (len(parameter), -1) if group["muon"] else parameter.shape
-                twin = nn.Parameter(parameter.detach().view(shape))
+                twin = nn.Parameter(parameter.detach().reshape(shape))
                 twin.grad = gradient.reshape(twin.shape)
                 twins[twin] = state
+                if twin.data_ptr() != parameter.data_ptr():
+                    copies.append((parameter, twin))
             if twins:
                 _step(group, twins)
+            for parameter, twin in copies:
+                parameter.copy_(twin.view_as(parameter))
         return loss
 
 

@@ -462,3 +462,19 @@ class TestBadInput:
     def test_floating_point_only(self) -> None:
         with pytest.raises(BadInput, match=r"is complex64\[3\]; expected floating point"):
             MuGrokfast([group(nn.Parameter(torch.ones(3, dtype=torch.complex64)), muon=False)])
+
+
+def test_a_parameter_steps_alike_however_it_lies_in_memory() -> None:
+    torch.manual_seed(0)
+    start, gradient = torch.randn(6, 4, 3, 3), torch.randn(6, 4, 3, 3)
+    found = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        parameter = torch.nn.Parameter(start.clone(memory_format=order))
+        optimizer = MuGrokfast([{"params": [parameter], "muon": True}], lr=0.01)
+        for _ in range(3):
+            parameter.grad = gradient.clone(memory_format=order)
+            optimizer.step()
+        assert parameter.is_contiguous(memory_format=order)
+        found.append(parameter.detach().clone(memory_format=torch.contiguous_format))
+    assert torch.equal(*found)
+    assert not torch.equal(found[0], start)
