@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from . import evaluation, schemas
-from .artifact import MANIFEST, Artifact
+from .artifact import MANIFEST, Artifact, Ratio
 from .errors import BadInput
 from .evaluation import Measurement, Text
 from .models import LanguageModel
@@ -61,7 +61,7 @@ def write_handoff(folder: str | Path, phase: int, models: Mapping[str, Measureme
         model = open_model(plain_file(folder, name))
         about[name] = _about(model) | {"files": describe_files(folder / name), "quality": measured.to_json()}
         if _is_packed(model):
-            about[name]["ratios"] = [ratio.to_json() for ratio in Artifact(model.path).ratios]
+            about[name]["ratios"] = _ratios(model)
     to = contract(phase).to
     data = {"format": FORMAT, "phase": phase, "to": to, "models": about, "facts": facts}
     if wrong := schemas.problem(f"handoff-{phase}-{to}", _finite(data, 1.0)):
@@ -116,6 +116,8 @@ def check_handoff(
     if something is not as it should be.
     """
     folder = Path(folder).expanduser()
+    if to is not None:
+        contract(phase, to)
 
     def refuse(what: str) -> BadInput:
         return BadInput(f"{folder}/{HANDOFF}: {what}; run phase {phase} again")
@@ -125,7 +127,7 @@ def check_handoff(
         raise refuse(f"is not a hand-off of phase {phase} in format {FORMAT}")
     if not data["models"]:
         raise refuse("hands over no model")
-    receiver = contract(phase, to).to
+    contract(phase)
     for name in data["models"]:
         plain_file(folder, name)
     try:
@@ -133,7 +135,7 @@ def check_handoff(
             raise refuse("holds numbers that are not finite")
     except RecursionError:
         raise refuse("is nested too deeply") from None
-    if wrong := schemas.problem(f"handoff-{phase}-{receiver}", data):
+    if wrong := schemas.problem(f"handoff-{phase}-{contract(phase).to}", data):
         raise refuse(wrong)
     checks, models = [], {}
     for name, about in data["models"].items():
@@ -152,11 +154,11 @@ def check_handoff(
             if about[key] != value:
                 raise refuse(f"{name}: {key} is {value!s:.200}, handed over was {about[key]!s:.80}")
         if _is_packed(model):
-            artifact = Artifact(model.path)
-            found += artifact.verify()
-            if about["ratios"] != [ratio.to_json() for ratio in artifact.ratios]:
+            found += Artifact(model.path).verify()
+            if about["ratios"] not in (_ratios(model), _ratios(model, older=True)):
                 raise refuse(f"{name}: the ratios are not those of the bytes on disk")
-            found += [f"{r.what}: {r.bytes:,} bytes, {r.ratio:.3f}x against {r.denominator}" for r in artifact.ratios]
+            text_of = "{what}: {bytes:,} bytes, {ratio:.3f}x against {denominator}"
+            found += [text_of.format_map(ratio) for ratio in _ratios(model)]
         found += check_model(model)
         found.append(_quality(model, name, about["quality"], text, refuse, progress))
         checks += [f"{name}: {check}" for check in found]
@@ -195,6 +197,16 @@ def _about(model: LanguageModel) -> dict[str, Any]:
         "vocabulary": None if model.is_classifier else model.vocabulary,
         "special_tokens": None if model.is_classifier else _special_tokens(model),
     }
+
+
+def _ratios(model: LanguageModel, older: bool = False) -> list[dict[str, Any]]:
+    """Of a packed model.  older: as hand-offs of 0.1.0 have one from a GGUF file: against what that was converted to."""
+    artifact = Artifact(model.path)
+    ratios, made_from = artifact.ratios, artifact.manifest["original"]
+    if older:
+        conversion = f"weight files it was made from ({made_from['dtypes']})"
+        ratios[2] = Ratio("whole model", artifact.weight_bytes, conversion, made_from["bytes"])
+    return [ratio.to_json() for ratio in ratios]
 
 
 def _finite(data: Any, instead: float | None = None) -> Any:

@@ -278,16 +278,20 @@ def test_gates_are_decided_again(what: str, sound: dict[int, Path], tmp_path: Pa
 
 def test_ratios_are_computed_again_and_the_journal_is_the_artifacts(sound: dict[int, Path], tmp_path: Path) -> None:
     folder, data = copied(sound[8], tmp_path)
-    artifact, sound_one = Artifact(folder / "artifact"), data["models"]["artifact"]["ratios"][2]
-    assert sound_one["denominator"] == f"weight files it was made from ({artifact.manifest['original']['dtypes']})"
+    artifact = Artifact(folder / "artifact")
+    older = {
+        **data["models"]["artifact"]["ratios"][2],
+        "denominator": f"weight files it was made from ({artifact.manifest['original']['dtypes']})",
+    }
+    assert data["models"]["artifact"]["ratios"][2] == older  # as all hand-offs of 0.1.0 have it
     for field in ("ratio", "denominator_bytes"):
         write_json(folder / "handoff.json", data)
         handoff.check_handoff(folder, 8)
-        data["models"]["artifact"]["ratios"][2] = {**sound_one, field: 280}
+        data["models"]["artifact"]["ratios"][2] = {**older, field: 280}
         write_json(folder / "handoff.json", data)
         with pytest.raises(BadInput, match="the ratios are not those of the bytes on disk"):
             handoff.check_handoff(folder, 8)
-        data["models"]["artifact"]["ratios"][2] = sound_one
+        data["models"]["artifact"]["ratios"][2] = older
     data["models"]["artifact"]["ratios"][0]["ratio"] = 280.0
     write_json(folder / "handoff.json", data)
     with pytest.raises(BadInput, match="the ratios are not those of the bytes on disk"):
