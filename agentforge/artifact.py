@@ -699,6 +699,7 @@ class _Original(pydantic.BaseModel):
     name: str
     dtypes: str
     bytes: int = Field(gt=0, lt=1 << 62)
+    source: dict[str, Any]
 
 
 class _Manifest(pydantic.BaseModel):

@@ -31,7 +31,7 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
     from huggingface_hub import ModelCard, ModelCardData
 
     original = artifact.manifest["original"]
-    base = HUB_IDS.get(original["source"].get("name"), original["name"])
+    base = HUB_IDS.get(str(original["source"].get("name")), original["name"])
     touched = [row for row in artifact.rows if row["stage"]]
     used = Counter(str(stages.from_json(row["stage"])) for row in touched)
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
