@@ -699,7 +699,6 @@ class _Original(pydantic.BaseModel):
     name: str
     dtypes: str
     bytes: int = Field(gt=0, lt=1 << 62)
-    source: dict[str, Any]
 
 
 class _Manifest(pydantic.BaseModel):
@@ -736,7 +735,9 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         if not isinstance(quantization, dict) or quantization.get("quant_method") != "agentforge":
             raise BadArtifact(f"{path}/config.json: its quantization_config does not name agentforge")
         _Manifest.model_validate(manifest)
-        files, shared = manifest["files"], manifest.setdefault("shared", None)
+        files, shared, original = manifest["files"], manifest.setdefault("shared", None), manifest["original"]
+        if not isinstance(original.get("source"), dict):  # says nothing: no reason not to read the weights
+            original["source"] = {}
         for name in files:
             plain_file(path, name)
         check_files(path, {name: files[name] for name in files if name == "config.json"})

@@ -846,7 +846,9 @@ def test_a_folder_is_not_believed_about_the_file_it_came_from(tiny_llama: Path, 
         manifest = json.loads((tmp_path / "a" / "agentforge.json").read_text())
         manifest["original"]["source"] = source
         agentforge.artifact.write_manifest(tmp_path / "a", manifest)
-        assert agentforge.artifact.Artifact(tmp_path / "a").ratios[2].denominator_bytes == opened.bytes_on_disk
+        again = agentforge.artifact.Artifact(tmp_path / "a")
+        assert again.ratios[2].denominator_bytes == opened.bytes_on_disk
+        assert f"# {opened.name}, compressed by agentforge" in agentforge.modelcard.model_card(again)
 
 
 def test_a_sentencepiece_tokenizer(tmp_path: Path, fresh_cache: Path, hf_llama: Any) -> None:

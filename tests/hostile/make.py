@@ -702,13 +702,6 @@ def manifest_with_a_nameless_original(folder: Path) -> None:
     write_manifest(folder, manifest)
 
 
-@case()
-def manifest_whose_source_is_no_object(folder: Path) -> None:
-    manifest = read_manifest(folder)
-    manifest["original"]["source"] = "the hub"
-    write_manifest(folder, manifest)
-
-
 # Rows of the manifest
 
 
