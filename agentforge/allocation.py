@@ -53,6 +53,7 @@ if TYPE_CHECKING:
 
 # Steps from 0.027 to 0.85 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
 LADDER = tuple(stages.get("tcq", step=round(0.3 * 2 ** (k / 2), 6)) for k in range(-7, 4))
+KEEP = "keep"  # in place of a stage: as it is
 PASSES = 6  # artifacts that are made at most on the way to a limit
 
 
@@ -70,8 +71,8 @@ class Candidate(NamedTuple):
 class Budget:
     """The limit to meet: exactly one of these.
 
-    bytes: of all weight files, tensors that are kept and headers included.  bits: per weight, planes of the encoded linear
-    layers alone.  max_kl: KL(original || compressed), nats per token, with two standard errors on top.
+    bytes: of all weight files, tensors that are kept and headers included.  bits: per weight, of the planes of all weights
+    that get a setting.  max_kl: KL(original || compressed), nats per token, with two standard errors on top.
     """
 
     bytes: int | None = None
@@ -110,14 +111,16 @@ def budget_bytes(size: str | None, target: str | None, parameters: int) -> int |
 
 
 class Fit(NamedTuple):
-    """artifact: meets the budget.  predicted: damage of its linear layers, nats per token.  measured: as loaded back from
-    disk.  bits: per weight of the linear layers that have statistics, planes on disk.  outside: the weights that have none,
-    because what they are multiplied with does not go through their layer: they are kept, and the bits do not count them."""
+    """artifact: meets the budget.  predicted: damage of the weights that got a setting, nats per token.  measured: as loaded
+    back from disk.  bits: per weight, of their planes on disk.  counted: which they are, in words.  outside: the weights
+    without statistics, because what they are multiplied with does not go through their layer: they are kept, and the bits do
+    not count them."""
 
     artifact: Artifact
     predicted: float
     measured: Divergence
     bits: float
+    counted: str
     outside: tuple[str, ...] = ()
 
 
@@ -252,10 +255,12 @@ def fit(
 ) -> Fit:
     """The artifact of least predicted damage in `budget`, measured as it is loaded back from `out`.
 
-    ladder: the stages to choose from, for each linear layer.  embeddings: a stage for the token embedding (and an output
-    head of its own), which are kept otherwise.  statistics: what `statistics.collect` gave for this model and calibration,
-    sensitivities included, if already available.  recovery: how to train gains and norms afterwards (and the codes of ecsq),
-    by distillation on selftext, within the same budget of bits; without it nothing is trained.  text, tokens: what the
+    ladder: the stages to choose from, for each linear layer, the token embedding and an output head of its own.  embeddings:
+    "keep" for the last two as they are, or one stage for them; the budget of bits is that of the linear layers then.
+    statistics: what `statistics.collect` gave for this model and calibration, sensitivities included, if already available;
+    those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards
+    (and the codes of ecsq), by distillation on selftext, within the same budget of bits, embedding and head as they are;
+    without it nothing is trained.  text, tokens: what the
     divergence is measured on; max_kl is checked against it.  device: for statistics, training, measuring, and the search of
     stages that can use it; sums are rounded differently on a GPU, so the recipe names it.  executor: works in place of
     threads, as for `compress`; the result is the same.
@@ -277,13 +282,16 @@ def fit(
     if budget.bits is None and not overwrite and out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
     found_text = evaluation.find_text(text)
-    if recovery is not None and (budget.bits is None or embeddings is not None):
+    if recovery is not None and (budget.bits is None or embeddings not in (None, KEEP)):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
-    stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
+    everything = embeddings is None and recovery is None
+    stage_of_rest = (
+        None if embeddings in (None, KEEP) else stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
+    )
     calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device)
     for stage in ladder:
         calibration = calibration.for_stage(stage)
-    statistics = statistics or collect(model, calibration, workers, progress)
+    statistics = statistics or collect(model, calibration, workers, progress, ends=everything)
     how: dict[str, Any] = {"workers": workers, "executor": executor}
     options = candidates(model, statistics, calibration, ladder, device=device, progress=progress, **how)
     rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}
@@ -320,25 +328,34 @@ class Search(NamedTuple):
     encoded: dict[tuple[str, stages.Stage], Callable[[], Encoded]]
 
     @property
+    def weights(self) -> list[Weight]:
+        """Those that have options."""
+        return [weight for weight in self.model.weights(embeddings=True) if weight.name in self.options]
+
+    @property
+    def ends(self) -> bool:
+        """Whether embedding and head have options."""
+        return len(self.weights) > sum(weight.name in self.options for weight in self.model.weights())
+
+    @property
     def parameters(self) -> int:
         """How many there are in the weights that have options."""
-        return sum(weight.shape[0] * weight.shape[1] for weight in self.model.weights() if weight.name in self.options)
+        return sum(weight.shape[0] * weight.shape[1] for weight in self.weights)
 
     def make(self, plane_bytes: int, folder: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most so many bytes of planes, and its predicted damage."""
         chosen = self.chosen(plane_bytes)
         plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
         ready = {name: self.encoded[name, one.stage] for name, one in chosen.items() if (name, one.stage) in self.encoded}
-        about = {"embeddings": bool(self.rest)} | self.settings | {"overwrite": overwrite, "ready": ready}
+        about = self.settings | {"embeddings": self.ends or bool(self.rest), "overwrite": overwrite, "ready": ready}
         artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, **about)
         return artifact, sum(one.damage for one in chosen.values())
 
     def chosen(self, plane_bytes: int) -> dict[str, Candidate]:
         """The allocation for so many bytes, counted ones: what was estimated is encoded, until nothing else is chosen."""
-        weights = [weight for weight in self.model.weights() if weight.name in self.options]
         while True:
             found = allocate(self.options, plane_bytes)
-            todo = [weight for weight in weights if not found[weight.name].counted]
+            todo = [weight for weight in self.weights if not found[weight.name].counted]
             if not todo:
                 return found
             keys = {w.name: f"{w.name} {self.options[w.name].index(found[w.name])}" for w in todo}
@@ -380,14 +397,15 @@ class Search(NamedTuple):
     def finished(self, artifact: Artifact, predicted: float, measured: Divergence | None = None) -> Fit:
         """The result; measured: if it is already."""
         bits = 8 * self.planes(artifact) / self.parameters
+        counted = "the linear layers, the embedding and the output head" if self.ends else "the linear layers"
         outside = tuple(weight.name for weight in self.model.weights() if weight.name not in self.options)
-        return Fit(artifact, predicted, measured or self.measure(artifact), bits, outside)
+        return Fit(artifact, predicted, measured or self.measure(artifact), bits, counted, outside)
 
     def recovered(self, planes: int, recovery: Settings, out: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""
         from .training.recover import recover
 
-        gains = 2 * sum(weight.shape[0] for weight in self.model.weights() if weight.name in self.options)
+        gains = 2 * sum(weight.shape[0] for weight in self.weights)
         start, predicted = self.make(planes - gains, out.with_name(out.name + ".start"), True)
         about: dict[str, Any] = {"device": self.device, "overwrite": overwrite, "progress": self.progress}
         done = recover(self.model, out, None, recovery, start=start, most_bytes=planes, **about)

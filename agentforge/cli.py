@@ -228,12 +228,14 @@ def fit(
     model: Model,
     out_dir: OutDir,
     target: Annotated[str | None, Option(help="Ratio of the whole model against 16 bits per parameter, such as 4x.")] = None,
-    bits: Annotated[float | None, Option(help="Bits per weight of the linear layers, on disk.")] = None,
+    bits: Annotated[
+        float | None, Option(help="Bits per weight on disk, of embedding and head, too (not with --embeddings, --recover).")
+    ] = None,
     size: Annotated[str | None, Option("--bytes", help="All weight files, such as 60MB (1 MB = 1,000,000 bytes).")] = None,
     max_kl: Annotated[float | None, Option(help="Largest KL(original || compressed), in nats per token.")] = None,
     embeddings: Annotated[
         str | None,
-        Option(help="Stage for the embedding and output head, such as rounding:bits=8 (default: keep them)."),
+        Option(help="Stage for the embedding and output head, or keep (default: chosen like those of all other layers)."),
     ] = None,
     text: TextName = None,
     tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
@@ -280,13 +282,13 @@ def fit(
     about["seconds"] = seconds
     if isinstance(found, GGUFFit):
         return _show(found.file.to_json() | about, as_json, lambda: _say(*found.file.lines(), said))
-    caption = f"{found.bits:.3f} bits per weight of the linear layers; {said}; written to {found.artifact.path}"
+    caption = f"{found.bits:.3f} bits per weight of {found.counted}; {said}; written to {found.artifact.path}"
     if found.outside:
         caption += (
             f"\n{len(found.outside)} weights have no statistics, such as {found.outside[0]}: they are kept as they are, and "
             "the bits do not count them"
         )
-    about = {"outside": found.outside, "bits_per_weight": found.bits} | about
+    about = {"outside": found.outside, "bits_per_weight": found.bits, "counted": found.counted} | about
     _show_ratios(found.artifact, about, as_json, [caption])
 
 

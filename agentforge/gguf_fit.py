@@ -85,7 +85,7 @@ def fit_gguf(
         how: dict[str, Any] = {"workers": workers, "executor": executor}
         priced = candidates(model, statistics, calibration, LADDER, device=device, progress=progress, **how)
         options = {name: [one for one in found if one.stage in usable[name]] for name, found in priced.items()}
-        settings = {"calibration": calibration, "statistics": statistics, "embeddings": True, **how}
+        settings = {"calibration": calibration, "statistics": statistics, **how}
         journal = folder / "counted"  # of nothing: these prices are counted
         search = Search(model, options, {}, found_text, tokens, device, progress, settings, journal, {}, Spill(), {})
         for _ in range(PASSES):

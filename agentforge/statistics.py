@@ -95,20 +95,22 @@ class Collected(Mapping[str, InputStatistics]):
             total, count = before() + total, more + count
         self._sums[key] = self._spill.put(total), count
 
-    def add_ends(self, embedding: str, head: str | None, means: Mapping[str, torch.Tensor]) -> None:
-        """Make the statistics of the token embedding, and of a head of its own, of what was summed up under `HEAD`.  means:
-        of `EXPECTED` and `VARIANCE` up to a factor, and of `LOOKUP`."""
+    def add_ends(self, embedding: str | None, head: str | None, means: Mapping[str, torch.Tensor]) -> None:
+        """Make the statistics of the token embedding and of the output head, one name if they are one matrix, of what was
+        summed up under `HEAD`.  None: gets none.  means: of `EXPECTED` and `VARIANCE` up to a factor, and of `LOOKUP`."""
         total, count = self._sums.pop(HEAD)
         share = 1 / means[EXPECTED].sum()  # whose sum is 1
         expected, variance = means[EXPECTED] * share, means[VARIANCE] * share
-        lookup = means[LOOKUP].diag() * count
-        self.sensitivities[head or embedding] = variance
         if head:
             self._sums[head] = total, count
-            self.sensitivities[embedding] = expected
-        else:
-            lookup = total() + lookup / variance.sum()
-        self._sums[embedding] = self._spill.put(lookup), count
+            self.sensitivities[head] = variance
+        if embedding:
+            lookup = means[LOOKUP].diag() * count
+            self._sums[embedding] = (
+                self._spill.put(total() + lookup / variance.sum() if embedding == head else lookup),
+                count,
+            )
+            self.sensitivities.setdefault(embedding, expected)
         self.keys_of |= {name: name for name in (embedding, head) if name}
 
     def __getitem__(self, name: str) -> InputStatistics:
@@ -150,7 +152,8 @@ def collect(
     ends: of the output head and the token embedding, too, which takes sensitivities.  The head makes logits of probabilities
     p, in which the curvature is known: E[p_i (1 - p_i)] on its diagonal.  A row of the embedding is what its token adds to
     the residual stream: H is the diagonal of the curvature there, and a row counts for as often as the model expects its
-    token, E[p_i].  If one matrix is both, its H is the sum, as if these two factors were in proportion.
+    token, E[p_i].  If one matrix is both, its H is the sum, as if these two factors were in proportion.  A model without one
+    of them has neither.
 
     workers: windows that run at once (default: one per core, at most 4; on a GPU one).  On a GPU the model's module is built
     there; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for settings out of range.
@@ -164,6 +167,9 @@ def collect(
     backward = -(-calibration.sensitivity_tokens // calibration.context)  # so many of the windows go back, too
     passes = Passes(model.on(calibration.device))
     module, found, mine = passes.module, Collected(), local()
+    both: list[Any] = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    embedding, head = both
+    ends = ends and None not in both
     body = module if model.is_classifier or ends else getattr(module, "base_model", module)
     quiet = {} if model.is_classifier else {"use_cache": False}  # nobody asks for keys and values again
     layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
@@ -194,9 +200,9 @@ def collect(
                 mine.squares[name] = squares.new_zeros(weights[name].shape[0] if name in weights else len(squares))
             mine.squares[name][first : first + len(squares)] += squares
 
-        output = output if output.requires_grad else output.detach().requires_grad_()
-        output.register_hook(square)
-        return output
+        watched = output if output.requires_grad else output.detach().requires_grad_()
+        watched.register_hook(square)
+        return watched if output.requires_grad else watched.clone()  # a model may change it in place
 
     def of_expert(name: str, expert: int, values: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         if passes.recomputing:
@@ -248,7 +254,6 @@ def collect(
                 stack.enter_context(owner.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])))
                 stack.enter_context(owner.register_forward_hook(lambda _, __, output, name=name: note(name, output)))
         if ends:
-            head, embedding = module.get_output_embeddings(), module.get_input_embeddings()
             stack.enter_context(head.register_forward_pre_hook(lambda _, args: see(HEAD, args[0])))
             stack.enter_context(head.register_forward_hook(lambda _, __, output: expect(output)))
             stack.enter_context(embedding.register_forward_hook(lambda _, __, output: note(LOOKUP, output)))
@@ -267,9 +272,11 @@ def collect(
     means = {n: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for n, of in squares.items() if of}
     found.sensitivities = {name: mean for name, mean in means.items() if name in found}
     if ends:
-        inside = {weight.name for weight in model.weights()}
-        outside = {weight.module: weight.name for weight in model.weights(embeddings=True) if weight.name not in inside}
-        found.add_ends(outside["Embedding"], outside.get("Linear"), means)
+        names = [f"{next(path for path, layer in layers.items() if layer is end)}.weight" for end in both]
+        stored = [name for name in names if name in model.entries]  # one of them is not if they are tied
+        touched = {weight.name for weight in model.weights(embeddings=True)}
+        first, last = (name if name in stored else stored[0] for name in names)
+        found.add_ends(first if first in touched else None, last if last in touched else None, means)
     return found
 
 

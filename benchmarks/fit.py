@@ -2,8 +2,10 @@
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--work FOLDER] [--out reports/fit]
     python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8]
+    python benchmarks/fit.py --whole 80 --whole 60 --whole 50
 
-Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; --recover
+Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; --whole:
+to megabytes of all weight files, with settings for embedding and head, too; --recover
 trains the codes for that many steps, and a training that was interrupted goes on with the same command.  Rows of others are
 those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has one protocol: a row
 of other tokens or windows than the budgets' is left out, and counted.
@@ -14,9 +16,11 @@ from __future__ import annotations
 import argparse
 import functools
 import math
+import operator
 import shutil
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +47,7 @@ ACCIDENT = 1e-4  # relative error below which few bits have found the weights' o
 SAME = 0.005  # bits per weight that count as equal
 SHOWN = 4  # rows that a sentence names
 PROTOCOL = ("text", "split", "text_sha256", "context", "stride", "bos", "scored_tokens", "windows", "tokenizer")
+KEPT = "KL (nats per token) | perplexity | top-1 | accuracy kept"
 Row = bench.Row
 
 
@@ -66,10 +71,10 @@ class Other(NamedTuple):
         return f"{self.name} ({self.bits:.2f} bits, KL {self.kl:.3g}{', ' + self.reason if self.reason else ''})"
 
 
-def recipe(model: Any, bits: float, options: argparse.Namespace) -> Row:
-    """What a row depends on."""
+def recipe(model: Any, limit: Row, options: argparse.Namespace) -> Row:
+    """What a row depends on.  limit: bits, or bytes of all weight files."""
     found = find_text(options.text)
-    about = {"bits": bits, "model": model.fingerprint, "agentforge": __version__, "ladder": [s.brief() for s in LADDER]}
+    about = limit | {"model": model.fingerprint, "agentforge": __version__, "ladder": [s.brief() for s in LADDER]}
     about["text"] = [found.name, found.split, found.sha256]
     about |= {"tokens": options.tokens, "context": model.sampled_context}
     return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
@@ -79,13 +84,15 @@ def _recovery(options: argparse.Namespace) -> Settings:
     return replace(Settings.of_codes(options.recover), batch=options.batch)
 
 
-def measure(model: Any, statistics: Any, bits: float, options: argparse.Namespace) -> Row:
+def measure(model: Any, statistics: Any, wanted: Row, options: argparse.Namespace) -> Row:
     """Fit to one budget, in a folder of --work that is gone afterwards."""
-    start, place = time.perf_counter(), options.work / f"{bits:g}{'-recovered' if options.recover else ''}"
+    limit = {key: wanted[key] for key in ("bits", "bytes") if key in wanted}
+    start, place = time.perf_counter(), options.work / f"{limit}{'-recovered' if options.recover else ''}"
     try:
         how = {"ladder": LADDER, "statistics": statistics, "text": options.text, "tokens": options.tokens}
         how["recovery"] = _recovery(options) if options.recover else None
-        found = fit(model, place, Budget(bits=bits), overwrite=True, **how)
+        how["embeddings"] = None if "bytes" in limit else "keep"
+        found = fit(model, place, Budget(**limit), overwrite=True, **how)
         artifact = found.artifact
         encoded = [(row, math.prod(row["shape"])) for row in artifact.rows if row["stage"]]
         chosen: dict[str, list[float]] = {}
@@ -166,8 +173,14 @@ def _made(o: Other) -> list[str]:
     return [o.name, made["version"] or "-", o.row["command"], str(made["seed"]), text]
 
 
-def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
+def _whole(row: Row) -> list[str]:
+    head = row["bits_by_layer"].get("embed_tokens", row["bits_by_layer"].get("lm_head", math.nan))
+    return [f"{row['weight_bytes'] / 1e6:.2f}", f"{row['bits']:.3f}", f"{head:.2f}", *_kept(row)]
+
+
+def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence[Row] = ()) -> str:
     """The tables and what they say."""
+    files = map(_whole, sorted(whole, key=lambda row: -row["weight_bytes"]))
     trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: -row["bits"])
     rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
     first = rows[0]
@@ -180,7 +193,7 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
         "asked for | on disk | held | linear layers against 16 bits | whole model against 16 bits | whole model against its "
         "file | KL (nats per token) | predicted | perplexity | top-1 | accuracy kept"
     )
-    kept = "on disk | held | KL (nats per token) | perplexity | top-1 | accuracy kept"
+    kept = f"on disk | held | {KEPT}"
     text = f"""
         # What a budget of bits buys
 
@@ -194,6 +207,13 @@ def report(rows: list[Row], found: list[Other], said: list[str]) -> str:
         that file is the smaller one.
 
         {bench.table(head, map(_budget, rows), "r")}
+
+        ## Whole files
+
+        The budget is one of bytes, of all weight files: embedding and head, one matrix here, get settings like all others.
+        On the same tokens.
+
+        {bench.table(f"MB | bits per weight | of the embedding | {KEPT}", files, "r")}
 
         ## With recovery
 
@@ -351,26 +371,30 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     own = {"text": None, "tokens": SAMPLED_TOKENS, "bits": BITS, "work": Path(tempfile.gettempdir()) / "agentforge-fit"}
-    own |= {"recover": 0, "batch": 8}
+    own |= {"recover": 0, "batch": 8, "whole": []}
     own |= {"stages": Path("reports/stages/stages.json"), "peers": Path("reports/fit/peers.json")}
     options = bench.options(arguments, __doc__, "reports/fit", model=bench.MODEL, **own)
-    rows = bench.read(options.out / "fit.json")
+    file = "whole.json" if options.whole else "fit.json"
     if not options.report:
         model = open_model(options.model)
         options.work.mkdir(parents=True, exist_ok=True)
-        wanted = {f"{bits:g} bits": recipe(model, bits, options) for bits in options.bits}
-        statistics = functools.cache(lambda: collect(model, Calibration().for_stage(LADDER[0])))
+        limits: list[Row] = [{"bits": bits} for bits in options.bits]
+        limits = [{"bytes": round(1e6 * float(megabytes))} for megabytes in options.whole] or limits
+        wanted = {" ".join(map(str, *limit.items())): recipe(model, limit, options) for limit in limits}
+        statistics = functools.cache(lambda: collect(model, Calibration().for_stage(LADDER[0]), ends=bool(options.whole)))
 
         def take(name: str) -> Row:
-            return measure(model, statistics(), wanted[name]["bits"], options)
+            return measure(model, statistics(), wanted[name], options)
 
         def keep(rows: list[Row]) -> None:
-            bench.save(options.out, {"fit.json": rows})
+            bench.save(options.out, {file: rows})
 
-        rows = bench.run(rows, wanted, take, keep, lambda recipe: (recipe["bits"], recipe.get("recovery")))
+        key = operator.itemgetter("bytes") if options.whole else lambda recipe: (recipe["bits"], recipe.get("recovery"))
+        bench.run(bench.read(options.out / file), wanted, take, keep, key)
+    rows, whole = bench.read(options.out / "fit.json"), bench.read(options.out / "whole.json")
     rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
     found, said = others(options.stages, options.peers, protocol(rows[0]))
-    bench.save(options.out, {"fit.md": report(rows, found, said), "fit.png": picture(rows, found)})
+    bench.save(options.out, {"fit.md": report(rows, found, said, whole), "fit.png": picture(rows, found)})
 
 
 if __name__ == "__main__":

@@ -141,18 +141,28 @@ def test_a_fit_keeps_to_bits_bytes_and_divergence(tiny: LanguageModel, tmp_path:
     by_bits = fit(tiny, tmp_path / "bits", Budget(bits=4.5), **options)
     assert by_bits.bits <= 4.5
     by_bits.artifact.verify()
-    count = sum(w.shape[0] * w.shape[1] for w in tiny.weights())
-    assert sum(row["bytes"] for row in by_bits.artifact.rows if row["stage"]) * 8 / count == by_bits.bits
+    # Every matrix gets a setting, embedding and head included, or linear layers alone, with bits of their own.
+    both = [fit(tiny, tmp_path / "kept", Budget(bits=4.5), embeddings="keep", **options), by_bits]
+    for made, weights in zip(both, (tiny.weights(), tiny.weights(embeddings=True)), strict=True):
+        rows = [row for row in made.artifact.rows if row["stage"]]
+        assert {row["name"] for row in rows} == {w.name for w in weights}
+        assert sum(row["bytes"] for row in rows) * 8 / sum(w.shape[0] * w.shape[1] for w in weights) == made.bits <= 4.5
+    assert "embedding" in by_bits.counted and "embedding" not in both[0].counted
     assert {row["stage"]["stage"] for row in by_bits.artifact.rows if row["stage"]} == {"ecsq"}
     assert fit(tiny, tmp_path / "bits", Budget(bits=4.5), **options).artifact.sha256 == by_bits.artifact.sha256
     measured = af.divergence(af.load(tmp_path / "bits"), tiny, TEXT, context=tiny.usual_context, tokens=127, progress=False)
     assert measured.kl.value == by_bits.measured.kl.value
 
-    most = by_bits.artifact.weight_bytes + 100
-    by_bytes = fit(tiny, tmp_path / "bytes", Budget(bytes=most), **options)
+    most = both[0].artifact.weight_bytes + 100
+    by_bytes = fit(tiny, tmp_path / "bytes", Budget(bytes=most), embeddings="keep", **options)
     assert most - 2000 < by_bytes.artifact.weight_bytes <= most
     smaller = fit(tiny, tmp_path / "e", Budget(bytes=most), embeddings="rounding:bits=8,group=0", **options)
     assert smaller.artifact.weight_bytes <= most and smaller.bits > by_bytes.bits
+    most = by_bits.artifact.weight_bytes + 100
+    same = fit(tiny, tmp_path / "f", Budget(bytes=most), embeddings="rounding:bits=8,group=0", **options)
+    whole = fit(tiny, tmp_path / "g", Budget(bytes=most), **options)
+    assert max(made.artifact.weight_bytes for made in (same, whole)) <= most
+    assert whole.measured.kl.value < same.measured.kl.value
 
     limit = 2 * by_bits.measured.kl.value
     by_kl = fit(tiny, tmp_path / "kl", Budget(max_kl=limit), **options)
@@ -235,7 +245,7 @@ def test_a_bad_budget_is_one_sentence(
 def test_a_fit_with_recovery_keeps_to_the_same_bits(tiny: LanguageModel, tmp_path: Path) -> None:
     options = {"ladder": LADDER, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
     settings = Settings(steps=20, batch=4, context=32, lr=1e-2, evaluate=10, heldout=64)
-    plain = fit(tiny, tmp_path / "plain", Budget(bits=3.0), **options)  # type: ignore[arg-type]
+    plain = fit(tiny, tmp_path / "plain", Budget(bits=3.0), embeddings="keep", **options)  # type: ignore[arg-type]
     made = fit(tiny, tmp_path / "trained", Budget(bits=3.0), recovery=settings, **options)  # type: ignore[arg-type]
     assert made.bits <= 3.0
     assert made.measured.kl.value != plain.measured.kl.value

@@ -169,6 +169,9 @@ def recover(
     check_trainable(model, chosen)
     if stage is None and names is not None:
         raise BadInput("recovery: the weights are those that the artifact to start with encodes; expected names=None")
+    ends = {row["name"] for row in begin.rows if row["stage"]} - set(weights) if begin and stage is None else set()
+    if begin and ends:
+        raise BadInput(f"{begin.path}: encodes {min(ends)}; recovery trains linear layers, so make it with embeddings kept")
     if most_bytes is not None and stage is not None:
         raise BadInput(f"recovery: {stage} has planes of one size; most_bytes is for stage=None")
     recipe = {

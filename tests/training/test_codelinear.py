@@ -150,6 +150,7 @@ def fitted(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifa
         out,
         Budget(bits=2.2),
         ladder=[stages.get("ecsq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-7, 4)],
+        embeddings="keep",
         calibration=CALIBRATION,
         text="selftext",
         tokens=127,
@@ -181,7 +182,7 @@ def test_a_fitted_model_recovers_within_its_bytes(fitted: Artifact, tiny_llama: 
 
 def test_gains_recover_within_the_budget_while_the_codes_of_a_trellis_stay(tiny_llama: Path, tmp_path: Path) -> None:
     model, about = af.open_model(tiny_llama), {"calibration": CALIBRATION, "text": TEXT, "tokens": 200, "progress": False}
-    plain = fit(model, tmp_path / "plain", Budget(bits=2.2), **about)  # type: ignore[arg-type]
+    plain = fit(model, tmp_path / "plain", Budget(bits=2.2), embeddings="keep", **about)  # type: ignore[arg-type]
     gains = 16 * sum(w.shape[0] for w in model.weights()) / sum(w.shape[0] * w.shape[1] for w in model.weights())
     made = fit(model, tmp_path / "made", Budget(bits=2.2 + gains), recovery=QUICK, **about)  # type: ignore[arg-type]
     assert made.bits <= 2.2 + gains
@@ -219,8 +220,10 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
 def test_what_cannot_be_trained_is_refused(fitted: Artifact, tiny_llama: Path, tmp_path: Path) -> None:
     model = af.open_model(tiny_llama)
     other = af.compress(model, "rounding:bits=4", out=tmp_path / "rounded", progress=False)
+    ends = af.compress(model, "ecsq", out=tmp_path / "ends", embeddings=True, calibration=CALIBRATION, progress=False)
     for settings, words in (
         ({"start": other}, "codes are trained of ecsq"),
+        ({"start": ends}, "encodes model.embed_tokens.weight; recovery trains linear layers"),
         ({}, "no artifact to start with"),
         ({"start": fitted, "names": [model.weights()[0].name]}, "names=None"),
     ):
