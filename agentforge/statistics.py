@@ -34,6 +34,9 @@ NO_GRADIENTS = (
 )
 PRODUCTS = (torch.nn.functional.linear, torch.Tensor.matmul, torch.matmul, torch.bmm)  # of an input and a matrix
 HEAD, LOOKUP, EXPECTED, VARIANCE = "head", "lookup", "p", "p (1 - p)"  # beside weights' names
+# Added to each token's frequency, in units of the mean: other texts have other tokens than this one.  SmolLM2-135M in 50 MB
+# has KL .40 on WikiText-2 without it, .25 with 0.1, .26 with 1.
+UNSEEN = 0.1
 SENSITIVITY_TOKENS = 2048  # a backward pass takes three times as long as a forward pass, and a diagonal needs less text
 
 
@@ -99,8 +102,9 @@ class Collected(Mapping[str, InputStatistics]):
         """Make the statistics of the token embedding and of the output head, one name if they are one matrix, of what was
         summed up under `HEAD`.  None: gets none.  means: of `EXPECTED` and `VARIANCE` up to a factor, and of `LOOKUP`."""
         total, count = self._sums.pop(HEAD)
-        share = 1 / means[EXPECTED].sum()  # whose sum is 1
-        expected, variance = means[EXPECTED] * share, means[VARIANCE] * share
+        unseen = UNSEEN * means[EXPECTED].mean()
+        share = 1 / (means[EXPECTED] + unseen).sum()  # whose sum is 1
+        expected, variance = (means[EXPECTED] + unseen) * share, (means[VARIANCE] + unseen) * share
         if head:
             self._sums[head] = total, count
             self.sensitivities[head] = variance
@@ -152,8 +156,8 @@ def collect(
     ends: of the output head and the token embedding, too, which takes sensitivities.  The head makes logits of probabilities
     p, in which the curvature is known: E[p_i (1 - p_i)] on its diagonal.  A row of the embedding is what its token adds to
     the residual stream: H is the diagonal of the curvature there, and a row counts for as often as the model expects its
-    token, E[p_i].  If one matrix is both, its H is the sum, as if these two factors were in proportion.  A model without one
-    of them has neither.
+    token, E[p_i].  Both get a little more, `UNSEEN`, because other texts have other tokens.  If one matrix is both, its H is
+    the sum, as if these two factors were in proportion.  A model without one of them has neither.
 
     workers: windows that run at once (default: one per core, at most 4; on a GPU one).  On a GPU the model's module is built
     there; what comes back is on the CPU.  Raises BadInput for a text that is too short, and for settings out of range.

@@ -67,13 +67,14 @@ def test_more_bytes_do_less_damage_and_the_same_call_gives_the_same_bytes(tiny: 
 
 
 def test_statistics_of_head_and_embedding_are_those_of_a_plain_pass(tiny: LanguageModel) -> None:
-    """H of the head's inputs, and E[p (1 - p)] of its outputs, by transformers' own forward pass."""
+    """H of the head's inputs, and E[p (1 - p)] of its outputs, by transformers' own forward pass.  A tenth of the frequencies
+    is spread over all tokens."""
     found = collect(tiny, CALIBRATION, progress=False, ends=True)["model.embed_tokens.weight"]
     ids = torch.tensor(tiny.encode(TEXT.text)[:256]).reshape(4, 64)
     with torch.no_grad():
         output = tiny.model(input_ids=ids, output_hidden_states=True)
     x, p = output.hidden_states[-1].flatten(0, 1).double(), output.logits.flatten(0, 1).double().softmax(-1)
-    variance = (p * (1 - p)).mean(0)
+    variance = ((p * (1 - p)).mean(0) + 0.1 / p.shape[1]) / 1.1
     assert found.sensitivity is not None
     torch.testing.assert_close(found.sensitivity.double(), variance, rtol=1e-4, atol=1e-9)
     beside = found.hessian.double() - x.T @ x / len(x)  # the embedding's share
