@@ -26,7 +26,6 @@ import torch
 from torch import nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
-from tqdm.auto import tqdm
 
 from .bits import tensor_bytes
 from .errors import BadInput
@@ -147,11 +146,6 @@ class Passes:
                 owner, _, leaf = name.rpartition(".")
                 here = getattr(self.module.get_submodule(owner), leaf)
                 here.data = absent(here.shape) if hollow else self._read[name]().to(torch.float32)
-
-
-def progress_bar(title: str | None, steps: int) -> Any:
-    """A bar of so many units; without a title there is none to be seen."""
-    return tqdm(total=steps, unit="block", leave=False, desc=title, disable=None if title else True)
 
 
 class _Stopped(Exception):

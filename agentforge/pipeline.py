@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from . import stages
 from .artifact import FORMAT, Artifact, Encoded, Writer, read_shared, relative_error
@@ -22,6 +21,7 @@ from .folders import check_out
 from .models import LanguageModel, Weight, check_workers, device_named
 from .opening import open_model
 from .planes import Packed
+from .progress import progress_bar
 from .stages.text import with_refinement
 from .statistics import Calibration, InputStatistics, collect
 from .version import __version__
@@ -264,9 +264,8 @@ def _fill(
     # Together they are no larger than the largest; a number that was asked for is kept.
     limit = sum(sizes.values()) if workers or executor else max(sizes.values())
     running, held = dict[Future[Encoded | str], tuple[int, str]](), 0
-    start = len(names) - len(todo)
-    bar = tqdm(total=len(names), initial=start, unit="tensor", leave=False, desc=title, disable=None if title else True)
-    with bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
+    shown = progress_bar(title, len(names), "tensor", len(names) - len(todo))
+    with shown as bar, nullcontext(executor) if executor else ThreadPoolExecutor(most) as pool:
         try:
             while todo or running:
                 while todo and len(running) < most and held + sizes[todo[0][1]] <= limit:

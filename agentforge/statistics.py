@@ -18,10 +18,11 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from . import digits
-from .blockwise import Passes, Spill, progress_bar
+from .blockwise import Passes, Spill
 from .errors import BadInput
 from .evaluation.texts import Text, find_text
 from .models import IN_PLACE, LanguageModel, check_workers, device_named
+from .progress import progress_bar
 from .stages.base import InputStatistics as InputStatistics
 from .stages.base import Stage
 
@@ -267,7 +268,7 @@ def collect(
             if parameter.requires_grad:
                 stack.callback(parameter.requires_grad_, True)
                 parameter.requires_grad_(False)  # gradients of activations are all that is asked for
-        bar = stack.enter_context(progress_bar(title, passes.steps * (2 if backward else 1)))
+        bar = stack.enter_context(progress_bar(title, passes.steps * (2 if backward else 1), "block"))
         how: dict[str, Any] = {"passed": passed, "closed": closed, "backward": backward > 0, "within": watched}
         parts = list(passes.map(run, list(enumerate(windows)), bar, workers, **how))
     found.keys_of = {name: found.keys_of[name] for name in weights if name in found.keys_of}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from ..errors import BadInput
 from ..models import LanguageModel
+from ..progress import progress_bar
 
 BATCH = 768  # tokens that run through a model at once, padding included
 
@@ -57,16 +57,15 @@ def likelihoods(
         lengths = torch.tensor([len(ids) - first for ids in tokens])
         found.append(Scored(torch.zeros(len(options), dtype=torch.float64), lengths))
     rows.sort(key=lambda row: -len(row.ids))
-    bar = tqdm(total=len(rows), desc=model.name, unit="run", leave=False, disable=None if progress else True)
-    while rows:
-        size = max(1, BATCH // len(rows[0].ids))
-        batch, rows = rows[:size], rows[size:]
-        for row, logs in zip(batch, _run(model, batch), strict=True):
-            for place, target in row.targets:
-                at = torch.arange(len(target))
-                found[row.question].sums[place] = logs[at, torch.tensor(target)].double().sum()
-        bar.update(len(batch))
-    bar.close()
+    with progress_bar(model.name if progress else None, len(rows), "run") as bar:
+        while rows:
+            size = max(1, BATCH // len(rows[0].ids))
+            batch, rows = rows[:size], rows[size:]
+            for row, logs in zip(batch, _run(model, batch), strict=True):
+                for place, target in row.targets:
+                    at = torch.arange(len(target))
+                    found[row.question].sums[place] = logs[at, torch.tensor(target)].double().sum()
+            bar.update(len(batch))
     return found
 
 

@@ -23,9 +23,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.nn.functional import cross_entropy
 
-from ..blockwise import Passes, progress_bar
+from ..blockwise import Passes
 from ..errors import BadInput
 from ..models import LOWEST, LanguageModel
+from ..progress import progress_bar
 from . import intervals
 from .measurement import Measurement
 from .texts import Text, find_text
@@ -91,7 +92,7 @@ def perplexity(
 
     passes, groups = Passes(model), _groups(model, windows)
     losses: list[torch.Tensor] = []
-    with progress_bar(f"perplexity of {model.name}" if progress else None, len(groups) * passes.steps) as bar:
+    with progress_bar(f"perplexity of {model.name}" if progress else None, len(groups) * passes.steps, "block") as bar:
         for group in groups:
             losses += passes.map(of_window, group, bar, threads=0)
     sums, error = _clusters(losses)
@@ -174,7 +175,7 @@ def compared(
     first, passes, groups = Passes(original), [Passes(model) for model in models], _groups(original, windows)
     steps = len(groups) * (first.steps + sum(one.steps for one in passes))
     parts: list[list[torch.Tensor]] = [[] for _ in models]
-    with progress_bar(f"{names} against {original.name}" if progress else None, steps) as bar:
+    with progress_bar(f"{names} against {original.name}" if progress else None, steps, "block") as bar:
         for group in groups:
             base = list(first.map(_scored, group, bar, threads=0))
             for one, of_windows in zip(passes, parts, strict=True):

@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from .. import digits, stages
 from ..artifact import FORMAT, Artifact, Writer
@@ -36,6 +35,7 @@ from ..models import IN_PLACE, LanguageModel, device_named, fastest_device
 from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
+from ..progress import progress_bar
 from ..stages.tcq import TCQ
 from ..statistics import Calibration, first_tokens
 from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
@@ -348,11 +348,10 @@ class _Run:
     def train(self) -> list[dict[str, Any]]:
         """Train to the end, or until nothing gets better; leaves the best state in the student."""
         settings = self.settings
-        quiet, title = None if self.progress else True, f"recovery: {self.model.name}"
-        bar = tqdm(total=settings.steps, initial=self.step, unit="step", leave=False, desc=title, disable=quiet)
+        title = f"recovery: {self.model.name}" if self.progress else None
         began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0.0)
         losses: list[float] = []
-        with bar:
+        with progress_bar(title, settings.steps, "step", self.step) as bar:
             if not self.history:
                 self._note(losses, began)
             while self.step < settings.steps and not self._patience_is_over():
