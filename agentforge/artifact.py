@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import html
 import json
 import math
 import re
@@ -39,6 +40,7 @@ from . import stages
 from .bits import FLOATS, bits_per_value, stored_bytes, tensor_bytes
 from .entropy import VALUES_A_BYTE
 from .errors import AgentForgeError, BadArtifact, BadInput
+from .escaping import printable
 from .folders import check_out, foreign, locked, remove, replace
 from .models import SOURCE_FILE, LanguageModel, Weight, as_stored, converted_bytes
 from .planes import Packed, Plane, is_coded
@@ -101,12 +103,32 @@ class Ratio:
         return {**self.__dict__, "ratio": self.ratio}
 
 
+class Ratios(list[Ratio]):
+    """Ratios that print, and show in a notebook, as a table."""
+
+    def __str__(self) -> str:
+        rows = [f"{r.what:15} {r.bytes:13,} {r.ratio:8.3f}x  {r.denominator}" for r in self]
+        return "\n".join([f"{'what':15} {'bytes on disk':>13} {'ratio':>9}  against", *rows])
+
+    def _repr_html_(self) -> str:
+        rows = [("what", "bytes on disk", "ratio", "against", "bytes")]
+        rows += [(r.what, f"{r.bytes:,}", f"{r.ratio:.3f}x", r.denominator, f"{r.denominator_bytes:,}") for r in self]
+        return f"<table><tr>{'<tr>'.join('<td>' + '<td>'.join(map(html.escape, row)) for row in rows)}</table>"
+
+
 class Artifact:
     """A finished artifact: `path` and `manifest` (checked when it was read)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path).expanduser()
         self.manifest = _read_manifest(self.path)
+
+    def __str__(self) -> str:
+        touched, name = sum(row["stage"] is not None for row in self.rows), self.manifest["original"]["name"]
+        return printable(f"{self.path}: {touched} of {len(self.rows)} tensors of {name} encoded") + f"\n{self.ratios}"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(str(self).partition(chr(10))[0])}</p>{self.ratios._repr_html_()}"
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -138,7 +160,7 @@ class Artifact:
         return sum(shard.stat().st_size for shard in shards)
 
     @property
-    def ratios(self) -> list[Ratio]:
+    def ratios(self) -> Ratios:
         """Whole model and touched tensors, each against 16 and 32 bits per parameter; the whole model also against the bytes
         of what the user had: the GGUF file it was converted from, else its weight files.  Below 1 the artifact is larger."""
 
@@ -155,7 +177,7 @@ class Artifact:
             made_from, size = "GGUF file it was made from", converted
         ratios = against("whole model", whole, f"all {parameters:,} parameters", parameters)
         ratios.append(Ratio("whole model", whole, made_from, size))
-        return ratios + (against("touched tensors", planes, f"their {count:,} weights", count) if touched else [])
+        return Ratios(ratios + (against("touched tensors", planes, f"their {count:,} weights", count) if touched else []))
 
     @property
     def ratio(self) -> float:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 import agentforge
 from agentforge import artifact as artifact_module
 from agentforge import folders, stages, tensorfiles
-from agentforge.artifact import Artifact, Ratio, Writer, relative_error
+from agentforge.artifact import Artifact, Ratio, Ratios, Writer, relative_error
 from agentforge.bits import tensor_bytes
 from agentforge.errors import AgentForgeError, BadArtifact, BadInput
 from agentforge.models import LanguageModel
@@ -195,6 +196,18 @@ def test_ratios_are_what_the_file_system_says(model: LanguageModel, tmp_path: Pa
         f"their {count:,} weights at 16 bits",
         f"their {count:,} weights at 32 bits",
     ]
+    lines = str(artifact.ratios).splitlines()
+    assert str(artifact).splitlines() == [
+        f"{artifact.path}: {len(model.weights())} of {len(artifact.rows)} tensors of {model.name} encoded",
+        *lines,
+    ]
+    page = artifact._repr_html_()
+    cells = re.findall(r"<td>([^<]*)", page)
+    assert len(lines) == 1 + len(artifact.ratios) and len(cells) == 5 * len(lines) and str(artifact.path) in page
+    for i, ratio in enumerate(artifact.ratios, 1):
+        assert re.split(r"\s{2,}", lines[i]) == [ratio.what, f"{ratio.bytes:,}", f"{ratio.ratio:.3f}x", ratio.denominator]
+        assert cells[5 * i] == ratio.what and cells[5 * i + 4] == f"{ratio.denominator_bytes:,}"
+    assert "<b>" not in Ratios([Ratio("<b>", 1, "<b>", 1)])._repr_html_()
     assert Ratio("x", 10, "y", 40).to_json() == {
         "what": "x",
         "bytes": 10,

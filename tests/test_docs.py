@@ -76,6 +76,22 @@ def test_the_start_pages_first_commands_work(monkeypatch: pytest.MonkeyPatch, tm
         assert left.value.code == 0, command
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_the_python_of_readme_and_guide_runs_on_another_model(
+    page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_llama: Path
+) -> None:
+    """As it stands, but for the model's name, in the folder where the commands before it have left small/."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "agentforge.json").write_text("{}")
+    (code,) = re.findall(r"```python\n(import agentforge as af\n.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    assert code.count("smollm2-135m") == 1
+    exec(code.replace("smollm2-135m", str(tiny_llama)), {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("ternary: 14 of ") and said[1].startswith("what ") and len(said) == 8
+    assert re.fullmatch(r"[\d.e-]+ ± [\d.e-]+ nats/token \(n = 2,047\)", said[-1]), said[-1]
+
+
 def test_a_docstring_says_on_a_page_what_it_says_in_the_code() -> None:
     import markdown
 
