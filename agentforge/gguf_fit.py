@@ -7,6 +7,7 @@ how they are weighed), and the budget is that of the whole file: header, tokeniz
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Collection
@@ -19,7 +20,7 @@ from .blockwise import Spill
 from .errors import BadInput
 from .evaluation import Divergence, Text
 from .exports import Exported, export, gguf
-from .gguf_import import convert
+from .gguf_import import convert, reader_of
 from .models import SAMPLED_TOKENS, LanguageModel, device_named
 from .opening import open_model
 from .stages.ggml import FORMS, GGML
@@ -55,10 +56,12 @@ def fit_gguf(
     device: str = "cpu",
     progress: bool = True,
     executor: Executor | None = None,
+    overwrite: bool = False,
 ) -> GGUFFit:
     """The GGUF file of least predicted damage in `most` bytes, measured as it is opened again.
 
-    types: to choose from.  statistics: with those of `ends`.  Other arguments as for `fit`.
+    types: to choose from.  statistics: with those of `ends`.  overwrite: a GGUF file of agentforge's may be replaced.  Other
+    arguments as for `fit`.
 
     Raises BadInput if the budget cannot be met, for another model than a plain Llama, and as `fit` does.
     """
@@ -68,8 +71,9 @@ def fit_gguf(
     if model.is_classifier:
         raise BadInput(f"{model.name}: is a classifier; a GGUF file holds language models")
     out = Path(out).expanduser()
-    if os.path.lexists(out):
-        raise BadInput(f"{out}: is in the way; choose another name")
+    if os.path.lexists(out) and not (overwrite and _is_ours(out)):
+        why = "; it is no GGUF file of agentforge" if overwrite else ", or pass --overwrite to replace it"
+        raise BadInput(f"{out}: is in the way; choose another --out{why}")
     found_text = evaluation.find_text(text)
     calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device).with_sensitivities()
     columns = {weight.name: weight.shape[1] for weight in model.weights(embeddings=True)}
@@ -103,3 +107,9 @@ def fit_gguf(
         measured = evaluation.divergence(opened, original, found_text, context, tokens=tokens, progress=progress)
         os.replace(exported.path, out)
     return GGUFFit(exported._replace(path=out), predicted, measured)
+
+
+def _is_ours(file: Path) -> bool:
+    with contextlib.suppress(Exception):  # whatever the reader says of a file that is none
+        return not file.is_symlink() and reader_of(file).get_field(gguf.MARK) is not None
+    return False

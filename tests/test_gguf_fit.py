@@ -122,6 +122,7 @@ def test_a_bad_request_is_one_sentence_and_leaves_nothing(tiny_llama: Path, tmp_
     out.write_bytes(b"mine")
     with pytest.raises(BadInput, match="is in the way"):
         fit_gguf(tiny_llama, out, 80_000)
+    assert "no GGUF file of agentforge" in asked("--for", "gguf", "--bytes", "80kB", "--overwrite")
     assert out.read_bytes() == b"mine"
 
 
@@ -132,3 +133,8 @@ def test_the_command_says_what_it_made(tiny_llama: Path, tmp_path: Path) -> None
     found = json.loads(CliRunner().invoke(app, asked, catch_exceptions=False).stdout)
     assert found["bytes"] == (tmp_path / "small.gguf").stat().st_size <= 80_000
     assert found["to"] == "gguf" and math.isfinite(found["measured"]["kl"]["value"])
+    smaller = ["70kB" if word == "80kB" else word for word in asked]
+    assert "pass --overwrite" in str(CliRunner().invoke(app, smaller).exception)
+    found = json.loads(CliRunner().invoke(app, [*smaller, "--overwrite"], catch_exceptions=False).stdout)
+    assert found["bytes"] == (tmp_path / "small.gguf").stat().st_size <= 70_000
+    assert [path.name for path in tmp_path.glob("*.gguf")] == ["small.gguf"]

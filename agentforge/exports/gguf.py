@@ -48,6 +48,7 @@ from ..stages.ggml import GGML
 from ..stages.ternary import Ternary
 from .grids import Grid, halves, refused
 
+MARK = "agentforge.manifest_sha256"  # key of the metadata
 HOLDS = (
     "GGUF holds rounding of 2 to 5 bits, and symmetric of up to 8, in groups of a multiple of 32, and ternary weights in "
     "rows of a multiple of 32: compress with --stage rounding:bits=4,group=32"
@@ -142,7 +143,7 @@ def write(
         writer.add_tensor(gguf_name(name), np.ascontiguousarray(array), raw_dtype=GGMLQuantizationType[kinds[name]])
     writer.add_file_type(LlamaFileType[most.most_common(1)[0][0] if most else "ALL_F32"])
     writer.add_quantization_version(2)
-    writer.add_string("agentforge.manifest_sha256", sha256)
+    writer.add_string(MARK, sha256)
     path.parent.mkdir(parents=True, exist_ok=True)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
