@@ -32,11 +32,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from . import evaluation, stages
 from .artifact import Artifact, Encoded
 from .blockwise import Spill
+from .cache import use
 from .errors import BadInput
 from .evaluation import Divergence, Text
 from .execution import Task, encode_tensor, price_tensor, results
@@ -44,6 +44,7 @@ from .folders import check_out, remove, replace
 from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, check_workers, device_named
 from .opening import load, open_model
 from .pipeline import compress
+from .progress import progress_bar
 from .stages.base import InputStatistics
 from .stages.base import damage as damage
 from .statistics import Calibration, Collected, collect
@@ -154,17 +155,18 @@ def candidates(
     weights = [weight for weight in model.weights(embeddings=True) if weight.name in priced]
     todo = [weight for weight in weights if len(found.get(weight.name, [])) != len(ladder)]
     journal.parent.mkdir(parents=True, exist_ok=True)
-    bar = _bar("candidates", len(weights), len(weights) - len(todo), progress)
+    use(journal.parent)
+    bar = progress_bar("candidates" if progress else None, len(weights), "weight", len(weights) - len(todo))
     tasks = (
         partial(price_tensor, Task.of(w, model.reader(w.name), statistics[w.name], stage=ladder[0], device=device), ladder)
         for w in todo
     )
-    with bar, open(journal, "a", encoding="utf-8") as lines:
+    with bar as shown, open(journal, "a", encoding="utf-8") as lines:
         for weight, rows in zip(todo, results(tasks, executor, workers), strict=True):
             found[weight.name] = rows
             lines.write(json.dumps({weight.name: rows}) + "\n")
             lines.flush()
-            bar.update()
+            shown.update()
     return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
 
 
@@ -363,7 +365,8 @@ class Search(NamedTuple):
             new = [weight for weight in todo if keys[weight.name] not in self.counted]
             tasks = (partial(encode_tensor, self._task(weight, found[weight.name].stage)) for weight in new)
             how = self.settings["executor"], self.settings["workers"]
-            with _bar("encoding", len(new), 0, self.progress) as bar, open(self.journal, "a", encoding="utf-8") as lines:
+            title = "encoding" if self.progress else None
+            with progress_bar(title, len(new), "weight") as bar, open(self.journal, "a", encoding="utf-8") as lines:
                 for weight, encoded in zip(new, results(tasks, *how), strict=True):
                     assert isinstance(encoded, Encoded)
                     self.encoded[weight.name, encoded.stage] = self._put(encoded)
@@ -476,10 +479,6 @@ def _bytes_for(options: Mapping[str, Sequence[Candidate]], damage: float) -> int
         else:
             low = middle
     return high
-
-
-def _bar(what: str, total: int, done: int, progress: bool) -> Any:
-    return tqdm(total=total, initial=done, unit="weight", leave=False, desc=what, disable=None if progress else True)
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """The command line: the package's verbs as commands, with no logic of their own.
 
-Exit codes: 0 done, 1 a check says no, 2 bad input (or no disk space or memory left), 70 a bug of agentforge, 128 + n ended
-by signal n (Ctrl-C: 130, SIGTERM: 143, SIGHUP: 129).
+Nothing here loads torch before the names that a command was given are looked at: a mistyped one is told at once.
 """
 
 from __future__ import annotations
@@ -28,23 +27,29 @@ from typer import Argument, Option
 
 from .errors import AgentForgeError, BadInput
 from .escaping import printable
+from .names import MODELS, check_names, find_report
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich cuts the names of options in a narrow terminal
+    epilog="Exit codes: 0 done; 1 a check says no; 2 bad input, or no disk space or memory left; 70 a bug of agentforge; "
+    "130 interrupted (Ctrl-C); 143 terminated (SIGTERM); 129 hung up (SIGHUP).",
     help="Compress a language model, load it back from disk, and prove what was measured.",
 )
-handoff_app = typer.Typer(no_args_is_help=True, help="Write and check what one phase leaves for the next.")
+about_handoffs = "Write and check what one phase leaves for the next."
+handoff_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help=about_handoffs)
 app.add_typer(handoff_app, name="handoff")
 out = Console(soft_wrap=True)
+LEAST = 12  # characters that a column needs, on average
 
 Model = Annotated[str, Argument(help="A name, a Hugging Face folder, a hub id or a GGUF file.")]
 ArtifactDir = Annotated[Path, Argument(metavar="DIR", help="An artifact.")]
 Scheduler = Annotated[
     str | None, Option(help="Address of a Dask scheduler, such as tcp://host:8786, whose workers encode; same bytes.")
 ]
-Overwrite = Annotated[bool, Option(help="Replace an artifact made with other settings.")]
+Overwrite = Annotated[bool, Option(help="Replace what was made with other settings.")]
 Threads = Annotated[int | None, Option(help="Threads (default: one per core); same bytes.")]
 Device = Annotated[str, Option(help="cpu or cuda.")]
 AsJson = Annotated[bool, Option("--json", help="Print one JSON object instead of tables.")]
@@ -66,7 +71,7 @@ def _checked_out(path: Path | None) -> Path | None:
     if path.name in ("", ".."):  # "." has no name that another folder could lie beside
         path = path.resolve()
     # An artifact is made beside its place and renamed; what exists is replaced, or written into.
-    for where in {path if path.exists() else path.parent, path.parent}:
+    for where in {path if path.exists() and path.suffix != ".gguf" else path.parent, path.parent}:
         nearest = next(folder for folder in (where, *where.absolute().parents) if folder.exists())
         try:
             with tempfile.TemporaryDirectory(prefix=".agentforge-", dir=nearest):
@@ -83,6 +88,15 @@ def _out(what: str) -> Any:
 
 
 OutDir = Annotated[Path, _out("The artifact's folder.")]
+
+
+def _check(device: str | None = None, **given: Any) -> None:
+    """Raise BadInput for a device that is not here, and for names, by the option, that can mean nothing."""
+    if device not in (None, "cpu"):
+        from .models import device_named
+
+        device_named(device)
+    check_names(**given)
 
 
 def main() -> None:
@@ -156,9 +170,7 @@ def models(
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
-    """List the models that agentforge knows by name, one model's tensors, or what is registered."""
-    from .opening import NAMED, open_model
-
+    """List models by name, one model's tensors, or what is registered."""
     if registered or registry:
         from .registry import registered as versions
 
@@ -166,7 +178,10 @@ def models(
         return _show({"registered": found}, as_json, lambda: _registered_table(found))
     if model is None:
         caption = "or a Hugging Face folder, a hub id, or a GGUF file of the Llama family"
-        return _show({"models": NAMED}, as_json, lambda: _table("name|what it is", NAMED.items(), caption))
+        return _show({"models": MODELS}, as_json, lambda: _table("name|what it is", MODELS.items(), caption))
+    _check(model=model)
+    from .opening import open_model
+
     opened = open_model(model)
     weights, kept = opened.weights(embeddings), opened.kept(embeddings)
     touched = sum(w.shape[0] * w.shape[1] for w in weights)
@@ -196,7 +211,8 @@ def compress(
     calibration_tokens: Annotated[int, Option(min=1, help="How many tokens of the calibration text to read.")] = 8192,
     as_json: AsJson = False,
 ) -> None:
-    """Encode a model's weights and write the artifact; run again after a kill, it resumes where it stopped."""
+    """Encode a model's weights and write the artifact. Run again after a kill, it resumes where it stopped."""
+    _check(device, model=model, stage=stage, text=calibration)
     from . import execution
     from .evaluation.measurement import peak_memory
     from .opening import open_model
@@ -249,16 +265,15 @@ def fit(
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
-    """Find the settings that meet a budget with the least damage, one per weight, and measure the result."""
+    """Meet a budget with the least damage, and measure the result. Each weight gets settings of its own."""
+    _check(device, model=model, text=text, stage=embeddings if embeddings != "keep" else None, **{"--for": program})
     from . import execution
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
     from .gguf_fit import GGUFFit, fit_gguf
-    from .models import device_named
     from .opening import open_model
     from .training.recover import Settings
 
-    device_named(device)
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
@@ -267,12 +282,10 @@ def fit(
     if program is None:
         options |= {"recovery": Settings.of_codes(recover) if recover else None, "embeddings": embeddings}
         call = partial(run, opened, out_dir, Budget(most, bits, max_kl), overwrite=overwrite, **options)
-    elif program != "gguf":
-        raise BadInput(f"--for {program!r:.40}: is no format that files are fitted for; expected gguf")
     elif most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
         raise BadInput("--for gguf takes --bytes (or --target) of the whole file, and no other limit, stage or training")
     else:
-        call = partial(fit_gguf, opened, out_dir, most, **options)
+        call = partial(fit_gguf, opened, out_dir, most, overwrite=overwrite, **options)
     with execution.connected(scheduler) as executor:
         found = call(executor=executor)
     seconds, measured = time.perf_counter() - start, found.measured
@@ -294,7 +307,8 @@ def fit(
 
 @app.command()
 def inspect(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
-    """Show an artifact's tensors, bits per weight, errors, bytes and ratios, from its manifest."""
+    """Show an artifact's tensors, bits, errors, bytes and ratios. All of it comes from its manifest."""
+    _check(artifact=artifact_dir)
     from .artifact import Artifact
 
     artifact = Artifact(artifact_dir)
@@ -311,11 +325,10 @@ def inspect(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
 
 @app.command()
 def verify(artifact_dir: ArtifactDir, as_json: AsJson = False) -> None:
-    """Check an artifact's hashes, shapes and planes, and decode every tensor (exit code 1 if something is wrong)."""
+    """Check an artifact's hashes, shapes, planes, and decode it all. The exit code is 1 if something is wrong."""
+    _check(artifact=artifact_dir)
     from .artifact import Artifact
 
-    if not artifact_dir.is_dir():
-        raise BadInput(f"{artifact_dir}: no such folder; expected an artifact of agentforge")
     try:
         checks = Artifact(artifact_dir).verify()
     except BadInput as error:  # a shard's fault is BadInput, the manifest's BadArtifact
@@ -335,7 +348,8 @@ def export(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write an artifact as it is for llama.cpp, vLLM, transformers or MLX, decode that again, and compare."""
+    """Write an artifact for llama.cpp, vLLM, transformers or MLX. What is written is decoded again and compared."""
+    _check(artifact=artifact_dir, format=to)
     from .exports import export as run
 
     found = run(artifact_dir, to, out_dir)
@@ -352,7 +366,8 @@ def register(
     registry: RegistryURI = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check an artifact and register it, packed and dequantised, with its lineage; the same artifact only once."""
+    """Check an artifact and register it with its lineage. It is registered packed and dequantised, and only once."""
+    _check(artifact=artifact_dir)
     from .registry import register as run
 
     found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
@@ -430,16 +445,16 @@ def evaluate(
     phase5: Annotated[bool, Option("--phase5", help="Phase 5 checks instead of a text: edge of chaos, Eudaimonia.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model as it is loaded back from disk: perplexity, tasks, Phase 5 checks, or accuracy for digits-mlp."""
-    from . import evaluation
-    from .models import device_named
-    from .opening import load, open_model
-
+    """Measure a model as it is loaded back from disk. Perplexity, tasks, Phase 5 checks; accuracy for digits-mlp."""
     if tasks is None and (limit is not None or data is not None or allow_generated_code):
         raise BadInput("--limit, --data and --allow-generated-code are for tasks; name some with --tasks")
     if phase5 and (tasks is not None or text is not None or tokens is not None):
         raise BadInput("--phase5 asks its own questions; leave out --tasks, --text and --tokens")
-    device_named(device)
+    asked = None if tasks is None else [name.strip() for name in tasks.split(",") if name.strip()]
+    _check(device, model=model, against=against, text=text, runtime=runtime, tasks=asked)
+    from . import evaluation
+    from .opening import load, open_model
+
     opened = (open_model(model) if runtime == "dense" else load(model, runtime)).on(device)
     original = open_model(against).on(device) if against else None
     progress = not as_json
@@ -448,8 +463,7 @@ def evaluate(
         rules = evaluation.eudaimonia(opened, original, progress=progress)
         found = {"model": opened.name, "edge_of_chaos": edge.to_json(), "eudaimonia": rules.to_json()}
         return _show(found, as_json, lambda: _measure_table({**edge.named(), **rules.named()}, edge.summary))
-    if tasks is not None:
-        asked = [name.strip() for name in tasks.split(",") if name.strip()]
+    if asked is not None:
         options: dict[str, Any] = {"limit": limit, "data": data, "unsafe_code": allow_generated_code, "progress": progress}
         results = evaluation.evaluate_tasks(opened, asked, original=original, **options)
         found = {"model": opened.name, "tasks": {name: result.to_json() for name, result in results.items()}}
@@ -521,7 +535,8 @@ def recover(
     overwrite: Annotated[bool, Option(help="Discard the output of other settings.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Make a model ternary, train it back by distillation, and hand over two outputs (exit code 1 if a gate fails)."""
+    """Make a model ternary and train it back by distillation. Two outputs are handed over; exit code 1: a gate failed."""
+    _check(device, model=model, optimizer=optimizer, text=text, train_on=train_on)
     from .training.phase import phase
     from .training.recover import Settings
 
@@ -546,7 +561,8 @@ def pipeline(
     track: Annotated[Path | None, Option(help="Folder for every attempt's metrics, and an offline W&B run.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a model through a chain of stages with gates; a step that fails its gates is rolled back (exit code 1)."""
+    """Run a model through a chain of stages with gates. A step that fails its gates is rolled back (exit code 1)."""
+    _check(device, model=model)
     from .chain import run_chain
 
     options: dict[str, Any] = {"workers": workers, "device": device, "overwrite": overwrite, "track": track}
@@ -570,13 +586,35 @@ def _attempt_cells(row: dict[str, Any]) -> list[str]:
 
 
 @app.command()
+def cache(
+    name: Annotated[str | None, Argument(metavar="NAME", help="Only what lies there under this name.")] = None,
+    clear: Annotated[bool, Option("--clear", help="Remove it, unless it is in use or not agentforge's.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """List what lies in the cache, or clear it. What was cleared is made again when it is needed."""
+    from .cache import cached
+    from .models import cache_dir
+
+    found = cached(name, clear)
+    gone = [entry for entry in found if clear and not entry["kept"]]
+    if clear and name is not None and not gone:
+        raise BadInput(f"{name}: is not cleared; {found[0]['kept']}")
+    said = "cleared" if clear else ""
+    rows = [[e["name"], e["what"], f"{e['bytes'] / 1e6:,.1f}", f"stays: {e['kept']}" if e["kept"] else said] for e in found]
+    total = sum(entry["bytes"] for entry in (gone if clear else found)) / 1e6
+    caption = f"{cache_dir()}: {total:,.1f} MB{' cleared' if clear else '; agentforge cache --clear removes what can be'}"
+    data = {"path": str(cache_dir()), "entries": found, "cleared": [entry["name"] for entry in gone]}
+    _show(data, as_json, lambda: _table("name|what it is|>MB|", rows, caption))
+
+
+@app.command()
 def dashboard(
     workspace: Annotated[Path, Option(help="Folder of all runs; the page reads and writes nothing outside it.")] = Path(
         "agentforge-runs"
     ),
     port: Annotated[int, Option(min=1, max=65535, help="Port on this machine only (127.0.0.1).")] = 8501,
 ) -> None:
-    """Show runs of chains on a page in the browser: start, watch, pause, resume, abort and compare them."""
+    """Show runs of chains on a page in the browser. There they are started, paused, resumed, aborted and compared."""
     from .dashboard import runs, server
 
     server.check(port)
@@ -612,14 +650,17 @@ def audit(
     check: Annotated[bool, Option(help="Measure nothing; check that each report matches its record.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure every claim of a report that can be measured, and write it as notebook, HTML, Markdown, SARIF and JSON.
+    """Measure the claims of reports, and write each report. It comes as notebook, HTML, Markdown, SARIF and JSON.
 
     The exit code is 1 if a probe failed, which is not a verdict on its claim, and 2 if the claims file is not in order."""
+    if claims is not None and reports:
+        raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
+    for name in reports or filter(None, [claims]):
+        find_report(name)
+    _check(device, model=model, against=against, text=text, budget=budget)
     from .audit import report as audits
     from .tensorfiles import read_json
 
-    if claims is not None and reports:
-        raise BadInput(f"reports {', '.join(reports)} and --claims {claims} were asked for; expected one of the two")
     names: list[str | Path] = [claims] if claims is not None else [*(reports or audits.NAMES)]
     if check:
         return _check_reports(names, out_dir, as_json)
@@ -689,14 +730,26 @@ def _say(*lines: str) -> None:
         out.print(printable(line), markup=False)
 
 
-def _table(columns: str, rows: Iterable[Iterable[str]], *caption: str) -> None:
+def _table(columns: str | list[str], rows: Iterable[Iterable[str]], *caption: str) -> None:
     """Print a table.  columns: heads, separated by |; after > a column's cells stand on its right."""
-    table = Table(caption="\n".join(map(_cell, caption)) or None, caption_justify="left")
-    for column in columns.split("|"):
-        table.add_column(column.lstrip(">"), justify="right" if column.startswith(">") else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*map(_cell, row))
-    Console().print(table)
+    console, heads = Console(), columns.split("|") if isinstance(columns, str) else columns
+    rows = [*rows]
+    about = "\n".join(map(_cell, caption))
+    if LEAST * len(heads) > console.width:  # columns would break words: a table for each row
+        for first, *rest in rows:
+            _table([heads[0], first], zip([head.lstrip(">") for head in heads[1:]], rest, strict=True))
+        return console.print(about) if about else None
+    for between in (" ", "\n"):  # of a number's head, the words below each other if all do not fit side by side
+        table = Table(caption=about or None, caption_justify="left")
+        for head in heads:
+            right = head.startswith(">")
+            text = _cell(head[1:]).replace(" ", between) if right else _cell(head)
+            table.add_column(text, justify="right" if right else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*map(_cell, row))
+        if console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width:
+            break
+    console.print(table)
 
 
 def _cell(text: str) -> str:

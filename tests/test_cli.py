@@ -491,6 +491,119 @@ def test_odd_arguments_are_refused_before_anything_is_written(
     assert [path.name for path in tmp_path.iterdir()] == ["chain.yaml"]
 
 
+# Names that are mistyped
+
+
+@pytest.mark.parametrize(
+    ("command", "meant"),
+    [
+        (["compres", "x"], "'compress'"),
+        (["handoff", "chekc"], "'check'"),
+        (["compress", "digits-mlp", "--stge", "ternary"], "--stage"),
+        (["compress", "smollm2", "--stage", "ternary", "--out", "x"], "(did you mean smollm2-135m?)"),
+        (["compress", "digits-mlp", "--stage", "rouding:bits=4 | entropy", "--out", "x"], "(did you mean rounding?)"),
+        (["compress", "digits-mlp", "--stage", "ternary", "--calibration", "selftex", "--out", "x"], "mean selftext?)"),
+        (["fit", "digits-mlp", "--bits", "3", "--embeddings", "rond", "--out", "x"], "(did you mean rounding?)"),
+        (["fit", "digits-mlp", "--for", "ggfu", "--out", "x"], "expected gguf (did you mean gguf?)"),
+        (["models", "DIGITS"], "(did you mean digits-mlp?)"),
+        (["models", "my-modle"], "(did you mean my-model?)"),
+        (["evaluate", "digits-mlp", "--against", "digts-mlp"], "(did you mean digits-mlp?)"),
+        (["evaluate", "digits-mlp", "--runtime", "pakced"], "(did you mean packed?)"),
+        (["evaluate", "digits-mlp", "--text", "wikitext"], "(did you mean wikitext2?)"),
+        (["evaluate", "digits-mlp", "--tasks", "arc_easy,hellaswagg"], "(did you mean hellaswag?)"),
+        (["recover", "digits-mlp", "--optimizer", "adam", "--out", "x"], "(did you mean adamw?)"),
+        (["pipeline", "digts-mlp", "x.yaml", "--out", "x"], "(did you mean digits-mlp?)"),
+        (["export", ".", "--to", "ggfu"], "(did you mean gguf?)"),
+        (["audit", "phase4_bitnt"], "(did you mean phase4_bitnet?)"),
+        (["audit", "--budget", "quik"], "(did you mean quick?)"),
+        (["inspect", "nothing"], "no such folder"),
+        (["register", "nothing"], "no such folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistyped_name_is_told_without_loading_torch(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], meant: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    for module in ("opening", "execution", "evaluation", "exports", "registry", "artifact", "audit.report", "chain"):
+        monkeypatch.setitem(sys.modules, f"agentforge.{module}", None)  # an import of it fails
+    result = run(*command)
+    assert (result.code, result.out) == (2, "")
+    assert meant in result.err, result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["my-model"]
+
+
+def test_the_names_that_are_known_without_torch_are_those_that_there_are() -> None:
+    from agentforge import exports, stages
+    from agentforge.audit.workshop import EFFORTS
+    from agentforge.evaluation.tasks import SUITES
+    from agentforge.evaluation.texts import SPLITS
+    from agentforge.names import KNOWN, MODELS, check_model, stage_names
+
+    assert stage_names() == stages.names()
+    there = {"format": exports.TO, "budget": EFFORTS, "text": SPLITS, "task": SUITES}
+    assert {what: [*names] for what, names in there.items()} == {what: [*KNOWN[what]] for what in there}
+    for model in MODELS:
+        check_model(model)
+
+
+def test_short_answers_load_nothing_heavy_in_half_a_second_of_cpu(tmp_path: Path) -> None:
+    """`models`, and a name that is mistyped."""
+    heavy = {"torch", "transformers", "numpy", "numba", "tqdm"}
+    code = "import atexit, os, sys; from agentforge import cli\n"
+    code += f"atexit.register(lambda: print(sorted({heavy} & set(sys.modules)), sum(os.times()[:2])))\ncli.main()"
+    for args in (["models"], ["compress", "smollm", "--stage", "ternary", "--out", "x"]):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, check=False)
+        found, _, seconds = done.stdout.splitlines()[-1].rpartition(" ")
+        assert found == "[]"
+        assert float(seconds) < 1.0  # measured 0.3: whatever is slow here is slow by seconds
+
+
+def test_help_says_the_exit_codes_and_cuts_no_word(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    said = " ".join(run("--help").out.split())
+    for code in ("0 done", "1 a check says no", "2 bad input", "70 a bug", "130 interrupted", "143 terminated"):
+        assert code in said
+    for command in ("compress", "fit", "evaluate", "audit", "cache"):
+        text = run(command, "--help").out
+        assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    assert "--calibration-tokens" in run("compress", "--help").out
+
+
+# Tables in 80 columns
+
+
+ATTEMPT = {"name": "vptq", "decision": "rolled back", "setting": {"stage": "vptq:v=6,k=8,refine=true"}}
+
+
+def test_a_table_that_is_too_wide_is_one_table_for_each_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = "step|setting|>ratio|>of this step|>touched tensors|>of this step|>error|>retention|>in total|decision"
+    measured = {name: {"value": 0.125, "stderr": 0.0625} for name in ("ratio", "error", "retention")}
+    rows = [cli._attempt_cells({**ATTEMPT, "measured": measured}), cli._attempt_cells(ATTEMPT | {"name": "[b]|>x"})]
+    monkeypatch.setenv("COLUMNS", "80")
+    cli._table(columns, rows, "said below")
+    narrow = capsys.readouterr().out
+    lines = narrow.splitlines()
+    assert max(map(len, lines)) <= 80
+    for words in ("vptq:v=6,k=8,refine=true", "0.125 ± 0.062", "rolled back", "touched tensors", "[b]|>x"):
+        assert any(words in line for line in lines), words  # no word is cut
+    assert lines[-1].strip() == "said below"
+    monkeypatch.setenv("COLUMNS", "200")
+    cli._table(columns, rows, "said below")
+    assert len(capsys.readouterr().out.splitlines()) == 7  # heads, two rows, and what is said below
+
+
+def test_heads_of_numbers_leave_room_for_names(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    columns = "tensor|shape|stage|>bits per weight|>relative error|>bytes"
+    monkeypatch.setenv("COLUMNS", "80")
+    cli._table(columns, [["layers.0.weight", "128 x 64", "rounding", "4.5010", "0.08543", "4,609"]])
+    out = capsys.readouterr().out
+    assert "layers.0.weight" in out and max(map(len, out.splitlines())) <= 80
+
+
 # In a process of its own
 
 

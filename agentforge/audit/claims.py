@@ -13,7 +13,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +22,9 @@ from typing import Any, Literal
 from .. import schemas, stages
 from ..errors import BadInput
 from ..evaluation.measurement import Measurement
+from ..names import find_report
 from ..yamlfiles import read_yaml
-from .probes import REPORTS, import_probes, mistake
+from .probes import import_probes, mistake
 
 Verdict = Literal["confirmed", "partly", "refuted", "does not carry over", "not reproducible here", "not tested", "error"]
 COLOURS: dict[str, str] = {
@@ -114,18 +114,7 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
 
     Raises BadInput, naming the place, for a file that is missing, no YAML, or not as the schema asks.
     """
-    path, folder = Path(name_or_path).absolute(), None
-    if path.suffix not in (".yaml", ".yml"):
-        folder = path if is_path(name_or_path) else REPORTS / name_or_path
-    elif path.parent.parent == REPORTS:
-        folder = path.parent
-    path = folder / "claims.yaml" if folder else Path(name_or_path)
-    if not path.is_file():
-        known = ", ".join(sorted(p.parent.name for p in REPORTS.glob("*/claims.yaml"))) or "none (there is no checkout here)"
-        raise BadInput(
-            f"report {str(name_or_path)!r} does not exist; expected a .yaml file of claims, a folder with claims.yaml, "
-            f"or one of {known}"
-        )
+    path, folder = find_report(name_or_path)
     if folder:
         import_probes(folder)
     data, line = read_yaml(path, "a file of claims")
@@ -154,11 +143,6 @@ def read_claims(name_or_path: str | Path) -> ClaimsFile:
             raise BadInput(f"{at('baselines', number)}: {error}") from None
     rest = {key: value for key, value in data.items() if key not in ("claims", "baselines")}
     return ClaimsFile(claims=claims, baselines=baselines, file=path.name, folder=folder, places=places, **rest)
-
-
-def is_path(report: str | Path) -> bool:
-    """Whether a report is asked for by a path and not by its name."""
-    return isinstance(report, Path) or os.sep in report or report.endswith((".yaml", ".yml"))
 
 
 def claims_sha256(claims: Iterable[Claim]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..escaping import markdown
 from ..models import converted_bytes
-from .probes import REPORTS
+from ..names import REPORTS
 
 MARKS = {
     "confirmed": "🟢",

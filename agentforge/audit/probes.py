@@ -27,7 +27,7 @@ from .. import evaluation, stages
 from ..digits import data as digits_data
 from ..errors import BadInput
 from ..evaluation import Measurement, intervals
-from ..evaluation.texts import CHECKOUT
+from ..names import REPORTS
 from ..opening import load, open_model
 from ..stages.ternary import zero_fraction
 from .workshop import LEFT_OUT, Unmeasured, Workshop
@@ -39,7 +39,6 @@ UNITS: dict[str, str] = {}  # of what a probe measures, unless its parameters sa
 COMPARES: set[str] = set()  # the probes that need an original to compare with
 SLOW: set[str] = set()  # those that take longer than the quick budget has for everything
 UNKEPT: set[str] = set()  # those that read what no hash covers: other rows, the coverage data, the README
-REPORTS = CHECKOUT / "reports"
 
 
 def _stage(text: str) -> str:

@@ -32,11 +32,11 @@ from ..errors import AgentForgeError, BadInput
 from ..escaping import markdown_of
 from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import check_out, replace
-from ..opening import NAMED
+from ..names import MODELS, REPORTS, is_path
 from ..tensorfiles import read_json, write_json
-from .claims import COLOURS, ClaimsFile, is_path, read_claims
+from .claims import COLOURS, ClaimsFile, read_claims
 from .drawing import MARKS, SHAPES
-from .probes import COMPARES, REPORTS, import_probes
+from .probes import COMPARES, import_probes
 from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
 from .workshop import Workshop, check_settings, workshop_for
@@ -228,7 +228,7 @@ def _places(claims: ClaimsFile, settings: dict[str, Any]) -> list[str | None]:
     (of ours, or a hub id) as they are."""
     asked = [settings["model"] or claims.model, settings["against"] or claims.against, settings["text"]]
     for index, name in enumerate(asked):
-        if name and name not in (*NAMED, *SPLITS) and os.path.exists(path := os.path.abspath(os.path.expanduser(name))):
+        if name and name not in (*MODELS, *SPLITS) and os.path.exists(path := os.path.abspath(os.path.expanduser(name))):
             asked[index] = path
     return asked
 

@@ -19,11 +19,13 @@ from typing import Any
 
 from .. import evaluation, stages
 from ..artifact import Artifact
+from ..cache import use
 from ..errors import AgentForgeError, BadInput
 from ..evaluation import Divergence, Measurement, Text
 from ..evaluation.measurement import environment
 from ..evaluation.texts import CHECKOUT, local_data
 from ..models import SAMPLED, SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, device_named
+from ..names import unknown
 from ..opening import load, open_model
 from ..pipeline import compress
 from ..planes import Packed
@@ -179,6 +181,7 @@ class Workshop:
         if self.memory:
             file = self._file(kind, parameters)
             file.parent.mkdir(parents=True, exist_ok=True)
+            use(file.parent)
             write_atomic(file, [json.dumps(_entry(found)).encode()])
 
     def _file(self, kind: str, parameters: Mapping[str, Any]) -> Path:
@@ -222,7 +225,7 @@ def source_sha256(own: Path | None = None) -> str:
 def check_settings(tokens: int | None, effort: str, device: str) -> None:
     """Raise BadInput for settings out of range."""
     if effort not in EFFORTS:
-        raise BadInput(f"budget {effort!r}; expected one of {', '.join(EFFORTS)}")
+        raise unknown("budget", effort, EFFORTS, "expected one of")
     if tokens is not None and tokens < 2:
         raise BadInput(f"tokens={tokens}; expected 2 or more")
     device_named(device)

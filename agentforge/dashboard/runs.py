@@ -46,7 +46,7 @@ from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import remove
-from ..opening import NAMED
+from ..names import MODELS
 from ..tensorfiles import plain_file, problem_of, read_json, write_atomic, write_json
 
 Status = Literal["running", "pausing", "paused", "aborting", "aborted", "finished", "stopped", "failed"]
@@ -197,7 +197,7 @@ def active(workspace: Path) -> list[str]:
 def models(workspace: Path) -> list[str]:
     """What may be compressed: the models that have names, and the model folders in the workspace."""
     folders = (folder.name for folder in _entries(workspace) if (folder / "config.json").is_file())
-    return [*NAMED, *(name for name in folders if name not in NAMED)]
+    return [*MODELS, *(name for name in folders if name not in MODELS)]
 
 
 def chains(workspace: Path) -> dict[str, Path]:
@@ -233,7 +233,7 @@ def _model_named(workspace: Path, name: str) -> str:
     """What `open_model` gets for a model by what it is called here."""
     if name not in models(workspace):
         raise BadInput(f"model {name!r} is neither a known name nor a folder in the workspace; choose one of the list")
-    if name in NAMED:
+    if name in MODELS:
         return name
     folder = plain_file(workspace, name)
     _refuse_links(folder)

@@ -29,6 +29,7 @@ import torch
 
 from ..errors import BadInput
 from ..models import LanguageModel, quiet_transformers
+from ..names import check_tasks
 from . import intervals, sandbox, taskfiles
 from .measurement import Measurement
 from .texts import reach_hub
@@ -103,9 +104,7 @@ def evaluate_tasks(
     humaneval if code must not, or cannot safely, be run.
     """
     names = list(dict.fromkeys(names))
-    unknown = [name for name in names if name not in SUITES]
-    if unknown or not names:
-        raise BadInput(f"no task named {', '.join(unknown) or 'at all'}; expected some of {', '.join(SUITES)}")
+    check_tasks(names)
     if (limit is not None and limit < 2) or (shots is not None and shots < 0):
         raise BadInput(f"limit={limit}, shots={shots}; expected a limit of 2 or more, for a standard error, and shots >= 0")
     if "humaneval" in names:

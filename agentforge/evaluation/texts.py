@@ -17,6 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..errors import BadInput
+from ..names import unknown
 
 DATA = Path(__file__).parent.parent / "data"
 CHECKOUT = Path(__file__).parent.parent.parent
@@ -74,7 +75,7 @@ def find_text(name: str | Text | None = None, split: str | None = None) -> Text:
     except (OSError, RuntimeError):  # a name too long for a file, or ~ of nobody
         found_file = False
     if not found_file:
-        raise BadInput(f"text {name[:80]!r} does not exist; expected a text file or one of {', '.join(SPLITS)}")
+        raise unknown("text", name, SPLITS, "expected a text file or one of")
     return Text(path.name, "file", _read(path), str(path))
 
 

@@ -20,6 +20,7 @@ import torch
 from .. import stages
 from ..artifact import Artifact, made_of
 from ..errors import BadInput
+from ..names import unknown
 from ..opening import ArtifactModel
 from ..planes import Packed
 from ..quantised import QuantisedModel
@@ -85,7 +86,7 @@ def export(artifact: Artifact | str | Path, to: str, out: str | Path | None = No
     """
     artifact = artifact if isinstance(artifact, Artifact) else Artifact(artifact)
     if to not in TO:
-        raise BadInput(f"format {to!r:.40} does not exist; choose from {', '.join(TO)}")
+        raise unknown("format", to, TO)
     artifact.check()
     model = ArtifactModel(artifact)
     if model.is_classifier:

@@ -7,6 +7,7 @@ import typing
 from typing import Any
 
 from ..errors import BadInput
+from ..names import meant, unknown
 from .base import REGISTRY, Stage, setting_types
 from .refined import Refined
 
@@ -22,12 +23,12 @@ def get(name: str, /, **settings: Any) -> Stage:
     Raises BadInput, listing what is valid, for an unknown name or setting, and for a value out of range.
     """
     if name not in REGISTRY:
-        raise BadInput(f"stage {name!r} does not exist; choose from {', '.join(names())}")
+        raise unknown("stage", name, names())
     cls = REGISTRY[name]
     valid = [f.name for f in dataclasses.fields(cls)]
     for key in settings:
         if key not in valid:
-            raise BadInput(f"stage {name} has no setting {key!r}; it has {', '.join(valid)}")
+            raise BadInput(f"stage {name} has no setting {key!r}; it has {', '.join(valid)}{meant(key, valid)}")
     stage = cls(**settings)
     stage.check()
     return stage

@@ -15,9 +15,10 @@ import yaml
 
 from agentforge.audit import PROBES, judge, read_claims
 from agentforge.audit.claims import COLOURS, Claim, false_discoveries
-from agentforge.audit.probes import REPORTS, import_probes
+from agentforge.audit.probes import import_probes
 from agentforge.errors import BadInput
 from agentforge.evaluation import Measurement
+from agentforge.names import REPORTS
 from agentforge.yamlfiles import read_yaml
 
 import_probes(REPORTS / "claims_vs_measurements")  # rows below name probes of its own
