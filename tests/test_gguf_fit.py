@@ -67,8 +67,8 @@ def test_more_bytes_do_less_damage_and_the_same_call_gives_the_same_bytes(tiny: 
 
 
 def test_statistics_of_head_and_embedding_are_those_of_a_plain_pass(tiny: LanguageModel) -> None:
-    """H of the head's inputs, and E[p (1 - p)] of its outputs, by transformers' own forward pass.  A tenth of the frequencies
-    is spread over all tokens."""
+    """H of the head's inputs, and E[p (1 - p)] of its outputs, by transformers' own forward pass.  A tenth of that
+    frequency is spread over all tokens."""
     found = collect(tiny, CALIBRATION, progress=False, ends=True)["model.embed_tokens.weight"]
     ids = torch.tensor(tiny.encode(TEXT.text)[:256]).reshape(4, 64)
     with torch.no_grad():
