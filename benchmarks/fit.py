@@ -44,6 +44,7 @@ BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
 # From 0.009 to 14 root mean squares: finer than the default ladder for 8 bits, coarser for what is left of a bit.
 LADDER = tuple(stages.get("tcq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
 ACCIDENT = 1e-4  # relative error below which few bits have found the weights' own grid
+PROMISE = 0.84  # of the accuracy
 SAME = 0.005  # bits per weight that count as equal
 SHOWN = 4  # rows that a sentence names
 PROTOCOL = ("text", "split", "text_sha256", "context", "stride", "bos", "scored_tokens", "windows", "tokenizer")
@@ -178,6 +179,17 @@ def _whole(row: Row) -> list[str]:
     return [f"{row['weight_bytes'] / 1e6:.2f}", f"{row['bits']:.3f}", f"{head:.2f}", *_kept(row)]
 
 
+def _smallest(whole: Sequence[Row]) -> str:
+    """The smallest file that keeps what the documentation promises of 280x."""
+    kept = [row for row in whole if bench.measurement(row["retention"]).bounds[0] >= PROMISE]
+    if not kept:
+        return ""
+    row = min(kept, key=lambda row: row["weight_bytes"])
+    ratio = next(r["ratio"] for r in row["ratios"] if r["what"] == "whole model" and r["denominator"].endswith("at 32 bits"))
+    text = f"Of these, {row['weight_bytes'] / 1e6:.0f} MB is the smallest that keeps {PROMISE:.0%} of the accuracy, with its"
+    return f"{text} whole 95% interval: {ratio:.1f}x against 32 bits for every parameter."
+
+
 def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence[Row] = ()) -> str:
     """The tables and what they say."""
     files = map(_whole, sorted(whole, key=lambda row: -row["weight_bytes"]))
@@ -211,7 +223,7 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
         ## Whole files
 
         The budget is one of bytes, of all weight files: embedding and head, one matrix here, get settings like all others.
-        On the same tokens.
+        On the same tokens.  {_smallest(whole)}
 
         {bench.table(f"MB | bits per weight | of the embedding | {KEPT}", files, "r")}
 
