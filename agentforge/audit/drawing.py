@@ -133,23 +133,40 @@ def totals(record: dict[str, Any]) -> str:
     return (
         "A number about another model or size, or of our own, is not counted as its paper's. *documented algorithm*: what "
         "the paper, the documentation or the code describes was implemented here, and that was measured. *agentforge*: this "
-        "project's own code and features. *arithmetic*: computed from numbers alone.\n\n" + "\n\n".join(tables)
+        "project's own code and features. *arithmetic*: computed from numbers alone.\n\n" + "\n\n".join(tables) + "\n\n"
+        "Behind a row's title are its threshold and protocol, what each source says, the evidence, and the command that "
+        "measures it again; in the Markdown form the title leads there, to the HTML form."
     )
 
 
-def verdict_table(record: dict[str, Any], section: str) -> str:
-    """A section's claims as a Markdown table; columns in which the section says nothing are left out."""
+def verdict_table(record: dict[str, Any], section: str, page: str = "") -> str:
+    """A section's claims as a Markdown table, a line each, all else about a row folded behind its title; columns in which
+    the section says nothing are left out.  page: a file that has these rows, to which titles then link in place of that."""
     rows = [row for row in record["claims"] if row["section"] == section]
+    titles = [f"[{row['title']}]({page}#{row['id']})" if page else _folded(record, row) for row in rows]
     columns = {
-        "Claim": [row["title"] for row in rows],
-        "Verdict": [verdict_text(row) for row in rows],
-        "Measured": [measured_text(row) + evidence(record, row) for row in rows],
-        "The audit said": [row["audit"] for row in rows],
-        "Paper": [row["paper"] for row in rows],
-        "Documentation": [row["documentation"] for row in rows],
-        "Code": [row["code"] for row in rows],
+        "Claim": titles,
+        "Verdict": [_verdict(row, f"{row['colour']} " if page else "") for row in rows],
+        "Claimed": [claimed_text(row) for row in rows],
+        "Measured": [amount_text(row) for row in rows],
+        "Answered by": [f"`{row['measures']}`" if row["measures"] else "" for row in rows],
     }
     return _markdown_table({title: cells for title, cells in columns.items() if any(cells)})
+
+
+def _folded(record: dict[str, Any], row: dict[str, Any]) -> str:
+    """A row's title, behind which all else that is known of it is folded."""
+    said = {
+        "Decided": undecided_text(row),
+        "How": measured_text(row).partition("** ")[2] if row["measured"] and not row["failure"] else measured_text(row),
+        "The audit said": row["audit"],
+        "Paper": row["paper"],
+        "Documentation": row["documentation"],
+        "Code": row["code"],
+        "Evidence": evidence(record, row),
+    }
+    words = " ".join(f"**{name}**: {text}" for name, text in said.items() if text)
+    return f'<details id="{row["id"]}"><summary>{row["title"]}</summary>{words}</details>'
 
 
 def _markdown_table(columns: dict[str, list[str]]) -> str:
@@ -160,7 +177,7 @@ def _markdown_table(columns: dict[str, list[str]]) -> str:
 
 
 def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
-    """The evidence for a row's verdict, folded away: probe, protocol, seed, hashes, seconds, and how to take it again."""
+    """The evidence for a row's verdict: probe, protocol, seed, hashes, seconds, and how to take it again."""
     measured = row["measured"]
     if measured is None:
         return ""
@@ -171,8 +188,7 @@ def evidence(record: dict[str, Any], row: dict[str, Any]) -> str:
     hashes = {k: v for k, v in measured["inputs"].items() if isinstance(v, str)} | measured["inputs"].get("artifacts", {})
     words += [f"{k}: <code>{_short(v, 12)}</code>" for k, v in hashes.items()]
     words += [f"{row['seconds']:.1f} s"]
-    again = _again(record, f" --only {row['id']}")
-    return f" <details><summary>evidence</summary>{'; '.join(words)}. Again: <code>{again}</code></details>"
+    return f"{'; '.join(words)}. Again: <code>{_again(record, ' --only ' + row['id'])}</code>"
 
 
 def _again(record: dict[str, Any], only: str = "") -> str:
@@ -241,10 +257,20 @@ def verdict_text(row: dict[str, Any]) -> str:
     answered = f" `{row['measures']}`" if row["measures"] else ""
     if row["verdict"] == "error":
         return f"{MARKS['error']} ERROR: not measured{answered}"
-    undecided = ""
-    if row["undecided"]:
-        undecided = ": undecided at this n" + (f"; about {row['decides_at']:,} would decide" if row["decides_at"] else "")
+    undecided = f": {undecided_text(row)}" if row["undecided"] else ""
     return f"{MARKS[row['verdict']]} {row['colour']} {row['verdict']}{undecided}{answered}"
+
+
+def _verdict(row: dict[str, Any], colour: str) -> str:
+    """Mark and verdict of a row, in a few words.  colour: stands before the verdict."""
+    return f"{MARKS[row['verdict']]} {colour}{row['verdict']}{', undecided' if row['undecided'] else ''}"
+
+
+def undecided_text(row: dict[str, Any]) -> str:
+    """Whether a row is undecided, and what would decide it."""
+    if not row["undecided"]:
+        return ""
+    return "undecided at this n" + (f"; about {row['decides_at']:,} would decide" if row["decides_at"] else "")
 
 
 def measured_text(row: dict[str, Any]) -> str:
@@ -255,18 +281,62 @@ def measured_text(row: dict[str, Any]) -> str:
     if row["measured"] is None:
         return f"needs {row['needs']}"
     measured = row["measured"]
-    error = "" if measured["stderr"] is None else f" ± {measured['stderr']:.2g}"
-    error += " (error unknown)" if measured["error"] == "unknown" else ""
     remark += f" The claim is about {row['about_other']}." if row["about_other"] else ""
-    value = f"{measured['value']:.4g}{error} {measured['unit']}"
-    return f"**{value}** (n = {measured['n']:,}; to confirm: {threshold_text(row['thresholds']['confirmed'])}).{remark}"
+    confirms = threshold_text(row["thresholds"]["confirmed"], measured["unit"])
+    return f"**{amount_text(row)}** (n = {measured['n']:,}; to confirm: {confirms}).{remark}"
 
 
-def threshold_text(interval: Sequence[float | None]) -> str:
-    """An interval in words."""
-    low, high = interval
+def amount_text(row: dict[str, Any]) -> str:
+    """What was measured, in a few words."""
+    if (found := row["measured"]) is None:
+        return "the probe failed" if row["failure"] else "not measured"
+    unknown = " (error unknown)" if found["error"] == "unknown" else ""
+    return amount(found["value"], found["unit"], found["stderr"], found["n"], unknown)
+
+
+def claimed_text(row: dict[str, Any]) -> str:
+    """What the audit said of a row, else the number that is claimed and by whom, in a few words."""
+    if row["audit"] or not row["claimed"]:
+        return str(row["audit"])
+    value = row["claimed"]["value"]
+    low, high = value if isinstance(value, list) else (value, None)
+    unit = str(row["claimed"]["unit"])
+    said = amount(low, "share" if _is_share(unit) else unit)
+    if high is not None:
+        said = f"{said.split(' ')[0]} to {amount(high, 'share' if _is_share(unit) else unit)}"
+    return f"{said} ({row['claimed']['by']})"
+
+
+def _is_share(unit: str) -> bool:
+    return unit == "share" or unit.startswith("share of ")
+
+
+def amount(value: float, unit: str, stderr: float | None = None, n: int = 0, unknown: str = "") -> str:
+    """A value with its standard error and unit.  A share is a count, "33 of 33 facts", if it is exact and of at most 1,000;
+    else it is in per cent.  unknown: stands after the value if its error is not known."""
+    scale, sign, noun = (100, "%", unit.partition(" ")[2]) if _is_share(unit) else (1, "", unit)
+    count = value * n
+    # What is counted has a plural: "pieces"; a share of the accuracy is none of so many.
+    if sign and stderr is None and not unknown and noun.endswith("s") and 1 < n <= 1000 and abs(count - round(count)) < 1e-6:
+        return f"{count:.0f} of {n} {noun.removeprefix('of ')}"
+    if sign and stderr:
+        said = _with_error({"value": scale * value, "stderr": scale * stderr}).replace(" ", "% ", 1) + sign
+    else:
+        said = f"{_number(scale * value, 4)}{sign}" + ("" if stderr is None else f" ± {_number(scale * stderr, 2)}{sign}")
+    return f"{said}{unknown} {noun}".rstrip()
+
+
+def _number(value: float, digits: int) -> str:
+    """A number, to so many digits; without an exponent if it is large."""
+    return f"{value:,.0f}" if 10**digits - 0.5 <= abs(value) < 1e9 else f"{value:.{digits}g}"
+
+
+def threshold_text(interval: Sequence[float | None], unit: str = "") -> str:
+    """An interval in words, of shares in per cent."""
+    scale, sign = (100, "%") if _is_share(unit) else (1, "")
+    low, high = (bound if bound is None else f"{scale * bound:g}{sign}" for bound in interval)
     if low == high:
-        return f"exactly {low:g}"
+        return f"exactly {low}"
     if high is None:
-        return f"at least {low:g}"
-    return f"at most {high:g}" if low in (None, 0) else f"{low:g} to {high:g}"
+        return f"at least {low}"
+    return f"at most {high}" if interval[0] in (None, 0) else f"{low} to {high}"

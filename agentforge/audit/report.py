@@ -20,6 +20,7 @@ import re
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from ..folders import check_out, replace
 from ..names import MODELS, REPORTS, is_path
 from ..tensorfiles import read_json, write_json
 from .claims import COLOURS, ClaimsFile, read_claims
-from .drawing import MARKS, SHAPES
+from .drawing import MARKS, SHAPES, sections, verdict_table
 from .probes import COMPARES, import_probes
 from .record import check_record, duration, expected_seconds, measure, record_sha256
 from .sarif import sarif
@@ -45,6 +46,7 @@ TEMPLATE = Path(__file__).parent / "template.ipynb"  # of a report without one o
 NAMES = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
 STYLE = Path(__file__).parent / "report.css"
 STYLES = {"GREEN": "green", "YELLOW": "yellow", "RED": "red", "GREY": "bright_black", "ERROR": "bold magenta"}  # terminal
+FOLDED = 40  # rows of a section that a page shows before somebody unfolds it
 QUIET = 10  # seconds after which a line says what is being done
 # A page runs nothing and fetches nothing: its style and its figures are in it.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
@@ -382,7 +384,7 @@ def render(folder: Path, name: str) -> None:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta name="record-sha256" content="{sha256}">\n<title>{html.escape(record["title"])}</title>\n'
         f"<style>{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n"
-        f"<body>\n{_for_readers(body, record)}\n</body>\n</html>\n"
+        f"<body>\n<main>{_for_readers(body, record)}</main>\n</body>\n</html>\n"
     )
     (folder / f"{name}.html").write_text(page, encoding="utf-8")
     markdown, resources = MarkdownExporter(exclude_input=True, config=config).from_notebook_node(shown)
@@ -390,6 +392,9 @@ def render(folder: Path, name: str) -> None:
         figure = f"figure-{i}.png"
         markdown = markdown.replace(f"({file})", f"({figure})")
         (folder / figure).write_bytes(data)
+    said = markdown_of(record)
+    for section in sections(said):  # short enough to be read: a page has the rest
+        markdown = markdown.replace(verdict_table(said, section), verdict_table(said, section, f"{name}.html"))
     markdown = re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in markdown.splitlines())).strip()
     (folder / f"{name}.md").write_text(f"{markdown}\n\n<!-- record sha256: {sha256} -->\n", encoding="utf-8")
     nbformat.write(notebook, folder / f"{name}.ipynb")
@@ -398,36 +403,78 @@ def render(folder: Path, name: str) -> None:
 
 
 def _for_readers(body: str, record: dict[str, Any]) -> str:
-    """The page with a bar of verdicts under its title, marks that every font has, and cells that know their column."""
+    """The page with a bar of verdicts that chooses rows, contents, an anchor per row, sections that fold, marks that every
+    font has, and cells that know their column; without a script."""
     from bs4 import BeautifulSoup
 
-    soup = BeautifulSoup(body, "html.parser")
-    shapes = {
-        mark: f'<span class="mark {COLOURS[verdict]}" aria-hidden="true">{SHAPES[verdict]}</span>'
-        for verdict, mark in MARKS.items()
-    }
+    def made(markup: str) -> Any:
+        return BeautifulSoup(markup, "html.parser")
+
+    soup, verdicts = made(body), {row["id"]: row["verdict"] for row in record["claims"]}
+    shapes = {mark: _mark(verdict) for verdict, mark in MARKS.items()}
     for text in soup.find_all(string=re.compile("|".join(shapes))):  # in text alone: in an attribute a tag would end it
         parts = [shapes.get(part) or html.escape(part) for part in re.split(f"({'|'.join(shapes)})", text)]
-        text.replace_with(BeautifulSoup("".join(parts), "html.parser"))
+        text.replace_with(made("".join(parts)))
+    counts: dict[str, str] = {}  # of the verdicts of a section, by its anchor
     for table in soup.find_all("table"):
         labels = [cell.get_text() for cell in table.find_all("th")]
         table["class"] = "claims" if "Verdict" in labels else "figures"
         for tr in table.find_all("tr"):
             for label, cell in zip(labels, tr.find_all("td"), strict=False):
                 cell["data-label"] = label
+        rows = [(details.find_parent("tr"), details) for details in table.select("details[id]")]
+        for tr, details in rows:
+            tr["id"] = details["id"]
+            tr["data-verdict"] = verdicts.get(tr["id"], "")
+            details.append(made(f' <a href="#{html.escape(tr["id"])}">Link to this row</a>'))
+            del details["id"]
+        heading = table.find_previous("h3")
+        if rows and heading is not None:
+            found = Counter(tr["data-verdict"] for tr, _ in rows)
+            counts[heading["id"]] = " ".join(f"{_mark(v)}{found[v]}{_unseen(v)}" for v in MARKS if found[v])
+            opened = " open" * (len(rows) <= FOLDED)
+            section = made(f'<details class="section"{opened}><summary>{counts[heading["id"]]}</summary></details>').details
+            table.wrap(section)
+            section.summary.insert(0, heading.extract())
     for image in soup.find_all("img"):
-        image["alt"] = "figure; what it shows stands below it"
-    title = soup.find("h1")
-    if title is not None:
-        title.insert_after(BeautifulSoup(_bar(record), "html.parser"))
+        said = image.find_next("em")
+        image["alt"] = said.get_text() if said is not None else "figure"
+    entries = [
+        f'<li class="{tag.name}"><a href="#{html.escape(tag["id"])}">{html.escape(tag.find(string=True))}</a> '
+        f"{counts.get(tag['id'], '')}</li>"
+        for tag in soup.find_all(["h2", "h3"])
+        if tag.get("id")
+    ]
+    top = made(f'{_bar(record)}<nav id="contents" aria-label="Contents"><ul>{"".join(entries)}</ul></nav>')
+    soup.insert(0, top)  # outside of any cell, whose end would take the bar with it
+    if (title := soup.find("h1")) is not None:
+        soup.insert(0, title.extract())
     return str(soup)
 
 
+def _mark(verdict: str) -> str:
+    return f'<span class="mark {COLOURS[verdict]}" aria-hidden="true">{SHAPES[verdict]}</span>'
+
+
+def _unseen(text: str) -> str:
+    """Words for those who hear the page."""
+    return f'<span class="unseen"> {text}</span>'
+
+
 def _bar(record: dict[str, Any]) -> str:
-    counts = {verdict: count for verdict, count in record["summary"].items() if count}
-    parts = [
-        f'<span class="{COLOURS[verdict]}" style="flex: {count}" title="{count} {verdict}">{SHAPES[verdict]} {count}</span>'
-        for verdict, count in counts.items()
+    """The verdicts, as wide as they are many: each shows its rows alone."""
+    choices = [("all", "", 0, f"all {len(record['claims'])}")]
+    choices += [
+        (verdict, COLOURS[verdict], count, f"{_mark(verdict)} {count} <span>{verdict}</span>")
+        for verdict, count in record["summary"].items()
+        if count
     ]
-    words = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    return f'<div class="bar" role="img" aria-label="{words}">{"".join(parts)}</div>'
+    labels = [
+        f'<label class="{colour}" style="flex-grow: {count}"><input type="radio" name="shown" value="{verdict}"'
+        f"{' checked' * (verdict == 'all')}>{words}</label>"
+        for verdict, colour, count, words in choices
+    ]
+    return (
+        f'<fieldset class="bar"><legend class="unseen">Rows that are shown</legend>{"".join(labels)}'
+        '<a href="#contents">Contents</a></fieldset>'
+    )

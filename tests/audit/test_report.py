@@ -120,6 +120,7 @@ def test_render_is_repeatable(report: Path, tmp_path: Path) -> None:
 
 def test_tables_leave_out_empty_columns_and_escape_bars() -> None:
     row = {
+        "id": "a.b",
         "section": "S",
         "title": "|w| small",
         "paper": "",
