@@ -83,6 +83,9 @@ def texts() -> dict[str, str]:
     paths += ROOT.glob("reports/*/*.md")
     found = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
     found["readme.md"] = (ROOT / "README.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    for name in AUDITS:  # the titles of an audit's rows lead to its page in one file, which has another name here
+        path = f"reports/{name}/{name}.md"
+        found[path] = found[path].replace(f"]({name}.html#", "](one-file.html#")
     # A notebook's page has the notebook's name.
     return {path: re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", text) for path, text in found.items()}
 

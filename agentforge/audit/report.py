@@ -390,7 +390,7 @@ def render(folder: Path, name: str) -> None:
     markdown, resources = MarkdownExporter(exclude_input=True, config=config).from_notebook_node(shown)
     for i, (file, data) in enumerate(sorted(resources["outputs"].items()), start=1):
         figure = f"figure-{i}.png"
-        markdown = markdown.replace(f"({file})", f"({figure})")
+        markdown = markdown.replace(f"![png]({file})", f"![Figure {i}; what it shows stands below it]({figure})")
         (folder / figure).write_bytes(data)
     said = markdown_of(record)
     for section in sections(said):  # short enough to be read: a page has the rest

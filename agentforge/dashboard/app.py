@@ -16,7 +16,7 @@ from typing import Any
 import altair as alt
 import streamlit as st
 
-from agentforge.audit.report import reports_folder
+from agentforge.audit.report import NAMES, reports_folder
 from agentforge.chain import Chain, Condition
 from agentforge.dashboard import frontier, runs, server
 from agentforge.errors import AgentForgeError
@@ -31,8 +31,8 @@ STATES = {
     "paused": ("orange", "Resume continues from what is finished"),
     "aborting": ("red", "its process is being ended"),
     "aborted": ("red", "ended for good; what was accepted stays"),
-    "finished": ("green", "every step was accepted"),
-    "stopped": ("orange", "it came to its end, and not every step passed its gates"),
+    "finished": ("green", "the run is at its end: every step was accepted"),
+    "stopped": ("orange", "the run is at its end: not every step passed its gates, and what was accepted stays"),
     "failed": ("red", "its process ended before the run did; Resume continues from what is finished"),
 }
 COLOURS = {state: colour for state, (colour, _) in STATES.items()} | {
@@ -43,7 +43,7 @@ COLOURS = {state: colour for state, (colour, _) in STATES.items()} | {
 }
 HEADS = {
     "bytes": "bytes",
-    "ratio": "ratio, x",
+    "ratio": "ratio, whole model",
     "kl": "KL, nats/token",
     "perplexity": "perplexity",
     "accuracy": "accuracy",
@@ -82,15 +82,24 @@ def start(workspace: Path) -> None:
     """Start what the fields say now, which may be more than what they said when the button was drawn."""
     name = st.session_state["name"].strip()
     runs.start(workspace, name, st.session_state["model"], st.session_state["chain"])
-    st.session_state["run"] = name
+    st.session_state["run"], st.session_state["name"] = name, free_name(workspace)
+
+
+def free_name(workspace: Path) -> str:
+    """A name that no run has yet."""
+    taken = runs.names(workspace)
+    return next(name for number in range(1, len(taken) + 2) if (name := f"run-{number}") not in taken)
 
 
 def new_run(workspace: Path) -> None:
     """The choice of a model and a chain, and what that chain does."""
     known = runs.chains(workspace)
     with st.expander("New run", expanded=not runs.names(workspace)):
+        st.session_state.setdefault("name", free_name(workspace))
         st.text_input("Name of the run", key="name", max_chars=64, placeholder="letters, digits, . _ -")
         st.selectbox("Model", runs.models(workspace), key="model")
+        own = "Your own: put a model's folder (config.json and its weights) or a chain (.yaml) into"
+        st.caption(f"{own} {plain(workspace)}, and load the page again.")
         chain = st.selectbox("Chain", list(known), key="chain")
         if chain is None:
             st.info("There is no chain yet; put a .yaml file into the workspace.")
@@ -236,16 +245,22 @@ def measurements(run: runs.Run) -> None:
         return
     every = [row.measured for row, _ in rows]
     table = [
-        {"try": f"{plain(row.name)}, {row.attempt}", **cells(row.measured, every), "decision": word} for row, word in rows
+        {"try": f"{plain(row.name)}, {row.attempt}", **cells(row.measured, every, run.chain.bits), "decision": word}
+        for row, word in rows
     ]
     st.table(table, hide_index=True)
     st.caption(ways(every))
 
 
-def cells(measured: dict[str, Measurement], all_of_them: Iterable[dict[str, Measurement]]) -> dict[str, str]:
-    """The quantities of a table's row, each with its standard error; those that no row of the table has have no column."""
+def cells(measured: dict[str, Measurement], all_of_them: Iterable[dict[str, Measurement]], bits: int) -> dict[str, str]:
+    """The quantities of a table's row, each with its standard error; those that no row of the table has have no column.
+    bits: per parameter, of the original that a ratio is of."""
     known = [name for name in HEADS if any(name in row for row in all_of_them)]
-    return {HEADS[name]: plain(runs.shown(measured[name])) if name in measured else "not measured" for name in known}
+    of = {"ratio": f"x, to {bits} bits per parameter"}
+    return {
+        HEADS[name]: plain(runs.shown(measured[name]) + of.get(name, "")) if name in measured else "not measured"
+        for name in known
+    }
 
 
 def ways(rows: Iterable[dict[str, Measurement]]) -> str:
@@ -279,7 +294,7 @@ def compare(workspace: Path) -> None:
         seconds = sum(row.seconds for row in run.journal.attempts)
         head = {"run": plain(run.name), "model": plain(run.record.model), "state": run.status}
         taken = f"{len(run.accepted)} of {len(run.chain.steps)}"
-        rows.append({**head, "steps accepted": taken, **cells(last, every), "seconds": f"{seconds:.1f}"})
+        rows.append({**head, "steps accepted": taken, **cells(last, every, run.chain.bits), "seconds": f"{seconds:.1f}"})
     st.table(rows, hide_index=True)
     st.caption(ways(every))
     tries = [
@@ -337,7 +352,7 @@ def rate_and_quality(workspace: Path) -> None:
     found = frontier.front(measured[quality], original, quality)
     # A logarithm takes what is above zero.
     data = [point._asdict() for point in found.points if quality != "kl" or point.value > 0]
-    front = [point._asdict() for point in found.best]
+    front = [point._asdict() | {"number": str(number)} for number, point in enumerate(found.best, 1)]
     scale = LOG if quality == "kl" else alt.Scale(zero=True)
     title = frontier.UNITS[quality] + (", log scale" if quality == "kl" else "")
     x = alt.X("bits:Q", title="bits per weight of the encoded tensors (log scale)", scale=LOG)
@@ -349,14 +364,16 @@ def rate_and_quality(workspace: Path) -> None:
     every, best = (alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y) for rows in (data, front))
     marks = every.mark_point(filled=True, size=60).encode(color=colour, shape=shape, tooltip=tooltip)
     line = best.mark_line(interpolate="step-after", opacity=0.6)
-    st.altair_chart(line + marks, height=420, alt=found.says)
+    numbers = best.mark_text(dx=7, dy=-7, fontSize=12, color="grey").encode(text="number:N", tooltip=tooltip)
+    st.altair_chart(line + marks + numbers, height=420, alt=found.says)
     st.caption(plain(found.says))
     beside = f" {len(found.beside)} points were measured otherwise and take no part." if found.beside else ""
     st.caption(plain(f"The line: measured on {found.way}.{beside} Ratios are of the encoded tensors alone."))
-    with st.expander("The points on the line, and those of this workspace"):
+    with st.expander("The points on the line by their numbers, and those of this workspace", expanded=True):
         own = [point for point in found.points if point.source == frontier.OWN]
         rows = [
             {
+                "number": str(found.best.index(point) + 1) if point in found.best else "-",
                 "what": plain(point.what),
                 "bits": f"{point.bits:.3f}",
                 frontier.UNITS[quality]: frontier.shown(point),
@@ -369,10 +386,10 @@ def rate_and_quality(workspace: Path) -> None:
 
 
 def reports(workspace: Path) -> None:
-    """A report that can run nothing and fetch nothing; and as a file."""
+    """A report that can run nothing and fetch nothing, the three audits first; and as a file."""
     found: dict[str, Path] = {}
     for place in (reports_folder(), workspace / "reports"):
-        for folder in sorted(place.glob("*")):
+        for folder in sorted(place.glob("*"), key=lambda folder: (folder.name not in NAMES, folder)):
             for file in (folder / f"{folder.name}.html", folder / f"{folder.name}.md"):
                 if file.is_file() and file.resolve().is_relative_to(place.resolve()) and file.stat().st_size <= runs.LARGEST:
                     found.setdefault(f"{folder.name}{' (workspace)' if place == workspace / 'reports' else ''}", file)
@@ -387,7 +404,12 @@ def reports(workspace: Path) -> None:
     if file.suffix == ".html":
         st.iframe(FRAME.format(title=html.escape(file.stem, quote=True), report=html.escape(text, quote=True)), height=800)
     else:
-        st.markdown(re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text))
+        for index, part in enumerate(re.split(r"!\[[^\]]*\]\(([\w-]+\.png)\)", text)):
+            picture = file.parent / part
+            if index % 2 == 0:
+                st.markdown(re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", part))
+            elif picture.is_file() and not picture.is_symlink() and picture.stat().st_size <= runs.LARGEST:
+                st.image(picture.read_bytes(), width=640)
 
 
 def main() -> None:
