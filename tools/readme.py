@@ -119,8 +119,8 @@ def in_llama_cpp() -> list[str]:
         theirs, ours = row["theirs"], row["without Q4_1"]
         kl, less = (f"{kl['value']:.3g} ± {kl['stderr']:.1g}" for kl in (theirs["kl"], ours["kl"]))
         share = ours["kl"]["value"] / theirs["kl"]["value"]
-        size, value = min(one for one in own if one[1] <= theirs["kl"]["value"])
-        cells = [kl, f"**{less}**", f"{share:.2f}", f"{size / 1e6:.0f} MB, {value:.2g}"]
+        best = min((one for one in own if one[1] <= theirs["kl"]["value"]), default=None)
+        cells = [kl, f"**{less}**", f"{share:.2f}", f"{best[0] / 1e6:.0f} MB, {best[1]:.2g}" if best else "not measured"]
         lines.append(f"| {row['recipe']['name']}, {theirs['bytes'] / 1e6:.1f} MB | {' | '.join(cells)} |")
     return lines
 
