@@ -97,13 +97,14 @@ def dashboard_facts(workshop: Workshop) -> Measurement:
         def value(name: str, measured: dict[str, Any] = measured) -> str:
             return f"{measured[name]['value']:.4g} ± {measured[name]['stderr']:.2g}"
 
+        ratio = "{value:.4g}x, to {protocol[bits]} bits per parameter".format(**measured["ratio"])
         tried = f"Try {row['attempt']}, {row['setting']['stage']}: {row['decision']}"
         ((gate, decision),) = row["gates"].items()
         right += [
             shown["try"] == f"{row['name']}, {row['attempt']}",
             shown["decision"] == row["decision"],
             shown["bytes"] == f"{measured['bytes']['value']:,}",
-            shown["ratio, x"] == f"{measured['ratio']['value']:.4g}",
+            shown["ratio, whole model"] == ratio,
             shown["accuracy"] == value("accuracy"),
             shown["accuracy kept, share"] == value("total_retention"),
             tried in text,
