@@ -140,6 +140,8 @@ def figures() -> str:
     lines += ["no more KL ([rows](reports/fit/fit.md#whole-files)):", "", *in_llama_cpp(), ""]
     lines += ['Does "280x with 84%" hold? ([All settings](reports/ratios/ratios.md))', ""]
     lines += [f"* {said}" for said in ratios["says"] if "84% of the accuracy holds" in said or said.startswith('"')]
+    said = (ROOT / "reports/fit/fit.md").read_text(encoding="utf-8").partition("Of these, ")[2].partition("\n")[0]
+    lines += [f"* [Whole files](reports/fit/fit.md#whole-files) of smollm2-135m, by `fit --bytes`: {said}"] if said else []
     lines += ["", "What the audits say of their claims:", ""]
     marks = [f"{MARKS[verdict]} {verdict}" for verdict in MARKS]
     lines += [f"| report | rows | {' | '.join(marks)} |", f"|---|{'---:|' * (len(marks) + 1)}"]
