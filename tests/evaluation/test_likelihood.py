@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 import agentforge
-from agentforge import blockwise
+import agentforge.progress
 from agentforge.errors import BadInput, Incomparable
 from agentforge.evaluation import Text, divergences, find_text, likelihood
 from agentforge.evaluation.likelihood import plan
@@ -451,7 +451,7 @@ def test_the_bar_is_silent_when_asked(tiny: LanguageModel, monkeypatch: pytest.M
         seen.append(settings["disable"])
         return tqdm(**{**settings, "disable": True})
 
-    monkeypatch.setattr(blockwise, "tqdm", bar)
+    monkeypatch.setattr(agentforge.progress, "tqdm", bar)
     agentforge.perplexity(tiny, text_of(50), context=16, progress=progress)
     agentforge.divergence(tiny, tiny, text_of(50), context=16, progress=progress)
     assert seen == [None if progress else True] * 2
