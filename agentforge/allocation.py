@@ -262,10 +262,9 @@ def fit(
     statistics: what `statistics.collect` gave for this model and calibration, sensitivities included, if already available;
     those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards
     (and the codes of ecsq), by distillation on selftext, within the same budget of bits, embedding and head as they are;
-    without it nothing is trained.  text, tokens: what the
-    divergence is measured on; max_kl is checked against it.  device: for statistics, training, measuring, and the search of
-    stages that can use it; sums are rounded differently on a GPU, so the recipe names it.  executor: works in place of
-    threads, as for `compress`; the result is the same.
+    without it nothing is trained.  text, tokens: what the divergence is measured on; max_kl is checked against it.  device:
+    for statistics, training, measuring, and the search of stages that can use it; sums are rounded differently on a GPU, so
+    the recipe names it.  executor: works in place of threads, as for `compress`; the result is the same.
 
     Raises BadInput if the budget cannot be met, and as `compress` does.
     """
@@ -287,9 +286,8 @@ def fit(
     if recovery is not None and (budget.bits is None or embeddings not in (None, KEEP)):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
     everything = embeddings is None and recovery is None
-    stage_of_rest = (
-        None if embeddings in (None, KEEP) else stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
-    )
+    embeddings = None if embeddings == KEEP else embeddings
+    stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
     calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device)
     for stage in ladder:
         calibration = calibration.for_stage(stage)

@@ -111,10 +111,8 @@ class Collected(Mapping[str, InputStatistics]):
             self.sensitivities[head] = variance
         if embedding:
             lookup = means[LOOKUP].diag() * count
-            self._sums[embedding] = (
-                self._spill.put(total() + lookup / variance.sum() if embedding == head else lookup),
-                count,
-            )
+            lookup = total() + lookup / variance.sum() if embedding == head else lookup
+            self._sums[embedding] = self._spill.put(lookup), count
             self.sensitivities.setdefault(embedding, expected)
         self.keys_of |= {name: name for name in (embedding, head) if name}
 
@@ -277,10 +275,10 @@ def collect(
     means = {n: (sum(of[1:], of[0]) / seen).to("cpu", torch.float32) for n, of in squares.items() if of}
     found.sensitivities = {name: mean for name, mean in means.items() if name in found}
     if ends:
-        names = [f"{next(path for path, layer in layers.items() if layer is end)}.weight" for end in both]
-        stored = [name for name in names if name in model.entries]  # one of them is not if they are tied
+        first, last = (f"{next(path for path, layer in layers.items() if layer is end)}.weight" for end in both)
+        if not {first, last} <= model.entries.keys():  # tied: stored once
+            first = last = first if first in model.entries else last
         touched = {weight.name for weight in model.weights(embeddings=True)}
-        first, last = (name if name in stored else stored[0] for name in names)
         found.add_ends(first if first in touched else None, last if last in touched else None, means)
     return found
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import bench
+import ratios
 import torch
 from matplotlib.figure import Figure
 
@@ -44,7 +45,6 @@ BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
 # From 0.009 to 14 root mean squares: finer than the default ladder for 8 bits, coarser for what is left of a bit.
 LADDER = tuple(stages.get("tcq", step=round(0.6 * 2 ** (k / 2), 6)) for k in range(-12, 10))
 ACCIDENT = 1e-4  # relative error below which few bits have found the weights' own grid
-PROMISE = 0.84  # of the accuracy
 SAME = 0.005  # bits per weight that count as equal
 SHOWN = 4  # rows that a sentence names
 PROTOCOL = ("text", "split", "text_sha256", "context", "stride", "bos", "scored_tokens", "windows", "tokenizer")
@@ -88,7 +88,8 @@ def _recovery(options: argparse.Namespace) -> Settings:
 def measure(model: Any, statistics: Any, wanted: Row, options: argparse.Namespace) -> Row:
     """Fit to one budget, in a folder of --work that is gone afterwards."""
     limit = {key: wanted[key] for key in ("bits", "bytes") if key in wanted}
-    start, place = time.perf_counter(), options.work / f"{limit}{'-recovered' if options.recover else ''}"
+    name = " ".join(f"{value} {key}" for key, value in limit.items())
+    start, place = time.perf_counter(), options.work / f"{name}{'-recovered' if options.recover else ''}"
     try:
         how = {"ladder": LADDER, "statistics": statistics, "text": options.text, "tokens": options.tokens}
         how["recovery"] = _recovery(options) if options.recover else None
@@ -181,13 +182,13 @@ def _whole(row: Row) -> list[str]:
 
 def _smallest(whole: Sequence[Row]) -> str:
     """The smallest file that keeps what the documentation promises of 280x."""
-    kept = [row for row in whole if bench.measurement(row["retention"]).bounds[0] >= PROMISE]
+    kept = [row for row in whole if ratios.decide(row) == "holds"]
     if not kept:
         return ""
     row = min(kept, key=lambda row: row["weight_bytes"])
     ratio = next(r["ratio"] for r in row["ratios"] if r["what"] == "whole model" and r["denominator"].endswith("at 32 bits"))
-    text = f"Of these, {row['weight_bytes'] / 1e6:.0f} MB is the smallest that keeps {PROMISE:.0%} of the accuracy, with its"
-    return f"{text} whole 95% interval: {ratio:.1f}x against 32 bits for every parameter."
+    text = f"Of these, {row['weight_bytes'] / 1e6:.0f} MB is the smallest that keeps {ratios.PROMISE:.0%} of the accuracy, "
+    return f"{text}with its whole 95% interval: {ratio:.1f}x against 32 bits for every parameter."
 
 
 def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence[Row] = ()) -> str:

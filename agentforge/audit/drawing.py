@@ -158,7 +158,7 @@ def _folded(record: dict[str, Any], row: dict[str, Any]) -> str:
     """A row's title, behind which all else that is known of it is folded."""
     said = {
         "Decided": undecided_text(row),
-        "How": measured_text(row).partition("** ")[2] if row["measured"] and not row["failure"] else measured_text(row),
+        "How": how_text(row),
         "The audit said": row["audit"],
         "Paper": row["paper"],
         "Documentation": row["documentation"],
@@ -275,6 +275,12 @@ def undecided_text(row: dict[str, Any]) -> str:
 
 def measured_text(row: dict[str, Any]) -> str:
     """The measured value with its error, unit and n, its threshold, protocol and remark; or why there is none."""
+    value = f"**{amount_text(row)}** " if row["measured"] and not row["failure"] else ""
+    return value + how_text(row)
+
+
+def how_text(row: dict[str, Any]) -> str:
+    """The n of a measured value, its threshold, protocol and remark; or why there is none."""
     remark = "".join(f" {row[key]}" for key in ("protocol", "remark") if row[key])
     if row["failure"]:
         return f"**the probe failed**, which says nothing about the claim: {row['failure']}.{remark}"
@@ -283,7 +289,7 @@ def measured_text(row: dict[str, Any]) -> str:
     measured = row["measured"]
     remark += f" The claim is about {row['about_other']}." if row["about_other"] else ""
     confirms = threshold_text(row["thresholds"]["confirmed"], measured["unit"])
-    return f"**{amount_text(row)}** (n = {measured['n']:,}; to confirm: {confirms}).{remark}"
+    return f"(n = {measured['n']:,}; to confirm: {confirms}).{remark}"
 
 
 def amount_text(row: dict[str, Any]) -> str:
