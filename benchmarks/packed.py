@@ -60,7 +60,7 @@ def read_bytes(model: nn.Module) -> int:
     total = resident_bytes(model)
     for module in model.modules():
         if isinstance(module, PackedWeight):
-            kept = {held.stored.data_ptr() for held in module.ready.planes.values()}
+            kept = {tensor.data_ptr() for tensor in module.ready.tensors}
             total -= sum(buffer.nbytes for buffer in module.buffers() if buffer.data_ptr() not in kept)
     return total
 
