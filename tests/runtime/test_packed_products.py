@@ -204,21 +204,23 @@ def test_a_model_generates_as_the_dense_one_does(tiny_llama: Path, tmp_path: Pat
 def test_the_benchmark_takes_a_row_and_does_not_take_it_again(
     load_benchmark: Callable[[str], ModuleType], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark = load_benchmark("packed")
-    monkeypatch.setattr(benchmark, "bandwidth", lambda device: 1e10)
+    benchmark = load_benchmark("runtime")
+    monkeypatch.setattr(benchmark, "bandwidth", lambda: 1e10)
+    monkeypatch.setattr(benchmark, "PROMPTS", (20,))
     monkeypatch.setattr(benchmark.bench, "apart", lambda *_: {"peak_bytes": 3 << 20, "load_s": 0.5})
     out, threads = tmp_path / "out", torch.get_num_threads()
-    command = ["packed.py", "--model", tiny_llama, "--stages", "rounding:bits=4,group=64 | entropy", "--rounds", 2]
-    command += ["--tokens", 2, "--prompt", 20, "--threads", 1, "--scratch", tmp_path / "made", "--out", out]
+    command = ["runtime.py", "--model", tiny_llama, "--runs", "rounding:bits=4,group=64 | entropy", "--llama", "--rounds", 2]
+    command += ["--tokens", 2, "--threads", 1, "--work", tmp_path / "made", "--out", out]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     try:
         benchmark.main()
-        first = (out / "packed.json").read_text()
+        first = (out / "runtime.json").read_text()
         monkeypatch.setattr(benchmark, "measured", lambda *_: pytest.fail("measured again"))
         benchmark.main()
     finally:
         torch.set_num_threads(threads)
-    row = json.loads(first)["rows"]["rounding | entropy"]
-    assert row["held_bytes"]["packed"] > row["read_bytes"]["packed"]
-    assert row["held_bytes"]["float32"] == 2 * row["held_bytes"]["bfloat16"]
-    assert row["generation"]["packed"]["n"] == 2 and "| `rounding \\| entropy` |" in (out / "packed.md").read_text()
+    record = json.loads(first)
+    row = record["rows"]["rounding:bits=4,group=64 | entropy"]
+    assert row["held"] > row["read"] > 0 and row["held"] < record["dense"]["held"]
+    assert row["generation"]["dense"]["ratio"]["value"] == 1 and row["20"]["bfloat16"]["n"] == 2
+    assert "| `rounding:bits=4,group=64 \\| entropy` |" in (out / "runtime.md").read_text()
