@@ -61,7 +61,7 @@ def test_the_site_has_a_page_for_all_there_is(site: Path) -> None:
     )
     assert "<summary>Code of the figure</summary>" in notebook and "<summary>Hint</summary>" in notebook
     pictures = re.findall(r"<img[^>]*_quantization-\d[^>]*>", notebook)
-    assert pictures and all(re.search(r'alt="[^"]{40,}"', picture) for picture in pictures)
+    assert pictures and all(re.search(r'alt="[^"]{20,}"', picture) for picture in pictures)
 
 
 def test_the_start_pages_first_commands_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
