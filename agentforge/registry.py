@@ -23,7 +23,6 @@ register one artifact on a server at the same moment may make it two versions.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -40,7 +39,7 @@ import torch
 from . import handoff, schemas
 from .artifact import MANIFEST, Artifact, dequantize
 from .errors import BadInput
-from .folders import remove
+from .folders import locked, remove
 from .models import cache_dir
 from .opening import open_model
 from .tensorfiles import plain_file, read_json
@@ -199,8 +198,7 @@ def _opened(uri: str) -> Iterator[Any]:
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     lock = file.with_name(file.name + ".lock") if file else cache_dir() / "registry" / f"{name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with _talking(uri), open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with _talking(uri), locked(lock, lock, wait=True):
         if file is not None and not file.exists():
             # Made beside and renamed: a kill among MLflow's migrations would leave a database that none can open.
             with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as partial:
