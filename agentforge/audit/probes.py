@@ -214,8 +214,7 @@ def ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
     """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
-    ratios = workshop.artifact(stage).ratios
-    found = next(r for r in ratios if r.what == of and r.denominator.endswith(f"at {bits} bits"))
+    found = workshop.artifact(stage).ratios.of(of, bits)
     against = {"denominator": found.denominator, "denominator_bytes": found.denominator_bytes}
     return workshop.exact(found.ratio, "x", found.bytes, "compression ratio", stage=stage, of=of, **against)
 

@@ -174,7 +174,6 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
         folder,
         settings["text"],
         settings["tokens"],
-        progress=False,
         effort=settings["budget"],
         device=settings["device"],
         subject=None if claims.report in NAMES else model,

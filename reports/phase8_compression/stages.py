@@ -304,7 +304,7 @@ def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:
     path = workshop.folder / f"moments-{workshop.model.fingerprint[:16]}-{workshop.effort.name}-{tokens}.pt"
     if not path.is_file():
         most = min(tokens, workshop.model.context or tokens)
-        seen = collect(workshop.model, Calibration(tokens=tokens, context=most), progress=workshop.progress)
+        seen = collect(workshop.model, Calibration(tokens=tokens, context=most), progress=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({w.name: (seen[w.name].hessian, seen[w.name].n) for w in workshop.sample()}, path)
     return {name: InputStatistics(*about) for name, about in torch.load(path).items()}

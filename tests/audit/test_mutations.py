@@ -487,7 +487,7 @@ def caches_cleared() -> None:
 
 def judged(row: str, model: Path, folder: Path) -> audit.Judged:
     """The row as an audit would have it."""
-    workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128, progress=False)
+    workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128)
     workshop.effort = shops.EFFORTS["smoke"]
     taken = record.take(workshop, CLAIMS[row])
     return audit.judge(CLAIMS[row], taken.measured, taken.failure, taken.missing)
