@@ -9,6 +9,7 @@ token, over the windows that `fit` measures on.  llama.cpp is built in --work, a
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -40,14 +41,16 @@ class Files:
         self.programs, self.llama = peers.LlamaCpp(work / "programs"), interop.Llama(work / "library")
         windows = plan(self.model, evaluation.find_text(), SAMPLED, None, SAMPLED_TOKENS, None)[0]
         self.windows = [list(window.ids) for window in windows]
-        self.original: torch.Tensor | None = None
-        self._statistics: Collected | None = None
 
+    @functools.cached_property
     def statistics(self) -> Collected:
         """What `fit` would collect each time."""
-        if self._statistics is None:
-            self._statistics = collect(self.model, Calibration().with_sensitivities(), ends=True)
-        return self._statistics
+        return collect(self.model, Calibration().with_sensitivities(), ends=True)
+
+    @functools.cached_property
+    def original(self) -> torch.Tensor:
+        """What llama.cpp computes with the original."""
+        return self.logits(self.programs.full)
 
     def logits(self, file: Path) -> torch.Tensor:
         """float32[windows, tokens, vocabulary]."""
@@ -57,8 +60,6 @@ class Files:
 
     def compare(self, file: Path) -> bench.Row:
         """Bytes, types, and KL from the original with its standard error over windows."""
-        if self.original is None:
-            self.original = self.logits(self.programs.full)
         each = [interop.compare(a[None, :-1], b[None, :-1]) for a, b in zip(self.original, self.logits(file), strict=True)]
         kl = bench.mean([one["kl"]["value"] for one in each])
         kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors)
@@ -76,7 +77,7 @@ class Files:
             peers.run(*command, self.programs.full, theirs, kind, 1)
             found = {"theirs": self.compare(theirs)}
             for who, types in OURS.items():
-                made = fit_gguf(self.model, ours, theirs.stat().st_size, types=types, statistics=self.statistics())
+                made = fit_gguf(self.model, ours, theirs.stat().st_size, types=types, statistics=self.statistics)
                 found[who] = self.compare(ours) | {"measured": made.measured.kl.to_json(), "predicted": made.predicted}
                 ours.unlink()
         return found
