@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from .bits import tensor_bytes
 from .errors import BadInput
 from .models import LanguageModel, absent, cache_dir
+from .tensorfiles import trim
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -377,6 +378,6 @@ def give_back_freed_memory() -> None:
     stay resident: without this, memory grows with every block that is read, whatever its size.
     """
     library = ctypes.CDLL(None)
-    if hasattr(library, "malloc_trim") and hasattr(library, "mallopt"):  # other C libraries have neither
+    if hasattr(library, "mallopt"):  # other C libraries have none
         library.mallopt(M_MMAP_THRESHOLD, OWN_BLOCK)
-        library.malloc_trim(0)
+    trim()

@@ -8,6 +8,7 @@ it back with the library).
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
@@ -312,3 +313,10 @@ def check_files(folder: Path, files: Mapping[str, Any], again: bool = False) -> 
             raise BadInput(f"{path}: has {size} bytes, expected {about['bytes']}; fetch or write the folder again")
         if sha256_file(path, again) != about["sha256"]:
             raise BadInput(f"{path}: is damaged or was changed (its sha256 is another); fetch or write the folder again")
+
+
+def trim() -> None:
+    """Have the C library return the memory that is free to the system."""
+    library = ctypes.CDLL(None)
+    if hasattr(library, "malloc_trim"):  # other C libraries have none
+        library.malloc_trim(0)

@@ -25,6 +25,7 @@ from ..stages.ecsq import Stepped
 from ..stages.refined import Refined
 from ..stages.rounding import Rounding
 from ..stages.trajectory import Trajectory
+from ..tensorfiles import trim
 from . import forms, packed_cpu
 from .forms import Loaded, Ready
 
@@ -160,9 +161,10 @@ class PackedWeight(Readable):
                 packed = stage.unrefine(packed, stage.first.layout(packed.shape))
                 stage = stage.first
             packed = Packed(packed.shape, packed.planes, plain)
-            stage.decode(packed)  # the stage's own checks
             layout = self.stage.layout(packed.shape)
             grid = forms.stepped(stage, packed) if isinstance(stage, Stepped) else None
+            if grid is None:
+                stage.decode(packed)  # the stage's own checks
             loaded = {}
             for plane in packed if grid is None else ():
                 fill = isinstance(stage, Rounding) and plane.name == "codes"  # words, which kernels read
@@ -174,6 +176,9 @@ class PackedWeight(Readable):
                 grid = forms.rounded(stage, packed.shape, loaded)
             book = stage.book(packed) if isinstance(stage, Trajectory) else None
             self._ready = Ready(stage, packed.shape, loaded, plain, *stage.row_blocks(packed.shape), book, grid)
+            if any(is_coded(coding) for coding, _ in layout.values()):
+                del packed
+                trim()  # else what was decoded on the way stays: a gigabyte, of 210 weights
         return self._ready  # type: ignore[no-any-return]
 
     @property
