@@ -260,8 +260,8 @@ def fit(
     ladder: the stages to choose from, for each linear layer, the token embedding and an output head of its own.  embeddings:
     "keep" for the last two as they are, or one stage for them; the budget of bits is that of the linear layers then.
     statistics: what `statistics.collect` gave for this model and calibration, sensitivities included, if already available;
-    those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards
-    (and the codes of ecsq), by distillation on selftext, within the same budget of bits, embedding and head as they are;
+    those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards,
+    with a ladder of tcq, by distillation on selftext, within the same budget of bits, embedding and head as they are;
     without it nothing is trained.  text, tokens: what the divergence is measured on; max_kl is checked against it.  device:
     for statistics, training, measuring, and the search of stages that can use it; sums are rounded differently on a GPU, so
     the recipe names it.  executor: works in place of threads, as for `compress`; the result is the same.

@@ -36,7 +36,7 @@ class Pair:
         self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, hidden: float, half: bool
     ) -> None:
         self.device, self.at_once, self.hidden, self.half = device, at_once, hidden, half
-        self.passes = (Passes(model), Passes(model, partial(_spilled, model, still))) if still else None
+        self.passes = (Passes(model), Passes(model, partial(_spilled, still))) if still else None
         if self.passes:
             self.student: Any = self.passes[1].module
             return
@@ -114,9 +114,9 @@ class Pair:
         return loss
 
 
-def _spilled(model: LanguageModel, still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+def _spilled(still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
     """`put_codes`, of which each tensor is decoded once and waits on the disk: decoding takes longer than reading."""
-    read, spill = put_codes(model, still, module), Spill()
+    read, spill = put_codes(still, module), Spill()
     waiting = cache(lambda name: spill.put(read[name]()))
     return {name: partial(lambda name: waiting(name)(), name) for name in read}
 

@@ -1,10 +1,9 @@
 """Recovery: train a compressed model by distillation from its original.
 
 The student starts as a copy of the original with other linear layers (`student`): ternary ones with straight-through
-gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes of ecsq,
-which are trained, too.  The original is the teacher: the loss is
-KL(teacher || student), averaged over all tokens, on any text; no labels are needed.  If all codes stay, both run block by
-block on the CPU (`distil`): in memory are one block, what is trained, and some windows' logits.
+gradients, or such as decode from planes whose floats are trained while their integers stay.  The original is the teacher:
+the loss is KL(teacher || student), averaged over all tokens, on any text; no labels are needed.  If the integers are codes
+of tcq, both run block by block on the CPU (`distil`): in memory are one block, what is trained, and some windows' logits.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
 that was killed continues from its last checkpoint and, on the CPU, repeats the same losses.
@@ -18,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -43,7 +41,7 @@ from ..version import __version__
 from .bitlinear import convert, set_blend
 from .distil import Pair
 from .mugrokfast import MuGrokfast, parameter_groups
-from .student import STILL, PlaneLinear, Student, layers_of, put_codes, within
+from .student import STILL, PlaneLinear, Student, layers_of, put_codes
 
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
 
@@ -82,8 +80,7 @@ class Settings:
 
     @classmethod
     def of_codes(cls, steps: int) -> Settings:
-        """How to train a fitted model within its bytes: gains and norms take large steps well, which few tokens need; codes
-        change late (`student.MARGIN`)."""
+        """How to train a fitted model within its bytes: gains and norms take large steps well, which few tokens need."""
         return cls(
             steps=steps, batch=8, passes=2, lr=2e-3, warmup=0.05, evaluate=max(1, min(50, steps // 5)), dtype="bfloat16"
         )
@@ -144,12 +141,11 @@ def recover(
     """Train `model` through `stage` and write the packed artifact `out`, with `history.json` in it.
 
     stage: ternary (the weights are trained), or any stage whose float planes can be (they are trained, the integers
-    stay), or None: `start` is an artifact of entropy-coded weights (any step each, as `fit` makes them), whose gains are
-    trained; so are the codes of ecsq, those of tcq stay.  text: to train on; held-out text is selftext's own split,
-    WikiText-2's test split, or the last twentieth of any other text.  names: weights to compress (default: all that a stage
-    may touch).  start: for other stages than ternary, the artifact whose planes to begin with (default: made here by
-    `stage`).  most_bytes: of all planes together, for stage None: training may make codes larger; they are kept within this
-    limit.  device: default cuda if there is one.
+    stay), or None: `start` is an artifact of tcq (any step each, as `fit` makes them), whose gains are trained.  text: to
+    train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth of any other text.
+    names: weights to compress (default: all that a stage may touch).  start: for other stages than ternary, the artifact
+    whose planes to begin with (default: made here by `stage`).  most_bytes: of all planes together, gains included, for
+    stage None.  device: default cuda if there is one.
 
     After a kill, or Ctrl-C, the same call continues from the last checkpoint.  Raises BadInput if model, stage, text or
     settings cannot be used.
@@ -174,6 +170,11 @@ def recover(
         raise BadInput(f"{begin.path}: encodes {min(ends)}; recovery trains linear layers, so make it with embeddings kept")
     if most_bytes is not None and stage is not None:
         raise BadInput(f"recovery: {stage} has planes of one size; most_bytes is for stage=None")
+    if most_bytes is not None and begin:
+        rows = [row for row in begin.rows if row["stage"]]
+        size = sum(r["bytes"] + (0 if r["stage"].get("gains") else 2 * weights[r["name"]].shape[0]) for r in rows)
+        if size > most_bytes:
+            raise BadInput(f"recovery: codes and gains take {size:,} bytes, {most_bytes:,} are allowed; start with fewer")
     recipe = {
         "format": FORMAT,
         "agentforge": __version__,
@@ -268,11 +269,6 @@ class _Run:
         if still is None:
             self._compress(start)
         self.layers = {f"{name}.weight": layer for name, layer in layers_of(self.student, Student)}
-        self._most = self.recipe["training"].get("most_bytes", math.inf)
-        rows = [row for row in still.rows if row["stage"]] if still else []
-        gains = {row["name"]: self.layers[row["name"]].get_parameter("floats.gains") for row in rows}
-        if (size := sum(r["bytes"] + (0 if r["stage"]["gains"] else 2 * len(gains[r["name"]])) for r in rows)) > self._most:
-            raise BadInput(f"recovery: codes and gains take {size:,} bytes, {self._most:,} are allowed; start with fewer")
         self.trained = self._trainable()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
@@ -311,7 +307,7 @@ class _Run:
         if stage is not None and artifact.manifest["recipe"]["stage"] != stage.to_json():
             raise BadInput(f"{artifact.path}: was not made with {stage}; pass the stage it was made with")
         if stage is None:
-            for name, read in put_codes(model, artifact, self.student).items():
+            for name, read in put_codes(artifact, self.student).items():
                 self.student.get_parameter(name).data = read()
         else:
             rows, layers = {row["name"]: row for row in artifact.rows if row["stage"]}, dict(self.student.named_modules())
@@ -460,10 +456,7 @@ class _Run:
 
     def result(self) -> tuple[dict[str, Callable[[], Packed]], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
-        made = None if self.pair.passes else within(self.layers, self._most)
-        packed: dict[str, Callable[[], Packed]] = {
-            name: partial(made.__getitem__, name) if made else layer.packed for name, layer in self.layers.items()
-        }
+        packed: dict[str, Callable[[], Packed]] = {name: layer.packed for name, layer in self.layers.items()}
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()

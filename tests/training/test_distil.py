@@ -39,7 +39,7 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifac
 def pairs(folder: Path, start: Artifact, *how: Any) -> tuple[Pair, Pair]:
     """In memory and block by block, with all vectors of the blocks and the layers to be trained."""
     whole, blocks = (Pair(af.open_model(folder), still, torch.device("cpu"), *how) for still in (None, start))
-    for name, read in put_codes(af.open_model(folder), start, whole.student).items():
+    for name, read in put_codes(start, whole.student).items():
         whole.student.get_parameter(name).data = read()
     for pair in (whole, blocks):
         for name, parameter in pair.student.named_parameters():
