@@ -272,7 +272,7 @@ def _powers(exponents: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _round_block(  # pragma: no cover  (compiled)
+def _round_block(
     weight: np.ndarray,
     factor: np.ndarray,
     rows: np.ndarray,

@@ -119,7 +119,7 @@ def _predecessors(states: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _path_block(  # pragma: no cover  (compiled)
+def _path_block(
     about: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
     bits: tuple[np.ndarray, np.ndarray, np.ndarray],
     before: np.ndarray,
@@ -157,7 +157,7 @@ def _path_block(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _viterbi(cost: np.ndarray, choices: np.ndarray, before: np.ndarray, path: np.ndarray) -> None:  # pragma: no cover
+def _viterbi(cost: np.ndarray, choices: np.ndarray, before: np.ndarray, path: np.ndarray) -> None:
     """The path of least cost, into int32[n].  cost, choices: of the best value that is c modulo 4, float32[4, n] and
     int32[4, n]."""
     states = before.shape[1]
