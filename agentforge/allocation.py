@@ -157,10 +157,7 @@ def candidates(
     journal.parent.mkdir(parents=True, exist_ok=True)
     use(journal.parent)
     bar = progress_bar("candidates" if progress else None, len(weights), "weight", len(weights) - len(todo))
-    tasks = (
-        partial(price_tensor, Task.of(w, model.reader(w.name), statistics[w.name], stage=ladder[0], device=device), ladder)
-        for w in todo
-    )
+    tasks = (partial(price_tensor, _task(model, w, ladder[0], statistics[w.name], device), ladder) for w in todo)
     with bar as shown, open(journal, "a", encoding="utf-8") as lines:
         for weight, rows in zip(todo, results(tasks, executor, workers), strict=True):
             found[weight.name] = rows
@@ -168,6 +165,10 @@ def candidates(
             lines.flush()
             shown.update()
     return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
+
+
+def _task(model: LanguageModel, weight: Weight, stage: stages.Stage, stats: InputStatistics, device: str) -> Task:
+    return Task(weight.name, model.reader(weight.name), weight.transposed, stage, stats, device=device)
 
 
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
@@ -361,7 +362,10 @@ class Search(NamedTuple):
             keys = {w.name: f"{w.name} {self.options[w.name].index(found[w.name])}" for w in todo}
             # What an earlier run counted saves the work, and nothing else: the way to the result stays the same.
             new = [weight for weight in todo if keys[weight.name] not in self.counted]
-            tasks = (partial(encode_tensor, self._task(weight, found[weight.name].stage)) for weight in new)
+            known = self.settings["statistics"]
+            tasks = (
+                partial(encode_tensor, _task(self.model, w, found[w.name].stage, known[w.name], self.device)) for w in new
+            )
             how = self.settings["executor"], self.settings["workers"]
             title = "encoding" if self.progress else None
             with progress_bar(title, len(new), "weight") as bar, open(self.journal, "a", encoding="utf-8") as lines:
@@ -375,10 +379,6 @@ class Search(NamedTuple):
             for name, key in keys.items():
                 options = self.options[name]
                 options[options.index(found[name])] = found[name]._replace(bytes=self.counted[key], counted=True)
-
-    def _task(self, weight: Weight, stage: stages.Stage) -> Task:
-        statistics = self.settings["statistics"][weight.name]
-        return Task.of(weight, self.model.reader(weight.name), statistics, stage=stage, device=self.device)
 
     def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
         waiting = [self.spill.put(torch.from_numpy(np.require(plane, requirements="W"))) for plane in encoded.planes]

@@ -113,8 +113,8 @@ def compress(
         def work(name: str) -> Callable[[], Encoded | str] | None:  # made when its turn comes, with its statistics
             if name not in touched:
                 return None
-            reader = model.reader(name)
-            return partial(encode_tensor, Task.of(touched[name], reader, known.get(name), stage=plan[name], **common))
+            about = name, model.reader(name), touched[name].transposed, plan[name], known.get(name)
+            return partial(encode_tensor, Task(*about, **common))
 
         reasons = {**dict.fromkeys(names, "no stage was chosen for it"), **model.kept(embeddings)}
         title = f"{_names(plan)}: {model.name}" if progress else None

@@ -41,6 +41,15 @@ class InputStatistics:
     n: int
     sensitivity: torch.Tensor | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As arrays: torch would hand its tensors over in this machine's shared memory."""
+        return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """An array that came from another process may be read-only, which torch does not know."""
+        arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+        vars(self).update(state, **{n: torch.from_numpy(np.require(a, requirements="W")) for n, a in arrays.items()})
+
     @property
     def diagonal(self) -> torch.Tensor:
         """E[x_j^2] of each input: float32[in]."""
