@@ -389,9 +389,9 @@ class Search(NamedTuple):
         """Bytes of the planes of the weights that have options."""
         return sum(row["bytes"] for row in artifact.rows if row["name"] in self.options)
 
-    def measure(self, artifact: Artifact) -> Divergence:
-        """The artifact beside its original, as it is loaded back from disk."""
-        both = load(artifact.path).on(self.device), self.model.on(self.device)
+    def measure(self, opened: LanguageModel) -> Divergence:
+        """What was made beside its original, as it is loaded back from disk."""
+        both = opened.on(self.device), self.model.on(self.device)
         context = self.model.sampled_context
         return evaluation.divergence(*both, self.text, context, tokens=self.tokens, progress=self.progress)
 
@@ -400,7 +400,7 @@ class Search(NamedTuple):
         bits = 8 * self.planes(artifact) / self.parameters
         counted = "the linear layers, the embedding and the output head" if self.ends else "the linear layers"
         outside = tuple(weight.name for weight in self.model.weights() if weight.name not in self.options)
-        return Fit(artifact, predicted, measured or self.measure(artifact), bits, counted, outside)
+        return Fit(artifact, predicted, measured or self.measure(load(artifact.path)), bits, counted, outside)
 
     def recovered(self, planes: int, recovery: Settings, out: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""
@@ -444,7 +444,7 @@ class Search(NamedTuple):
             trial, best = folder / "trial", folder / "best"
             for _ in range(PASSES):
                 artifact, predicted = self.make(at, trial, True)
-                measured = self.measure(artifact)
+                measured = self.measure(load(artifact.path))
                 bound = measured.kl.bounds[1]
                 if bound <= most:
                     high, passed = at, (predicted, measured)

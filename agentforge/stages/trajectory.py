@@ -24,7 +24,7 @@ Deviations and errata:
   square.  "code" is what the authors' code does.  The classes divide l_f - l/2 as the code does; Equations 8 and 10 print
   l_f / M.
 * select=True chooses U and M per tensor as the code does (mean absolute error).  The index's width is fixed by the
-  settings here, whatever was chosen; `paper_bits_per_weight` counts as the paper does.  The code keeps tensors of fewer
+  settings here, whatever was chosen; the paper counts the bits of a tensor's largest index.  The code keeps tensors of fewer
   than 10 weights, and those it finds too lossy, in float32; this stage encodes what it is given.
 * M = 0 while pairs lie outside the square does not occur in the code; here these move to the square's edge first.
 * Ours: K = 1, variant="korobov" (the generator with the longest shortest vector), `centred`, l = 0.
@@ -184,11 +184,6 @@ class Trajectory(Stage):
         points = np.empty((len(indices), self.K), np.float32)
         _look_up(indices, packed["centroid"].cpu().numpy(), reaches, lattice, points)
         return points
-
-
-def paper_bits_per_weight(packed: Packed) -> float:
-    """Bits a weight as the paper counts them: the bit length of the largest index of the tensor, for K weights each."""
-    return int(packed["indices"].max()).bit_length() / len(packed["centroid"])
 
 
 class Lattice(NamedTuple):
