@@ -245,7 +245,7 @@ class Vptq(Stage):
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape, device = (weight.shape[0], weight.shape[1]), weight.device
         problem, segments = self._prepare(weight, stats), self.segments(shape)
-        factor = _factor(problem)
+        factor = unit_factor(problem.hessian)[0]
         books: Books = [[] for _ in segments]
         left = problem.weight
         for level in range(len(segments[-1].sizes)):
@@ -260,7 +260,7 @@ class Vptq(Stage):
         shape = (weight.shape[0], weight.shape[1])
         problem, segments = self._prepare(weight, stats), self.segments(shape)
         books = [_books(shared, s) for s in segments]
-        codes = _sweep(problem, segments, books, _factor(problem))
+        codes = _sweep(problem, segments, books, unit_factor(problem.hessian)[0])
         return self._pack(shape, segments, *self._refine(problem, segments, books, codes))
 
     def fit_shared(self, layers: Sequence[Layer], seed: int = 0) -> Packed:
@@ -273,7 +273,8 @@ class Vptq(Stage):
             mine = self.segments((problem.rows, len(problem.weight)))
             source = problem.weight
             if level:
-                source = _sweep(problem, mine, books[len(books) - len(mine) :], _factor(problem)).left(problem)
+                factor = unit_factor(problem.hessian)[0]
+                source = _sweep(problem, mine, books[len(books) - len(mine) :], factor).left(problem)
             most = [max(1, SAMPLE * s.sizes[0] // len(layers)) for s in mine]
             return {
                 (s.plane, s.group): _thinned(*_vectors(problem, s, source), n, seed) for s, n in zip(mine, most, strict=True)
@@ -492,10 +493,6 @@ def _books(packed: Packed, segment: Segment) -> list[np.ndarray]:
 def _half(values: np.ndarray) -> np.ndarray:
     """Rounded to half floats, as float32."""
     return np.asarray(np.clip(values, -HALF_MAX, HALF_MAX).astype(np.float16), np.float32)
-
-
-def _factor(problem: Problem) -> np.ndarray:
-    return unit_factor(problem.hessian)[0]
 
 
 def _vectors(problem: Problem, segment: Segment, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

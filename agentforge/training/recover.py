@@ -34,7 +34,6 @@ from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
 from ..progress import progress_bar
-from ..stages.tcq import TCQ
 from ..statistics import Calibration, first_tokens
 from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
 from ..version import __version__
@@ -467,9 +466,9 @@ class _Run:
 
     def _still(self, start: Artifact | None) -> Artifact | None:
         """The artifact to start with, if its codes stay and the models need not be in memory."""
-        named = {row["stage"]["stage"] for row in start.rows if row["stage"]} if start and self.stage is None else None
         here = self.model.in_blocks or next(self.model.model.parameters()).device == self.device
-        return start if named == {TCQ.name} and here and self.device.type == "cpu" and not self.model.is_classifier else None
+        on_cpu = here and self.device.type == "cpu" and not self.model.is_classifier
+        return start if self.stage is None and on_cpu else None
 
 
 def _data(model: LanguageModel, calibration: Calibration, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:

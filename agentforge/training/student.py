@@ -60,9 +60,7 @@ def layers_of(module: nn.Module, kind: type[_S]) -> Iterator[tuple[str, _S]]:
 def straight_through(value: torch.Tensor, quantised: torch.Tensor, blend: float = 1.0) -> torch.Tensor:
     """value + blend (quantised - value), with a derivative of one with respect to `value`, whatever the blend; at blend 1 it
     is `quantised` to the last bit.  Same shapes."""
-    result = _StraightThrough.apply(value, quantised, blend)  # type: ignore[no-untyped-call]
-    assert isinstance(result, torch.Tensor)
-    return result
+    return _StraightThrough.apply(value, quantised, blend)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _StraightThrough(torch.autograd.Function):
