@@ -52,11 +52,10 @@ class Settings:
     steps: of the optimizer.  batch: windows (for digits-mlp, pictures) per step.  context: tokens per window.  passes: parts
     that a batch is computed in, to save memory.  lr: its peak; it rises over `warmup` (a share of the steps) and falls
     along a cosine to a tenth; so does lambda rise, from the dense to the quantised layer.  weight_decay: decoupled.
-    clip: largest norm of all gradients together.  hidden: weight of the hidden states' mean squared error, relative to
-    the teacher's mean square.  evaluate: steps between two looks at the held-out text, each of which writes a
-    checkpoint.  patience: looks without a new best after which training stops (0: never).  heldout: tokens (pictures)
-    to look at.  activations: int8 activations, too.  dtype: "auto" is bfloat16 autocast on a GPU that has it.
-    recompute: gradient checkpointing, which halves the memory and costs a third more time.
+    clip: largest norm of all gradients together.  evaluate: steps between two looks at the held-out text, each of which
+    writes a checkpoint.  heldout: tokens (pictures) to look at.  activations: int8 activations, too.  dtype: "auto" is
+    bfloat16 autocast on a GPU that has it.  recompute: gradient checkpointing, which halves the memory and costs a third
+    more time.
     """
 
     steps: int = 1000
@@ -68,9 +67,7 @@ class Settings:
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
-    hidden: float = 0.0
     evaluate: int = 50
-    patience: int = 0
     heldout: int = 2048
     activations: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -91,11 +88,11 @@ class Settings:
                 raise BadInput(f"recovery: {name}={getattr(self, name)!r}; expected a whole number of 1 or more")
         if self.batch % self.passes:
             raise BadInput(f"recovery: batch={self.batch} does not divide into passes={self.passes} equal parts")
-        for name, low, high in (("lr", 0.0, 10.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 10.0), ("hidden", 0.0, 1e6)):
+        for name, low, high in (("lr", 0.0, 10.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 10.0)):
             if not low <= getattr(self, name) <= high:
                 raise BadInput(f"recovery: {name}={getattr(self, name)}; expected {low} to {high}")
-        if not self.clip > 0 or self.patience < 0:
-            raise BadInput(f"recovery: clip={self.clip}, patience={self.patience}; expected clip > 0 and patience >= 0")
+        if not self.clip > 0:
+            raise BadInput(f"recovery: clip={self.clip}; expected more than 0")
         if self.optimizer not in ("adamw", "mugrokfast") or self.dtype not in ("auto", "float32", "bfloat16"):
             raise BadInput(
                 f"recovery: optimizer={self.optimizer!r}, dtype={self.dtype!r}; expected adamw or mugrokfast, and auto, "
@@ -155,7 +152,7 @@ def recover(
     settings = settings or Settings()
     settings.check()
     model.check_context(settings.context)
-    calibration = Calibration(text, settings.steps * settings.batch * settings.context, settings.context)
+    found = None if model.is_classifier else Calibration(text).find()
     weights = {weight.name: weight for weight in model.weights()}
     chosen = sorted(weights) if names is None else sorted(set(names))
     if odd := [name for name in chosen if name not in weights]:
@@ -183,7 +180,7 @@ def recover(
         "seed": settings.seed,
         "training": {
             **asdict(settings),
-            "text": None if model.is_classifier else calibration.find().sha256,
+            "text": found and found.sha256,
             "weights": hashlib.sha256("\n".join(chosen).encode()).hexdigest(),
             "start": begin and begin.sha256,
             **({"most_bytes": most_bytes} if most_bytes is not None else {}),
@@ -198,7 +195,7 @@ def recover(
         if writer.finished and history_file.is_file():
             history: Any = read_json(history_file)["history"]
             return _recovered(Artifact(out), history)
-        data = _data(model, calibration, settings)
+        data = _data(model, found, settings)
         run = _Run(model, stage, settings, chosen, work, recipe, torch_device, progress, *data)
         run.prepare(begin, overwrite)
         history = run.train()
@@ -263,7 +260,7 @@ class _Run:
         settings = self.settings
         half = {"auto": self.device.type == "cuda" and torch.cuda.is_bf16_supported(), "bfloat16": True}
         still, at_once = self._still(start), settings.batch // settings.passes
-        self.pair = Pair(self.model, still, self.device, at_once, settings.hidden, half.get(settings.dtype, False))
+        self.pair = Pair(self.model, still, self.device, at_once, half.get(settings.dtype, False))
         self.student = self.pair.student
         if still is None:
             self._compress(start)
@@ -341,7 +338,7 @@ class _Run:
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
     def train(self) -> list[dict[str, Any]]:
-        """Train to the end, or until nothing gets better; leaves the best state in the student."""
+        """Train to the end; leaves the best state in the student."""
         settings = self.settings
         title = f"recovery: {self.model.name}" if self.progress else None
         began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0.0)
@@ -349,7 +346,7 @@ class _Run:
         with progress_bar(title, settings.steps, "step", self.step) as bar:
             if not self.history:
                 self._note(losses, began)
-            while self.step < settings.steps and not self._patience_is_over():
+            while self.step < settings.steps:
                 losses.append(self._one_step())
                 self.step += 1
                 bar.update()
@@ -417,12 +414,6 @@ class _Run:
                 write_sealed(self._best, {name: p.detach().cpu() for name, p in self.trained.items()}, {})
             self._save()
 
-    def _patience_is_over(self) -> bool:
-        looks = [row["kl"] for row in self.history[1:]]
-        if not self.settings.patience or not looks:
-            return False
-        return len(looks) - 1 - looks.index(min(looks)) >= self.settings.patience
-
     def _save(self) -> None:
         """Parameters, the optimizer's state, the step and the history, in one file that is replaced in one step."""
         tensors = {f"model.{name}": p.detach().cpu() for name, p in self.trained.items()}
@@ -471,18 +462,16 @@ class _Run:
         return start if self.stage is None and on_cpu else None
 
 
-def _data(model: LanguageModel, calibration: Calibration, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def _data(model: LanguageModel, text: Text | None, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs to train on, and held-out ones: int[windows, context], or float[pictures, 64]."""
-    if model.is_classifier:
+    if text is None:
         pictures = digits.data()[0]
         held = max(1, min(settings.heldout, len(pictures) // 10))
         return pictures[:-held], pictures[-held:]
-    text = calibration.find()
-    inputs = _cut(first_tokens(model, text.text, calibration.tokens), settings.context, text)
+    inputs = windows(model, text, settings.steps * settings.batch, settings.context)
     count = max(1, settings.heldout // settings.context)
     if text.name in HELDOUT:
-        other = find_text(text.name, HELDOUT[text.name])
-        return inputs, _cut(first_tokens(model, other.text, count * settings.context), settings.context, other)[:count]
+        return inputs, windows(model, find_text(text.name, HELDOUT[text.name]), count, settings.context)
     count = min(count, max(1, len(inputs) // 20))
     if len(inputs) <= count:
         raise BadInput(f"text {text.name} has {len(inputs)} windows of {settings.context} tokens; too few to hold some out")
@@ -490,17 +479,15 @@ def _data(model: LanguageModel, calibration: Calibration, settings: Settings) ->
 
 
 def windows(model: LanguageModel, text: str | Text, count: int, context: int) -> torch.Tensor:
-    """The first `count` windows of a text to train on, int[count, context]; pictures, float[n, 64], for digits-mlp."""
+    """At most the first `count` windows of a text to train on, int[count, context]; pictures, float[n, 64], for
+    digits-mlp."""
     if model.is_classifier:
         return digits.data()[0]
     found = Calibration(text).find()
-    return _cut(first_tokens(model, found.text, count * context), context, found)
-
-
-def _cut(ids: list[int], context: int, text: Text) -> torch.Tensor:
+    ids = first_tokens(model, found.text, count * context)
     rows = len(ids) // context
     if rows == 0:
-        raise BadInput(f"text {text.name}/{text.split} has {len(ids)} tokens; a window takes {context}")
+        raise BadInput(f"text {found.name}/{found.split} has {len(ids)} tokens; a window takes {context}")
     return torch.tensor(ids[: rows * context]).reshape(rows, context)
 
 
