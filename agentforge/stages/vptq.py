@@ -289,7 +289,7 @@ class Vptq(Stage):
                     sets = [(np.zeros((s.parts, 1, s.v // s.parts), np.float32), np.ones(1))]
                 if level < len(s.sizes):
                     book.append(self._train(sets, s, level, seed, device))
-        return Packed((1, 1), tuple(_book_planes(segments, books)))
+        return Packed((1, 1), tuple(Plane(n, torch.from_numpy(v), "float16") for n, v in _stacked(segments, books).items()))
 
     def _prepare(self, weight: torch.Tensor, stats: InputStatistics | None) -> Problem:
         """The layer in the order of processing, with its damped Hessian in units of its mean diagonal."""
@@ -380,7 +380,7 @@ class Vptq(Stage):
             columns = np.concatenate([codes.indices[i][level][ranks[i]] for i in members])
             tensors[f"{plane}indices"] = columns.transpose(1, 2, 0)
         if not self.shared:
-            tensors.update((p.name, p.values.numpy()) for p in _book_planes(segments, books))
+            tensors |= _stacked(segments, books)
         classes = np.empty(shape[1], np.int32)
         for s in segments:
             classes[problem.order[s.first : s.last]] = _class(s, segments)
@@ -476,12 +476,10 @@ def _books_layout(segments: list[Segment]) -> Layout:
     return planes
 
 
-def _book_planes(segments: list[Segment], books: Books) -> list[Plane]:
-    planes = []
-    for plane, level, members in _stored(segments):
-        values = np.stack([books[i][level] for i in members]).astype(np.float16)
-        planes.append(Plane(f"{plane}codebook", torch.from_numpy(values), "float16"))
-    return planes
+def _stacked(segments: list[Segment], books: Books) -> dict[str, np.ndarray]:
+    """The planes of `_books_layout`."""
+    stored = _stored(segments)
+    return {f"{name}codebook": np.stack([books[i][k] for i in members]).astype(np.float16) for name, k, members in stored}
 
 
 def _books(packed: Packed, segment: Segment) -> list[np.ndarray]:
