@@ -110,7 +110,7 @@ def measure(model: Any, statistics: Any, wanted: Row, options: argparse.Namespac
             made["history"] = [{key: look[key] for key in ("step", "tokens", "kl", "stderr", "seconds")} for look in looks]
         return made | bench.to_json(found.measured)
     finally:
-        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted continues from there
+        if not place.with_name(place.name + ".partial").exists():  # a training that was interrupted continues from there
             shutil.rmtree(place, ignore_errors=True)
 
 

@@ -24,18 +24,18 @@ import torch
 from torch import nn
 
 from .. import digits, stages
-from ..artifact import FORMAT, Artifact, Writer
+from ..artifact import FORMAT, HISTORY, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
 from ..evaluation.texts import Text, find_text
-from ..folders import check_out, foreign, remove
+from ..folders import check_out, remove
 from ..models import IN_PLACE, LanguageModel, device_named, fastest_device
 from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
 from ..progress import progress_bar
 from ..statistics import Calibration, first_tokens
-from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
+from ..tensorfiles import read_json, read_sealed, write_sealed
 from ..version import __version__
 from .bitlinear import convert, set_blend
 from .distil import Pair
@@ -187,25 +187,18 @@ def recover(
         },
     }
     out = check_out(out, model.path, *([begin.path] if begin else []), replace=overwrite)
-    work = out.with_name(out.name + ".training")
-    if work.exists() and (strange := foreign(work)):
-        raise BadInput(f"{work}: {strange}; it is in the way, move it or choose another --out")
     with Writer(out, recipe, overwrite) as writer:  # held while training: what cannot be written is refused before it
-        history_file = out / "history.json"
-        if writer.finished and history_file.is_file():
-            history: Any = read_json(history_file)["history"]
-            return _recovered(Artifact(out), history)
-        data = _data(model, found, settings)
-        run = _Run(model, stage, settings, chosen, work, recipe, torch_device, progress, *data)
-        run.prepare(begin, overwrite)
-        history = run.train()
-        packed, kept = run.result()
         if not writer.finished:
+            data = _data(model, found, settings)
+            run = _Run(model, stage, settings, chosen, writer, torch_device, progress, *data)
+            run.prepare(begin)
+            writer.history = run.train()
+            packed, kept = run.result()
             by = {name: layer.stage for name, layer in run.layers.items()}
             store(model, by, packed, writer, kept=kept, progress=progress)
-        write_json(history_file, {"history": history})
-        remove(work)
-    return _recovered(Artifact(out), history)
+    history: Any = read_json(out / HISTORY)["history"]
+    looks = [Look(row["kl"], row["stderr"], row["top1"], row["n"]) for row in history]
+    return Recovered(Artifact(out), history, looks[0], min(looks[1:] or looks, key=lambda look: look.kl))
 
 
 def check_trainable(model: LanguageModel, names: Iterable[str] | None = None) -> None:
@@ -228,11 +221,6 @@ def _start(stage: stages.Stage | None, start: Artifact | str | Path | None) -> A
     return start if isinstance(start, Artifact) else Artifact(start)
 
 
-def _recovered(artifact: Artifact, history: list[dict[str, Any]]) -> Recovered:
-    looks = [Look(row["kl"], row["stderr"], row["top1"], row["n"]) for row in history]
-    return Recovered(artifact, history, looks[0], min(looks[1:] or looks, key=lambda look: look.kl))
-
-
 def schedule(step: int, steps: int, warmup: float) -> tuple[float, float]:
     """What the learning rate is multiplied by at a step (from 0): the rise, up to 1 over `warmup` (a share of the steps),
     and the fall, from 1 along a cosine to a tenth."""
@@ -242,21 +230,21 @@ def schedule(step: int, steps: int, warmup: float) -> tuple[float, float]:
 
 @dataclass
 class _Run:
-    """One run of `recover`: teacher, student, optimizer, and where they stand."""
+    """One run of `recover`: teacher, student, optimizer, and where they stand.  writer: of the artifact; what training goes
+    on from after a kill lies among its pieces."""
 
     model: LanguageModel
     stage: stages.Stage | None
     settings: Settings
     names: list[str]
-    work: Path
-    recipe: dict[str, Any]
+    writer: Writer
     device: torch.device
     progress: bool
     inputs: torch.Tensor
     heldout: torch.Tensor
 
-    def prepare(self, start: Artifact | None, overwrite: bool) -> None:
-        """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
+    def prepare(self, start: Artifact | None) -> None:
+        """Build teacher, student and optimizer; take up a checkpoint."""
         settings = self.settings
         half = {"auto": self.device.type == "cuda" and torch.cuda.is_bf16_supported(), "bfloat16": True}
         still, at_once = self._still(start), settings.batch // settings.passes
@@ -275,17 +263,8 @@ class _Run:
             self.student.enable_input_require_grads()
         self.optimizer = self._optimizer()
         self.step, self.history = 0, []  # type: int, list[dict[str, Any]]
-        recipe_file = self.work / "recipe.json"
-        self._checkpoint, self._best = self.work / "checkpoint.safetensors", self.work / "best.safetensors"
-        if recipe_file.is_file() and read_json(recipe_file) != self.recipe:
-            if not overwrite:
-                raise BadInput(
-                    f"{self.work}: an unfinished training with other settings; run that command again to finish it, or "
-                    "pass --overwrite to discard it"
-                )
-            remove(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_json(recipe_file, self.recipe)
+        pieces = self.writer.tensors
+        self._checkpoint, self._best = pieces / "checkpoint.safetensors", pieces / "best.safetensors"
         self._load()
 
     def _compress(self, start: Artifact | None) -> None:
@@ -298,7 +277,7 @@ class _Run:
         if stage is not None and not stage.trains:
             able = ", ".join(["ternary", *(name for name in stages.names() if stages.get(name).trains == "floats")])
             raise BadInput(f"recovery: {stage.name} has no float planes that can be trained; choose from {able}")
-        folder = self.work.with_name(self.work.name + "-start")
+        folder = self.writer.out.with_name(self.writer.out.name + ".training-start")
         artifact = start or compress(model, stage or "", folder, overwrite=True)
         if stage is not None and artifact.manifest["recipe"]["stage"] != stage.to_json():
             raise BadInput(f"{artifact.path}: was not made with {stage}; pass the stage it was made with")
@@ -422,9 +401,9 @@ class _Run:
         write_sealed(self._checkpoint, tensors, {"step": str(self.step), "history": json.dumps(self.history)})
 
     def _load(self) -> None:
-        """Continue from the checkpoint, if there is one and it is as it was written; else begin."""
+        """Continue from the checkpoint, if it and the best state are there and as they were written; else begin."""
         found = read_sealed(self._checkpoint)
-        if found is None or (self._best.exists() and read_sealed(self._best) is None):
+        if found is None or read_sealed(self._best) is None:
             self._best.unlink(missing_ok=True)
             return
         tensors, metadata = found
