@@ -27,6 +27,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -205,10 +206,7 @@ def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[st
     spent = sum(hull[0].bytes for hull in hulls.values())
     if spent > budget:
         raise BadInput(f"budget of {budget:,} bytes; the smallest candidates of {len(hulls)} weights take {spent:,}")
-    steps = []
-    for name, hull in hulls.items():
-        for i, (less, more) in enumerate(zip(hull, hull[1:], strict=False)):
-            steps.append(((more.damage - less.damage) / (more.bytes - less.bytes), name, i + 1))
+    steps = [(_slope(*pair), name, i) for name, hull in hulls.items() for i, pair in enumerate(pairwise(hull), start=1)]
     for _, name, i in sorted(steps):  # along a hull the slopes rise, so that its steps come in their order
         cost = hulls[name][i].bytes - hulls[name][chosen[name]].bytes
         if chosen[name] == i - 1 and spent + cost <= budget:

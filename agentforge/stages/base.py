@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import BadInput
-from ..planes import Packed, Plane, exponent_plane
+from ..planes import Packed, Plane
 
 SAMPLED = 96  # rows that a price is estimated from
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -201,9 +201,10 @@ class Stage:
         raise NotImplementedError
 
     def packed(self, shape: tuple[int, int], planes: Mapping[str, Any], exponent: int | None = None) -> Packed:
-        """The planes of `layout`, of tensors or arrays by name.  exponent: of `power_of_two_exponent`, if there is one."""
+        """The planes of `layout`, of tensors or arrays by name.  exponent: of `power_of_two_exponent`, if there is one, as a
+        plane of one byte."""
         if exponent is not None:
-            planes = {**planes, "exponent": exponent_plane(exponent).values}
+            planes = {**planes, "exponent": torch.tensor([exponent + 128], dtype=torch.uint8)}
         values = {name: torch.as_tensor(planes[name]).contiguous() for name in self.layout(shape)}
         return Packed(shape, tuple(Plane(name, values[name], coding) for name, (coding, _) in self.layout(shape).items()))
 

@@ -351,8 +351,7 @@ class Vptq(Stage):
         hessian = problem.hessian
         relaxation = hessian / np.diag(hessian)
         np.fill_diagonal(relaxation, 0)
-        slope = product(hessian, codes.error)
-        cost = _dot(codes.error, slope)
+        cost = _dot(codes.error, product(hessian, codes.error))
         for _ in range(self.refine):
             found = _sweep(problem, segments, books, relaxation, codes)
             places = _places(segments, found, problem.weight.shape)
@@ -363,8 +362,7 @@ class Vptq(Stage):
             if self.norm == "std":
                 better = _fit_scale(problem, new, places, found.error)
                 found = replace(found, error=_error(better, new, places))
-            slope = product(hessian, found.error)
-            last, cost = cost, _dot(found.error, slope)
+            last, cost = cost, _dot(found.error, product(hessian, found.error))
             if not cost < last:
                 break
             problem, books, codes = better, new, found

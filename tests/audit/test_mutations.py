@@ -413,7 +413,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "VPTQ: k-means stays where it starts": Fault(lambda to: to.setattr(vptq, "ITERATIONS", 0), ("alignment.vptq",)),
     "VPTQ: errors are passed on with the wrong sign": Fault(
-        wrapped(vptq, "_factor", lambda factor, problem: -factor(problem)), ("alignment.vptq_second_order",)
+        wrapped(vptq, "unit_factor", lambda factor, hessian: (-factor(hessian)[0], None)), ("alignment.vptq_second_order",)
     ),
     "ternary: the scale is dropped": Fault(
         wrapped(ternary.Ternary, "_decode", lambda decode, stage, packed: decode(stage, packed).sign()),
