@@ -27,6 +27,7 @@ from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -157,10 +158,7 @@ def candidates(
     journal.parent.mkdir(parents=True, exist_ok=True)
     use(journal.parent)
     bar = progress_bar("candidates" if progress else None, len(weights), "weight", len(weights) - len(todo))
-    tasks = (
-        partial(price_tensor, Task.of(w, model.reader(w.name), statistics[w.name], stage=ladder[0], device=device), ladder)
-        for w in todo
-    )
+    tasks = (partial(price_tensor, _task(model, w, ladder[0], statistics[w.name], device), ladder) for w in todo)
     with bar as shown, open(journal, "a", encoding="utf-8") as lines:
         for weight, rows in zip(todo, results(tasks, executor, workers), strict=True):
             found[weight.name] = rows
@@ -168,6 +166,10 @@ def candidates(
             lines.flush()
             shown.update()
     return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
+
+
+def _task(model: LanguageModel, weight: Weight, stage: stages.Stage, stats: InputStatistics, device: str) -> Task:
+    return Task(weight.name, model.reader(weight.name), weight.transposed, stage, stats, device=device)
 
 
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
@@ -204,10 +206,7 @@ def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[st
     spent = sum(hull[0].bytes for hull in hulls.values())
     if spent > budget:
         raise BadInput(f"budget of {budget:,} bytes; the smallest candidates of {len(hulls)} weights take {spent:,}")
-    steps = []
-    for name, hull in hulls.items():
-        for i, (less, more) in enumerate(zip(hull, hull[1:], strict=False)):
-            steps.append(((more.damage - less.damage) / (more.bytes - less.bytes), name, i + 1))
+    steps = [(_slope(*pair), name, i) for name, hull in hulls.items() for i, pair in enumerate(pairwise(hull), start=1)]
     for _, name, i in sorted(steps):  # along a hull the slopes rise, so that its steps come in their order
         cost = hulls[name][i].bytes - hulls[name][chosen[name]].bytes
         if chosen[name] == i - 1 and spent + cost <= budget:
@@ -260,8 +259,8 @@ def fit(
     ladder: the stages to choose from, for each linear layer, the token embedding and an output head of its own.  embeddings:
     "keep" for the last two as they are, or one stage for them; the budget of bits is that of the linear layers then.
     statistics: what `statistics.collect` gave for this model and calibration, sensitivities included, if already available;
-    those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards
-    (and the codes of ecsq), by distillation on selftext, within the same budget of bits, embedding and head as they are;
+    those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards,
+    with a ladder of tcq, by distillation on selftext, within the same budget of bits, embedding and head as they are;
     without it nothing is trained.  text, tokens: what the divergence is measured on; max_kl is checked against it.  device:
     for statistics, training, measuring, and the search of stages that can use it; sums are rounded differently on a GPU, so
     the recipe names it.  executor: works in place of threads, as for `compress`; the result is the same.
@@ -361,7 +360,10 @@ class Search(NamedTuple):
             keys = {w.name: f"{w.name} {self.options[w.name].index(found[w.name])}" for w in todo}
             # What an earlier run counted saves the work, and nothing else: the way to the result stays the same.
             new = [weight for weight in todo if keys[weight.name] not in self.counted]
-            tasks = (partial(encode_tensor, self._task(weight, found[weight.name].stage)) for weight in new)
+            known = self.settings["statistics"]
+            tasks = (
+                partial(encode_tensor, _task(self.model, w, found[w.name].stage, known[w.name], self.device)) for w in new
+            )
             how = self.settings["executor"], self.settings["workers"]
             title = "encoding" if self.progress else None
             with progress_bar(title, len(new), "weight") as bar, open(self.journal, "a", encoding="utf-8") as lines:
@@ -376,10 +378,6 @@ class Search(NamedTuple):
                 options = self.options[name]
                 options[options.index(found[name])] = found[name]._replace(bytes=self.counted[key], counted=True)
 
-    def _task(self, weight: Weight, stage: stages.Stage) -> Task:
-        statistics = self.settings["statistics"][weight.name]
-        return Task.of(weight, self.model.reader(weight.name), statistics, stage=stage, device=self.device)
-
     def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
         waiting = [self.spill.put(torch.from_numpy(np.require(plane, requirements="W"))) for plane in encoded.planes]
         empty = encoded._replace(planes=())
@@ -389,9 +387,9 @@ class Search(NamedTuple):
         """Bytes of the planes of the weights that have options."""
         return sum(row["bytes"] for row in artifact.rows if row["name"] in self.options)
 
-    def measure(self, artifact: Artifact) -> Divergence:
-        """The artifact beside its original, as it is loaded back from disk."""
-        both = load(artifact.path).on(self.device), self.model.on(self.device)
+    def measure(self, opened: LanguageModel) -> Divergence:
+        """What was made beside its original, as it is loaded back from disk."""
+        both = opened.on(self.device), self.model.on(self.device)
         context = self.model.sampled_context
         return evaluation.divergence(*both, self.text, context, tokens=self.tokens, progress=self.progress)
 
@@ -400,7 +398,7 @@ class Search(NamedTuple):
         bits = 8 * self.planes(artifact) / self.parameters
         counted = "the linear layers, the embedding and the output head" if self.ends else "the linear layers"
         outside = tuple(weight.name for weight in self.model.weights() if weight.name not in self.options)
-        return Fit(artifact, predicted, measured or self.measure(artifact), bits, counted, outside)
+        return Fit(artifact, predicted, measured or self.measure(load(artifact.path)), bits, counted, outside)
 
     def recovered(self, planes: int, recovery: Settings, out: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most `planes` bytes of codes and gains, trained.  Its start lies beside it until then."""
@@ -446,7 +444,7 @@ class Search(NamedTuple):
             trial, best = folder / "trial", folder / "best"
             for _ in range(PASSES):
                 artifact, predicted = self.make(at, trial, True)
-                measured = self.measure(artifact)
+                measured = self.measure(load(artifact.path))
                 bound = measured.kl.bounds[1]
                 if bound <= most:
                     high, passed = at, (predicted, measured)

@@ -361,6 +361,7 @@ class Writer:
         self.partial = out.with_name(out.name + ".partial")
         self.tensors = self.partial / "tensors"
         self.finished, self._open = False, contextlib.ExitStack()
+        self.history: list[dict[str, Any]] | None = None  # of training
         if out.is_symlink() or (out.exists() and not _is_empty(out)):
             existing: dict[str, Any] | None = None
             with contextlib.suppress(BadInput):
@@ -545,6 +546,8 @@ class Writer:
             "tensors": rows,
         }
         write_manifest(folder, manifest)
+        if self.history is not None:
+            write_json(folder / HISTORY, {"history": self.history})
         replace(folder, self.out)
         self.finished = True
         return Artifact(self.out)

@@ -112,7 +112,7 @@ class Passes:
         on_gpu = next(self.module.parameters()).device.type != "cpu"
         cores = os.cpu_count() or 1
         most = 1 if on_gpu else min(workers or cores, 4)
-        gate = _Gate(len(inputs), most, passed, closed, self._turn, bar, within or nullcontext(), self._mine)
+        gate = _Gate(self, len(inputs), most, passed, closed, bar, within or nullcontext())
         with ExitStack() as stack:
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(threads or max(cores // min(len(inputs), most), 1))
@@ -157,19 +157,11 @@ class _Gate:
     """Where the windows of one `Passes.map` wait for each other."""
 
     def __init__(
-        self,
-        windows: int,
-        most: int,
-        passed: Notice,
-        closed: Notice,
-        turn: Callable[..., None],
-        bar: Any,
-        within: AbstractContextManager[Any],
-        mine: threading.local,
+        self, passes: Passes, windows: int, most: int, passed: Notice, closed: Notice, bar: Any, within: Any
     ) -> None:
-        self.most, self.passed, self.closed, self.turn, self.bar, self.within = most, passed, closed, turn, bar, within
+        self.most, self.passed, self.closed, self.bar, self.within = most, passed, closed, bar, within
+        self.turn, self.mine = passes._turn, passes._mine
         self.changed = threading.Condition()
-        self.mine = mine
         self.open: nn.Module | None = None  # the unit whose turn it is
         self.waiting: dict[int, nn.Module | None] = dict.fromkeys(range(windows))  # None: to begin
         self.inside: set[int] = set()

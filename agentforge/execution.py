@@ -17,14 +17,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from . import stages
 from .artifact import Encoded, read_shared, relative_error
 from .blockwise import give_back_freed_memory
 from .errors import AgentForgeError, BadInput
-from .models import Weight, as_matrix, device_named
+from .models import as_matrix, device_named
 from .statistics import InputStatistics
 from .version import __version__
 
@@ -36,47 +35,25 @@ PATIENCE = 5  # seconds until a scheduler that does not answer is given up
 class Task(NamedTuple):
     """What it takes to encode a weight, in any process that sees the same files.
 
-    read: gives the tensor as stored.  hessian, tokens, sensitivity: its statistics, if the stage asks for them.
-    shared: the file of the planes that the weights share, if the stage has any.  fallback: `FALLBACK` if the stage
-    cannot encode it.  version: of the package that made the task.
+    read: gives the tensor as stored.  stats: if the stage asks for them.  shared: the file of the planes that the weights
+    share, if the stage has any.  fallback: `FALLBACK` if the stage cannot encode it.  version: of the package that made the
+    task.
     """
 
     name: str
     read: Callable[[], torch.Tensor]
     transposed: bool
     stage: stages.Stage
+    stats: InputStatistics | None
     seed: int = 0
     device: str = "cpu"
     fallback: bool = False
-    hessian: np.ndarray | None = None
-    tokens: int = 0
-    sensitivity: np.ndarray | None = None
     shared: Path | None = None
     version: str = __version__
-
-    @classmethod
-    def of(cls, weight: Weight, read: Callable[[], torch.Tensor], stats: InputStatistics | None, **settings: Any) -> Task:
-        """The task of encoding `weight`.  settings: stage, seed, device, fallback, shared."""
-        if stats is not None:
-            sensitivity = None if stats.sensitivity is None else stats.sensitivity.numpy()
-            settings |= {"hessian": stats.hessian.numpy(), "tokens": stats.n, "sensitivity": sensitivity}
-        return cls(weight.name, read, weight.transposed, **settings)
-
-    @property
-    def stats(self) -> InputStatistics | None:
-        """The statistics; an array that came from another process may be read-only, which torch does not know."""
-        if self.hessian is None:
-            return None
-        sensitivity = None if self.sensitivity is None else _writable(self.sensitivity)
-        return InputStatistics(_writable(self.hessian), self.tokens, sensitivity)
 
     def load(self) -> torch.Tensor:
         """The weight as [out, in], in its own dtype."""
         return as_matrix(self.read(), self.transposed)
-
-
-def _writable(array: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(np.require(array, requirements="W"))
 
 
 def encode_tensor(task: Task) -> Encoded | str:

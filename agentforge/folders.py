@@ -22,7 +22,7 @@ from .tensorfiles import TEMPLATES, read_json
 MARKS = {
     "agentforge.json": r"history\.json",
     "agentforge-source.json": r"",
-    "recipe.json": r"lock|tensors(/(\d{5,}|shared)\.safetensors)?|folder|(checkpoint|best)\.safetensors",
+    "recipe.json": r"lock|tensors(/(\d{5,}|shared|checkpoint|best)\.safetensors)?|folder",
     "journal.json": r"handoff\.json|(step-\d+|artifact)(\.partial|\.agentforge-old)?",
 }
 # What a mark says in any case, if others may use its name, too.

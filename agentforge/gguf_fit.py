@@ -102,9 +102,7 @@ def fit_gguf(
         else:
             raise BadInput(f"budget of {most:,} bytes could not be met; allow a little more")
         convert(exported.path, folder / "opened")
-        opened, original = open_model(folder / "opened").on(device), model.on(device)
-        context = model.sampled_context
-        measured = evaluation.divergence(opened, original, found_text, context, tokens=tokens, progress=progress)
+        measured = search.measure(open_model(folder / "opened"))
         os.replace(exported.path, out)
     return GGUFFit(exported._replace(path=out), predicted, measured)
 

@@ -113,8 +113,8 @@ def compress(
         def work(name: str) -> Callable[[], Encoded | str] | None:  # made when its turn comes, with its statistics
             if name not in touched:
                 return None
-            reader = model.reader(name)
-            return partial(encode_tensor, Task.of(touched[name], reader, known.get(name), stage=plan[name], **common))
+            about = name, model.reader(name), touched[name].transposed, plan[name], known.get(name)
+            return partial(encode_tensor, Task(*about, **common))
 
         reasons = {**dict.fromkeys(names, "no stage was chosen for it"), **model.kept(embeddings)}
         title = f"{_names(plan)}: {model.name}" if progress else None
@@ -204,35 +204,25 @@ def refine(
 
 def store(
     model: LanguageModel,
-    stage: stages.Stage | Mapping[str, stages.Stage],
+    stage: Mapping[str, stages.Stage],
     packed: Mapping[str, Callable[[], Packed]],
     writer: Writer,
     *,
-    kept: Mapping[str, torch.Tensor] | None = None,
+    kept: Mapping[str, torch.Tensor],
     progress: bool = True,
 ) -> Artifact:
     """Write an artifact from planes that were made elsewhere (by training): what gives them, for each weight that `stage`
     encoded, is called when its turn comes.
 
-    stage: one for all of them, or each one's own by its name.  writer: of the artifact, open, and not finished yet.
-    kept: tensors that take the place of the model's own.  Raises BadInput if a name is not the model's, or planes and
-    weight have other shapes.
+    stage: each weight's own, by its name.  writer: of the artifact, open, and not finished yet.  kept: tensors that take the
+    place of the model's own.
     """
-    kept = dict(kept or {})
-    touched = {weight.name: weight for weight in model.weights(embeddings=True) if weight.name in packed}
-    for name in [*packed, *kept]:
-        if name not in model.entries or (name in packed and name not in touched):
-            raise BadInput(f"{name}: is not a tensor of {model.name} that could be stored so")
-    for name, tensor in kept.items():
-        if tuple(tensor.shape) != model.entries[name].shape:
-            raise BadInput(f"{name}: is {list(model.entries[name].shape)}, the tensor to keep is {list(tensor.shape)}")
+    touched = {weight.name: weight for weight in model.weights() if weight.name in packed}
     reasons = {**dict.fromkeys(model.entries, "not encoded"), **model.kept(), **dict.fromkeys(kept, "trained")}
 
     def encoded(name: str) -> Encoded:
-        by, planes, weight = stage[name] if isinstance(stage, Mapping) else stage, packed[name](), touched[name]
-        if planes.shape != weight.shape:
-            raise BadInput(f"{name}: is {list(weight.shape)}, its planes stand for {list(planes.shape)}")
-        return Encoded.of(by, planes, relative_error(weight.load(), by.decode(planes)))
+        planes = packed[name]()
+        return Encoded.of(stage[name], planes, relative_error(touched[name].load(), stage[name].decode(planes)))
 
     def keep(name: str) -> tuple[torch.Tensor, str]:
         return kept.get(name, model.tensor(name)), reasons[name]

@@ -150,11 +150,6 @@ def power_of_two_exponent(weight: torch.Tensor) -> int:
     return max(-128, min(127, 14 - math.frexp(largest)[1]))
 
 
-def exponent_plane(exponent: int) -> Plane:
-    """The exponent of `power_of_two_exponent` as a plane of one byte."""
-    return Plane("exponent", torch.tensor([exponent + 128], dtype=torch.uint8), "uint8")
-
-
 def times_power_of_two(tensor: torch.Tensor, exponent: int, in_place: bool = False) -> torch.Tensor:
     """tensor * 2**exponent in float32, in two steps because one factor alone could overflow; it saturates.
 

@@ -228,7 +228,8 @@ def collect(
                 body(window, **quiet)
             return mine.squares, 0
         try:
-            logits = _logits(module(window, **quiet))
+            logits = module(window, **quiet)
+            logits = getattr(logits, "logits", logits).flatten(0, -2)
             if index:
                 drawn[index - 1].wait()  # it is ahead: windows pass each unit in their order
             score = [_score_of_drawn(model, logits, generator)]
@@ -281,12 +282,6 @@ def collect(
         touched = {weight.name for weight in model.weights(embeddings=True)}
         found.add_ends(first if first in touched else None, last if last in touched else None, means)
     return found
-
-
-def _logits(output: Any) -> torch.Tensor:
-    """What the model says, float[tokens, vocabulary]."""
-    logits = getattr(output, "logits", output)
-    return logits.reshape(-1, logits.shape[-1])  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

@@ -67,7 +67,7 @@ def states_of(coding: str) -> int:
 
 
 @njit(nogil=True, cache=True)
-def _parities(stored: Array, following: Array) -> Array:  # pragma: no cover  (compiled)
+def _parities(stored: Array, following: Array) -> Array:
     """z of each value: uint8[rows, columns]."""
     rows, columns = stored.shape
     odd = np.empty((rows, columns), np.uint8)
@@ -82,9 +82,7 @@ def _parities(stored: Array, following: Array) -> Array:  # pragma: no cover  (c
 
 
 @njit(nogil=True, cache=True)
-def place(  # pragma: no cover  (compiled)
-    queues: Array, at: Array, classes: Array, transposed: bool, following: Array, out: Array
-) -> bool:
+def place(queues: Array, at: Array, classes: Array, transposed: bool, following: Array, out: Array) -> bool:
     """Put values, the last digits of m in zigzag, where they belong.  False if a queue ends too early.
 
     queues: for each class of lines its values of even k in their order, then those of odd k.  at: where these queues begin,

@@ -38,8 +38,7 @@ from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED_TOKENS
 from agentforge.runtime import resident_bytes
 from agentforge.statistics import Calibration, collect
-from agentforge.training.recover import Settings, schedule
-from agentforge.training.student import MARGIN, SPAN
+from agentforge.training.recover import Settings
 
 BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
 # From 0.009 to 14 root mean squares: finer than the default ladder for 8 bits, coarser for what is left of a bit.
@@ -111,7 +110,7 @@ def measure(model: Any, statistics: Any, wanted: Row, options: argparse.Namespac
             made["history"] = [{key: look[key] for key in ("step", "tokens", "kl", "stderr", "seconds")} for look in looks]
         return made | bench.to_json(found.measured)
     finally:
-        if not place.with_name(place.name + ".training").exists():  # a training that was interrupted continues from there
+        if not place.with_name(place.name + ".partial").exists():  # a training that was interrupted continues from there
             shutil.rmtree(place, ignore_errors=True)
 
 
@@ -258,7 +257,7 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
 
 
 def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
-    """What training the codes brought back, and which tools need more bits for it."""
+    """What training gains and norms brought back, and which tools need more bits for it."""
     if not trained:
         return "None was measured on these windows, so none stands here: `python benchmarks/fit.py --recover 24` takes them."
     before = {row["recipe"]["bits"]: bench.with_interval(row["kl"]) for row in rows}
@@ -276,23 +275,13 @@ def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
         lines.append(f"{text} The tool of fewest bits that is better: {ahead or 'none'}.")
     head = "asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept"
     return f"""
-        Trained on selftext, by distillation from the original, are the norms, a gain per row (a half float, within the
-        same bits) and, straight through their rounding, the codes.  {"  ".join(dict.fromkeys(map(_travel, trained)))}
+        Trained on selftext, by distillation from the original, are the norms, and a gain per row (a half float, within the
+        same bits); the codes stay.
 
         {bench.table(head, cells, "r")}
 
         {bench.bullets(lines)}
     """
-
-
-def _travel(row: Row) -> str:
-    """How far the codes of a row can have come."""
-    training = row["recipe"]["recovery"]
-    factors = (math.prod(schedule(step, training["steps"], training["warmup"])) for step in range(training["steps"]))
-    path = training["lr"] * SPAN * sum(factors)
-    text = f"In {training['steps']} steps the learning rates add up to {path:.2f} of a quantisation step; at the start no "
-    text += f"latent value is nearer than {MARGIN:g} to the border of its code"
-    return text + (": what is shown is the work of gains and norms." if path < MARGIN else ".")
 
 
 def verdicts(own: list[Other], everything: list[Other]) -> list[str]:

@@ -243,7 +243,8 @@ def test_a_bad_budget_is_one_sentence(
 
 
 def test_a_fit_with_recovery_keeps_to_the_same_bits(tiny: LanguageModel, tmp_path: Path) -> None:
-    options = {"ladder": LADDER, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
+    ladder = [stages.get("tcq", step=step) for step in (0.06, 0.15, 0.5)]
+    options = {"ladder": ladder, "calibration": CALIBRATION, "text": TEXT, "tokens": 127, "progress": False}
     settings = Settings(steps=20, batch=4, context=32, lr=1e-2, evaluate=10, heldout=64)
     plain = fit(tiny, tmp_path / "plain", Budget(bits=3.0), embeddings="keep", **options)  # type: ignore[arg-type]
     made = fit(tiny, tmp_path / "trained", Budget(bits=3.0), recovery=settings, **options)  # type: ignore[arg-type]

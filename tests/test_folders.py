@@ -73,7 +73,7 @@ COMMANDS: dict[str, Callable[[LanguageModel, Path], object]] = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("place", ["out", "out.partial", "out.agentforge-old", "out.training"])
+@pytest.mark.parametrize("place", ["out", "out.partial", "out.agentforge-old"])
 @pytest.mark.parametrize("kind", ["a folder of the user's", "an artifact with a file of the user's", "a file", "a link"])
 def test_what_others_made_stays(digits: LanguageModel, tmp_path: Path, command: str, place: str, kind: str) -> None:
     """At the place itself, and at each one where something unfinished or old would lie."""

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from ..errors import BadInput
-from ..planes import Packed, Plane, exponent_plane
+from ..planes import Packed, Plane
 
 SAMPLED = 96  # rows that a price is estimated from
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -40,6 +40,15 @@ class InputStatistics:
     hessian: torch.Tensor
     n: int
     sensitivity: torch.Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As arrays: torch would hand its tensors over in this machine's shared memory."""
+        return {name: value.numpy() if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """An array that came from another process may be read-only, which torch does not know."""
+        arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+        vars(self).update(state, **{n: torch.from_numpy(np.require(a, requirements="W")) for n, a in arrays.items()})
 
     @property
     def diagonal(self) -> torch.Tensor:
@@ -192,9 +201,10 @@ class Stage:
         raise NotImplementedError
 
     def packed(self, shape: tuple[int, int], planes: Mapping[str, Any], exponent: int | None = None) -> Packed:
-        """The planes of `layout`, of tensors or arrays by name.  exponent: of `power_of_two_exponent`, if there is one."""
+        """The planes of `layout`, of tensors or arrays by name.  exponent: of `power_of_two_exponent`, if there is one, as a
+        plane of one byte."""
         if exponent is not None:
-            planes = {**planes, "exponent": exponent_plane(exponent).values}
+            planes = {**planes, "exponent": torch.tensor([exponent + 128], dtype=torch.uint8)}
         values = {name: torch.as_tensor(planes[name]).contiguous() for name in self.layout(shape)}
         return Packed(shape, tuple(Plane(name, values[name], coding) for name, (coding, _) in self.layout(shape).items()))
 

@@ -46,9 +46,7 @@ def least(_context: Any, a: Any, b: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=ROUND)
-def nearest_kernel(  # pragma: no cover  (compiled)
-    x: np.ndarray, blocks: np.ndarray, halves: np.ndarray, like: tuple[int, ...], found: np.ndarray
-) -> None:
+def nearest_kernel(x: np.ndarray, blocks: np.ndarray, halves: np.ndarray, like: tuple[int, ...], found: np.ndarray) -> None:
     """The nearest centroid of each row of x.  like: a tuple as long as a vector, so that its length is known when this is
     compiled and the loop over coordinates is unrolled."""
     n = len(x)

@@ -182,7 +182,7 @@ def _matrices(kind: str, degree: int, length: int) -> tuple[np.ndarray, np.ndarr
 
 
 @njit(nogil=True, cache=True)
-def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
+def _product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a @ b in double precision, every sum in order: the same bytes whatever the number of threads."""
     result = np.zeros((a.shape[0], b.shape[1]))
     for i in range(a.shape[0]):

@@ -39,6 +39,8 @@ from .propagation import pass_on, quantised, unit_factor
 
 OCTAVE = 8  # exponents of steps in one
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
+# A weight, float32[in, out]; M, strictly upper triangular; and the factors of rows' and of columns' steps.
+About = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 class Stepped(Stage):
@@ -82,7 +84,7 @@ class Stepped(Stage):
         plan = self._plan(weight.numpy(), stats)
         factor, of_rows, of_columns, step = plan.factor, plan.of_rows, *self._reaching(plan)
         values = np.ascontiguousarray(weight.numpy().T)
-        codes = self._codes(values, factor, *_steps(of_rows, of_columns, step), stats)
+        codes = self._codes((values, factor, *_steps(of_rows, of_columns, step)), stats)
         planes = {
             "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
             "rows": torch.from_numpy(of_rows),
@@ -98,11 +100,8 @@ class Stepped(Stage):
 
     reach: ClassVar[float]  # the largest multiple
 
-    def _codes(
-        self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
-    ) -> np.ndarray:
-        """The multiples, int32[in, out], of the weight, float32[in, out].  factor: M, strictly upper triangular.  rows,
-        columns: factors of the steps."""
+    def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
+        """The multiples, int32[in, out], of the weight."""
         raise NotImplementedError
 
     def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
@@ -159,10 +158,8 @@ class ECSQ(Stepped):
         super()._check()
         self._expect(0.0 < self.rounding <= 0.5, "rounding", "more than 0, at most 0.5")
 
-    def _codes(
-        self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
-    ) -> np.ndarray:
-        return quantised(values, factor, partial(_round_block, values, factor, rows, columns, np.float32(self.rounding)))
+    def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
+        return quantised(about[0], about[1], partial(_round_block, about, np.float32(self.rounding)))
 
     def price(
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
@@ -176,7 +173,7 @@ class ECSQ(Stepped):
         sample: _Sample = scratch[key]
         of_columns, step = self._reaching(sample.plan)
         rows, columns = _steps(sample.plan.of_rows, of_columns, step)
-        codes = self._codes(sample.values, sample.plan.factor, rows, columns, stats)
+        codes = self._codes((sample.values, sample.plan.factor, rows, columns), stats)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
@@ -272,19 +269,11 @@ def _powers(exponents: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _round_block(  # pragma: no cover  (compiled)
-    weight: np.ndarray,
-    factor: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    rounding: np.float32,
-    first: int,
-    last: int,
-    codes: np.ndarray,
-    target: np.ndarray,
-    error: np.ndarray,
+def _round_block(
+    about: About, rounding: np.float32, first: int, last: int, codes: np.ndarray, target: np.ndarray, error: np.ndarray
 ) -> None:
     """Round columns first .. last - 1 one after the other."""
+    weight, factor, rows, columns = about
     for n in range(first, last):
         for r in range(weight.shape[1]):
             step = rows[r] * columns[n]

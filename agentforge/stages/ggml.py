@@ -235,7 +235,7 @@ def _quantise(weight: np.ndarray, plan: _Plan, form: Form) -> _Found:
 
 
 @njit(nogil=True, cache=True)
-def _nearest(x: Array, s: Array, grid: Tuple, out: Array) -> None:  # pragma: no cover  (compiled)
+def _nearest(x: Array, s: Array, grid: Tuple, out: Array) -> None:
     """The level nearest to each x / s, into `out`.  x: overwritten."""
     low, high, bounds, steps = grid
     for r in range(len(x)):
@@ -252,7 +252,7 @@ def _nearest(x: Array, s: Array, grid: Tuple, out: Array) -> None:  # pragma: no
 
 
 @njit(nogil=True, cache=True)
-def _store(x: Array, base: Array, coded: bool, low: np.float32, high: np.float32) -> None:  # pragma: no cover  (compiled)
+def _store(x: Array, base: Array, coded: bool, low: np.float32, high: np.float32) -> None:
     """What becomes of scales or minima: integers times `base`, or half floats, rounded to even, the largest at most."""
     if coded:
         for r in range(len(x)):
@@ -268,7 +268,7 @@ def _store(x: Array, base: Array, coded: bool, low: np.float32, high: np.float32
 
 
 @njit(nogil=True, cache=True)
-def _sums(t: Array, weight: Array, grid: Tuple, s: Array, m: Array, sums: Array) -> None:  # pragma: no cover  (compiled)
+def _sums(t: Array, weight: Array, grid: Tuple, s: Array, m: Array, sums: Array) -> None:
     """Of targets, float32[columns, rows], on the grid of scale s and minimum m: the weighed squared error, and the sums of
     levels, their squares, targets, products of both, and weights: float32[6, rows]."""
     rows = len(s)
@@ -290,7 +290,7 @@ def _sums(t: Array, weight: Array, grid: Tuple, s: Array, m: Array, sums: Array)
 
 
 @njit(nogil=True, cache=True)
-def _keep(sums: Array, new: Tuple, best: Array, s: Array, m: Array) -> None:  # pragma: no cover  (compiled)
+def _keep(sums: Array, new: Tuple, best: Array, s: Array, m: Array) -> None:
     """Take the new scales and minima over where their error is less than the best one."""
     for r in range(len(s)):
         better = sums[0, r] < best[r]
@@ -300,7 +300,7 @@ def _keep(sums: Array, new: Tuple, best: Array, s: Array, m: Array) -> None:  # 
 
 
 @njit(nogil=True, cache=True)
-def _search(t: Array, weight: Array, grid: Tuple, kind: Tuple, s: Array, m: Array) -> None:  # pragma: no cover  (compiled)
+def _search(t: Array, weight: Array, grid: Tuple, kind: Tuple, s: Array, m: Array) -> None:
     """The scale and minimum, into s and m, of least weighed squared error that is found for targets, float32[columns, rows]:
     from several starts by turns, nearest levels, then the least-squares grid for those levels."""
     _, minimum, coded, _, _, _ = kind
@@ -340,7 +340,7 @@ def _search(t: Array, weight: Array, grid: Tuple, kind: Tuple, s: Array, m: Arra
 
 
 @njit(nogil=True, cache=True)
-def _snap(t: Array, weight: Array, grid: Tuple, kind: Tuple, base: Tuple, s: Array, m: Array) -> None:  # pragma: no cover
+def _snap(t: Array, weight: Array, grid: Tuple, kind: Tuple, base: Tuple, s: Array, m: Array) -> None:
     """Of the integers next to the scale s, and the minimum that is best with each, those of least error; in place."""
     _, minimum, _, low, high, top = kind
     rows = len(s)
@@ -360,9 +360,7 @@ def _snap(t: Array, weight: Array, grid: Tuple, kind: Tuple, base: Tuple, s: Arr
 
 
 @njit(nogil=True, cache=True)
-def _first_block(  # pragma: no cover  (compiled)
-    weight: Array, target: Array, error: Array, inner: Tuple, grid: Tuple, kind: Tuple, state: Tuple
-) -> None:
+def _first_block(weight: Array, target: Array, error: Array, inner: Tuple, grid: Tuple, kind: Tuple, state: Tuple) -> None:
     """Quantise a block's columns one after the other, and pass each error on to those that follow.
 
     weight, target, error: float32[columns, rows]; target: with the errors before the block.  inner: M and D of the columns.
@@ -407,7 +405,7 @@ def _first_block(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _change(first: int, change: Array, c: int, hessian: Array, error: Array, slope: Array) -> None:  # pragma: no cover
+def _change(first: int, change: Array, c: int, hessian: Array, error: Array, slope: Array) -> None:
     """Add `change` to column c: its error, and the slope of the block's columns from `first` on."""
     for r in range(len(change)):
         error[c, r] -= change[r]
@@ -418,9 +416,7 @@ def _change(first: int, change: Array, c: int, hessian: Array, error: Array, slo
 
 
 @njit(nogil=True, cache=True)
-def _next_block(
-    slope: Array, error: Array, hessian: Array, grid: Tuple, kind: Tuple, state: Tuple
-) -> None:  # pragma: no cover
+def _next_block(slope: Array, error: Array, hessian: Array, grid: Tuple, kind: Tuple, state: Tuple) -> None:
     """Choose a block's scales, minima and levels once more.  slope: H e of its columns, for the errors e of all columns,
     float32[columns, rows], overwritten.  hessian: H of its columns.  error, state: as in `_first_block`."""
     part, minimum, coded, low, high, top = kind

@@ -193,9 +193,7 @@ def _plain_errors(
 
 
 @njit(nogil=True)  # not cached: it takes in `fit_seed`, and numba would not notice that file change
-def _fit(  # pragma: no cover  (compiled)
-    blocks: Array, h: Array, values: Array, positions: Array, rule: Rule, codes: Array, errors: Array
-) -> None:
+def _fit(blocks: Array, h: Array, values: Array, positions: Array, rule: Rule, codes: Array, errors: Array) -> None:
     """What `seedlm_search.search_seeds` makes of each block and the seed at its position: codes and relative error."""
     for i in range(len(blocks)):
         square = 0.0

@@ -121,7 +121,7 @@ def _move(vectors: np.ndarray, mass: np.ndarray, centroids: np.ndarray, moments:
 
 
 @njit(nogil=True, cache=True)
-def _moments(  # pragma: no cover  (compiled)
+def _moments(
     x: np.ndarray, mass: np.ndarray, centroids: np.ndarray, labels: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Weighted sums and weights of the clusters, and each vector's squared distance from its centroid."""
@@ -138,9 +138,7 @@ def _moments(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def _spread(  # pragma: no cover  (compiled)
-    coordinates: np.ndarray, mass: np.ndarray, squares: np.ndarray, draws: np.ndarray
-) -> np.ndarray:
+def _spread(coordinates: np.ndarray, mass: np.ndarray, squares: np.ndarray, draws: np.ndarray) -> np.ndarray:
     """k-means++ on float32[v, n]: the indices of the chosen vectors.  squares: float32[n], squared distances from the
     centroids there are already, all infinite for none; overwritten.  draws: a number in [0, 1) for each choice."""
     v, n = coordinates.shape

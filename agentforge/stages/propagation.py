@@ -46,7 +46,7 @@ def unit_factor(hessian: np.ndarray, damping: float = 0.0) -> tuple[np.ndarray, 
 
 
 @njit(nogil=True, cache=True)
-def _eliminate(upper: np.ndarray, first: int, last: int) -> bool:  # pragma: no cover  (compiled)
+def _eliminate(upper: np.ndarray, first: int, last: int) -> bool:
     """Rows first .. last - 1 of Cholesky's factor, in place, the rows before them being done with."""
     n = len(upper)
     for i in range(first, last):
@@ -63,13 +63,13 @@ def _eliminate(upper: np.ndarray, first: int, last: int) -> bool:  # pragma: no 
 
 
 @njit(nogil=True, cache=True)
-def _eight(a: np.ndarray, i: int, j: int) -> tuple[np.float32, ...]:  # pragma: no cover  (compiled)
+def _eight(a: np.ndarray, i: int, j: int) -> tuple[np.float32, ...]:
     """Eight numbers of a column, as values that stay in registers."""
     return a[i, j], a[i + 1, j], a[i + 2, j], a[i + 3, j], a[i + 4, j], a[i + 5, j], a[i + 6, j], a[i + 7, j]
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def add_product(out: np.ndarray, a: np.ndarray, e: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def add_product(out: np.ndarray, a: np.ndarray, e: np.ndarray) -> None:
     """out += a.T @ e for a [n, m] and e [n, columns]: eight rows of e go into four rows of `out` in one run."""
     n, m = a.shape
     columns = e.shape[1]
@@ -131,9 +131,7 @@ def quantised(weight: np.ndarray, factor: np.ndarray, quantise_block: Callable[.
 
 
 @njit(nogil=True, cache=True)
-def pass_on(  # pragma: no cover  (compiled)
-    n: int, last: int, factor: np.ndarray, target: np.ndarray, error: np.ndarray
-) -> None:
+def pass_on(n: int, last: int, factor: np.ndarray, target: np.ndarray, error: np.ndarray) -> None:
     """The error of column n, to those that follow it in its block."""
     for m in range(n + 1, last):
         share = factor[n, m]
@@ -143,7 +141,7 @@ def pass_on(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, fastmath={"contract"})
-def sweep_block(  # pragma: no cover  (compiled)
+def sweep_block(
     first: int,
     last: int,
     layer: tuple[np.ndarray, int, np.ndarray, np.ndarray, np.ndarray],
@@ -203,9 +201,7 @@ def sweep_block(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def gather(
-    values: np.ndarray, where: np.ndarray, scale: np.ndarray, rows: int
-) -> np.ndarray:  # pragma: no cover  (compiled)
+def gather(values: np.ndarray, where: np.ndarray, scale: np.ndarray, rows: int) -> np.ndarray:
     """scale_n * sum over levels of values[where[level, n, r]]: float32[in, padded rows], 0 beyond `rows`.
 
     values: float64[...], all centroids, flat.  where: int32[levels, in, padded rows].
@@ -222,9 +218,7 @@ def gather(
 
 
 @njit(nogil=True, cache=True)
-def scatter(  # pragma: no cover  (compiled)
-    sums: np.ndarray, matrix: np.ndarray, where: np.ndarray, scale: np.ndarray, rows: int
-) -> None:
+def scatter(sums: np.ndarray, matrix: np.ndarray, where: np.ndarray, scale: np.ndarray, rows: int) -> None:
     """The transpose of `gather`: adds scale_n * matrix[n, r] to sums[where[level, n, r]] for every level."""
     levels, columns, _ = where.shape
     for level in range(levels):

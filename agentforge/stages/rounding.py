@@ -113,7 +113,7 @@ class Rounding(Stage):
 
 # Minimum and maximum do not depend on the order; told that there are no NaNs, the compiler may take them eight at a time.
 @njit(nogil=True, cache=True, fastmath={"nnan", "nsz"})
-def _ends(w: np.ndarray) -> tuple[np.float32, np.float32]:  # pragma: no cover  (compiled)
+def _ends(w: np.ndarray) -> tuple[np.float32, np.float32]:
     """Least and largest weight."""
     low, high = w[0], w[0]
     for i in range(len(w)):
@@ -123,9 +123,7 @@ def _ends(w: np.ndarray) -> tuple[np.float32, np.float32]:  # pragma: no cover  
 
 
 @njit(nogil=True, cache=True)
-def _fit(  # pragma: no cover  (compiled)
-    weight: np.ndarray, group: int, bits: int, symmetric: bool, search: bool
-) -> tuple[np.ndarray, np.ndarray]:
+def _fit(weight: np.ndarray, group: int, bits: int, symmetric: bool, search: bool) -> tuple[np.ndarray, np.ndarray]:
     """The grid of every group: scale and minimum, float32[out, groups]; the minimum is 0 if symmetric."""
     rows, columns = weight.shape
     groups = (columns + group - 1) // group
@@ -154,7 +152,7 @@ def _fit(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _search_symmetric(w: np.ndarray, widest: np.float32, zero: np.float32) -> np.float32:  # pragma: no cover  (compiled)
+def _search_symmetric(w: np.ndarray, widest: np.float32, zero: np.float32) -> np.float32:
     """The scale of least squared error for codes -zero .. zero."""
     best_scale = widest
     best_error = np.float32(np.inf)
@@ -181,7 +179,7 @@ def _search_symmetric(w: np.ndarray, widest: np.float32, zero: np.float32) -> np
 
 
 @njit(nogil=True, cache=True)
-def _search_asymmetric(  # pragma: no cover  (compiled)
+def _search_asymmetric(
     w: np.ndarray, widest: np.float32, lowest: np.float32, top: np.float32
 ) -> tuple[np.float32, np.float32]:
     """The scale and minimum of least squared error for codes 0 .. top."""
@@ -223,7 +221,7 @@ def _search_asymmetric(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _assign(  # pragma: no cover  (compiled)
+def _assign(
     weight: np.ndarray, group: int, bits: int, symmetric: bool, scales: np.ndarray, minima: np.ndarray, codes: np.ndarray
 ) -> None:
     """The nearest code of every weight on the grids as they are stored."""

@@ -28,7 +28,6 @@ The search is exact, and seldom looks at a seed twice: see `Tables` and `search_
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -112,12 +111,8 @@ class SeedLM(Stage):
         power = _power_of_two(weight.numpy())
         blocks = _blocks(times_power_of_two(weight, power).numpy(), C)
         rule = (LEAST_EXPONENT, LARGEST_EXPONENT, 0 if self.exponent == "printed" else -2, 1 if self.refine else 0)
-        search = _searcher(self.K, C, P, rule, device)
-        if self.weighted:
-            assert stats is not None
-            seeds, codes = _search_weighted(blocks, P, weight.shape[1], stats.diagonal.numpy(), search)
-        else:
-            seeds, codes = search(blocks, np.ones(C))
+        moments = stats.diagonal.numpy() if self.weighted and stats else None
+        seeds, codes = _search(blocks, self.K, P, rule, device, moments)
         shape = (weight.shape[0], weight.shape[1])
         numbers = codes.astype(np.int16) & 15  # four bits, two's complement
         planes = {"seeds": seeds.astype(np.int32), "exponents": numbers[:, 0], "coefficients": numbers[:, 1:]}
@@ -154,41 +149,32 @@ def _blocks(weight: np.ndarray, C: int) -> np.ndarray:
     return blocks
 
 
-Search = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
-
-
-def _searcher(K: int, C: int, P: int, rule: Rule, device: torch.device) -> Search:
-    """A function (blocks, h) -> (seeds, codes) on the device: the seed of least error of every block, uint32[n], and its
-    exponent and coefficients, int8[n, P + 1].  blocks: float32[n, C].  h: float64[C], importance."""
-    if device != gpu_search.CPU:
-        return lambda blocks, h: gpu_search.search(blocks, h, K, P, rule, device)
-    tables = tables_of(K, C, P)
-    # The tables of an importance, made again for each; they take no memory until then.
-    groups, normals = np.empty_like(tables.groups), np.empty_like(tables.seeds)
-
-    def search(blocks: np.ndarray, h: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        weighted = tables
-        if (h != 1).any():
-            reweigh(tables.groups, tables.seeds, P, h, groups, normals)
-            weighted = tables._replace(groups=groups, seeds=normals)
-        seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
-        search_seeds(blocks, h, weighted, rule, seeds, codes)
-        return seeds, codes
-
-    return search
-
-
-def _search_weighted(
-    blocks: np.ndarray, P: int, columns: int, moments: np.ndarray, search: Search
+def _search(
+    blocks: np.ndarray, K: int, P: int, rule: Rule, device: torch.device, moments: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`search` with the error of each weight times its input's second moment: blocks that lie at the same columns share
-    their importance."""
-    importance = moments.astype(np.float64) / max(float(moments.mean(dtype=np.float64)), 1e-300)
-    importance = np.maximum(importance, FLOOR)
+    """The seed of least error of every block, uint32[n], and its exponent and coefficients, int8[n, P + 1].
+
+    blocks: float32[n, C].  moments: of each column's input, float32[columns]; the error of each weight counts that many
+    times.  Blocks that lie at the same columns share their importance.
+    """
     C = blocks.shape[1]
-    step = columns // math.gcd(columns, C)  # after so many blocks the columns come round again
+    importance, step = np.ones(C), 1
+    if moments is not None:
+        importance = moments.astype(np.float64) / max(float(moments.mean(dtype=np.float64)), 1e-300)
+        importance = np.maximum(importance, FLOOR)
+        step = len(moments) // math.gcd(len(moments), C)  # after so many blocks the columns come round again
     seeds, codes = np.empty(len(blocks), np.uint32), np.empty((len(blocks), P + 1), np.int8)
+    tables = tables_of(K, C, P) if device == gpu_search.CPU else None
+    weighted = tables and tables._replace(groups=np.empty_like(tables.groups), seeds=np.empty_like(tables.seeds))
     for start in range(min(step, len(blocks))):
-        h = importance[(start * C + np.arange(C)) % columns]
-        seeds[start::step], codes[start::step] = search(np.ascontiguousarray(blocks[start::step]), h)
+        h = importance[(start * C + np.arange(C)) % len(importance)]
+        these = np.ascontiguousarray(blocks[start::step])
+        if tables is None or weighted is None:
+            seeds[start::step], codes[start::step] = gpu_search.search(these, h, K, P, rule, device)
+            continue
+        if moments is not None:
+            reweigh(tables.groups, tables.seeds, P, h, weighted.groups, weighted.seeds)
+        found = np.empty(len(these), np.uint32), np.empty((len(these), P + 1), np.int8)
+        search_seeds(these, h, tables if moments is None else weighted, rule, *found)
+        seeds[start::step], codes[start::step] = found
     return seeds, codes

@@ -140,7 +140,7 @@ FAST = {"contract", "nnan", "nsz"}
 
 
 @njit(nogil=True, cache=True)
-def _run(seed: int, K: int, mask: int, states: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def _run(seed: int, K: int, mask: int, states: np.ndarray) -> None:
     state = np.uint32(seed)
     for i in range(len(states)):
         tapped = state & np.uint32(mask)
@@ -153,9 +153,7 @@ def _run(seed: int, K: int, mask: int, states: np.ndarray) -> None:  # pragma: n
 
 
 @njit(nogil=True, cache=True)
-def reconstruct(  # pragma: no cover  (compiled)
-    seeds: np.ndarray, codes: np.ndarray, K: int, mask: int, values: np.ndarray
-) -> None:
+def reconstruct(seeds: np.ndarray, codes: np.ndarray, K: int, mask: int, values: np.ndarray) -> None:
     """values[b] = U(seeds[b]) t, float32, with U made by the register alone."""
     C, P = values.shape[1], codes.shape[1] - 1
     states = np.empty(C * P, np.uint32)
@@ -171,9 +169,7 @@ def reconstruct(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _dots(  # pragma: no cover  (compiled)
-    unit: np.ndarray, b: int, groups: np.ndarray, chunk: int, dots: np.ndarray
-) -> None:
+def _dots(unit: np.ndarray, b: int, groups: np.ndarray, chunk: int, dots: np.ndarray) -> None:
     """dots = unit[b] @ groups[chunk]: four rows of the table at a time, then one; sums stay in registers.
 
     The table is indexed and not sliced: a slice costs two atomic counts of references.
@@ -192,7 +188,7 @@ def _dots(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def search_seeds(  # pragma: no cover  (compiled)
+def search_seeds(
     blocks: np.ndarray, h: np.ndarray, tables: Tables, rule: Rule, seeds: np.ndarray, codes: np.ndarray
 ) -> None:
     """For every block the seed of least error sum_c h_c (w - U t)_c^2, lowest seed first; codes: exponent and q."""
@@ -224,7 +220,7 @@ def search_seeds(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _search_tile(  # pragma: no cover  (compiled)
+def _search_tile(
     blocks: np.ndarray,
     which: np.ndarray,
     limit: float,
@@ -285,13 +281,13 @@ def _search_tile(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _cut(error: float) -> np.float32:  # pragma: no cover  (compiled)
+def _cut(error: float) -> np.float32:
     """What a bound in float32 must exceed for a seed to be ruled out."""
     return np.float32((math.sqrt(min(error, 1e30)) + SLACK) ** 2)
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:
     """sums[i] = sum_k dots[k, i]^2, dots being flat."""
     n = len(sums)
     for i in range(n):
@@ -303,9 +299,7 @@ def _sum_of_squares(dots: np.ndarray, sums: np.ndarray) -> None:  # pragma: no c
 
 
 @njit(nogil=True, cache=True, fastmath=FAST)
-def _beyond(  # pragma: no cover  (compiled)
-    unit: np.ndarray, b: int, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32
-) -> bool:
+def _beyond(unit: np.ndarray, b: int, normals: np.ndarray, group: int, j: int, bound: np.float32, cut: np.float32) -> bool:
     """Whether bound + |n unit[b]|^2, for n = normals[group, j], is more than `cut`."""
     for e in range(normals.shape[2]):
         dot = np.float32(0.0)
@@ -318,9 +312,7 @@ def _beyond(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def fit_seed(  # pragma: no cover  (compiled)
-    w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: Rule, out: np.ndarray
-) -> float:
+def fit_seed(w: np.ndarray, h: np.ndarray, values: np.ndarray, start: int, P: int, rule: Rule, out: np.ndarray) -> float:
     """Fit the coefficients of one seed, quantise them, and return the error; out: exponent and q."""
     C = len(w)
     least, largest, shift, spread = rule
@@ -364,7 +356,7 @@ def fit_seed(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _solve(G: np.ndarray, p: np.ndarray, L: np.ndarray) -> np.ndarray:  # pragma: no cover  (compiled)
+def _solve(G: np.ndarray, p: np.ndarray, L: np.ndarray) -> np.ndarray:
     """t with G t = p by the Cholesky factor L, which is written; of G the lower triangle is read.  Where columns of U
     depend on each other (only short registers make such), t is the shortest solution, as by the pseudo-inverse."""
     P = len(p)
@@ -397,7 +389,7 @@ def _solve(G: np.ndarray, p: np.ndarray, L: np.ndarray) -> np.ndarray:  # pragma
 
 
 @njit(nogil=True, cache=True)
-def _nearest(L: np.ndarray, z: np.ndarray, q: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def _nearest(L: np.ndarray, z: np.ndarray, q: np.ndarray) -> None:
     """The q in LEAST_Q .. LARGEST_Q of least |L^T (q - z)|^2, found from the q that is given by depth-first enumeration,
     the last coefficient first (sphere decoding): a partial sum beyond the best one closes a branch."""
     P = len(z)
@@ -432,7 +424,7 @@ def _nearest(L: np.ndarray, z: np.ndarray, q: np.ndarray) -> None:  # pragma: no
 
 
 @njit(nogil=True, cache=True)
-def reweigh(  # pragma: no cover  (compiled)
+def reweigh(
     groups: np.ndarray, seeds: np.ndarray, P: int, h: np.ndarray, new_groups: np.ndarray, new_seeds: np.ndarray
 ) -> None:
     """Tables for the error weighted with h: the normals, made orthonormal in the metric 1/h.
@@ -462,7 +454,7 @@ def reweigh(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _orthonormal(normals: np.ndarray, e: int, h: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def _orthonormal(normals: np.ndarray, e: int, h: np.ndarray) -> None:
     """Make row e orthogonal to the rows before it, and of length one, in the metric 1/h; all in double precision."""
     C = len(h)
     for k in range(e):

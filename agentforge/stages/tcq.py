@@ -32,7 +32,7 @@ from numba import njit
 from ..entropy import path_costs
 from ..trellis import RESTART, successors
 from .base import InputStatistics, register
-from .ecsq import ECSQ, Stepped, damped_sensitivity
+from .ecsq import ECSQ, About, Stepped, damped_sensitivity
 from .propagation import pass_on, quantised
 
 REACH = 65528.0  # steps that a target may be large, so that multiples fit into 16 bits and their parity
@@ -42,6 +42,7 @@ WORTH = 0.25  # squares of a step that a bit is worth
 # Measured in three blocks of SmolLM2-135M, 1.2 to 2.8 bits: for a step s, `ecsq`'s in as many bits is 2 s (1 + COARSER s^2),
 # and the damage between 0.67 (queries) and 0.79 (outputs) of its damage.
 COARSER, DAMAGE = 0.08, 0.73
+Bits = tuple[np.ndarray, np.ndarray, np.ndarray]  # as `entropy.path_costs` gives them
 
 
 @register
@@ -75,35 +76,21 @@ class TCQ(Stepped):
         size, lost, _ = alike.price(weight, stats, name, scratch)
         return size, DAMAGE * lost, False
 
-    def _codes(
-        self, values: np.ndarray, factor: np.ndarray, rows: np.ndarray, columns: np.ndarray, stats: InputStatistics | None
-    ) -> np.ndarray:
+    def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
+        values, _, rows, columns = about
         importance = np.square(rows, dtype=np.float64) * damped_sensitivity(len(rows), stats).numpy()
         importance = (importance / importance.mean()).astype(np.float32)
         with np.errstate(all="ignore"):  # a step may be zero, or infinite
             codes: np.ndarray = np.nan_to_num(np.rint(values / rows / columns[:, None])).clip(-REACH, REACH).astype(np.int32)
         for _ in range(PASSES):
-            codes = _quantise(values, factor, rows, columns, importance, path_costs(abs(codes.T), COUNTED), self.states)
+            codes = _quantise(about, importance, path_costs(abs(codes.T), COUNTED), self.states)
         return codes
 
 
-def _quantise(
-    weight: np.ndarray,
-    factor: np.ndarray,
-    rows: np.ndarray,
-    columns: np.ndarray,
-    importance: np.ndarray,
-    bits: tuple[np.ndarray, np.ndarray, np.ndarray],
-    states: int,
-) -> np.ndarray:
-    """Multiples, int32[in, out], of the weight, float32[in, out], along paths.
-
-    factor: M, strictly upper triangular.  rows, columns: factors of the steps.  importance: w.  bits: from
-    `entropy.path_costs`.
-    """
+def _quantise(about: About, importance: np.ndarray, bits: Bits, states: int) -> np.ndarray:
+    """Multiples, int32[in, out], of the weight, along paths.  importance: w."""
     tables = bits[0], bits[1], (WORTH * bits[2]).astype(np.float32)
-    about = weight, factor, rows, columns, importance
-    return quantised(weight, factor, partial(_path_block, about, tables, _predecessors(states)))
+    return quantised(about[0], about[1], partial(_path_block, about, importance, tables, _predecessors(states)))
 
 
 def _predecessors(states: int) -> np.ndarray:
@@ -119,9 +106,10 @@ def _predecessors(states: int) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True)
-def _path_block(  # pragma: no cover  (compiled)
-    about: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray],
-    bits: tuple[np.ndarray, np.ndarray, np.ndarray],
+def _path_block(
+    about: About,
+    importance: np.ndarray,
+    bits: Bits,
     before: np.ndarray,
     first: int,
     last: int,
@@ -130,7 +118,7 @@ def _path_block(  # pragma: no cover  (compiled)
     error: np.ndarray,
 ) -> None:
     """Quantise columns first .. last - 1 one after the other."""
-    weight, factor, rows, columns, importance = about
+    weight, factor, rows, columns = about
     of_rows, of_columns, tables = bits
     out, most = weight.shape[1], np.float32(REACH)
     choices, cost = np.empty((4, out), np.int32), np.empty((4, out), np.float32)
@@ -157,7 +145,7 @@ def _path_block(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _viterbi(cost: np.ndarray, choices: np.ndarray, before: np.ndarray, path: np.ndarray) -> None:  # pragma: no cover
+def _viterbi(cost: np.ndarray, choices: np.ndarray, before: np.ndarray, path: np.ndarray) -> None:
     """The path of least cost, into int32[n].  cost, choices: of the best value that is c modulo 4, float32[4, n] and
     int32[4, n]."""
     states = before.shape[1]

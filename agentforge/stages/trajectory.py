@@ -24,7 +24,7 @@ Deviations and errata:
   square.  "code" is what the authors' code does.  The classes divide l_f - l/2 as the code does; Equations 8 and 10 print
   l_f / M.
 * select=True chooses U and M per tensor as the code does (mean absolute error).  The index's width is fixed by the
-  settings here, whatever was chosen; `paper_bits_per_weight` counts as the paper does.  The code keeps tensors of fewer
+  settings here, whatever was chosen; the paper counts the bits of a tensor's largest index.  The code keeps tensors of fewer
   than 10 weights, and those it finds too lossy, in float32; this stage encodes what it is given.
 * M = 0 while pairs lie outside the square does not occur in the code; here these move to the square's edge first.
 * Ours: K = 1, variant="korobov" (the generator with the longest shortest vector), `centred`, l = 0.
@@ -186,11 +186,6 @@ class Trajectory(Stage):
         return points
 
 
-def paper_bits_per_weight(packed: Packed) -> float:
-    """Bits a weight as the paper counts them: the bit length of the largest index of the tensor, for K weights each."""
-    return int(packed["indices"].max()).bit_length() / len(packed["centroid"])
-
-
 class Lattice(NamedTuple):
     """A codebook as the points of a lattice in a box, in units of side / D; with K = 1 they have 0 as second coordinate.
 
@@ -286,7 +281,7 @@ def _best_side(points: np.ndarray, centroid: np.ndarray, widest: float, radius: 
 
 
 @njit(nogil=True, cache=True)
-def _extent(points: np.ndarray) -> tuple[np.ndarray, float, float]:  # pragma: no cover  (compiled)
+def _extent(points: np.ndarray) -> tuple[np.ndarray, float, float]:
     """The centroid, float32[2], the largest coordinate of any vector from there, and the largest distance.
 
     Sums and maxima are those of vectors BLOCK apart, until the end, so that several can be taken at a time.
@@ -308,7 +303,7 @@ def _extent(points: np.ndarray) -> tuple[np.ndarray, float, float]:  # pragma: n
 
 
 @njit(nogil=True, cache=True)
-def _assign(  # pragma: no cover  (compiled)
+def _assign(
     points: np.ndarray, centroid: np.ndarray, reaches: np.ndarray, lattice: Lattice, indices: np.ndarray
 ) -> tuple[float, float]:
     """Fill `indices` with the nearest entry of every vector in its class; sums of absolute and squared errors.
@@ -353,7 +348,7 @@ def _assign(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _classes_of(offset: np.ndarray, reaches: np.ndarray, classes: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def _classes_of(offset: np.ndarray, reaches: np.ndarray, classes: np.ndarray) -> None:
     """The class of every vector: 0 inside the cube, else the first whose reach is no less than its distance."""
     M = len(reaches) - 1
     half, spread = reaches[0], reaches[M] - reaches[0]
@@ -366,7 +361,7 @@ def _classes_of(offset: np.ndarray, reaches: np.ndarray, classes: np.ndarray) ->
 
 
 @njit(nogil=True, cache=True)
-def _nearest_in_lattice(u: np.ndarray, lattice: Lattice, found: np.ndarray) -> None:  # pragma: no cover  (compiled)
+def _nearest_in_lattice(u: np.ndarray, lattice: Lattice, found: np.ndarray) -> None:
     """The lattice point nearest to every u, whether in the box or not: the nearer one of those on the two lines beside u."""
     basis, dual, mu, (along, across) = lattice.basis, lattice.dual, lattice.mu, lattice.norm
     for i in range(u.shape[1]):
@@ -383,9 +378,7 @@ def _nearest_in_lattice(u: np.ndarray, lattice: Lattice, found: np.ndarray) -> N
 
 
 @njit(nogil=True, cache=True)
-def _nearest_in_box(  # pragma: no cover  (compiled)
-    ux: float, uy: float, middle: np.ndarray, lattice: Lattice
-) -> tuple[bool, float, float]:
+def _nearest_in_box(ux: float, uy: float, middle: np.ndarray, lattice: Lattice) -> tuple[bool, float, float]:
     """Whether a point of the box is nearer to u than the centroid, `middle`, and the nearest one.
 
     The lines of the lattice in order of their distance, as long as one can hold a nearer point than the one found.
@@ -408,7 +401,7 @@ def _nearest_in_box(  # pragma: no cover  (compiled)
 
 
 @njit(nogil=True, cache=True)
-def _into_box(x: float, line: float, lattice: Lattice) -> float:  # pragma: no cover  (compiled)
+def _into_box(x: float, line: float, lattice: Lattice) -> float:
     """The coefficient of the first basis vector nearest to x, on this line, inside the box; infinite if there is none."""
     low, high = -math.inf, math.inf
     for k in range(2):
@@ -423,9 +416,7 @@ def _into_box(x: float, line: float, lattice: Lattice) -> float:  # pragma: no c
 
 
 @njit(nogil=True, cache=True)
-def _look_up(  # pragma: no cover  (compiled)
-    indices: np.ndarray, centroid: np.ndarray, reaches: np.ndarray, lattice: Lattice, points: np.ndarray
-) -> None:
+def _look_up(indices: np.ndarray, centroid: np.ndarray, reaches: np.ndarray, lattice: Lattice, points: np.ndarray) -> None:
     """The vectors that `indices` stand for; every index must be below (U + 1) times the number of classes."""
     U, D = np.int64(lattice.box[0]), np.int64(lattice.D)
     middle, per_unit = lattice.D / 2 - lattice.shift, reaches * (2 / lattice.D)

@@ -245,7 +245,7 @@ class Vptq(Stage):
     def _encode(self, weight: torch.Tensor, stats: InputStatistics | None, seed: int) -> Packed:
         shape, device = (weight.shape[0], weight.shape[1]), weight.device
         problem, segments = self._prepare(weight, stats), self.segments(shape)
-        factor = _factor(problem)
+        factor = unit_factor(problem.hessian)[0]
         books: Books = [[] for _ in segments]
         left = problem.weight
         for level in range(len(segments[-1].sizes)):
@@ -260,7 +260,7 @@ class Vptq(Stage):
         shape = (weight.shape[0], weight.shape[1])
         problem, segments = self._prepare(weight, stats), self.segments(shape)
         books = [_books(shared, s) for s in segments]
-        codes = _sweep(problem, segments, books, _factor(problem))
+        codes = _sweep(problem, segments, books, unit_factor(problem.hessian)[0])
         return self._pack(shape, segments, *self._refine(problem, segments, books, codes))
 
     def fit_shared(self, layers: Sequence[Layer], seed: int = 0) -> Packed:
@@ -273,7 +273,8 @@ class Vptq(Stage):
             mine = self.segments((problem.rows, len(problem.weight)))
             source = problem.weight
             if level:
-                source = _sweep(problem, mine, books[len(books) - len(mine) :], _factor(problem)).left(problem)
+                factor = unit_factor(problem.hessian)[0]
+                source = _sweep(problem, mine, books[len(books) - len(mine) :], factor).left(problem)
             most = [max(1, SAMPLE * s.sizes[0] // len(layers)) for s in mine]
             return {
                 (s.plane, s.group): _thinned(*_vectors(problem, s, source), n, seed) for s, n in zip(mine, most, strict=True)
@@ -288,7 +289,7 @@ class Vptq(Stage):
                     sets = [(np.zeros((s.parts, 1, s.v // s.parts), np.float32), np.ones(1))]
                 if level < len(s.sizes):
                     book.append(self._train(sets, s, level, seed, device))
-        return Packed((1, 1), tuple(_book_planes(segments, books)))
+        return Packed((1, 1), tuple(Plane(n, torch.from_numpy(v), "float16") for n, v in _stacked(segments, books).items()))
 
     def _prepare(self, weight: torch.Tensor, stats: InputStatistics | None) -> Problem:
         """The layer in the order of processing, with its damped Hessian in units of its mean diagonal."""
@@ -350,8 +351,7 @@ class Vptq(Stage):
         hessian = problem.hessian
         relaxation = hessian / np.diag(hessian)
         np.fill_diagonal(relaxation, 0)
-        slope = product(hessian, codes.error)
-        cost = _dot(codes.error, slope)
+        cost = _dot(codes.error, product(hessian, codes.error))
         for _ in range(self.refine):
             found = _sweep(problem, segments, books, relaxation, codes)
             places = _places(segments, found, problem.weight.shape)
@@ -362,8 +362,7 @@ class Vptq(Stage):
             if self.norm == "std":
                 better = _fit_scale(problem, new, places, found.error)
                 found = replace(found, error=_error(better, new, places))
-            slope = product(hessian, found.error)
-            last, cost = cost, _dot(found.error, slope)
+            last, cost = cost, _dot(found.error, product(hessian, found.error))
             if not cost < last:
                 break
             problem, books, codes = better, new, found
@@ -379,7 +378,7 @@ class Vptq(Stage):
             columns = np.concatenate([codes.indices[i][level][ranks[i]] for i in members])
             tensors[f"{plane}indices"] = columns.transpose(1, 2, 0)
         if not self.shared:
-            tensors.update((p.name, p.values.numpy()) for p in _book_planes(segments, books))
+            tensors |= _stacked(segments, books)
         classes = np.empty(shape[1], np.int32)
         for s in segments:
             classes[problem.order[s.first : s.last]] = _class(s, segments)
@@ -475,12 +474,10 @@ def _books_layout(segments: list[Segment]) -> Layout:
     return planes
 
 
-def _book_planes(segments: list[Segment], books: Books) -> list[Plane]:
-    planes = []
-    for plane, level, members in _stored(segments):
-        values = np.stack([books[i][level] for i in members]).astype(np.float16)
-        planes.append(Plane(f"{plane}codebook", torch.from_numpy(values), "float16"))
-    return planes
+def _stacked(segments: list[Segment], books: Books) -> dict[str, np.ndarray]:
+    """The planes of `_books_layout`."""
+    stored = _stored(segments)
+    return {f"{name}codebook": np.stack([books[i][k] for i in members]).astype(np.float16) for name, k, members in stored}
 
 
 def _books(packed: Packed, segment: Segment) -> list[np.ndarray]:
@@ -492,10 +489,6 @@ def _books(packed: Packed, segment: Segment) -> list[np.ndarray]:
 def _half(values: np.ndarray) -> np.ndarray:
     """Rounded to half floats, as float32."""
     return np.asarray(np.clip(values, -HALF_MAX, HALF_MAX).astype(np.float16), np.float32)
-
-
-def _factor(problem: Problem) -> np.ndarray:
-    return unit_factor(problem.hessian)[0]
 
 
 def _vectors(problem: Problem, segment: Segment, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -82,7 +82,7 @@ class BitLinear(Student):
         return (self.weight.detach().float() * (1.0 / gamma)).round_().clamp_(-1, 1)
 
     @torch.no_grad()
-    def packed(self, shrink: float = 1.0) -> Packed:
+    def packed(self) -> Packed:
         """The codes and the scale of the forward pass as the planes of the stage."""
         gamma = self.scale()
         codes = (self._codes(gamma) + 1).to("cpu", torch.uint8)

@@ -29,14 +29,12 @@ class Pair:
     window is computed on one thread, and gradients are added in the windows' order: the result is the same bits whatever
     the number of cores.  Without it both models are in memory; the student is a copy, to be changed.
 
-    at_once: inputs that are computed together.  hidden: weight of the hidden states.  half: whether to use bfloat16.
+    at_once: inputs that are computed together.  half: whether to use bfloat16.
     """
 
-    def __init__(
-        self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, hidden: float, half: bool
-    ) -> None:
-        self.device, self.at_once, self.hidden, self.half = device, at_once, hidden, half
-        self.passes = (Passes(model), Passes(model, partial(_spilled, model, still))) if still else None
+    def __init__(self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, half: bool) -> None:
+        self.device, self.at_once, self.half = device, at_once, half
+        self.passes = (Passes(model), Passes(model, partial(_spilled, still))) if still else None
         if self.passes:
             self.student: Any = self.passes[1].module
             return
@@ -53,8 +51,8 @@ class Pair:
         sums: dict[str, torch.Tensor] = {}
         mine = local()
 
-        def back(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> float:
-            loss = self._distance(ours, theirs) / parts
+        def back(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+            loss = distillation(ours, theirs) / parts
             loss.backward()
             return float(loss.detach())
 
@@ -86,45 +84,35 @@ class Pair:
                 continue
             with Spill() as kept:  # the teacher's answers
 
-                def answer(module: nn.Module, window: torch.Tensor, kept: Spill = kept) -> list[Callable[[], torch.Tensor]]:
-                    return [kept.put(found) for found in self._outputs(module, window)]
+                def answer(module: nn.Module, window: torch.Tensor, kept: Spill = kept) -> Callable[[], torch.Tensor]:
+                    return kept.put(self._outputs(module, window))
 
-                def compare(module: nn.Module, both: tuple[torch.Tensor, list[Callable[[], torch.Tensor]]]) -> Any:
-                    ours = self._outputs(module, both[0], backward)
-                    return work(ours, [read() for read in both[1]])
+                def compare(module: nn.Module, both: tuple[torch.Tensor, Callable[[], torch.Tensor]]) -> Any:
+                    return work(self._outputs(module, both[0], backward), both[1]())
 
                 both = list(zip(part.split(1), self.passes[0].map(answer, part.split(1)), strict=True))
                 yield from self.passes[1].map(compare, both, backward=backward, **about)
 
-    def _outputs(self, module: Any, inputs: torch.Tensor, gradients: bool = False) -> list[torch.Tensor]:
-        """Logits, [rows, classes], and the hidden states if they have a weight."""
+    def _outputs(self, module: Any, inputs: torch.Tensor, gradients: bool = False) -> torch.Tensor:
+        """Logits, [rows, classes]."""
         cast = torch.autocast(self.device.type, torch.bfloat16, self.half, cache_enabled=False)
         with torch.set_grad_enabled(gradients), cast:
             if inputs.is_floating_point():
-                return [module(inputs)]
-            output = module(input_ids=inputs, use_cache=False, output_hidden_states=self.hidden > 0)
-            return [output.logits.flatten(0, 1), *(output.hidden_states[1:] if self.hidden > 0 else ())]
-
-    def _distance(self, ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> torch.Tensor:
-        """KL(theirs || ours), and the hidden states' mean squared error, relative to the teacher's mean square."""
-        loss = distillation(ours[0], theirs[0])
-        for mine, other in zip(ours[1:], theirs[1:], strict=True):
-            error = (mine.float() - other.float()).square().mean() / other.float().square().mean().clamp(min=1e-12)
-            loss = loss + self.hidden * error / (len(ours) - 1)
-        return loss
+                return module(inputs)  # type: ignore[no-any-return]
+            return module(input_ids=inputs, use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
 
 
-def _spilled(model: LanguageModel, still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
+def _spilled(still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
     """`put_codes`, of which each tensor is decoded once and waits on the disk: decoding takes longer than reading."""
-    read, spill = put_codes(model, still, module), Spill()
+    read, spill = put_codes(still, module), Spill()
     waiting = cache(lambda name: spill.put(read[name]()))
     return {name: partial(lambda name: waiting(name)(), name) for name in read}
 
 
-def agreement(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+def agreement(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """KL(theirs || ours) of each row of the logits, and whether both have the same most likely class: float64[rows]."""
-    kl = [relative_entropy(p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in _rows(theirs[0], ours[0])]
-    return torch.cat(kl).double().cpu(), (theirs[0].argmax(-1) == ours[0].argmax(-1)).double().cpu()
+    kl = [relative_entropy(p.float().log_softmax(-1), q.float().log_softmax(-1)) for p, q in _rows(theirs, ours)]
+    return torch.cat(kl).double().cpu(), (theirs.argmax(-1) == ours.argmax(-1)).double().cpu()
 
 
 def _rows(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -138,9 +126,7 @@ def distillation(ours: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
     The gradient in logits is softmax(ours) - softmax(theirs).  It is found in the forward pass, a few rows at a time, so
     that no other array of the logits' size is kept or walked through more than once.
     """
-    loss = _Distillation.apply(ours, theirs)  # type: ignore[no-untyped-call]
-    assert isinstance(loss, torch.Tensor)
-    return loss
+    return _Distillation.apply(ours, theirs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Distillation(torch.autograd.Function):

@@ -82,28 +82,20 @@ def gradient_flow(module: nn.Module, inputs: torch.Tensor) -> GradientFlow:
     classifier, whose loss is that of its own most likely class.  Gradients that are there before are left alone.
     """
     trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    before = {name: p.grad for name, p in trainable.items()}
-    for p in trainable.values():
-        p.grad = None
-    try:
-        if inputs.is_floating_point():
-            logits = module(inputs)
-            loss = nn.functional.cross_entropy(logits, logits.detach().argmax(-1))
+    if inputs.is_floating_point():
+        logits = module(inputs)
+        loss = nn.functional.cross_entropy(logits, logits.detach().argmax(-1))
+    else:
+        loss = module(input_ids=inputs, labels=inputs, use_cache=False).loss
+    gradients = torch.autograd.grad(loss, list(trainable.values()), allow_unused=True) if trainable else ()
+    found = GradientFlow([], [], [], {})
+    for name, gradient in zip(trainable, gradients, strict=True):
+        if gradient is None:
+            found.missing.append(name)
+        elif not torch.isfinite(gradient).all():
+            found.infinite.append(name)
+        elif not gradient.any():
+            found.zero.append(name)
         else:
-            loss = module(input_ids=inputs, labels=inputs, use_cache=False).loss
-        if trainable:
-            loss.backward()
-        found = GradientFlow([], [], [], {})
-        for name, p in trainable.items():
-            if p.grad is None:
-                found.missing.append(name)
-            elif not torch.isfinite(p.grad).all():
-                found.infinite.append(name)
-            elif not p.grad.any():
-                found.zero.append(name)
-            else:
-                found.norms[name] = float(p.grad.norm())
-        return found
-    finally:
-        for name, p in trainable.items():
-            p.grad = before[name]
+            found.norms[name] = float(gradient.norm())
+    return found

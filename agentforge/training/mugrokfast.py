@@ -32,8 +32,6 @@ from torch import nn
 
 from ..errors import BadInput
 
-OPTIONS = ("lr", "momentum", "weight_decay", "betas", "eps", "alpha", "lamb")
-
 
 class MuGrokfast(torch.optim.Optimizer):
     """Grokfast's filter, then Muon or AdamW; which one, each group says with its key "muon".
@@ -57,8 +55,8 @@ class MuGrokfast(torch.optim.Optimizer):
         alpha: float = 0.98,
         lamb: float = 2.0,
     ) -> None:
-        given = (lr, momentum, weight_decay, betas, eps, alpha, lamb)
-        super().__init__(params, dict(zip(OPTIONS, given, strict=True)))
+        muon, adamw = {"momentum": momentum, "weight_decay": weight_decay}, {"betas": betas, "eps": eps}
+        super().__init__(params, {"lr": lr, **muon, **adamw, "alpha": alpha, "lamb": lamb})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group: {"params": [...], "muon": bool, options...}."""

@@ -1,10 +1,9 @@
 """Recovery: train a compressed model by distillation from its original.
 
 The student starts as a copy of the original with other linear layers (`student`): ternary ones with straight-through
-gradients, or such as decode from planes whose floats are trained while their integers stay, or from the codes of ecsq,
-which are trained, too.  The original is the teacher: the loss is
-KL(teacher || student), averaged over all tokens, on any text; no labels are needed.  If all codes stay, both run block by
-block on the CPU (`distil`): in memory are one block, what is trained, and some windows' logits.
+gradients, or such as decode from planes whose floats are trained while their integers stay.  The original is the teacher:
+the loss is KL(teacher || student), averaged over all tokens, on any text; no labels are needed.  If the integers are codes
+of tcq, both run block by block on the CPU (`distil`): in memory are one block, what is trained, and some windows' logits.
 
 A run is a function of its settings: which windows a step sees depends on the seed and the step alone, so that a run
 that was killed continues from its last checkpoint and, on the CPU, repeats the same losses.
@@ -18,7 +17,6 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -26,24 +24,23 @@ import torch
 from torch import nn
 
 from .. import digits, stages
-from ..artifact import FORMAT, Artifact, Writer
+from ..artifact import FORMAT, HISTORY, Artifact, Writer
 from ..errors import BadInput
 from ..evaluation import intervals
 from ..evaluation.texts import Text, find_text
-from ..folders import check_out, foreign, remove
+from ..folders import check_out, remove
 from ..models import IN_PLACE, LanguageModel, device_named, fastest_device
 from ..opening import open_model
 from ..pipeline import compress, store
 from ..planes import Packed
 from ..progress import progress_bar
-from ..stages.tcq import TCQ
 from ..statistics import Calibration, first_tokens
-from ..tensorfiles import read_json, read_sealed, write_json, write_sealed
+from ..tensorfiles import read_json, read_sealed, write_sealed
 from ..version import __version__
 from .bitlinear import convert, set_blend
 from .distil import Pair
 from .mugrokfast import MuGrokfast, parameter_groups
-from .student import STILL, PlaneLinear, Student, layers_of, put_codes, within
+from .student import STILL, PlaneLinear, Student, layers_of, put_codes
 
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
 
@@ -55,11 +52,10 @@ class Settings:
     steps: of the optimizer.  batch: windows (for digits-mlp, pictures) per step.  context: tokens per window.  passes: parts
     that a batch is computed in, to save memory.  lr: its peak; it rises over `warmup` (a share of the steps) and falls
     along a cosine to a tenth; so does lambda rise, from the dense to the quantised layer.  weight_decay: decoupled.
-    clip: largest norm of all gradients together.  hidden: weight of the hidden states' mean squared error, relative to
-    the teacher's mean square.  evaluate: steps between two looks at the held-out text, each of which writes a
-    checkpoint.  patience: looks without a new best after which training stops (0: never).  heldout: tokens (pictures)
-    to look at.  activations: int8 activations, too.  dtype: "auto" is bfloat16 autocast on a GPU that has it.
-    recompute: gradient checkpointing, which halves the memory and costs a third more time.
+    clip: largest norm of all gradients together.  evaluate: steps between two looks at the held-out text, each of which
+    writes a checkpoint.  heldout: tokens (pictures) to look at.  activations: int8 activations, too.  dtype: "auto" is
+    bfloat16 autocast on a GPU that has it.  recompute: gradient checkpointing, which halves the memory and costs a third
+    more time.
     """
 
     steps: int = 1000
@@ -71,9 +67,7 @@ class Settings:
     warmup: float = 0.1
     weight_decay: float = 0.0
     clip: float = 1.0
-    hidden: float = 0.0
     evaluate: int = 50
-    patience: int = 0
     heldout: int = 2048
     activations: bool = True
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -82,8 +76,7 @@ class Settings:
 
     @classmethod
     def of_codes(cls, steps: int) -> Settings:
-        """How to train a fitted model within its bytes: gains and norms take large steps well, which few tokens need; codes
-        change late (`student.MARGIN`)."""
+        """How to train a fitted model within its bytes: gains and norms take large steps well, which few tokens need."""
         return cls(
             steps=steps, batch=8, passes=2, lr=2e-3, warmup=0.05, evaluate=max(1, min(50, steps // 5)), dtype="bfloat16"
         )
@@ -95,11 +88,11 @@ class Settings:
                 raise BadInput(f"recovery: {name}={getattr(self, name)!r}; expected a whole number of 1 or more")
         if self.batch % self.passes:
             raise BadInput(f"recovery: batch={self.batch} does not divide into passes={self.passes} equal parts")
-        for name, low, high in (("lr", 0.0, 10.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 10.0), ("hidden", 0.0, 1e6)):
+        for name, low, high in (("lr", 0.0, 10.0), ("warmup", 0.0, 1.0), ("weight_decay", 0.0, 10.0)):
             if not low <= getattr(self, name) <= high:
                 raise BadInput(f"recovery: {name}={getattr(self, name)}; expected {low} to {high}")
-        if not self.clip > 0 or self.patience < 0:
-            raise BadInput(f"recovery: clip={self.clip}, patience={self.patience}; expected clip > 0 and patience >= 0")
+        if not self.clip > 0:
+            raise BadInput(f"recovery: clip={self.clip}; expected more than 0")
         if self.optimizer not in ("adamw", "mugrokfast") or self.dtype not in ("auto", "float32", "bfloat16"):
             raise BadInput(
                 f"recovery: optimizer={self.optimizer!r}, dtype={self.dtype!r}; expected adamw or mugrokfast, and auto, "
@@ -144,12 +137,11 @@ def recover(
     """Train `model` through `stage` and write the packed artifact `out`, with `history.json` in it.
 
     stage: ternary (the weights are trained), or any stage whose float planes can be (they are trained, the integers
-    stay), or None: `start` is an artifact of entropy-coded weights (any step each, as `fit` makes them), whose gains are
-    trained; so are the codes of ecsq, those of tcq stay.  text: to train on; held-out text is selftext's own split,
-    WikiText-2's test split, or the last twentieth of any other text.  names: weights to compress (default: all that a stage
-    may touch).  start: for other stages than ternary, the artifact whose planes to begin with (default: made here by
-    `stage`).  most_bytes: of all planes together, for stage None: training may make codes larger; they are kept within this
-    limit.  device: default cuda if there is one.
+    stay), or None: `start` is an artifact of tcq (any step each, as `fit` makes them), whose gains are trained.  text: to
+    train on; held-out text is selftext's own split, WikiText-2's test split, or the last twentieth of any other text.
+    names: weights to compress (default: all that a stage may touch).  start: for other stages than ternary, the artifact
+    whose planes to begin with (default: made here by `stage`).  most_bytes: of all planes together, gains included, for
+    stage None.  device: default cuda if there is one.
 
     After a kill, or Ctrl-C, the same call continues from the last checkpoint.  Raises BadInput if model, stage, text or
     settings cannot be used.
@@ -160,7 +152,7 @@ def recover(
     settings = settings or Settings()
     settings.check()
     model.check_context(settings.context)
-    calibration = Calibration(text, settings.steps * settings.batch * settings.context, settings.context)
+    found = None if model.is_classifier else Calibration(text).find()
     weights = {weight.name: weight for weight in model.weights()}
     chosen = sorted(weights) if names is None else sorted(set(names))
     if odd := [name for name in chosen if name not in weights]:
@@ -174,6 +166,11 @@ def recover(
         raise BadInput(f"{begin.path}: encodes {min(ends)}; recovery trains linear layers, so make it with embeddings kept")
     if most_bytes is not None and stage is not None:
         raise BadInput(f"recovery: {stage} has planes of one size; most_bytes is for stage=None")
+    if most_bytes is not None and begin:
+        rows = [row for row in begin.rows if row["stage"]]
+        size = sum(r["bytes"] + (0 if r["stage"].get("gains") else 2 * weights[r["name"]].shape[0]) for r in rows)
+        if size > most_bytes:
+            raise BadInput(f"recovery: codes and gains take {size:,} bytes, {most_bytes:,} are allowed; start with fewer")
     recipe = {
         "format": FORMAT,
         "agentforge": __version__,
@@ -183,32 +180,25 @@ def recover(
         "seed": settings.seed,
         "training": {
             **asdict(settings),
-            "text": None if model.is_classifier else calibration.find().sha256,
+            "text": found and found.sha256,
             "weights": hashlib.sha256("\n".join(chosen).encode()).hexdigest(),
             "start": begin and begin.sha256,
             **({"most_bytes": most_bytes} if most_bytes is not None else {}),
         },
     }
     out = check_out(out, model.path, *([begin.path] if begin else []), replace=overwrite)
-    work = out.with_name(out.name + ".training")
-    if work.exists() and (strange := foreign(work)):
-        raise BadInput(f"{work}: {strange}; it is in the way, move it or choose another --out")
     with Writer(out, recipe, overwrite) as writer:  # held while training: what cannot be written is refused before it
-        history_file = out / "history.json"
-        if writer.finished and history_file.is_file():
-            history: Any = read_json(history_file)["history"]
-            return _recovered(Artifact(out), history)
-        data = _data(model, calibration, settings)
-        run = _Run(model, stage, settings, chosen, work, recipe, torch_device, progress, *data)
-        run.prepare(begin, overwrite)
-        history = run.train()
-        packed, kept = run.result()
         if not writer.finished:
+            data = _data(model, found, settings)
+            run = _Run(model, stage, settings, chosen, writer, torch_device, progress, *data)
+            run.prepare(begin)
+            writer.history = run.train()
+            packed, kept = run.result()
             by = {name: layer.stage for name, layer in run.layers.items()}
             store(model, by, packed, writer, kept=kept, progress=progress)
-        write_json(history_file, {"history": history})
-        remove(work)
-    return _recovered(Artifact(out), history)
+    history: Any = read_json(out / HISTORY)["history"]
+    looks = [Look(row["kl"], row["stderr"], row["top1"], row["n"]) for row in history]
+    return Recovered(Artifact(out), history, looks[0], min(looks[1:] or looks, key=lambda look: look.kl))
 
 
 def check_trainable(model: LanguageModel, names: Iterable[str] | None = None) -> None:
@@ -231,11 +221,6 @@ def _start(stage: stages.Stage | None, start: Artifact | str | Path | None) -> A
     return start if isinstance(start, Artifact) else Artifact(start)
 
 
-def _recovered(artifact: Artifact, history: list[dict[str, Any]]) -> Recovered:
-    looks = [Look(row["kl"], row["stderr"], row["top1"], row["n"]) for row in history]
-    return Recovered(artifact, history, looks[0], min(looks[1:] or looks, key=lambda look: look.kl))
-
-
 def schedule(step: int, steps: int, warmup: float) -> tuple[float, float]:
     """What the learning rate is multiplied by at a step (from 0): the rise, up to 1 over `warmup` (a share of the steps),
     and the fall, from 1 along a cosine to a tenth."""
@@ -245,34 +230,29 @@ def schedule(step: int, steps: int, warmup: float) -> tuple[float, float]:
 
 @dataclass
 class _Run:
-    """One run of `recover`: teacher, student, optimizer, and where they stand."""
+    """One run of `recover`: teacher, student, optimizer, and where they stand.  writer: of the artifact; what training goes
+    on from after a kill lies among its pieces."""
 
     model: LanguageModel
     stage: stages.Stage | None
     settings: Settings
     names: list[str]
-    work: Path
-    recipe: dict[str, Any]
+    writer: Writer
     device: torch.device
     progress: bool
     inputs: torch.Tensor
     heldout: torch.Tensor
 
-    def prepare(self, start: Artifact | None, overwrite: bool) -> None:
-        """Build teacher, student and optimizer; take up a checkpoint of the same recipe."""
+    def prepare(self, start: Artifact | None) -> None:
+        """Build teacher, student and optimizer; take up a checkpoint."""
         settings = self.settings
         half = {"auto": self.device.type == "cuda" and torch.cuda.is_bf16_supported(), "bfloat16": True}
         still, at_once = self._still(start), settings.batch // settings.passes
-        self.pair = Pair(self.model, still, self.device, at_once, settings.hidden, half.get(settings.dtype, False))
+        self.pair = Pair(self.model, still, self.device, at_once, half.get(settings.dtype, False))
         self.student = self.pair.student
         if still is None:
             self._compress(start)
         self.layers = {f"{name}.weight": layer for name, layer in layers_of(self.student, Student)}
-        self._most = self.recipe["training"].get("most_bytes", math.inf)
-        rows = [row for row in still.rows if row["stage"]] if still else []
-        gains = {row["name"]: self.layers[row["name"]].get_parameter("floats.gains") for row in rows}
-        if (size := sum(r["bytes"] + (0 if r["stage"]["gains"] else 2 * len(gains[r["name"]])) for r in rows)) > self._most:
-            raise BadInput(f"recovery: codes and gains take {size:,} bytes, {self._most:,} are allowed; start with fewer")
         self.trained = self._trainable()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
@@ -283,17 +263,8 @@ class _Run:
             self.student.enable_input_require_grads()
         self.optimizer = self._optimizer()
         self.step, self.history = 0, []  # type: int, list[dict[str, Any]]
-        recipe_file = self.work / "recipe.json"
-        self._checkpoint, self._best = self.work / "checkpoint.safetensors", self.work / "best.safetensors"
-        if recipe_file.is_file() and read_json(recipe_file) != self.recipe:
-            if not overwrite:
-                raise BadInput(
-                    f"{self.work}: an unfinished training with other settings; run that command again to finish it, or "
-                    "pass --overwrite to discard it"
-                )
-            remove(self.work)
-        self.work.mkdir(parents=True, exist_ok=True)
-        write_json(recipe_file, self.recipe)
+        pieces = self.writer.tensors
+        self._checkpoint, self._best = pieces / "checkpoint.safetensors", pieces / "best.safetensors"
         self._load()
 
     def _compress(self, start: Artifact | None) -> None:
@@ -306,12 +277,12 @@ class _Run:
         if stage is not None and not stage.trains:
             able = ", ".join(["ternary", *(name for name in stages.names() if stages.get(name).trains == "floats")])
             raise BadInput(f"recovery: {stage.name} has no float planes that can be trained; choose from {able}")
-        folder = self.work.with_name(self.work.name + "-start")
+        folder = self.writer.out.with_name(self.writer.out.name + ".training-start")
         artifact = start or compress(model, stage or "", folder, overwrite=True)
         if stage is not None and artifact.manifest["recipe"]["stage"] != stage.to_json():
             raise BadInput(f"{artifact.path}: was not made with {stage}; pass the stage it was made with")
         if stage is None:
-            for name, read in put_codes(model, artifact, self.student).items():
+            for name, read in put_codes(artifact, self.student).items():
                 self.student.get_parameter(name).data = read()
         else:
             rows, layers = {row["name"]: row for row in artifact.rows if row["stage"]}, dict(self.student.named_modules())
@@ -346,7 +317,7 @@ class _Run:
         return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=(0.9, 0.95), fused=True)
 
     def train(self) -> list[dict[str, Any]]:
-        """Train to the end, or until nothing gets better; leaves the best state in the student."""
+        """Train to the end; leaves the best state in the student."""
         settings = self.settings
         title = f"recovery: {self.model.name}" if self.progress else None
         began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0.0)
@@ -354,7 +325,7 @@ class _Run:
         with progress_bar(title, settings.steps, "step", self.step) as bar:
             if not self.history:
                 self._note(losses, began)
-            while self.step < settings.steps and not self._patience_is_over():
+            while self.step < settings.steps:
                 losses.append(self._one_step())
                 self.step += 1
                 bar.update()
@@ -422,12 +393,6 @@ class _Run:
                 write_sealed(self._best, {name: p.detach().cpu() for name, p in self.trained.items()}, {})
             self._save()
 
-    def _patience_is_over(self) -> bool:
-        looks = [row["kl"] for row in self.history[1:]]
-        if not self.settings.patience or not looks:
-            return False
-        return len(looks) - 1 - looks.index(min(looks)) >= self.settings.patience
-
     def _save(self) -> None:
         """Parameters, the optimizer's state, the step and the history, in one file that is replaced in one step."""
         tensors = {f"model.{name}": p.detach().cpu() for name, p in self.trained.items()}
@@ -436,9 +401,9 @@ class _Run:
         write_sealed(self._checkpoint, tensors, {"step": str(self.step), "history": json.dumps(self.history)})
 
     def _load(self) -> None:
-        """Continue from the checkpoint, if there is one and it is as it was written; else begin."""
+        """Continue from the checkpoint, if it and the best state are there and as they were written; else begin."""
         found = read_sealed(self._checkpoint)
-        if found is None or (self._best.exists() and read_sealed(self._best) is None):
+        if found is None or read_sealed(self._best) is None:
             self._best.unlink(missing_ok=True)
             return
         tensors, metadata = found
@@ -460,10 +425,7 @@ class _Run:
 
     def result(self) -> tuple[dict[str, Callable[[], Packed]], dict[str, torch.Tensor]]:
         """Planes of the compressed weights, and the other tensors that were trained, by their names in the model."""
-        made = None if self.pair.passes else within(self.layers, self._most)
-        packed: dict[str, Callable[[], Packed]] = {
-            name: partial(made.__getitem__, name) if made else layer.packed for name, layer in self.layers.items()
-        }
+        packed: dict[str, Callable[[], Packed]] = {name: layer.packed for name, layer in self.layers.items()}
         layers = {name.removesuffix(".weight") for name in packed}
         kept = {
             name: p.detach().cpu()
@@ -474,23 +436,21 @@ class _Run:
 
     def _still(self, start: Artifact | None) -> Artifact | None:
         """The artifact to start with, if its codes stay and the models need not be in memory."""
-        named = {row["stage"]["stage"] for row in start.rows if row["stage"]} if start and self.stage is None else None
         here = self.model.in_blocks or next(self.model.model.parameters()).device == self.device
-        return start if named == {TCQ.name} and here and self.device.type == "cpu" and not self.model.is_classifier else None
+        on_cpu = here and self.device.type == "cpu" and not self.model.is_classifier
+        return start if self.stage is None and on_cpu else None
 
 
-def _data(model: LanguageModel, calibration: Calibration, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
+def _data(model: LanguageModel, text: Text | None, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs to train on, and held-out ones: int[windows, context], or float[pictures, 64]."""
-    if model.is_classifier:
+    if text is None:
         pictures = digits.data()[0]
         held = max(1, min(settings.heldout, len(pictures) // 10))
         return pictures[:-held], pictures[-held:]
-    text = calibration.find()
-    inputs = _cut(first_tokens(model, text.text, calibration.tokens), settings.context, text)
+    inputs = windows(model, text, settings.steps * settings.batch, settings.context)
     count = max(1, settings.heldout // settings.context)
     if text.name in HELDOUT:
-        other = find_text(text.name, HELDOUT[text.name])
-        return inputs, _cut(first_tokens(model, other.text, count * settings.context), settings.context, other)[:count]
+        return inputs, windows(model, find_text(text.name, HELDOUT[text.name]), count, settings.context)
     count = min(count, max(1, len(inputs) // 20))
     if len(inputs) <= count:
         raise BadInput(f"text {text.name} has {len(inputs)} windows of {settings.context} tokens; too few to hold some out")
@@ -498,17 +458,15 @@ def _data(model: LanguageModel, calibration: Calibration, settings: Settings) ->
 
 
 def windows(model: LanguageModel, text: str | Text, count: int, context: int) -> torch.Tensor:
-    """The first `count` windows of a text to train on, int[count, context]; pictures, float[n, 64], for digits-mlp."""
+    """At most the first `count` windows of a text to train on, int[count, context]; pictures, float[n, 64], for
+    digits-mlp."""
     if model.is_classifier:
         return digits.data()[0]
     found = Calibration(text).find()
-    return _cut(first_tokens(model, found.text, count * context), context, found)
-
-
-def _cut(ids: list[int], context: int, text: Text) -> torch.Tensor:
+    ids = first_tokens(model, found.text, count * context)
     rows = len(ids) // context
     if rows == 0:
-        raise BadInput(f"text {text.name}/{text.split} has {len(ids)} tokens; a window takes {context}")
+        raise BadInput(f"text {found.name}/{found.split} has {len(ids)} tokens; a window takes {context}")
     return torch.tensor(ids[: rows * context]).reshape(rows, context)
 
 

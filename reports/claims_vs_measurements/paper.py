@@ -30,7 +30,6 @@ from agentforge.evaluation import Measurement, intervals
 from agentforge.models import quiet_transformers
 from agentforge.opening import load, open_model
 from agentforge.stages.seedlm_search import TAPS, lfsr
-from agentforge.stages.trajectory import paper_bits_per_weight
 from agentforge.stages.vptq import paper_bits
 from agentforge.statistics import Calibration, InputStatistics, collect, first_tokens
 from agentforge.training import mugrokfast
@@ -392,7 +391,8 @@ def trajectory_ratio(workshop: Workshop, stage: StageText, bits: Count) -> Measu
     """`bits` a weight over what the Hyper-Compression paper counts, over the sampled matrices."""
     made, counted, n = stages.parse(stage), 0.0, 0
     for weight, _ in _weights(workshop, "sample", 0):
-        counted += paper_bits_per_weight(made.encode(weight)) * weight.numel()
+        packed = made.encode(weight)
+        counted += int(packed["indices"].max()).bit_length() / len(packed["centroid"]) * weight.numel()
         n += weight.numel()
     return workshop.exact(bits * n / counted, "x", n, "ratio by largest index", stage=stage, against=bits)
 

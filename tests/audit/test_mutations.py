@@ -84,16 +84,11 @@ def shifts_left(seed: int, K: int, mask: int, states: np.ndarray) -> None:
         states[i] = state
 
 
-def first_seeds_only(searcher: Any, *args: Any) -> Any:
+def first_seeds_only(search: Any, *args: Any) -> Any:
     """Every second block gets the seed of the one before: a search that stopped at what it had."""
-    search = searcher(*args)
-
-    def searched(blocks: np.ndarray, h: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-        seeds, codes = search(blocks, h)
-        seeds[1::2] = seeds[:-1:2]
-        return seeds, codes
-
-    return searched
+    seeds, codes = search(*args)
+    seeds[1::2] = seeds[:-1:2]
+    return seeds, codes
 
 
 def next_index(dense: Any, stage: Any, packed: Packed, floats: Any) -> Any:
@@ -401,7 +396,7 @@ FAULTS: dict[str, Fault] = {
         wrapped(seedlm_search, "lfsr", lambda lfsr, K, seed, count: np.concatenate([[seed], lfsr(K, seed, count)[:-1]])),
         ("features.seedlm_lfsr", "features.seedlm_generation"),
     ),
-    "SeedLM: the search stops early": Fault(wrapped(seedlm, "_searcher", first_seeds_only), ("features.seedlm_learned",)),
+    "SeedLM: the search stops early": Fault(wrapped(seedlm, "_search", first_seeds_only), ("features.seedlm_learned",)),
     "SeedLM: the exponent is off by one at decoding": Fault(
         wrapped(seedlm.SeedLM, "_decode", lambda decode, stage, packed: 2 * decode(stage, packed)),
         ("features.seedlm_decompression", "alignment.seedlm_error_4"),
@@ -418,7 +413,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "VPTQ: k-means stays where it starts": Fault(lambda to: to.setattr(vptq, "ITERATIONS", 0), ("alignment.vptq",)),
     "VPTQ: errors are passed on with the wrong sign": Fault(
-        wrapped(vptq, "_factor", lambda factor, problem: -factor(problem)), ("alignment.vptq_second_order",)
+        wrapped(vptq, "unit_factor", lambda factor, hessian: (-factor(hessian)[0], None)), ("alignment.vptq_second_order",)
     ),
     "ternary: the scale is dropped": Fault(
         wrapped(ternary.Ternary, "_decode", lambda decode, stage, packed: decode(stage, packed).sign()),

@@ -118,7 +118,7 @@ def test_one_column_is_the_best_of_all_sequences_of_integers() -> None:
     for _ in range(20):
         x, w = (rng.standard_normal((1, n)) * 1.3).astype(np.float32), rng.exponential(size=n).astype(np.float32)
         ways = (tables, np.zeros(1, np.int64), bits)
-        found = tcq._quantise(x, np.zeros((1, 1), np.float32), ones, ones[:1], w, ways, 8)
+        found = tcq._quantise((x, np.zeros((1, 1), np.float32), ones, ones[:1]), w, ways, 8)
         every = np.concatenate([found, allowed])
         costs = (w * (x - every) ** 2).sum(1) + tcq.WORTH * bits[tables, np.abs(every)].sum(1)
         assert is_path(tuple(found[0]))

@@ -246,7 +246,7 @@ def problem_of(stage: Any, weight: torch.Tensor, stats: InputStatistics) -> tupl
     """What `refine` starts from."""
     problem, segments = stage._prepare(weight, stats), stage.segments(tuple(weight.shape))
     books = [[stage._train([vptq._vectors(problem, s, problem.weight)], s, 0, 0)] for s in segments]
-    return problem, segments, books, vptq._sweep(problem, segments, books, vptq._factor(problem))
+    return problem, segments, books, vptq._sweep(problem, segments, books, vptq.unit_factor(problem.hessian)[0])
 
 
 def exact_cost(problem: Any, error: np.ndarray) -> float:
