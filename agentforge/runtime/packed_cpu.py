@@ -194,7 +194,7 @@ def narrow(codes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, gains
 
 
 @njit(nogil=True, cache=True)
-def _fill(values, width, words, starts, places, codes):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def _fill(values, width, words, starts, places, codes):  # type: ignore[no-untyped-def]
     """Words and lists of large codes from zigzag codes."""
     fields, zero, per_row, count = 32 // width, 1 << (width - 1), words.shape[1], 0
     for r in range(values.shape[0]):
@@ -305,7 +305,7 @@ def _grid_rows(typing, width, zero, lanes, spans, low, tokens, words, per_row, p
 
 
 @njit
-def _arrange(x, of_columns, shared, fields, lanes, vector, sums, group):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def _arrange(x, of_columns, shared, fields, lanes, vector, sums, group):  # type: ignore[no-untyped-def]
     """x, float32[columns], times the columns' factors, in the order in which a row's fields are taken; its groups' sums."""
     if shared:
         per_row = len(x) // fields
@@ -330,7 +330,7 @@ def _grid_kernel(width: int, zero: int, lanes: int, spans: int, low: int, shared
     fields = 32 // width
 
     @njit(nogil=True, cache=True)
-    def kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    def kernel(  # type: ignore[no-untyped-def]
         x,
         columns,
         words,
@@ -449,7 +449,7 @@ def _grid_row(typing, width, zero, lanes, spans, low, words, per_row, per_group,
 @cache
 def _row_kernel(width: int, zero: int, lanes: int, spans: int, low: int, shared: bool) -> Any:
     @njit(nogil=True, cache=True)
-    def kernel(  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    def kernel(  # type: ignore[no-untyped-def]
         columns,
         words,
         per_row,
@@ -542,7 +542,7 @@ def _vector_kernel(v: int, width: int, along: int, together: int) -> Any:
     results = 1 if along else v
 
     @njit(nogil=True, cache=True)
-    def kernel(indices, size, count, x, columns, book, top, out, tokens, lines, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    def kernel(indices, size, count, x, columns, book, top, out, tokens, lines, first, last):  # type: ignore[no-untyped-def]
         for at in range(first, last, ROWS):
             line = min(at, lines - ROWS)
             for t in range(tokens):
@@ -604,7 +604,7 @@ def _float_of(typing: Any, brain: Any, bits: Any) -> Any:
 @cache
 def _half_kernel(brain: int) -> Any:
     @njit(nogil=True, cache=True, fastmath={"reassoc", "contract", "nsz"})
-    def kernel(weights, x, columns, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    def kernel(weights, x, columns, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]
         for t in range(tokens):
             vector, results = carray(_floats(x + 4 * t * columns), columns), carray(_floats(out + 4 * t * rows), rows)
             for r in range(first, last):

@@ -260,7 +260,7 @@ def _floats(typing: Any, address: Any) -> Any:
 
 
 @njit
-def _quantize(x, q, sums, factors, token):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def _quantize(x, q, sums, factors, token):  # type: ignore[no-untyped-def]
     """x: float32[columns] of one token, rounded to int8 at the beginning of q; their sum, and 1 / s."""
     bits: Any = x.view(np.int32)
     largest = 0
@@ -282,13 +282,13 @@ def _quantize(x, q, sums, factors, token):  # type: ignore[no-untyped-def]  # pr
 
 
 @njit
-def _keep(*arrays):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def _keep(*arrays):  # type: ignore[no-untyped-def]
     """To be called after the last use of the arrays' addresses: numba frees an array after its last use by name."""
     return len(arrays)
 
 
 @njit
-def _tokens(path, groups, step, begin, end, q, sums, factors, runs, layer, out, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+def _tokens(path, groups, step, begin, end, q, sums, factors, runs, layer, out, rows, first, last):  # type: ignore[no-untyped-def]
     """Rows first .. last - 1 of tokens begin .. end - 1, `step` at a time; `groups` groups of rows together, then single."""
     path = literally(path)
     groups = literally(groups)
@@ -314,7 +314,7 @@ def _kernel(path: str | None) -> Any:
     number, few, many = PATHS.index(path), MACHINES[path].few, MACHINES[path].many
 
     @njit(nogil=True, cache=True)
-    def kernel(x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]  # pragma: no cover  (compiled)
+    def kernel(x, columns, packed, scale, scale_step, bias, bias_step, out, tokens, rows, first, last):  # type: ignore[no-untyped-def]
         runs = (columns + COLUMNS - 1) // COLUMNS
         q = np.zeros((min(tokens, TOKENS), runs * RUN), np.int8)
         sums, factors = np.empty(TOKENS, np.int32), np.empty(TOKENS, np.float64)
