@@ -125,6 +125,18 @@ def in_llama_cpp() -> list[str]:
     return lines
 
 
+def speeds() -> str:
+    """What a token takes."""
+    rows = _read("runtime/runtime.json")["rows"]
+    own, theirs = rows["artifact fit-to-60-MB"], rows["llama.cpp, rounding:bits=4,group=32,symmetric=true"]
+    ours, dense = (own["generation"][name]["value"] for name in ("float32", "dense"))
+    quick = theirs["generation"]["float32"]["value"]
+    return (
+        f"A token takes {ours:.0f} ms of one core from `fit`'s 60 MB in our runtime, {dense:.0f} from bfloat16 in transformers, "
+        f"{quick:.0f} from Q4_0 in llama.cpp ([all rows](reports/runtime/runtime.md))."
+    )
+
+
 def figures() -> str:
     """README's block of figures."""
     ratios, first = _read("ratios/ratios.json"), _read("fit/fit.json")[0]
@@ -137,7 +149,7 @@ def figures() -> str:
     lines += [
         "[all rows](reports/gguf_fit/gguf_fit.md)); last, the smallest of our own files, embedding and head encoded, with"
     ]
-    lines += ["no more KL ([rows](reports/fit/fit.md#whole-files)):", "", *in_llama_cpp(), ""]
+    lines += ["no more KL ([rows](reports/fit/fit.md#whole-files)):", "", *in_llama_cpp(), "", speeds(), ""]
     lines += ['Does "280x with 84%" hold? ([All settings](reports/ratios/ratios.md))', ""]
     lines += [f"* {said}" for said in ratios["says"] if "84% of the accuracy holds" in said or said.startswith('"')]
     said = (ROOT / "reports/fit/fit.md").read_text(encoding="utf-8").partition("Of these, ")[2].partition("\n")[0]
