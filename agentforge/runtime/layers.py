@@ -43,6 +43,9 @@ class Fixed(nn.Module):
 
     _ready: Any = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_ready": None}  # a copy has buffers of its own, at other addresses
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._ready = None
         super()._load_from_state_dict(*args, **kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -165,6 +166,18 @@ def test_planes_are_checked_once_and_after_loading() -> None:
         weight.product(x)
     moved = copy.deepcopy(weight_of("vptq:v=4,k=16,residual=3", 64, 64)[0])
     assert torch.equal(moved.to(torch.bfloat16).product(x), before)
+
+
+@pytest.mark.parametrize("text", ["rounding:bits=4,group=64", "tcq:step=0.1", "vptq:v=4,k=16"])
+def test_a_copy_reads_its_own_planes(text: str) -> None:
+    weight, _ = weight_of(text, 64, 64)
+    x = torch.randn(1, 64)
+    expected = weight.product(x)
+    copies = copy.deepcopy(weight), pickle.loads(pickle.dumps(weight))
+    for buffer in weight.buffers():
+        buffer.zero_()
+    del weight
+    assert all(torch.equal(one.product(x), expected) for one in copies)
 
 
 def test_what_is_in_memory() -> None:
