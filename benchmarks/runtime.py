@@ -174,7 +174,7 @@ def table(record: Row) -> str:
         found += [bench.with_error(each, ".1f", ".1f"), bench.with_error(each["ratio"], ".2f", ".2f")]
         found.append(f"{speed / 1e9:.1f} ({speed / row['read_per_s']:.0%})")
         for count in map(str, PROMPTS):
-            half = row[count].get("bfloat16", {}).get("ratio")
+            half = row[count].get("bfloat16", {}).get("ratio") if kind == "float32" else None
             found.append(bench.with_error(row[count][kind]["ratio"], ".2f", ".2f"))
             found[-1] += f"; {bench.with_error(half, '.2f', '.2f')}" if half else ""
         return found

@@ -132,8 +132,8 @@ def speeds() -> str:
     ours, dense = (own["generation"][name]["value"] for name in ("float32", "dense"))
     quick = theirs["generation"]["float32"]["value"]
     return (
-        f"A token takes {ours:.0f} ms of one core from `fit`'s 60 MB in our runtime, {dense:.0f} from bfloat16 in transformers, "
-        f"{quick:.0f} from Q4_0 in llama.cpp ([all rows](reports/runtime/runtime.md))."
+        f"A token takes {ours:.0f} ms of one core from `fit`'s 60 MB in our runtime, {dense:.0f} from bfloat16 in "
+        f"transformers, {quick:.0f} from Q4_0 in llama.cpp ([all rows](reports/runtime/runtime.md))."
     )
 
 
