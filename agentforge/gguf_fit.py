@@ -77,7 +77,8 @@ def fit_gguf(
     found_text = evaluation.find_text(text)
     calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device).with_sensitivities()
     columns = {weight.name: weight.shape[1] for weight in model.weights(embeddings=True)}
-    usable = {n: [stage for stage in LADDER if stage.type in types and stage.fits(many)] for n, many in columns.items()}
+    ladder = [stage for stage in LADDER if stage.type in types]
+    usable = {n: [stage for stage in ladder if stage.fits(many)] for n, many in columns.items()}
     for name in (name for name, found in usable.items() if not found):
         raise BadInput(f"{name}: has rows of {columns[name]}; ggml's types take multiples of 32 or 256, so none holds it")
     with folder_beside(out) as folder:
@@ -87,7 +88,7 @@ def fit_gguf(
         rest = (folder / "kept.gguf").stat().st_size + header
         statistics = statistics or collect(model, calibration, workers, progress, ends=True)
         how: dict[str, Any] = {"workers": workers, "executor": executor}
-        priced = candidates(model, statistics, calibration, LADDER, device=device, progress=progress, **how)
+        priced = candidates(model, statistics, calibration, ladder, device=device, progress=progress, **how)
         options = {name: [one for one in found if one.stage in usable[name]] for name, found in priced.items()}
         settings = {"calibration": calibration, "statistics": statistics, **how}
         journal = folder / "counted"  # of nothing: these prices are counted
