@@ -106,6 +106,10 @@ class Ratio:
 class Ratios(list[Ratio]):
     """Ratios that print, and show in a notebook, as a table."""
 
+    def of(self, what: str, bits: int) -> Ratio:
+        """That of the "whole model" or of the "touched tensors", against `bits` (16 or 32) for each parameter."""
+        return next(r for r in self if r.what == what and r.denominator.endswith(f"at {bits} bits"))
+
     def __str__(self) -> str:
         rows = [f"{r.what:15} {r.bytes:13,} {r.ratio:8.3f}x  {r.denominator}" for r in self]
         return "\n".join([f"{'what':15} {'bytes on disk':>13} {'ratio':>9}  against", *rows])
@@ -186,7 +190,7 @@ class Artifact:
 
     def ratio_to(self, bits: int) -> float:
         """Whole model: `bits` (16 or 32) for every parameter, against the weight files on disk."""
-        return next(r.ratio for r in self.ratios if r.what == "whole model" and r.denominator.endswith(f"at {bits} bits"))
+        return self.ratios.of("whole model", bits).ratio
 
     def verify(self) -> list[str]:
         """Check every hash, shape and plane, and decode every tensor.  Returns what was checked.

@@ -29,7 +29,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from . import evaluation, stages, tracking
-from .artifact import RECIPE, Artifact, Ratio, joint_error
+from .artifact import RECIPE, Artifact, joint_error
 from .errors import AgentForgeError, BadInput
 from .evaluation import Measurement, Text
 from .evaluation.measurement import peak_memory
@@ -386,8 +386,9 @@ class _Run:
         bits = self.chain.bits
         first = artifact.weight_bytes * artifact.ratio_to(bits)
         last = before.bytes_on_disk if before else first
-        touched = _touched(artifact, bits)
-        touched_last = _touched(Artifact(self.accepted), bits).bytes if self.accepted else touched.denominator_bytes
+        touched = artifact.ratios.of("touched tensors", bits)
+        accepted = Artifact(self.accepted).ratios.of("touched tensors", bits) if self.accepted else None
+        touched_last = accepted.bytes if accepted else touched.denominator_bytes
         exact: dict[str, tuple[float, str]] = {
             "bytes": (artifact.weight_bytes, "bytes"),
             "ratio": (artifact.ratio_to(bits), "x"),
@@ -422,11 +423,6 @@ def model_error(original: LanguageModel, candidate: LanguageModel) -> float:
     """The relative error of all weights that a stage may touch, together."""
     names = [weight.name for weight in original.weights()]
     return joint_error((original.tensor(name), candidate.tensor(name)) for name in names)
-
-
-def _touched(artifact: Artifact, bits: int) -> Ratio:
-    """The ratio of the encoded tensors alone, shared planes included, against `bits` per weight."""
-    return next(r for r in artifact.ratios if r.what == "touched tensors" and r.denominator.endswith(f"at {bits} bits"))
 
 
 def _manifest_hash(folder: Path) -> str | None:

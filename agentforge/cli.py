@@ -372,7 +372,7 @@ def register(
 
     found = run(artifact_dir, name=name, uri=registry, record=record, aliases=tuple(alias or ()), handed=handed)
     what = f"{artifact_dir} {'registered as' if found.new else 'is already there:'} {found.name}"
-    said = f"{what}, version {found.packed} (dequantised: version {found.dequantised})"
+    said = f"{what}, version {found.packed}, packed and dequantised"
     _show(found._asdict(), as_json, lambda: _say(said))
 
 
@@ -380,10 +380,16 @@ def _registered_table(found: list[dict[str, Any]]) -> None:
     rows = []
     for row in found:
         tags, metrics = row["tags"], ", ".join(f"{name} {m['value']:.4g}" for name, m in row["metrics"].items())
-        cells = [row["name"], str(row["version"]), tags["form"], tags.get("partner", "missing: register it again")]
-        cells += [tags["manifest_sha256"][:12], f"{int(tags['bytes']):,}", tags.get("parent_version", "-"), metrics or "-"]
+        cells = [
+            row["name"],
+            str(row["version"]),
+            tags["manifest_sha256"][:12],
+            f"{int(tags['bytes']):,}",
+            tags.get("parent_version", "-"),
+            metrics or "-",
+        ]
         rows.append([*cells, ", ".join(row["aliases"]) or "-", tags["handoff"]])
-    _table("name|>version|form|>other form|manifest|>bytes|made from|measured|aliases|hand-off", rows)
+    _table("name|>version|manifest|>bytes|made from|measured|aliases|hand-off", rows)
 
 
 @handoff_app.command("write")

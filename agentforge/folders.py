@@ -103,13 +103,13 @@ def remove(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, out: Path) -> Iterator[None]:
-    """Hold the lock of a folder, or of a file, which is made if it is not there.  Raises BadInput, about `out`, if another
-    process has it."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT, 0o666)
+def locked(path: Path, out: Path, wait: bool = False) -> Iterator[None]:
+    """Hold the lock of a folder, or of a file, which is made if it is not there; no link is followed.  wait: until nobody
+    else has it.  Otherwise raises BadInput, about `out`, if another process has it."""
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError:
             raise BadInput(f"{out}: another agentforge is writing it; wait for that one") from None
         yield

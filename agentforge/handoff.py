@@ -269,15 +269,17 @@ def _gates_passed(folder: Path) -> list[dict[str, Any]]:
     from .chain import Condition
 
     journal: Any = read_json(folder / "journal.json")
-    accepted = [row for row in journal.get("attempts", []) if row.get("decision") == "accepted"]
-    artifact = Artifact(folder / "artifact")
-    if not accepted or accepted[-1].get("artifact") != artifact.sha256:
+    try:
+        accepted = [row for row in journal.get("attempts", []) if row.get("decision") == "accepted"]
+        gates = [
+            {"step": row["name"], "condition": gate, "measured": row["measured"][Condition.parse(gate).quantity]}
+            for row in accepted
+            for gate in row["gates"]
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise BadInput(f"{folder / 'journal.json'}: is not the journal of a chain; run the chain again") from None
+    if not accepted or accepted[-1].get("artifact") != Artifact(folder / "artifact").sha256:
         raise BadInput(f"{folder}: its journal is not that of the artifact beside it; run the chain again")
-    gates = [
-        {"step": row["name"], "condition": gate, "measured": row["measured"][Condition.parse(gate).quantity]}
-        for row in accepted
-        for gate in row["gates"]
-    ]
     if not gates:
         raise BadInput(f"{folder}: its chain has no gates, so that nothing was passed; give it some and run it again")
     return gates

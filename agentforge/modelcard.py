@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import stages
@@ -17,6 +18,7 @@ from .tensorfiles import plain_file
 if TYPE_CHECKING:
     from .evaluation import Measurement
 
+TEMPLATE = str(Path(__file__).with_name("modelcard.jinja"))
 # Where a model that agentforge can name itself comes from, on the hub.
 HUB_IDS = {SMOLLM2["name"]: "HuggingFaceTB/SmolLM2-135M-Instruct"}
 # How the texts of licences begin, and their names on the hub.
@@ -43,52 +45,21 @@ def model_card(artifact: Artifact, measurements: Mapping[str, Measurement] | Non
         base_model=base if on_hub else None,
         base_model_relation="quantized" if on_hub else None,
     )
-    quoted = json.dumps(name, ensure_ascii=False)  # one line, so that it cannot end the code
-    lines = [
-        f"# {markdown(original['name'])}, compressed by agentforge",
-        "",
-        f"- Base model: {markdown(base)} (sha256 over its files: `{markdown(original['fingerprint'])}`)",
-        f"- Licence of the base model: {markdown(licence(artifact))}",
-        f"- Encoded: {len(touched)} of {len(artifact.rows)} tensors; the others are kept",
-        f"- Manifest: sha256 `{artifact.sha256}`",
-        "",
-        "## Stage",
-        "",
-        *(f"- `{text}`: {count} tensors" for text, count in used.items()),
-        "",
-        "## Size",
-        "",
-        "| what | bytes on disk | against | bytes | ratio |",
-        "|---|---:|---|---:|---:|",
-        *(
-            f"| {markdown(r.what)} | {r.bytes:,} | {markdown(r.denominator)} | {r.denominator_bytes:,} | {r.ratio:.3f} |"
-            for r in artifact.ratios
-        ),
-        "",
-        "## Quality",
-        "",
-    ]
-    if measurements:
-        lines += ["| measured | value | protocol |", "|---|---|---|"]
-        for what, found in measurements.items():
-            protocol = ", ".join(f"{key} {value}" for key, value in found.protocol.items())
-            lines.append(f"| {markdown(what)} | {markdown(found)} | {markdown(protocol)} |")
-    else:
-        lines.append("Not measured.")
-    lines += [
-        "",
-        "## Use",
-        "",
-        "```python",
-        "import agentforge.huggingface  # tells transformers of the format",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        f"model = AutoModelForCausalLM.from_pretrained({quoted})",
-        f"tokenizer = AutoTokenizer.from_pretrained({quoted})",
-        "```",
-        "",
-    ]
-    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines)))
+    card = ModelCard.from_template(
+        data,
+        TEMPLATE,
+        title=markdown(original["name"]),
+        base=markdown(base),
+        fingerprint=markdown(original["fingerprint"]),
+        licence=markdown(licence(artifact)),
+        touched=len(touched),
+        artifact=artifact,
+        used=used,
+        measurements=measurements,
+        markdown=markdown,
+        quoted=json.dumps(name, ensure_ascii=False),  # one line, so that it cannot end the code
+    )
+    return str(card)
 
 
 def licence(artifact: Artifact) -> str:

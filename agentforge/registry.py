@@ -1,30 +1,28 @@
 """The model registry: MLflow's, in a SQLite file by default, on any tracking server by its URI.
 
-One call registers an artifact in two forms, which become two versions of one registered model and name each other:
+One call registers an artifact as a version of a registered model, in two forms:
 
-    packed         the artifact where it lies
+    packed         the artifact where it lies: the version's source
     dequantised    the ordinary safetensors folder that it decodes to, written here for it
 
 A version's tags describe it, so that they appear with the version or not at all:
 
-    form, partner                     of the two, and the version of the other one
     manifest_sha256                   the packed artifact's, which holds the hashes of all its files
-    fingerprint                       of this form's own files, as `LanguageModel.fingerprint`
+    dequantised_source, _fingerprint, and _bytes: where that form lies, its hash as `LanguageModel.fingerprint`, its size
     base, base_sha256                 the model that all of it comes from
     parent_sha256, parent_version     the model that it was made from, and where that is registered
     settings, bytes, ratios           the recipe, weight files on disk, ratios with their denominators
     metric.NAME                       measurements, whole: value, standard error, n, protocol
+    metric.dequantised.NAME           the same of the dequantised form
     handoff, handoff_reason           passed, failed or none
 
-A call is a transaction under a lock.  A kill leaves whole versions only, and at most one without its partner, which the
-next call makes.  The lock is of this machine: two machines that register one artifact on a server at the same moment may
-make it two versions.
+A call is a transaction under a lock.  A kill leaves whole versions only.  The lock is of this machine: two machines that
+register one artifact on a server at the same moment may make it two versions.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -32,7 +30,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +39,7 @@ import torch
 from . import handoff, schemas
 from .artifact import MANIFEST, Artifact, dequantize
 from .errors import BadInput
-from .folders import remove
+from .folders import locked, remove
 from .models import cache_dir
 from .opening import open_model
 from .tensorfiles import plain_file, read_json
@@ -53,7 +51,8 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 class Registered(NamedTuple):
-    """name: of the registered model.  packed, dequantised: the two versions.  new: False if the artifact was there."""
+    """name: of the registered model.  packed, dequantised: the version, which holds both forms.  new: False if the artifact
+    was there."""
 
     name: str
     packed: int
@@ -74,8 +73,8 @@ def register(
 
     name: of the registered model (default: the base model's).  uri: see `registry_uri`.  record: a file of measurements, an
     audit's record or what `agentforge evaluate --json` printed; those of this artifact are taken.  aliases: that shall lead
-    to the packed version.  handed: the folder of a hand-off that the artifact is part of; it is checked, and the outcome
-    recorded.  An artifact that is there already gets the new metrics and aliases, and no new version.
+    to the version.  handed: the folder of a hand-off that the artifact is part of; it is checked, and the outcome recorded.
+    An artifact that is there already gets the new metrics and aliases, and no new version.
 
     Raises BadInput if the artifact is damaged, or anything else cannot be used; nothing is registered then.
     """
@@ -90,26 +89,23 @@ def register(
     status = _handed(Path(handed).expanduser(), sha256) if handed is not None else {}
     with _opened(uri) as client:
         folder, fingerprint = _dequantised(artifact, sha256, uri)
-        fingerprints = {"packed": sha256, "dequantised": fingerprint}
-        metrics = _metrics(Path(record).expanduser(), fingerprints) if record is not None else {}
-        known = _lineage(client, artifact) | status
+        metrics = _metrics(Path(record).expanduser(), sha256, fingerprint) if record is not None else {}
+        known = _lineage(client, artifact) | status | metrics
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
-        if new := (sha256, "packed") not in _versions(client, name):
+        there = _versions(client, f"name = '{name}' and tags.manifest_sha256 = '{sha256}'")
+        if new := not there:
             source, run = (str(artifact.path), None) if _sqlite_file(uri) else _upload(client, artifact, folder, sha256)
             other = str(folder) if run is None else source.removesuffix("packed") + "dequantised"
-            about = _about(artifact, sha256, folder, fingerprint)
-            tags = {"form": "packed", "handoff": "none", "dequantised_source": other, **about, **known}
-            client.create_model_version(name, source, run_id=run, tags=tags)
-        _link(client, name)
-        made = [_versions(client, name)[sha256, form] for form in ("packed", "dequantised")]
-        for version in made:
-            for key, value in (known | metrics.get(version.tags["form"], {})).items():
-                if version.tags.get(key) != value:
-                    client.set_model_version_tag(name, str(version.version), key, value)
+            tags = {"handoff": "none", "dequantised_source": other, **_about(artifact, sha256, folder, fingerprint), **known}
+            there = [client.create_model_version(name, source, run_id=run, tags=tags)]
+        number = str(there[0].version)
+        for key, value in known.items():
+            if there[0].tags.get(key) != value:
+                client.set_model_version_tag(name, number, key, value)
         for alias in aliases:
-            client.set_registered_model_alias(name, alias, str(made[0].version))
-    return Registered(name, int(made[0].version), int(made[1].version), new)
+            client.set_registered_model_alias(name, alias, number)
+    return Registered(name, int(number), int(number), new)
 
 
 def registered(uri: str | None = None) -> list[dict[str, Any]]:
@@ -125,16 +121,14 @@ def registered(uri: str | None = None) -> list[dict[str, Any]]:
     with _talking(uri):
         client = _client(uri)
         aliases = {model.name: model.aliases for model in _pages(client.search_registered_models, "")}
-        for version in _pages(client.search_model_versions, ""):
-            if version.tags.get("form") not in ("packed", "dequantised"):
-                continue
+        for version in _versions(client, ""):
             row = {"name": version.name, "version": int(version.version), "source": version.source}
             row["aliases"] = sorted(a for a, v in aliases.get(version.name, {}).items() if int(v) == int(version.version))
             metrics = {key: value for key, value in version.tags.items() if key.startswith("metric.")}
             row["metrics"] = {key.removeprefix("metric."): json.loads(value) for key, value in metrics.items()}
             row["tags"] = {key: value for key, value in version.tags.items() if key not in metrics}
             rows.append(row)
-    return sorted(rows, key=lambda row: (row["name"], row["version"]))
+    return rows
 
 
 def registry_uri(given: str | None = None) -> str:
@@ -157,8 +151,7 @@ def _checked(value: str, pattern: str, what: str, expected: str) -> str:
 def _name_of(artifact: Artifact) -> str:
     """The base model's name, in letters that MLflow takes."""
     original = artifact.manifest["original"]
-    source = original.get("source")
-    named = source.get("name") if isinstance(source, dict) else None
+    named = original["source"].get("name")
     name = re.sub(r"[^\w.-]+", "-", named if isinstance(named, str) else original["name"], flags=re.ASCII).strip(".-")
     return name[:200] or "model"
 
@@ -205,8 +198,7 @@ def _opened(uri: str) -> Iterator[Any]:
     name = hashlib.sha256(uri.encode()).hexdigest()[:16]
     lock = file.with_name(file.name + ".lock") if file else cache_dir() / "registry" / f"{name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with _talking(uri), open(lock, "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
+    with _talking(uri), locked(lock, lock, wait=True):
         if file is not None and not file.exists():
             # Made beside and renamed: a kill among MLflow's migrations would leave a database that none can open.
             with tempfile.TemporaryDirectory(prefix=f".{file.name}-", dir=file.parent) as partial:
@@ -229,28 +221,12 @@ def _pages(search: Any, query: str) -> list[Any]:
     return found
 
 
-def _versions(client: Any, name: str) -> dict[tuple[str, str], Any]:
-    """The versions of a registered model by manifest_sha256 and form; the first of several."""
-    versions = sorted(_pages(client.search_model_versions, f"name = '{name}'"), key=lambda v: -int(v.version))
-    return {(v.tags["manifest_sha256"], v.tags["form"]): v for v in versions if {"manifest_sha256", "form"} <= set(v.tags)}
-
-
-def _link(client: Any, name: str) -> None:
-    """Give every packed version its partner: the version is made if it is missing, after a kill."""
-    versions = _versions(client, name)
-    for (sha256, form), packed in versions.items():
-        if form != "packed":
-            continue
-        other = versions.get((sha256, "dequantised"))
-        if other is None:
-            tags = {k: v for k, v in packed.tags.items() if not k.startswith(("dequantised_", "metric.")) and k != "ratios"}
-            own = {key: packed.tags[f"dequantised_{key}"] for key in ("fingerprint", "bytes")}
-            own |= {"form": "dequantised", "partner": str(packed.version)}
-            source = packed.tags["dequantised_source"]
-            other = client.create_model_version(name, source, run_id=packed.run_id or None, tags=tags | own)
-        for version, partner in ((packed, other), (other, packed)):
-            if version.tags.get("partner") != str(partner.version):
-                client.set_model_version_tag(name, str(version.version), "partner", str(partner.version))
+def _versions(client: Any, query: str) -> list[Any]:
+    """Our versions that a query finds, by name and number.  Dequantised forms, which an older registry has as versions of
+    their own, are left out."""
+    found = [v for v in _pages(client.search_model_versions, query) if "manifest_sha256" in v.tags]
+    ours = [version for version in found if version.tags.get("form", "packed") == "packed"]
+    return sorted(ours, key=lambda version: (version.name, int(version.version)))
 
 
 def _dequantised(artifact: Artifact, sha256: str, uri: str) -> tuple[Path, str]:
@@ -282,7 +258,6 @@ def _about(artifact: Artifact, sha256: str, folder: Path, fingerprint: str) -> d
     weights = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     return {
         "manifest_sha256": sha256,
-        "fingerprint": sha256,
         "settings": settings,
         "bytes": str(artifact.weight_bytes),
         "ratios": json.dumps([ratio.to_json() for ratio in artifact.ratios]),
@@ -303,11 +278,9 @@ def _lineage(client: Any, artifact: Artifact) -> dict[str, str]:
     tags = {"base": _name_of(artifact), "base_sha256": str(base)}
     if isinstance(parent, str) and _SHA256.fullmatch(parent):
         tags["parent_sha256"] = parent
-        query = f"tags.manifest_sha256 = '{parent}' and tags.form = 'packed'"
-        if found := _pages(client.search_model_versions, query):
-            first = min(found, key=lambda version: (version.name, int(version.version)))
-            tags["parent_version"] = f"{first.name}/{first.version}"
-            tags["base_sha256"] = first.tags["base_sha256"]
+        if found := _versions(client, f"tags.manifest_sha256 = '{parent}'"):
+            tags["parent_version"] = f"{found[0].name}/{found[0].version}"
+            tags["base_sha256"] = found[0].tags["base_sha256"]
     return tags
 
 
@@ -328,8 +301,8 @@ def _handed(folder: Path, sha256: str) -> dict[str, str]:
     return {"handoff": "passed", "handoff_reason": f"phase {phase} to {handoff.contract(phase).to}"}
 
 
-def _metrics(path: Path, fingerprints: Mapping[str, str]) -> dict[str, dict[str, str]]:
-    """For each form the measurements in a file that were taken of it, as tags.
+def _metrics(path: Path, sha256: str, fingerprint: str) -> dict[str, str]:
+    """The measurements in a file that were taken of the artifact, or of its dequantised form, as tags.
 
     Raises BadInput if the file holds something else than measurements, or none of this artifact.
     """
@@ -341,22 +314,21 @@ def _metrics(path: Path, fingerprints: Mapping[str, str]) -> dict[str, dict[str,
         *((name, task.get("accuracy") if isinstance(task, dict) else task) for name, task in parts[1].items()),
         *((str(row.get("id")), row["measured"]) for row in rows if row.get("measured") is not None),
     ]
-    found: dict[str, dict[str, str]] = {form: {} for form in fingerprints}
+    found: dict[str, str] = {}
     for name, m in measured:
         if wrong := schemas.problem("measurement", m):
             raise BadInput(f"{path}: {name:.80}: no measurement ({wrong})")
         value = json.dumps({key: part for key, part in m.items() if key != "environment"}, sort_keys=True)
         if len(value) > LONGEST_TAG or not math.isfinite(m["value"]):
             raise BadInput(f"{path}: {name:.80}: a value that is not finite, or a measurement of {len(value)} characters")
-        for form, fingerprint in fingerprints.items():
-            others = m["inputs"].get("artifacts")
-            if m["inputs"].get("model") == fingerprint or (
-                isinstance(others, dict) and list(others.values()) == [fingerprint]
-            ):
-                found[form]["metric." + re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)[:200]] = value
-    if not any(found.values()):
-        raise BadInput(f"{path}: holds no measurement of this artifact; run agentforge evaluate ARTIFACT --json > FILE")
-    return found
+        others = m["inputs"].get("artifacts")
+        of = [m["inputs"].get("model"), *([*others.values()] if isinstance(others, dict) and len(others) == 1 else [])]
+        for form, prefix in ((sha256, "metric."), (fingerprint, "metric.dequantised.")):
+            if form in of:
+                found[prefix + re.sub(r"[^\w.-]+", "_", name, flags=re.ASCII)[:200]] = value
+    if found:
+        return found
+    raise BadInput(f"{path}: holds no measurement of this artifact; run agentforge evaluate ARTIFACT --json > FILE")
 
 
 def _upload(client: Any, artifact: Artifact, folder: Path, sha256: str) -> tuple[str, str]:

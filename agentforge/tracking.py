@@ -6,7 +6,6 @@ none of them logged by its code), PHASE8_METRICS and PHASE8_STAGE_METRICS are th
 
 from __future__ import annotations
 
-import csv
 import json
 import math
 import os
@@ -73,22 +72,6 @@ class Run:
         self._file.flush()
         if self._wandb is not None:
             self._run.log(dict(metrics))
-
-    def table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Log a table, which also goes to NAME.csv; what a row has not becomes an empty cell."""
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        with open(self.folder / f"{name}.csv", "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, columns)
-            writer.writeheader()
-            writer.writerows(rows)
-        if self._wandb is not None:
-            cells = [[row.get(key) for key in columns] for row in rows]
-            self._run.log({name: self._wandb.Table(columns=columns, data=cells)})
-
-    def image(self, name: str, path: str | Path) -> None:
-        """Log a picture file."""
-        if self._wandb is not None:
-            self._run.log({name: self._wandb.Image(str(path))})
 
     def artifact(self, name: str, artifact: Artifact) -> None:
         """Log an artifact by the hashes that the registry knows it by.
@@ -160,8 +143,7 @@ def track_chain(
 ) -> None:
     """Log a chain's attempts, in their order, and what came out, as a run in `folder`.
 
-    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  Besides the metrics there are attempts.csv,
-    and frontier.png if matplotlib is installed; W&B gets both, as a table and a picture.  A metric that was not measured
+    recipe, attempts: as in the chain's journal.  artifact: what is handed over.  A metric that was not measured
     is not logged: after a stage that failed to encode there is none of its sizes.
     """
     with Run(folder, f"chain-{recipe['chain']['name']}", recipe) as run:
@@ -175,9 +157,6 @@ def track_chain(
         run.log(_of_chain(model, attempts, passed, finished))
         if artifact is not None:
             run.artifact("artifact", artifact)
-        run.table("attempts", [_cells(row) for row in attempts])
-        if frontier(attempts, folder / "frontier.png"):
-            run.image("frontier", folder / "frontier.png")
 
 
 def stage_label(text: str) -> str:
@@ -217,45 +196,3 @@ def _of_chain(
         "finished": int(finished),
     }
     return {name: found[key] for name, key in PHASE8_METRICS.items() if math.isfinite(found.get(key, math.nan))}
-
-
-def _cells(row: Mapping[str, Any]) -> dict[str, Any]:
-    """An attempt as a row of a table: step, try, setting, decision, why not, every measured quantity with its standard error
-    and n, seconds and bytes of memory."""
-    cells = {"step": row["step"], "name": row["name"], "try": row["attempt"], "setting": row["setting"]["stage"]}
-    cells |= {"decision": row["decision"], "reason": row["reason"]}
-    for name, m in row.get("measured", {}).items():
-        cells |= {name: m["value"], f"{name}_stderr": m["stderr"], f"{name}_n": m["n"]}
-    return cells | {name: row[name] for name in TIMES if name in row}
-
-
-def frontier(attempts: Sequence[Mapping[str, Any]], path: Path) -> bool:
-    """Draw total retention against the total ratio of the encoded tensors, one point per attempt with its 95% interval, into
-    the PNG file `path`.  Returns whether it did: not if matplotlib is missing or nothing was measured."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
-    from .evaluation import Measurement
-
-    drawn = [row for row in attempts if "measured" in row and math.isfinite(row["measured"]["total_retention"]["value"])]
-    if not drawn:
-        return False
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    shown: dict[str, Any] = {}
-    for row in drawn:
-        kept, ratio = Measurement(**row["measured"]["total_retention"]), row["measured"]["touched_ratio"]["value"]
-        colour = "tab:green" if row["decision"] == "accepted" else "tab:red"
-        error = [[abs(bound - kept.value)] for bound in kept.bounds]
-        shown[row["decision"]] = axes.errorbar(ratio, kept.value, yerr=error, fmt="o", capsize=3, color=colour)
-        label = f"{row['step']}.{row['attempt']} {stage_label(row['setting']['stage'])}"
-        axes.annotate(label, (ratio, kept.value), xytext=(5, 5), textcoords="offset points", fontsize=8)
-    bits = drawn[0]["measured"]["touched_ratio"]["protocol"]["bits"]
-    axes.set_xscale("log")
-    axes.margins(x=0.3)  # space for the labels
-    axes.set_xlabel(f"ratio of the encoded tensors, against {bits} bits per weight (x)")
-    axes.set_ylabel("accuracy over the original's (2 standard errors)")
-    axes.legend(shown.values(), shown)
-    figure.savefig(path, dpi=120)
-    return True

@@ -29,10 +29,6 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 MODEL = "smollm2-135m"
 PROMPT = "Once upon a time, in a village by the sea, there lived"  # to generate from
-# Under tables whose record does not say that transformers' own decoder layers ran.
-FUSED = """\
-The generation speed of {} was measured with a Llama layer that computed a new token by two kernels of its own; that code is
-gone. Without it a token of this model takes about 1.3 times as long."""
 
 
 def options(arguments: list[str] | None, about: str | None, out: str, **defaults: Any) -> argparse.Namespace:

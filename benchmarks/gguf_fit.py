@@ -10,9 +10,9 @@ token, over the windows that `fit` measures on.  Originals are the default model
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import Counter
-from functools import lru_cache
 from pathlib import Path
 
 import bench
@@ -47,8 +47,6 @@ class Files:
         self.programs, self.llama = peers.LlamaCpp(work / "programs"), interop.Llama(work / "library")
         windows = plan(self.model, evaluation.find_text(), SAMPLED, None, SAMPLED_TOKENS, None)[0]
         self.windows = [list(window.ids) for window in windows]
-        self.original: torch.Tensor | None = None
-        self._statistics: Collected | None = None
         self.widened: bench.Row = {}
         if name == WIDE:
             self._widen()
@@ -70,11 +68,15 @@ class Files:
             gguf.write(partial, self.model, self.model.state_dict().items(), "0" * 64)
             partial.rename(self.programs.full)
 
+    @functools.cached_property
     def statistics(self) -> Collected:
         """What `fit` would collect each time."""
-        if self._statistics is None:
-            self._statistics = collect(self.model, Calibration().with_sensitivities(), ends=True)
-        return self._statistics
+        return collect(self.model, Calibration().with_sensitivities(), ends=True)
+
+    @functools.cached_property
+    def original(self) -> torch.Tensor:
+        """What llama.cpp computes with the original."""
+        return self.logits(self.programs.full)
 
     def logits(self, file: Path) -> torch.Tensor:
         """float32[windows, tokens, vocabulary]."""
@@ -84,8 +86,6 @@ class Files:
 
     def compare(self, file: Path) -> bench.Row:
         """Bytes, types, and KL from the original with its standard error over windows."""
-        if self.original is None:
-            self.original = self.logits(self.programs.full)
         each = [interop.compare(a[None, :-1], b[None, :-1]) for a, b in zip(self.original, self.logits(file), strict=True)]
         kl = bench.mean([one["kl"]["value"] for one in each])
         kinds = Counter(tensor.tensor_type.name for tensor in GGUFReader(file).tensors)
@@ -103,7 +103,7 @@ class Files:
             peers.run(*command, self.programs.full, theirs, kind, 1)
             found = self.widened | {"theirs": self.compare(theirs)}
             for who, types in MODELS[self.name].items():
-                made = fit_gguf(self.model, ours, theirs.stat().st_size, types=types, statistics=self.statistics())
+                made = fit_gguf(self.model, ours, theirs.stat().st_size, types=types, statistics=self.statistics)
                 found[who] = self.compare(ours) | {"measured": made.measured.kl.to_json(), "predicted": made.predicted}
                 ours.unlink()
         return found
@@ -172,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     text = evaluation.find_text()
     about = {"version": peers.LLAMA_CPP, "text": f"{text.name}/{text.split}", "sha256": text.sha256}
     wanted = {f"{name} {kind}": {"name": kind, "model": name, **about} for name in MODELS for kind in KINDS}
-    files = lru_cache(1)(lambda name: Files(options.work.resolve(), name))  # one model in memory
+    files = functools.lru_cache(1)(lambda name: Files(options.work.resolve(), name))  # one model in memory
     bench.run(rows, wanted, lambda of: files(wanted[of]["model"]).measure(wanted[of]["name"]), keep, only=options.only)
 
 

@@ -249,13 +249,9 @@ def _settings(options: argparse.Namespace) -> Row:
 Range = tuple[float, float]  # what is known of a number: between these two
 
 
-def steps_of(row: Row) -> Range:
-    """The steps of a run: from the cap to infinity if it is censored."""
-    return _known(row["steps"], row["recipe"]["cap"])
-
-
-def _known(steps: int | None, cap: int) -> Range:
-    return (steps, steps) if steps else (cap, math.inf)
+def _known(row: Row, what: str) -> Range:
+    """The steps of a run to the end, or until it had memorised: from the cap to infinity if it is censored."""
+    return (row[what], row[what]) if row[what] else (row["recipe"]["cap"], math.inf)
 
 
 def ratio(without: Range, with_filter: Range) -> Range:
@@ -307,11 +303,11 @@ def table(rows: list[Row], options: argparse.Namespace) -> str:
         return bench.page(title, "No run yet.")
     machine = rows[0]["environment"]
     runs = {arm: _runs(rows, arm) for group in ORDER for arm in group}
-    steps = {arm: {seed: steps_of(run) for seed, run in found.items()} for arm, found in runs.items()}
+    steps = {arm: {seed: _known(run, "steps") for seed, run in found.items()} for arm, found in runs.items()}
     by_arm = []
     for arm, found in ((arm, found) for arm, found in runs.items() if found):
         values = list(steps[arm].values())
-        learned = median([_known(run["memorised"], run["recipe"]["cap"]) for run in found.values()])
+        learned = median([_known(run, "memorised") for run in found.values()])
         milliseconds = 1000 * statistics.median(run["cpu_seconds_a_step"] for run in found.values())
         cells = [str(arm), show(median(values)), _interval(values, 0), _by_seed(steps[arm], 0), show(learned)]
         by_arm.append([*cells, f"{milliseconds:.0f}"])

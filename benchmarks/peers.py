@@ -38,6 +38,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from agentforge import evaluation, open_model
+from agentforge.chain import model_error
 from agentforge.errors import AgentForgeError
 from agentforge.evaluation.texts import selftexts
 from agentforge.gguf_import import convert
@@ -356,31 +357,6 @@ def of_no_bits(model: LanguageModel, kind: str) -> tuple[LanguageModel, str]:
 # ---- rows
 
 
-class Remembering(nn.Module):
-    """A model's module whose logits are kept in a folder, so that the original runs over a text once for all rows."""
-
-    def __init__(self, module: nn.Module, folder: Path) -> None:
-        super().__init__()
-        self.module, self.folder = module, folder
-
-    def forward(self, input_ids: torch.Tensor, **options: Any) -> SimpleNamespace:
-        """Logits, float32[batch, tokens, vocabulary]."""
-        file = self.folder / f"{hashlib.sha256(input_ids.numpy().tobytes()).hexdigest()}.pt"
-        if not file.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            partial = file.with_suffix(f".{os.getpid()}")  # windows run side by side
-            torch.save(self.module(input_ids=input_ids, **options).logits, partial)
-            partial.rename(file)
-        return SimpleNamespace(logits=torch.load(file, weights_only=True, mmap=True))
-
-
-def remembering(model: LanguageModel, work: Path) -> LanguageModel:
-    """The same model, to be scored as the original of many."""
-    same = copy.copy(model)
-    same.__dict__["model"] = Remembering(model.model, work / f"logits-{model.fingerprint[:16]}")
-    return same
-
-
 def recipe(peer: Peer, model: LanguageModel) -> Row:
     """What a row depends on."""
     text = evaluation.find_text()
@@ -405,13 +381,8 @@ def prepare(peer: Peer, model: LanguageModel, llama: LlamaCpp, folder: Path) -> 
         about = bench.read(folder / "made.json")
     count = sum(math.prod(weight.shape) for weight in model.weights())
     made = open_model(folder / "model")
-    lost = power = 0.0
-    for weight in model.weights():
-        dense = weight.load().double()
-        lost += float((made.tensor(weight.name).double() - dense).square().sum())
-        power += float(dense.square().sum())
     row = {"bits": 8 * about["saved"] / count, "held_bits": 8 * about["held"] / count}
-    row |= {"relative_error": math.sqrt(lost / power), "command": command}
+    row |= {"relative_error": model_error(model, made), "command": command}
     return made, {**row, "note": about["note"], "seconds": about["seconds"]}
 
 
@@ -438,7 +409,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     model, llama = open_model(MODEL), LlamaCpp(options.work.resolve())
-    original, wanted = remembering(model, options.work), {name: recipe(peer, model) for name, peer in peers.items()}
+    wanted = {name: recipe(peer, model) for name, peer in peers.items()}
     rows = [row for row in bench.read(options.out / "peers.json") if row["recipe"] in wanted.values()]
     known = [row["recipe"] for row in rows]
     rows += [{"recipe": how, "failed": "not taken yet"} for how in wanted.values() if how not in known]
@@ -447,7 +418,7 @@ def main(arguments: list[str] | None = None) -> None:
         with tempfile.TemporaryDirectory(dir=options.work) as scratch:
             try:
                 made, about = prepare(peers[name], model, llama, Path(scratch))
-                return about | bench.to_json(evaluation.divergence(made, original, context=SAMPLED, tokens=TOKENS))
+                return about | bench.to_json(evaluation.divergence(made, model, context=SAMPLED, tokens=TOKENS))
             except (RuntimeError, OSError, AgentForgeError) as error:
                 return {"failed": str(error)}
 

@@ -125,17 +125,6 @@ def test_models_of_no_bits_are_what_they_say(peers: ModuleType, tiny_llama: Path
     assert model.model is not fake.model and math.isfinite(found.kl.value)
 
 
-def test_the_original_runs_over_a_text_once(peers: ModuleType, tiny_llama: Path, tmp_path: Path) -> None:
-    model = agentforge.open_model(tiny_llama)
-    small = agentforge.load(agentforge.compress(model, "ternary", tmp_path / "a", progress=False).path)
-    plain = agentforge.divergence(small, model, "selftext", context=32, tokens=62, progress=False)
-    for _ in range(2):
-        same = peers.remembering(model, tmp_path)
-        found = agentforge.divergence(small, same, "selftext", context=32, tokens=62, progress=False)
-        assert found.kl.value == plain.kl.value and found.original_perplexity.value == plain.original_perplexity.value
-    assert len(list(tmp_path.glob("logits-*/*.pt"))) == 2
-
-
 def test_rows_of_tools_go_on_and_say_why_they_failed(
     peers: ModuleType, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,9 @@ def test_the_site_has_a_page_for_all_there_is(site: Path) -> None:
     assert (
         "<math" in notebook and "<img" in notebook and "\\(" not in re.sub(r"<code.*?</code>", "", notebook, flags=re.DOTALL)
     )
+    assert "<summary>Code of the figure</summary>" in notebook and "<summary>Hint</summary>" in notebook
+    pictures = re.findall(r"<img[^>]*_quantization-\d[^>]*>", notebook)
+    assert pictures and all(re.search(r'alt="[^"]{20,}"', picture) for picture in pictures)
 
 
 def test_the_start_pages_first_commands_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import json
 import math
@@ -248,14 +247,8 @@ def test_what_is_tracked_was_measured(digits: LanguageModel, tmp_path: Path, mon
     assert "quality/final_perplexity" not in found  # a classifier has none
     assert set(tracking.PHASE8_METRICS) - set(found) == {"quality/final_perplexity"}
     assert {name.format("seedlm") for name in tracking.PHASE8_STAGE_METRICS} <= set(found)
-    with open(tmp_path / "track/attempts.csv", encoding="utf-8", newline="") as file:
-        table = list(csv.DictReader(file))
-    assert [row["decision"] for row in table] == decisions(result)
-    assert float(table[1]["total_retention"]) == hyper["total_retention"]["value"] and table[1]["total_retention_n"] == "450"
-    assert (tmp_path / "track/frontier.png").read_bytes().startswith(b"\x89PNG")
     pytest.importorskip("wandb")
-    (run,) = (tmp_path / "track/wandb").glob("offline-run-*")
-    assert list(run.glob("files/media/table/attempts_*.json")) and list(run.glob("files/media/images/frontier_*.png"))
+    assert len(list((tmp_path / "track/wandb").glob("offline-run-*"))) == 1
 
 
 def test_a_metric_without_a_value_is_not_tracked(
@@ -279,7 +272,6 @@ def test_a_metric_without_a_value_is_not_tracked(
     assert found["phase/success"] == 0 and found["phase/stages_completed"] == 0
     assert {name for name in found if name.startswith("rounding/")} == {"rounding/overall_passed", "rounding/seconds"}
     assert not {"size/final_mb", "compression/total_ratio", "performance/decompression_time_ms"} & set(found)
-    assert not (tmp_path / "track/frontier.png").exists()
 
 
 def test_the_benchmark_runs_a_documented_chain_once(

@@ -302,6 +302,16 @@ def test_ratios_are_computed_again_and_the_journal_is_the_artifacts(sound: dict[
         handoff.measure_and_write(folder, 8)
 
 
+@pytest.mark.parametrize(
+    "attempts",
+    ["x", [1], [{"decision": "accepted"}], [{"decision": "accepted", "name": "a", "gates": {"kl <= x": 1}, "measured": {}}]],
+)
+def test_a_journal_that_is_none_is_refused(attempts: Any, tmp_path: Path) -> None:
+    write_json(tmp_path / "journal.json", {"attempts": attempts})
+    with pytest.raises(BadInput, match="is not the journal of a chain"):
+        handoff.measure_and_write(tmp_path, 8)
+
+
 def test_a_language_model_is_scored_again_on_its_own_text(tiny_llama: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_llama, tmp_path / "3/model")
     handoff.measure_and_write(tmp_path / "3", 3, "selftext", 200, progress=False)
@@ -336,7 +346,7 @@ def test_the_registry_records_the_receivers_answer(sound: dict[int, Path], tmp_p
     write_json(folder / "handoff.json", data)
     registry.register(artifact.path, uri=uri, handed=folder)
     rows = registry.registered(uri)
-    assert [row["tags"]["handoff"] for row in rows] == ["failed", "failed"]
+    assert [row["tags"]["handoff"] for row in rows] == ["failed"]
     assert "handed over was 0.9999" in rows[0]["tags"]["handoff_reason"]
     with pytest.raises(BadInput, match="does not hand over this artifact"):
         registry.register(artifact.path, uri=uri, handed=sound[8])

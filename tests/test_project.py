@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import http.server
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nbformat
 import pytest
 import yaml
 from packaging.requirements import Requirement
@@ -27,6 +29,8 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import environment  # noqa: E402
 import install  # noqa: E402
+
+import notebooks  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 SOLUTIONS = sorted((ROOT / "notebooks" / "solutions").glob("*.ipynb"))
@@ -204,12 +208,67 @@ def test_notebooks_carry_outputs_and_versions(path: Path) -> None:
     code = [cell for cell in cells if cell["cell_type"] == "code"]
     assert "version(" in source(code[0])
     assert all(cell["execution_count"] == i for i, cell in enumerate(code, start=1))
-    assert not [o for cell in code for o in cell["outputs"] if o["output_type"] == "error"]
+    wrong = [cell for cell in code if any(output["output_type"] == "error" for output in cell["outputs"])]
+    assert all("raises-exception" in tags(cell) for cell in wrong)
     text = json.dumps(cells)
-    assert "Traceback" not in text
-    assert "/tmp/" not in text
-    assert "/root/" not in text
-    assert not [cell for cell in cells if set(cell["metadata"]) - {"tags"}], "python tools/notebooks.py --strip"
+    for trace in ("Traceback", "/tmp/", "/root/", "interactive(children="):
+        assert trace not in text
+    notebook = nbformat.read(path, 4)
+    assert notebooks.stripped(copy.deepcopy(notebook)) == notebook, "python tools/notebooks.py --strip"
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=lambda path: "/".join(path.parts[-2:]))
+def test_cells_of_notebooks_are_short(path: Path) -> None:
+    """Read on a laptop: 25 lines of 100 characters.  A plot's code may be longer: it is folded, few will open it."""
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            lines = source(cell).splitlines()
+            assert max(map(len, lines)) <= 100, lines[0]
+            assert len(lines) <= 25 or "plot" in tags(cell), lines[0]
+            assert ("plot" in tags(cell)) == bool(cell["metadata"].get("jupyter")), lines[0]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_exercises_are_cells_that_a_check_judges(path: Path) -> None:
+    """Stubs fail: nbval compares a check's error with the one stored here.  Solutions pass the same checks."""
+    stubs, checks = exercises(path)
+    answers, passed = exercises(path.parent / "solutions" / path.name)
+    assert len(stubs) == len(answers) == len(checks) == len(passed) >= 2
+    for stub, answer in zip(stubs, answers, strict=True):
+        assert "# your code here" in source(stub)
+        assert not stub["outputs"] and "# your code here" not in source(answer)
+    for check, same in zip(checks, passed, strict=True):
+        assert source(check) == source(same)
+        assert source(check).startswith("# Run this to check your answer: ")
+        assert tags(check) == ["check", "nbval-check-output", "raises-exception"]
+        assert tags(same) == ["check"]
+        assert [(output["output_type"], output.get("ename")) for output in check["outputs"]] == [("error", "AssertionError")]
+        assert check["outputs"][0]["evalue"], "says nothing that helps"
+
+
+def exercises(path: Path) -> tuple[list[Any], list[Any]]:
+    """The cells of exercises, and the checks, each of which follows its exercise at once."""
+    cells = json.loads(path.read_text())["cells"]
+    judged = [(cell, after) for cell, after in zip(cells, cells[1:], strict=False) if "exercise" in tags(cell)]
+    assert all("check" in tags(after) for _, after in judged)
+    assert sum("check" in tags(cell) for cell in cells) == len(judged)
+    return [cell for cell, _ in judged], [after for _, after in judged]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_slider_has_a_picture_for_those_without_a_kernel(path: Path) -> None:
+    cells = json.loads(path.read_text())["cells"]
+    for before, cell in zip(cells, cells[1:], strict=False):
+        if "slider" in tags(cell):
+            assert "interact(" in source(cell) and not cell["outputs"]
+            assert any("image/png" in output.get("data", {}) for output in before["outputs"])
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_index_promises_the_minutes_that_were_measured(path: Path) -> None:
+    said = re.search(r"\*\*Time\*\* (\d+) minutes? of CPU \(measured\)", source(json.loads(path.read_text())["cells"][0]))
+    assert said
+    assert re.search(rf"\({path.name}\).*\| {said[1]} min \|", (path.parent / "README.md").read_text())
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -220,13 +279,12 @@ def test_notebooks_have_one_structure(path: Path) -> None:
         f"# {path.stem[:2]} ",
         "**What you will learn**",
         "**Time** ",
-        " two cores",
         "smoke mode",
         "**Memory** ",
         "**Needs** ",
     ):
         assert part in header, part
-    (parameters,) = [cell for cell in code if "parameters" in cell["metadata"].get("tags", [])]
+    (parameters,) = [cell for cell in code if "parameters" in tags(cell)]
     assert parameters is code[1]
     assert source(parameters).startswith("smoke = False")
     assert any("if smoke" in source(cell) for cell in code[2:])
@@ -239,10 +297,13 @@ def test_notebooks_have_one_structure(path: Path) -> None:
     for i in pictures:  # the finding stands under each picture
         after = next(source(cell) for cell in cells[i + 1 :] if cell["cell_type"] == "markdown")
         assert after.startswith("**What the plot shows.**"), source(cells[i])[:80]
+        for output in cells[i]["outputs"]:
+            assert len(output["metadata"]["image/png"]["alt"]) > 20
+    code = [cell for cell in code if not {"exercise", "check"} & set(tags(cell))]
     assert source(code[-1]).startswith("# What this notebook stands for, asserted.")
     assert source(code[-1]).count("assert ") >= 3
     assert sum("assert " in source(cell) for cell in code) >= 2
-    assert any("nbval-check-output" in cell["metadata"].get("tags", []) for cell in code)
+    assert any("nbval-check-output" in tags(cell) for cell in code)
 
 
 @pytest.mark.parametrize(
@@ -279,6 +340,12 @@ def test_the_course_is_whole_and_in_order() -> None:
 def source(cell: Any) -> str:
     """A cell's text, whichever of the two forms it is stored in."""
     return "".join(cell["source"])
+
+
+def tags(cell: Any) -> list[str]:
+    """A cell's tags."""
+    found: list[str] = cell["metadata"].get("tags", [])
+    return found
 
 
 def test_the_ci_runs_the_readmes_test_command() -> None:

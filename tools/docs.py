@@ -23,6 +23,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "agentforge"
 FENCE = "``````"
+FOLDED = '<details markdown="1">'  # Markdown inside is read as such
 AUDITS = ("phase4_bitnet", "phase8_compression", "claims_vs_measurements")
 
 
@@ -110,17 +111,21 @@ def notebook(path: Path) -> Iterator[tuple[str, str | bytes]]:
     page = path.relative_to(ROOT).with_suffix("")
     for cell in nbformat.read(path, 4).cells:
         if cell.cell_type == "markdown":
-            parts.append(re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", cell.source))
+            text = cell.source.replace("<details>", FOLDED)
+            parts.append(re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", text))
             continue
-        parts.append(f"{FENCE}python\n{cell.source}\n{FENCE}")
-        for output in cell.outputs:
+        code = f"{FENCE}python\n{cell.source}\n{FENCE}"
+        folded = cell.metadata.get("jupyter", {}).get("source_hidden")
+        parts.append(f"{FOLDED}<summary>Code of the figure</summary>\n\n{code}\n\n</details>" if folded else code)
+        for output in [] if "slider" in cell.metadata.get("tags", []) else cell.outputs:
             data = output.get("data", {})
             if "image/png" in data:
                 pictures += 1
                 yield f"{page.as_posix()}-{pictures}.png", base64.b64decode(data["image/png"])
-                parts.append(f"![Figure {pictures}]({page.name}-{pictures}.png)")
+                parts.append(f"![{output.metadata['image/png']['alt']}]({page.name}-{pictures}.png)")
             else:
-                text = output.get("text") or data["text/plain"]
+                error = output.output_type == "error"
+                text = f"{output.ename}: {output.evalue}" if error else output.get("text") or data["text/plain"]
                 parts.append(f"{FENCE}{{.text .output}}\n{text.rstrip()}\n{FENCE}")
     yield f"{page.as_posix()}.md", "\n\n".join(parts) + "\n"
 

@@ -16,16 +16,9 @@ from typing import Any
 from ..escaping import markdown
 from ..models import converted_bytes
 from ..names import REPORTS
+from .claims import COLOURS
 
-MARKS = {
-    "confirmed": "🟢",
-    "partly": "🟡",
-    "refuted": "🔴",
-    "does not carry over": "🔀",
-    "not reproducible here": "⚪",
-    "not tested": "❔",
-    "error": "⛔",
-}
+MARKS = dict(zip(COLOURS, "🟢🟡🔴🔀⚪❔⛔", strict=True))
 # The same marks on a page, where they take the verdict's colour: told apart by their shape alone.
 SHAPES = dict(zip(MARKS, "✔◐✘⇄○?!", strict=True))
 

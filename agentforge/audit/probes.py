@@ -8,7 +8,6 @@ measures is always loaded back from disk.
 from __future__ import annotations
 
 import ast
-import dataclasses
 import hashlib
 import importlib
 import inspect
@@ -21,14 +20,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
-import torch
 
-from .. import evaluation, stages
-from ..digits import data as digits_data
+from .. import stages
 from ..errors import BadInput
-from ..evaluation import Measurement, intervals
+from ..evaluation import Measurement
 from ..names import REPORTS
-from ..opening import load, open_model
 from ..stages.ternary import zero_fraction
 from .workshop import LEFT_OUT, Unmeasured, Workshop
 
@@ -37,6 +33,7 @@ PROBES: dict[str, Probe] = {}
 POINTS = {"confirmed": 1.0, "partly": 0.5, "refuted": 0.0}
 UNITS: dict[str, str] = {}  # of what a probe measures, unless its parameters say it
 COMPARES: set[str] = set()  # the probes that need an original to compare with
+ONE_PASS: set[str] = set()  # those of how a stage changes predictions: all their stages are scored in one pass over the text
 SLOW: set[str] = set()  # those that take longer than the quick budget has for everything
 UNKEPT: set[str] = set()  # those that read what no hash covers: other rows, the coverage data, the README
 
@@ -54,11 +51,14 @@ Positive = Annotated[float, pydantic.Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 
-def probe(unit: str = "", compares: bool = False, slow: bool = False, kept: bool = True) -> Callable[[Probe], Probe]:
+def probe(
+    unit: str = "", compares: bool = False, slow: bool = False, kept: bool = True, one_pass: bool = False
+) -> Callable[[Probe], Probe]:
     """Decorator: makes a probe known under its function's name, which no other has.
 
     unit: of what it measures; "" if that depends on its parameters.  compares: whether it needs an original.  slow: whether
-    the quick budget leaves it out.  kept: whether what it measured once can be taken from the cache.
+    the quick budget leaves it out.  kept: whether what it measured once can be taken from the cache.  one_pass: whether
+    all its stages are scored together.
     """
 
     def know(function: Probe) -> Probe:
@@ -67,6 +67,7 @@ def probe(unit: str = "", compares: bool = False, slow: bool = False, kept: bool
         PROBES[name] = function
         UNITS[name] = unit
         COMPARES.update([name] * compares)
+        ONE_PASS.update([name] * one_pass)
         SLOW.update([name] * slow)
         UNKEPT.update([name] * (not kept))
         return function
@@ -130,13 +131,6 @@ def run(workshop: Workshop, name: str, parameters: dict[str, Any]) -> Measuremen
 def share(workshop: Workshop, right: list[bool], what: str, metric: str, **protocol: Any) -> Measurement:
     """The share of cases that came out right."""
     return workshop.exact(sum(right) / len(right), f"share of {what}", len(right), metric, **protocol)
-
-
-def whole_model(workshop: Workshop) -> Workshop:
-    """The workshop for whole models: digits-mlp's in smoke effort, in which there is no time for a language model."""
-    if workshop.effort.name != "smoke":
-        return workshop
-    return dataclasses.replace(workshop, model=open_model("digits-mlp"))
 
 
 @probe()
@@ -214,8 +208,7 @@ def ratio(
     workshop: Workshop, stage: StageText, of: Literal["whole model", "touched tensors"], bits: Literal[16, 32]
 ) -> Measurement:
     """Bytes on disk of the whole model, or of the touched tensors, against `bits` per parameter."""
-    ratios = workshop.artifact(stage).ratios
-    found = next(r for r in ratios if r.what == of and r.denominator.endswith(f"at {bits} bits"))
+    found = workshop.artifact(stage).ratios.of(of, bits)
     against = {"denominator": found.denominator, "denominator_bytes": found.denominator_bytes}
     return workshop.exact(found.ratio, "x", found.bytes, "compression ratio", stage=stage, of=of, **against)
 
@@ -228,36 +221,14 @@ def bits_per_weight(workshop: Workshop, stage: StageText) -> Measurement:
     return workshop.exact(8 * sum(row["bytes"] for row in rows) / count, "bits/weight", count, "bits on disk", stage=stage)
 
 
-@probe("x")
+@probe("x", one_pass=True)
 def perplexity_factor(workshop: Workshop, stage: StageText) -> Measurement:
     """Perplexity of the compressed model over that of the original, on the same tokens."""
     kept = workshop.divergence(stage).perplexity_retention  # its error is of pairs, window by window
     return kept.through(lambda x: 1 / x, "x", metric="perplexity / original perplexity", stage=stage)
 
 
-@probe("share of tokens")
+@probe("share of tokens", one_pass=True)
 def top1_agreement(workshop: Workshop, stage: StageText) -> Measurement:
     """Share of tokens at which the compressed model and the original have the same most likely next token."""
     return workshop.divergence(stage).top1
-
-
-@probe("share")
-def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "perplexity"]) -> Measurement:
-    """Accuracy over the original's, or the original's perplexity over this one's, of the same tokens or pictures."""
-    whole = whole_model(workshop)
-    if not whole.model.is_classifier:
-        found = whole.divergence(stage)
-        measured = found.retention if of == "accuracy" else found.perplexity_retention
-    else:
-        candidate = load(whole.artifact(stage).path)
-        measured = evaluation.accuracy_retention(candidate, whole.model)
-        if of == "perplexity":
-            _, _, pixels, labels = digits_data()
-            modules = [model.model for model in (whole.model, candidate)]  # built outside of inference mode
-            with torch.inference_mode():
-                logits = [module(pixels).double() for module in modules]
-            base, losses = (torch.nn.functional.cross_entropy(one, labels, reduction="none") for one in logits)
-            protocol = {**measured.protocol, "metric": "original exp(loss) / exp(loss)"}
-            found_loss = intervals.mean(base - losses, error="pairs", log=True)
-            measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
-    return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})

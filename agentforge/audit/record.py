@@ -20,14 +20,12 @@ from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.measurement import environment, peak_memory
 from .claims import COLOURS, Claim, ClaimsFile, claims_sha256, false_discoveries, interval, judge, reach
-from .probes import SLOW, UNKEPT, bits_per_weight, run
+from .probes import ONE_PASS, SLOW, UNKEPT, bits_per_weight, run
 from .workshop import EFFORTS, LEFT_OUT, Unmeasured, Workshop, source_sha256
 
 RECORD_FORMAT = 3
 # What reports and benchmarks write, for git.
 WRITTEN = [f":(top,exclude,glob)reports/**/*.{end}" for end in ("json", "ipynb", "html", "md", "sarif", "png")]
-# Probes of how a stage changes predictions: all their stages are scored in one pass over the text.
-COMPARING = ("perplexity_factor", "retention", "top1_agreement")
 
 
 class Taken(NamedTuple):
@@ -59,7 +57,7 @@ def measure(
     start = time.perf_counter()
     taken = _kept(before, claims, workshop) if before else {}
     stages_before = {row["stage"]: row for row in before["stages"]} if before else {}
-    comparing = [claim for claim in claims.claims if claim.probe in COMPARING]
+    comparing = [claim for claim in claims.claims if claim.probe in ONE_PASS]
     compared = list(dict.fromkeys([*claims.baselines, *(claim.parameters["stage"] for claim in comparing)]))
     asked = {claim.parameters["stage"] for claim in comparing if _key(claim.probe, claim.parameters) not in taken}
     compared = [stage for stage in compared if workshop.has_time_for(stage)]

@@ -174,7 +174,6 @@ def _workshop(claims: ClaimsFile, folder: Path, settings: dict[str, Any]) -> Wor
         folder,
         settings["text"],
         settings["tokens"],
-        progress=False,
         effort=settings["budget"],
         device=settings["device"],
         subject=None if claims.report in NAMES else model,
@@ -431,7 +430,9 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
         heading = table.find_previous("h3")
         if rows and heading is not None:
             found = Counter(tr["data-verdict"] for tr, _ in rows)
-            counts[heading["id"]] = " ".join(f"{_mark(v)}{found[v]}{_unseen(v)}" for v in MARKS if found[v])
+            counts[heading["id"]] = " ".join(
+                f"{_mark(v)}{found[v]}<span class='unseen'> {v}</span>" for v in MARKS if found[v]
+            )
             opened = " open" * (len(rows) <= FOLDED)
             section = made(f'<details class="section"{opened}><summary>{counts[heading["id"]]}</summary></details>').details
             table.wrap(section)
@@ -454,11 +455,6 @@ def _for_readers(body: str, record: dict[str, Any]) -> str:
 
 def _mark(verdict: str) -> str:
     return f'<span class="mark {COLOURS[verdict]}" aria-hidden="true">{SHAPES[verdict]}</span>'
-
-
-def _unseen(text: str) -> str:
-    """Words for those who hear the page."""
-    return f'<span class="unseen"> {text}</span>'
 
 
 def _bar(record: dict[str, Any]) -> str:

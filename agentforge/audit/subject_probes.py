@@ -55,7 +55,7 @@ def _divergence(workshop: Workshop) -> Divergence:
             workshop.text,
             context=min(workshop.context, subject.usual_context),
             tokens=workshop.tokens,
-            progress=workshop.progress,
+            progress=False,
         )
         return {name: m.to_json() for name, m in found._asdict().items()}
 
@@ -99,7 +99,7 @@ def perplexity(workshop: Workshop) -> Measurement:
     """The subject's perplexity on the workshop's text."""
     subject = subject_of(workshop, compares=False)
     context = min(workshop.context, subject.usual_context)
-    return evaluation.perplexity(subject, workshop.text, context=context, tokens=workshop.tokens, progress=workshop.progress)
+    return evaluation.perplexity(subject, workshop.text, context=context, tokens=workshop.tokens, progress=False)
 
 
 @probe("nats/token", compares=True)

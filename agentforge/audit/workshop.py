@@ -81,7 +81,6 @@ class Workshop:
     text: Text
     tokens: int
     context: int = SAMPLED
-    progress: bool = True
     effort: Effort = EFFORTS["standard"]
     device: str = "cpu"
     subject: LanguageModel | None = None
@@ -104,7 +103,7 @@ class Workshop:
             embeddings=embeddings,
             device=self.device,
             overwrite=True,
-            progress=self.progress,
+            progress=False,
             calibration=Calibration(tokens=self.effort.calibration),
         )
         self.used[f"{stage}{', embeddings too' if embeddings else ''}"] = made.sha256
@@ -128,7 +127,7 @@ class Workshop:
                 text=self.text,
                 tokens=self.tokens,
                 context=self.context,
-                progress=self.progress,
+                progress=False,
             )
             for stage, result in zip(missing, results, strict=True):
                 self._divergences[stage] = result
@@ -237,7 +236,6 @@ def workshop_for(
     text: str | None,
     tokens: int | None = None,
     context: int = SAMPLED,
-    progress: bool = True,
     *,
     effort: str = "standard",
     device: str = "cpu",
@@ -256,4 +254,4 @@ def workshop_for(
     context = min(context, opened.context or context, tokens + 1)
     other = open_model(subject) if subject else None
     size = EFFORTS[effort]
-    return Workshop(opened, folder, found, tokens, context, progress, size, device, subject=other, memory=memory, own=own)
+    return Workshop(opened, folder, found, tokens, context, size, device, subject=other, memory=memory, own=own)

@@ -32,7 +32,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
@@ -45,7 +44,7 @@ from ..chain import Chain, Decision, read_chain
 from ..errors import BadInput
 from ..evaluation import Measurement
 from ..evaluation.texts import CHECKOUT, SPLITS
-from ..folders import remove
+from ..folders import locked, remove
 from ..names import MODELS
 from ..tensorfiles import plain_file, problem_of, read_json, write_atomic, write_json
 
@@ -405,15 +404,9 @@ def _alive(folder: Path) -> bool:
         os.close(descriptor)
 
 
-@contextlib.contextmanager
-def _changing(folder: Path) -> Iterator[None]:
+def _changing(folder: Path) -> contextlib.AbstractContextManager[None]:
     """One at a time starts, pauses or aborts a run; the others wait."""
-    descriptor = os.open(folder / "changing", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return locked(folder / "changing", folder, wait=True)
 
 
 def _say(folder: Path, what: str) -> None:

@@ -7,6 +7,7 @@ without the instructions.  Then the caller decodes, a part after the other (`Rea
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,7 @@ from . import packed_cpu
 
 PART = 1 << 18  # weights that are decoded at a time, a megabyte of float32: what is decoded is still in the cache
 FEW = 16  # vectors up to which the kernels are used: for more, decoding once is faster
+GRID_FEW = 32  # of grids
 EXPONENTS = 60  # the largest power of two beside the weights for which float32 sums keep their range
 
 
@@ -51,10 +53,19 @@ class Ready(NamedTuple):
     shared: Packed | None
     block: int  # rows that can be decoded by themselves, 0 where only all can
     sizes: dict[str, int]  # values of a plane that belong to a block; the planes that are not named serve all rows
-    prepared: dict[str, torch.Tensor]  # what `prepare` gave
+    book: torch.Tensor | None  # a trajectory's points, float32[k, K]
+    grid: packed_cpu.Grid | None  # what `packed_cpu` multiplies, instead of the planes if they are entropy-coded codes
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that products read."""
+        beside = [] if self.grid is None else self.grid.tensors
+        return [*(plane.stored for plane in self.planes.values()), *beside, *([] if self.book is None else [self.book])]
 
     def rows(self, first: int, last: int) -> torch.Tensor:
         """float32[last - first, in], decoded; both are places where a part begins or ends."""
+        if self.grid is not None:
+            return packed_cpu.decode(self.grid, first, last)
         shape = (last - first, self.shape[1])
         layout, planes = self.stage.layout(shape), []
         for name, loaded in self.planes.items():
@@ -67,38 +78,52 @@ class Ready(NamedTuple):
             planes.append(Plane(name, values.reshape(size), loaded.coding))
         return self.stage.decode(Packed(shape, tuple(planes), self.shared))
 
-    def parts(self) -> list[tuple[int, int]]:
-        """The first and last row of each part that is decoded at a time: some `PART` weights, and whole bytes of planes.
+    def parts(self, weights: int = PART) -> list[tuple[int, int]]:
+        """The first and last row of each part that is decoded at a time: so many weights, and whole bytes of planes.
 
         On a GPU all rows are one part: there starting a kernel takes as long as decoding so much.
         """
         rows, columns = self.shape
-        if not self.block or not next(iter(self.planes.values())).stored.is_cpu:
+        if not self.block or not self.tensors[0].is_cpu:
             return [(0, rows)]
         least = 40 * self.block  # whole bytes of any width, and of trits
-        size = least * max(1, PART // (least * columns))
+        size = least * max(1, weights // (least * columns))
         return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-def prepare(stage: Stage, packed: Packed) -> dict[str, torch.Tensor]:
-    """What a kernel needs besides the planes, and what takes too long to make at each call: float32 tensors by name."""
-    if isinstance(stage, Trajectory):
-        return {"book": stage.book(packed)}
-    if isinstance(stage, Stepped):
-        rows, columns = factors(packed)
-        floats = packed.floats
-        columns = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
-        return {"rows": rows * floats["gains"] if stage.gains else rows, "columns": columns}
-    return {}
+def stepped(stage: Stepped, packed: Packed) -> packed_cpu.Grid | None:
+    """What `packed_cpu` multiplies and decodes; None on another device, and of weights that almost leave float32."""
+    if not packed["codes"].is_cpu:
+        return None
+    rows, columns = factors(packed)
+    floats = packed.floats
+    columns = (columns * floats["step"]).clamp(-FLOAT32_MAX, FLOAT32_MAX)
+    gains = floats["gains"] if stage.gains else None
+    largest = float(packed["codes"].max()) * float(rows.max()) * max(1.0, float(columns.max()))
+    if largest * (1.0 if gains is None else max(1.0, float(gains.max()))) > FLOAT32_MAX:
+        return None
+    return packed_cpu.narrow(packed["codes"], rows, columns, gains)
+
+
+def rounded(stage: Rounding, shape: tuple[int, int], planes: Mapping[str, Loaded]) -> packed_cpu.Grid | None:
+    """What `packed_cpu` multiplies: the planes themselves."""
+    codes, exponent = planes["codes"], 128 - int(planes["exponent"].stored)
+    if not codes.stored.is_cpu or abs(exponent) > EXPONENTS:
+        return None
+    width, group, rows = int(codes.coding[4:]), stage.columns_a_grid(shape[1]), torch.full((shape[0],), 2.0**exponent)
+    zero, minimum = (2 ** (stage.bits - 1) - 1, None) if stage.symmetric else (0, planes["minimum"].stored)
+    return packed_cpu.grouped(codes.stored, shape, width, group, zero, rows, planes["scale"].stored, minimum)
 
 
 def product(ready: Ready, x: torch.Tensor) -> torch.Tensor | None:
     """x W^T, float32[tokens, out] of x: float[tokens, in], or None if W has to be decoded."""
-    forms: dict[type[Stage], Any] = {Rounding: _rounding, Stepped: _stepped, Vptq: _vptq, Trajectory: _trajectory}
-    known = next((form for kind, form in forms.items() if isinstance(ready.stage, kind)), None)
-    if known is None or not x.is_cpu or not 0 < len(x) <= FEW:
+    if not x.is_cpu or not 0 < len(x) <= (FEW if ready.grid is None else GRID_FEW):
         return None
-    found: torch.Tensor | None = known(ready, ready.stage, x.to(torch.float32))
+    if ready.grid is not None:
+        return packed_cpu.grid(x.to(torch.float32), ready.grid)
+    forms: dict[type[Stage], Any] = {Vptq: _vptq, Trajectory: _trajectory}
+    known = next((form for kind, form in forms.items() if isinstance(ready.stage, kind)), None)
+    found: torch.Tensor | None = None if known is None else known(ready, ready.stage, x.to(torch.float32))
     return found
 
 
@@ -110,25 +135,6 @@ def _small(ready: Ready, name: str) -> torch.Tensor:
 
 def _exponent(ready: Ready) -> int:
     return 128 - int(ready.planes["exponent"].stored)
-
-
-def _rounding(ready: Ready, stage: Rounding, x: torch.Tensor) -> torch.Tensor | None:
-    (rows, columns), codes = ready.shape, ready.planes["codes"]
-    group, width, exponent = stage.columns_a_grid(columns), int(codes.coding[4:]), _exponent(ready)
-    if not packed_cpu.fits_grid(width, rows, columns, group) or abs(exponent) > EXPONENTS:
-        return None
-    zero, minimum = (2 ** (stage.bits - 1) - 1, None) if stage.symmetric else (0, ready.planes["minimum"].stored)
-    out = packed_cpu.grid(x, codes.stored, rows, width, group, ready.planes["scale"].stored, minimum, zero)
-    return times_power_of_two(out, exponent, in_place=True)
-
-
-def _stepped(ready: Ready, stage: Stepped, x: torch.Tensor) -> torch.Tensor | None:
-    (rows, columns), codes = ready.shape, ready.planes["codes"]
-    width = int(codes.coding[4:])
-    if not packed_cpu.fits_grid(width, rows, columns, columns):
-        return None
-    out = packed_cpu.grid(x * ready.prepared["columns"], codes.stored, rows, width, columns, zigzag=True)
-    return out.mul_(ready.prepared["rows"])
 
 
 def _vptq(ready: Ready, stage: Vptq, x: torch.Tensor) -> torch.Tensor | None:
@@ -160,5 +166,5 @@ def _trajectory(ready: Ready, stage: Trajectory, x: torch.Tensor) -> torch.Tenso
     width = int(indices.coding[4:])
     if columns % stage.K or not packed_cpu.fits_vectors(width, rows, columns // stage.K):
         return None
-    book = ready.prepared["book"]
-    return packed_cpu.vectors(x, indices.stored, width, rows, columns // stage.K, book, along=True)
+    assert ready.book is not None
+    return packed_cpu.vectors(x, indices.stored, width, rows, columns // stage.K, ready.book, along=True)

@@ -21,7 +21,10 @@ from ..errors import BadInput
 from ..models import as_stored
 from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
+from ..stages.ecsq import Stepped
 from ..stages.refined import Refined
+from ..stages.rounding import Rounding
+from ..stages.trajectory import Trajectory
 from . import forms, packed_cpu
 from .forms import Loaded, Ready
 
@@ -159,14 +162,18 @@ class PackedWeight(Readable):
             packed = Packed(packed.shape, packed.planes, plain)
             stage.decode(packed)  # the stage's own checks
             layout = self.stage.layout(packed.shape)
+            grid = forms.stepped(stage, packed) if isinstance(stage, Stepped) else None
             loaded = {}
-            for plane in packed:
-                if is_coded(layout[plane.name][0]):
-                    loaded[plane.name] = _loaded(plane)
+            for plane in packed if grid is None else ():
+                fill = isinstance(stage, Rounding) and plane.name == "codes"  # words, which kernels read
+                if is_coded(layout[plane.name][0]) or (fill and plane.coding not in ("uint2", "uint4", "uint8")):
+                    loaded[plane.name] = _loaded(plane, fill)
                 else:  # the buffer itself
                     loaded[plane.name] = Loaded(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
-            prepared = forms.prepare(stage, packed)
-            self._ready = Ready(stage, packed.shape, loaded, plain, *stage.row_blocks(packed.shape), prepared)
+            if isinstance(stage, Rounding):
+                grid = forms.rounded(stage, packed.shape, loaded)
+            book = stage.book(packed) if isinstance(stage, Trajectory) else None
+            self._ready = Ready(stage, packed.shape, loaded, plain, *stage.row_blocks(packed.shape), book, grid)
         return self._ready  # type: ignore[no-any-return]
 
     @property
@@ -202,11 +209,11 @@ class PackedWeight(Readable):
     def lines(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight, dtype[..., in] for ids: int[...]; only the parts that hold some of them are decoded."""
         ready = self.ready
-        out = torch.empty((*ids.shape, self.in_features), dtype=dtype, device=ids.device)
-        for first, last in ready.parts():
-            here = (ids >= first) & (ids < last)
-            if here.any():
-                out[here] = ready.rows(first, last).to(dtype)[ids[here] - first]
+        parts = ready.parts(weights=1)
+        size, out = parts[0][1], torch.empty((*ids.shape, self.in_features), dtype=dtype, device=ids.device)
+        for part in (ids // size).unique().tolist():
+            here = ids // size == part
+            out[here] = ready.rows(*parts[part]).to(dtype)[ids[here] - parts[part][0]]
         return out
 
     def extra_repr(self) -> str:
@@ -375,7 +382,7 @@ def resident_bytes(model: nn.Module) -> int:
     tensors: list[torch.Tensor] = [*model.parameters(), *model.buffers()]
     for module in model.modules():
         if isinstance(module, PackedWeight) and module._ready is not None:
-            tensors += [*(loaded.stored for loaded in module._ready.planes.values()), *module._ready.prepared.values()]
+            tensors += module._ready.tensors
         elif isinstance(module, SharedPlanes) and module._ready is not None:
             tensors += [plane.values for plane in module._ready]
     return sum({tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
@@ -385,10 +392,14 @@ def _planes(module: nn.Module, layout: Mapping[str, tuple[str, tuple[int, ...]]]
     return tuple(Plane.from_stored(name, coding, shape, module.get_buffer(name)) for name, (coding, shape) in layout.items())
 
 
-def _loaded(plane: Plane) -> Loaded:
-    """A plane that is not stored as it is used: floats as they are, integers in as many bits as the largest one takes."""
+def _loaded(plane: Plane, fill: bool) -> Loaded:
+    """A plane that is not stored as it is used: floats as they are, integers in as many bits as the largest one takes.
+
+    fill: whether they have to fill words, which they do in 1, 2, 4, 8 or 16 bits.
+    """
     kind = plane.coding.lstrip("~")
     if kind not in FLOATS and kind != "trit":
-        kind = f"uint{max(1, int(plane.values.max()).bit_length())}"
+        width = max(1, int(plane.values.max()).bit_length())
+        kind = f"uint{1 << (width - 1).bit_length() if fill else width}"
     plane = Plane(plane.name, plane.values, kind)
     return Loaded(kind, tuple(plane.values.shape), plane.stored())

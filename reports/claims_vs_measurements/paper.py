@@ -426,7 +426,7 @@ def _statistics(workshop: Workshop) -> dict[str, InputStatistics]:
     key = f"{workshop.model.fingerprint} {names}"
     if key not in _COLLECTED:
         calibration = Calibration(tokens=STATISTICS_TOKENS, context=min(STATISTICS_TOKENS, workshop.context))
-        found = collect(workshop.model, calibration, progress=workshop.progress)
+        found = collect(workshop.model, calibration, progress=False)
         _COLLECTED.clear()  # one model's are enough to keep
         _COLLECTED[key] = {name: found[name] for name in names}
     return _COLLECTED[key]
@@ -515,7 +515,7 @@ def activation_cost(workshop: Workshop) -> Measurement:
         layer = layers[weight.name.removesuffix(".weight")]
         layer.register_forward_pre_hook(lambda _, args: (quantize_activations(args[0]), *args[1:]))
     found = evaluation.divergence(
-        changed, workshop.model, workshop.text, workshop.context, tokens=workshop.tokens, progress=workshop.progress
+        changed, workshop.model, workshop.text, workshop.context, tokens=workshop.tokens, progress=False
     ).perplexity_retention
     return found.through(lambda x: 1 / x, "x", metric="perplexity with 8-bit activations / perplexity")
 

@@ -104,8 +104,8 @@ def _near(printed: str, measured: Measurement) -> bool:
 def registry_facts(workshop: Workshop) -> Measurement:
     """Share of facts that MLflow's own client reads back of two artifacts of digits-mlp, the second made from the first.
 
-    In a registry of their own: both forms there, each naming the other, hash, base, parent, a measured accuracy, sources
-    that hold what the hashes say, and no second version when the first is registered again."""
+    In a registry of their own: both forms there, the dequantised one naming the packed, hash, base, parent, a measured
+    accuracy, sources that hold what the hashes say, and no second version when the first is registered again."""
     model = open_model("digits-mlp")
     first = compress(model, "rounding:bits=4,group=64", workshop.folder / "registry-a", overwrite=True, progress=False)
     second = compress(load(first.path), "ternary", workshop.folder / "registry-b", overwrite=True, progress=False)
@@ -124,7 +124,7 @@ def registry_facts(workshop: Workshop) -> Measurement:
                 raise
             right += _facts_read_back(uri, artifact, model.fingerprint, parent, measured.value)
         versions = _mlflow_client(uri).search_model_versions("name = 'digits-mlp'")
-        right.append(len(versions) == 4)
+        right.append(len(versions) == 2)
     return workshop.exact(sum(right) / len(right), "share of facts", len(right), "facts read back", model="digits-mlp")
 
 
@@ -137,20 +137,17 @@ def _mlflow_client(uri: str) -> Any:
 def _facts_read_back(uri: str, artifact: Artifact, base: str, parent: str | None, accuracy: float) -> list[bool]:
     """What stands in the registry of both forms of an artifact, one truth value per fact; all false if one is missing."""
     found = _mlflow_client(uri).search_model_versions(f"tags.manifest_sha256 = '{artifact.sha256}'")
-    forms = {version.tags["form"]: version for version in found}
-    if set(forms) != {"packed", "dequantised"}:
-        return [False] * 10
-    packed, dense = forms["packed"], forms["dequantised"]
-    pairs = ((packed, dense), (dense, packed))
-    same = load(artifact.path).state_dict()
-    opened = open_model(dense.source)
+    if len(found) != 1:
+        return [False] * 7
+    version, same = found[0], load(artifact.path).state_dict()
+    opened = open_model(version.tags["dequantised_source"])
     return [
-        *(version.tags["partner"] == str(other.version) for version, other in pairs),
-        *(version.tags["base_sha256"] == base for version, _ in pairs),
-        *(version.tags.get("parent_version") == parent for version, _ in pairs),
-        json.loads(packed.tags["metric.accuracy"])["value"] == accuracy,
-        Artifact(packed.source).sha256 == artifact.sha256,
-        opened.fingerprint == dense.tags["fingerprint"],
+        opened.source.get("artifact_manifest_sha256") == artifact.sha256,
+        version.tags["base_sha256"] == base,
+        version.tags.get("parent_version") == parent,
+        json.loads(version.tags["metric.accuracy"])["value"] == accuracy,
+        Artifact(version.source).sha256 == artifact.sha256,
+        opened.fingerprint == version.tags["dequantised_fingerprint"],
         all(torch.equal(opened.tensor(name), tensor.float()) for name, tensor in same.items()),
     ]
 

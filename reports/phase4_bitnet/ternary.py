@@ -80,7 +80,7 @@ def kept_in_16_bits(workshop: Workshop, stage: StageText) -> Measurement:
 def perplexity_formula(workshop: Workshop, tokens: Count = 511) -> Measurement:
     """Relative difference between our perplexity and the one from transformers' own loss, on one window."""
     text, ids = short_text(workshop, min(tokens, workshop.tokens, workshop.context - 1))
-    ours = evaluation.perplexity(workshop.model, text, context=len(ids), progress=workshop.progress)
+    ours = evaluation.perplexity(workshop.model, text, context=len(ids), progress=False)
     batch = torch.tensor([ids])
     with torch.inference_mode():
         theirs = math.exp(float(workshop.model.model(input_ids=batch, labels=batch).loss))

@@ -129,7 +129,7 @@ def _recovered(workshop: Workshop, steps: int, lr: float, optimizer: str, seed: 
         settings=settings,
         names=names,
         overwrite=True,
-        progress=workshop.progress,
+        progress=False,
     )
 
 
@@ -206,7 +206,7 @@ def resume_difference(workshop: Workshop) -> Measurement:
 def calibration_gain(workshop: Workshop, tokens: Count) -> Measurement:
     """Output error of the calibrated ternary rule over that of the paper's, summed over the sample of matrices, on
     H = E[x x^T]."""
-    seen = collect(workshop.model, Calibration(tokens=tokens, context=min(1024, tokens)), progress=workshop.progress)
+    seen = collect(workshop.model, Calibration(tokens=tokens, context=min(1024, tokens)), progress=False)
     rules = [parse("ternary:rule=calibrated"), parse("ternary")]
     lost, count = [0.0, 0.0], 0
     for weight in workshop.sample():
@@ -227,11 +227,11 @@ def fewer_samples(workshop: Workshop) -> Measurement:
     tokens = {"smoke": 512, "standard": 2048, "full": 8192}[workshop.effort.name]
     window = min(128, workshop.context)
     seen = {
-        count: collect(workshop.model, Calibration("selftext", count, window), progress=workshop.progress)
+        count: collect(workshop.model, Calibration("selftext", count, window), progress=False)
         for count in (tokens // 4, tokens)
     }
     unseen = texts.find_text("selftext", "heldout")
-    judged_by = collect(workshop.model, Calibration(unseen, tokens, window), progress=workshop.progress)
+    judged_by = collect(workshop.model, Calibration(unseen, tokens, window), progress=False)
     rule, ratios = parse("ternary:rule=calibrated"), []
     for weight in workshop.sample():
         dense, hessian = weight.load().float(), judged_by[weight.name].hessian
@@ -285,7 +285,7 @@ def dual_agreement(workshop: Workshop, tokens: Count = 511) -> Measurement:
     dense = open_model(dequantize(artifact, folder))
     tokens = min(tokens, workshop.tokens, workshop.context - 1)
     found = evaluation.divergence(
-        dense, load(artifact.path), workshop.text, context=tokens + 1, tokens=tokens, progress=workshop.progress
+        dense, load(artifact.path), workshop.text, context=tokens + 1, tokens=tokens, progress=False
     )
     return found.top1
 

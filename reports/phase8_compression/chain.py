@@ -49,7 +49,7 @@ def _chain(workshop: Workshop, which: Which, digits: bool = False, track: Path |
     if not file.is_file():
         raise Unmeasured(f"the chains that agentforge's repository has: chains/{file.name}")
     model, out = open_model("digits-mlp") if digits else workshop.model, workshop.folder / f"chain-{file.stem}"
-    return run_chain(model, file, out, overwrite=True, progress=workshop.progress, track=track), out
+    return run_chain(model, file, out, overwrite=True, progress=False, track=track), out
 
 
 @probe()

@@ -7,6 +7,7 @@ weights use the first rows of sampled matrices.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 from typing import Any, Literal
@@ -15,11 +16,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from agentforge import stages
-from agentforge.audit.probes import Count, Positive, StageText, probe, ratio, share, whole_model
+from agentforge import evaluation, stages
+from agentforge.audit.probes import Count, Positive, StageText, probe, ratio, share
 from agentforge.audit.workshop import Workshop
 from agentforge.bits import stored_bytes
+from agentforge.digits import data as digits_data
 from agentforge.evaluation import Measurement, intervals
+from agentforge.opening import load, open_model
 from agentforge.planes import Packed, Plane
 from agentforge.stages import Stage, curves, seedlm_search
 from agentforge.statistics import Calibration, InputStatistics, collect
@@ -304,7 +307,7 @@ def _moments(workshop: Workshop, tokens: int) -> dict[str, InputStatistics]:
     path = workshop.folder / f"moments-{workshop.model.fingerprint[:16]}-{workshop.effort.name}-{tokens}.pt"
     if not path.is_file():
         most = min(tokens, workshop.model.context or tokens)
-        seen = collect(workshop.model, Calibration(tokens=tokens, context=most), progress=workshop.progress)
+        seen = collect(workshop.model, Calibration(tokens=tokens, context=most), progress=False)
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save({w.name: (seen[w.name].hessian, seen[w.name].n) for w in workshop.sample()}, path)
     return {name: InputStatistics(*about) for name, about in torch.load(path).items()}
@@ -471,6 +474,35 @@ def sample_bits(workshop: Workshop, stage: StageText, rows: Count) -> Measuremen
     bytes_ = sum(plane.stored().nbytes for weight in parts for plane in parsed.encode(weight))
     count = sum(weight.numel() for weight in parts)
     return workshop.exact(8 * bytes_ / count, "bits/weight", count, "bits of stored planes", stage=stage, rows=rows)
+
+
+def whole_model(workshop: Workshop) -> Workshop:
+    """The workshop for whole models: digits-mlp's in smoke effort, in which there is no time for a language model."""
+    if workshop.effort.name != "smoke":
+        return workshop
+    return dataclasses.replace(workshop, model=open_model("digits-mlp"))
+
+
+@probe("share", one_pass=True)
+def retention(workshop: Workshop, stage: StageText, of: Literal["accuracy", "perplexity"]) -> Measurement:
+    """Accuracy over the original's, or the original's perplexity over this one's, of the same tokens or pictures."""
+    whole = whole_model(workshop)
+    if not whole.model.is_classifier:
+        found = whole.divergence(stage)
+        measured = found.retention if of == "accuracy" else found.perplexity_retention
+    else:
+        candidate = load(whole.artifact(stage).path)
+        measured = evaluation.accuracy_retention(candidate, whole.model)
+        if of == "perplexity":
+            _, _, pixels, labels = digits_data()
+            modules = [model.model for model in (whole.model, candidate)]  # built outside of inference mode
+            with torch.inference_mode():
+                logits = [module(pixels).double() for module in modules]
+            base, losses = (torch.nn.functional.cross_entropy(one, labels, reduction="none") for one in logits)
+            protocol = {**measured.protocol, "metric": "original exp(loss) / exp(loss)"}
+            found_loss = intervals.mean(base - losses, error="pairs", log=True)
+            measured = dataclasses.replace(measured, protocol=protocol, **found_loss)
+    return dataclasses.replace(measured, protocol={**measured.protocol, "model": whole.model.name, "stage": stage})
 
 
 @probe("x")

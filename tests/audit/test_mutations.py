@@ -178,7 +178,7 @@ def shifted_targets(scored: Any, *args: Any) -> Any:
 
 def without_partner(register: Any, path: Path, *, uri: str, **more: Any) -> Any:
     found = register(path, uri=uri, **more)
-    registry._client(uri).delete_model_version(found.name, str(found.dequantised))
+    registry._client(uri).set_model_version_tag(found.name, str(found.packed), "dequantised_source", str(path))
     return found
 
 
@@ -455,7 +455,7 @@ FAULTS: dict[str, Fault] = {
     "artifact: nothing is checked": Fault(
         lambda to: to.setattr(Artifact, "verify", lambda _: ["everything"]), ("production.errors",)
     ),
-    "registry: the dequantised version is dropped": Fault(
+    "registry: the dequantised form is the packed one": Fault(
         wrapped(registry, "register", without_partner), ("features.registry", "recommendations.registry")
     ),
     "registry: the base is the artifact itself": Fault(
@@ -487,7 +487,7 @@ def caches_cleared() -> None:
 
 def judged(row: str, model: Path, folder: Path) -> audit.Judged:
     """The row as an audit would have it."""
-    workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128, progress=False)
+    workshop = audit.workshop_for(str(model), folder, "selftext", 127, 128)
     workshop.effort = shops.EFFORTS["smoke"]
     taken = record.take(workshop, CLAIMS[row])
     return audit.judge(CLAIMS[row], taken.measured, taken.failure, taken.missing)

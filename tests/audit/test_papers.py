@@ -119,7 +119,7 @@ def claims() -> ClaimsFile:
 
 @pytest.fixture(scope="module")
 def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
-    made = audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("papers"), "selftext", 255, 128, progress=False)
+    made = audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("papers"), "selftext", 255, 128)
     made.effort = QUICK
     return made
 
@@ -438,7 +438,7 @@ def test_padding_in_the_perplexity_against_transformers_loss(workshop: Workshop)
         "short",
     ]
     text = evaluation.Text("lines", "test", "\n".join(lines))
-    here = Workshop(workshop.model, workshop.folder, text, 255, 128, progress=False, effort=QUICK)
+    here = Workshop(workshop.model, workshop.folder, text, 255, 128, effort=QUICK)
     ids = workshop.model.tokenizer(lines[0])["input_ids"]
     batch = torch.tensor([ids + [1] * (128 - len(ids))])
     mask = (torch.arange(128) < len(ids)).long()[None]

@@ -36,7 +36,7 @@ class Named:
 @pytest.fixture
 def workshop(tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Workshop:
     """A workshop whose models have known numbers of answers right, each those of a better one but for some."""
-    made = audit.workshop_for(str(tiny_llama), tmp_path, "selftext", 127, 128, progress=False)
+    made = audit.workshop_for(str(tiny_llama), tmp_path, "selftext", 127, 128)
     made.effort = shops.EFFORTS["smoke"]
     original: Any = Named("original")
     made.model = original

@@ -34,7 +34,7 @@ ROUNDING = "rounding:bits=3,group=16"
 
 @pytest.fixture(scope="module")
 def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> probes.Workshop:
-    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("artifacts"), "selftext", 255, 128, progress=False)
+    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("artifacts"), "selftext", 255, 128)
 
 
 def smoke(workshop: probes.Workshop) -> probes.Workshop:

@@ -51,7 +51,7 @@ def claims_file(folder: Path, rows: list[dict[str, Any]] = CLAIMS, **head: Any) 
 
 
 def shop(folder: Path, **settings: Any) -> workshop.Workshop:
-    return audit.workshop_for("digits-mlp", folder, "selftext", 127, progress=False, **settings)
+    return audit.workshop_for("digits-mlp", folder, "selftext", 127, **settings)
 
 
 def quiet(*_: Any, **__: Any) -> None:
@@ -164,7 +164,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
         return run(shop, name, parameters)
 
     # digits-mlp lives in the same cache: train it before the cache is another one.
-    model = audit.workshop_for("digits-mlp", tmp_path, "selftext", 127, progress=False).model.path
+    model = audit.workshop_for("digits-mlp", tmp_path, "selftext", 127).model.path
     monkeypatch.setenv("AGENTFORGE_CACHE", str(tmp_path / "cache"))
     shutil.copytree(model, tmp_path / "cache" / model.name)
     monkeypatch.setattr("agentforge.audit.record.run", count)
@@ -184,7 +184,7 @@ def test_what_nothing_has_changed_for_is_not_measured_again(
     assert [row["measured"] for row in first["claims"]] == [row["measured"] for row in second["claims"]]
     changes: list[Any] = [
         lambda: shop(tmp_path / "c", memory=True, effort="smoke"),
-        lambda: audit.workshop_for("digits-mlp", tmp_path / "d", "selftext", 126, progress=False, memory=True),
+        lambda: audit.workshop_for("digits-mlp", tmp_path / "d", "selftext", 126, memory=True),
         lambda: shop(tmp_path / "e"),
     ]
     for change in changes:
@@ -424,7 +424,7 @@ def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Pat
     ):
         measure(
             read_claims(claims_file(tmp_path)),
-            audit.workshop_for("digits-mlp", tmp_path, "selftext", 63, progress=False),
+            audit.workshop_for("digits-mlp", tmp_path, "selftext", 63),
             quiet,
             before,
         )
@@ -534,7 +534,7 @@ def test_the_quick_budget_encodes_language_models_by_plain_stages_only(tmp_path:
         for stage in ("rounding:bits=4", "seedlm:bits=4")
     ]
     claims = read_claims(claims_file(tmp_path, rows, baselines=["rounding:bits=8", "vptq:bits=2"]))
-    made = audit.workshop_for(str(tiny_llama), tmp_path / "a", "selftext", 127, progress=False, effort="quick")
+    made = audit.workshop_for(str(tiny_llama), tmp_path / "a", "selftext", 127, effort="quick")
     record = measure(claims, made, quiet)
     assert [row["stage"] for row in record["stages"]] == ["rounding:bits=8", "rounding:bits=4"]
     assert row_of(record, "roundi")["measured"]

@@ -35,7 +35,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture(scope="module")
 def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> probes.Workshop:
-    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("artifacts"), "selftext", 255, 128, progress=False)
+    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("artifacts"), "selftext", 255, 128)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ CLAIMS = [claim for claim in audit.read_claims("claims_vs_measurements").claims 
 
 @pytest.fixture(scope="module")
 def workshop(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> shops.Workshop:
-    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("self"), "selftext", 127, 128, progress=False)
+    return audit.workshop_for(str(tiny_llama), tmp_path_factory.mktemp("self"), "selftext", 127, 128)
 
 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.id)

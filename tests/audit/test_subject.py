@@ -34,9 +34,7 @@ def elsewhere(small: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def shop(model: Path, folder: Path, against: Path | None) -> audit.Workshop:
-    return audit.workshop_for(
-        str(against or model), folder, "selftext", 127, progress=False, subject=str(model), effort="smoke"
-    )
+    return audit.workshop_for(str(against or model), folder, "selftext", 127, subject=str(model), effort="smoke")
 
 
 def value(workshop: audit.Workshop, name: str, **parameters: Any) -> float:
@@ -81,7 +79,7 @@ def test_speed_is_a_median_with_its_interval(small: Path, tiny_llama: Path, tmp_
 
 def test_a_classifier_is_audited_by_its_labels(digits: af.models.LanguageModel, tmp_path: Path) -> None:
     made = af.compress(digits, "rounding:bits=2,group=0", out=tmp_path / "digits", progress=False)
-    workshop = audit.workshop_for("digits-mlp", tmp_path, None, 127, progress=False, subject=str(made.path))
+    workshop = audit.workshop_for("digits-mlp", tmp_path, None, 127, subject=str(made.path))
     expected = af.evaluation.accuracy_retention(af.load(made.path), digits)
     assert value(workshop, "accuracy_kept") == expected.value
 
@@ -91,7 +89,7 @@ def test_what_cannot_be_compared_is_refused(small: Path, tmp_path: Path, tiny_ll
     with pytest.raises(BadInput, match="--against"):
         probes.run(alone, "kl", {})
     assert value(alone, "megabytes_on_disk") > 0
-    without = audit.workshop_for(str(tiny_llama), tmp_path, "selftext", 127, progress=False)
+    without = audit.workshop_for(str(tiny_llama), tmp_path, "selftext", 127)
     with pytest.raises(BadInput, match="--claims"):
         probes.run(without, "kl", {})
 

@@ -641,7 +641,7 @@ def test_the_real_model_on_real_questions(smollm2: LanguageModel) -> None:
 
 def shop(model: LanguageModel, place: Path, subject: LanguageModel | None = None) -> audit.Workshop:
     text = texts.find_text("selftext")
-    return audit.Workshop(model, place, text, 127, 128, False, audit_workshop.EFFORTS["smoke"], subject=subject)
+    return audit.Workshop(model, place, text, 127, 128, audit_workshop.EFFORTS["smoke"], subject=subject)
 
 
 def test_the_audit_says_which_suites_measure(

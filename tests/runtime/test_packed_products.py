@@ -71,21 +71,45 @@ def test_products_are_those_of_the_decoded_weight(text: str, monkeypatch: pytest
         monkeypatch.setattr("agentforge.runtime.ternary_cpu.WORTH_THREADS", 1)
         assert torch.equal(forms.product(weight.ready, x), found)  # type: ignore[arg-type]
         monkeypatch.undo()
-        many = torch.randn(forms.FEW + 1, columns)
+        many = torch.randn(forms.GRID_FEW + 1, columns)
         assert forms.product(weight.ready, many) is None
         assert_near(weight.product(many), many, dense)
         assert torch.equal(weight.dense(), dense)
 
 
-@pytest.mark.parametrize("width", [1, 3, 7, 8, 11, 14])
-def test_codes_of_every_width(width: int) -> None:
-    rows, columns = 9, 256
-    codes = torch.randint(0, 1 << width, (rows, columns), generator=torch.Generator().manual_seed(0))
-    codes[-1, -1] = (1 << width) - 1
-    x = torch.randn(2, columns)
-    signed = torch.where(codes % 2 == 0, codes // 2, -(codes + 1) // 2)
-    assert packed_cpu.fits_grid(width, rows, columns, columns)
-    assert_near(packed_cpu.grid(x, pack_uint(codes, width), rows, width, columns, zigzag=True), x, signed)
+@pytest.mark.parametrize("width", packed_cpu.WIDTHS)
+@pytest.mark.parametrize("columns", [3, 64, 199, 576])
+def test_codes_of_every_width_and_large_ones_beside_them(width: int, columns: int) -> None:
+    generator, rows = torch.Generator().manual_seed(columns), 37
+    zigzag = torch.randint(0, 1 << width, (rows, columns), generator=generator)
+    large = torch.rand(rows, columns, generator=generator) < 0.004
+    zigzag[large] = torch.randint(0, 1 << 16, (int(large.sum()),), generator=generator)
+    zigzag[-1, -1], zigzag[0, 0] = (1 << 16) - 1, (1 << 16) - 2
+    codes = torch.where(zigzag % 2 == 0, zigzag // 2, -(zigzag + 1) // 2).float()
+    of_rows, of_columns, gains = (torch.rand(n, generator=generator) + 0.5 for n in (rows, columns, rows))
+    dense = codes * of_rows[:, None] * of_columns * gains[:, None]
+    grid = packed_cpu.narrow(zigzag.to(torch.uint16), of_rows, of_columns, gains)
+    assert grid is not None and (columns < 64 or grid.width == width)
+    assert torch.equal(packed_cpu.decode(grid, 0, rows), dense)
+    assert torch.equal(packed_cpu.decode(grid, 5, 6), dense[5:6])
+    x = torch.randn(6, columns, generator=generator)
+    assert_near(packed_cpu.grid(x, grid), x, dense)
+    assert torch.equal(packed_cpu.grid(x[5:], grid)[0], packed_cpu.grid(x, grid)[5])
+    assert torch.equal(packed_cpu.grid(x[:1], grid)[0], packed_cpu.grid(x, grid)[0])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("group", "columns"), [(16, 128), (32, 96), (64, 576), (128, 384), (192, 576), (576, 576), (512, 1536)]
+)
+def test_groups_of_every_size(bits: int, group: int, columns: int) -> None:
+    for more in ("", ",symmetric=true"):
+        weight, dense = weight_of(f"rounding:bits={bits},group={group}{more}", 22, columns)
+        x = torch.randn(5, columns, generator=torch.Generator().manual_seed(2))
+        words, of_row = (count * (1 << (bits - 1).bit_length()) / 32 for count in (group, columns))
+        assert (weight.ready.grid is not None) == ((words % 8 == 0 or 8 % words == 0) and of_row % 4 == 0)
+        assert_near(weight.product(x), x, dense)
+        assert torch.equal(weight.dense(), dense)
 
 
 @pytest.mark.parametrize(("width", "count"), [(2, 7), (13, 64), (20, 64)])
@@ -103,7 +127,7 @@ def test_indices_of_every_width_and_no_further(width: int, count: int) -> None:
 
 
 def test_what_no_kernel_computes_is_decoded() -> None:
-    for text, shape in [("rounding:bits=4,group=48", (8, 96)), ("rounding:bits=4", (3, 64)), ("trajectory", (8, 65))]:
+    for text, shape in [("rounding:bits=4,group=40", (8, 80)), ("rounding:bits=4", (3, 64)), ("trajectory", (8, 65))]:
         weight, dense = weight_of(text, *shape)
         x = torch.randn(1, shape[1])
         assert forms.product(weight.ready, x) is None
@@ -147,12 +171,13 @@ def test_what_is_in_memory() -> None:
     weight, _ = weight_of("rounding:bits=4,group=64", 64, 128)
     layer = PackedLinear(weight, torch.zeros(64))
     layer(torch.randn(1, 128))
-    assert resident_bytes(layer) == 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1 + 4 * 64
+    planes, factors = 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1, 4 * 64
+    assert resident_bytes(layer) == planes + factors + 4 * 64
     coded, _ = weight_of("rounding:bits=4,group=64 | entropy", 64, 128)
     stored = sum(buffer.nbytes for buffer in coded.buffers())
     assert resident_bytes(coded) == stored
     coded.product(torch.randn(1, 128))
-    assert resident_bytes(coded) == stored + 64 * 128 // 2 + 2 * 2 * 64 * 2 + 1  # the codes once more, plain
+    assert resident_bytes(coded) == stored + planes + factors  # the codes once more, plain
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -179,21 +204,23 @@ def test_a_model_generates_as_the_dense_one_does(tiny_llama: Path, tmp_path: Pat
 def test_the_benchmark_takes_a_row_and_does_not_take_it_again(
     load_benchmark: Callable[[str], ModuleType], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    benchmark = load_benchmark("packed")
-    monkeypatch.setattr(benchmark, "bandwidth", lambda device: 1e10)
+    benchmark = load_benchmark("runtime")
+    monkeypatch.setattr(benchmark, "bandwidth", lambda: 1e10)
+    monkeypatch.setattr(benchmark, "PROMPTS", (20,))
     monkeypatch.setattr(benchmark.bench, "apart", lambda *_: {"peak_bytes": 3 << 20, "load_s": 0.5})
     out, threads = tmp_path / "out", torch.get_num_threads()
-    command = ["packed.py", "--model", tiny_llama, "--stages", "rounding:bits=4,group=64 | entropy", "--rounds", 2]
-    command += ["--tokens", 2, "--prompt", 20, "--threads", 1, "--scratch", tmp_path / "made", "--out", out]
+    command = ["runtime.py", "--model", tiny_llama, "--runs", "rounding:bits=4,group=64 | entropy", "--llama", "--rounds", 2]
+    command += ["--tokens", 2, "--threads", 1, "--work", tmp_path / "made", "--out", out]
     monkeypatch.setattr("sys.argv", [str(word) for word in command])
     try:
         benchmark.main()
-        first = (out / "packed.json").read_text()
+        first = (out / "runtime.json").read_text()
         monkeypatch.setattr(benchmark, "measured", lambda *_: pytest.fail("measured again"))
         benchmark.main()
     finally:
         torch.set_num_threads(threads)
-    row = json.loads(first)["rows"]["rounding | entropy"]
-    assert row["held_bytes"]["packed"] > row["read_bytes"]["packed"]
-    assert row["held_bytes"]["float32"] == 2 * row["held_bytes"]["bfloat16"]
-    assert row["generation"]["packed"]["n"] == 2 and "| `rounding \\| entropy` |" in (out / "packed.md").read_text()
+    record = json.loads(first)
+    row = record["rows"]["rounding:bits=4,group=64 | entropy"]
+    assert row["held"] > row["read"] > 0 and row["held"] < record["dense"]["held"]
+    assert row["generation"]["dense"]["ratio"]["value"] == 1 and row["20"]["bfloat16"]["n"] == 2
+    assert "| `rounding:bits=4,group=64 \\| entropy` |" in (out / "runtime.md").read_text()
