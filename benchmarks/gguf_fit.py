@@ -154,8 +154,8 @@ def table(rows: list[bench.Row]) -> str:
         `fit` knows and llama-quantize does not.  So what is written to the residual stream is also written to the 192 other
         directions, in three random mixes (embedding, attention, MLPs), with a mean square of about {BESIDE} of the stream's
         own.  That disturbs the norms: KL from {bench.MODEL} {bench.with_error(used["kl"], ".2g", ".1g")}.  Of the inputs of
-        `o_proj`, 192 are copies of others still.  The turn also makes the stream's entries alike, so that an importance matrix
-        has less to say there than in other models: the shares below are better than on those.
+        `o_proj`, 192 are copies of others still.  The turn makes the stream's entries alike, so that an importance matrix
+        may have less to say there than in other models.
     """
     return bench.page(text, drawn[bench.MODEL], about, drawn[WIDE])
 
