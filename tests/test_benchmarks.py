@@ -173,6 +173,28 @@ def test_from_the_command_line(tiny_llama: Path, tmp_path: Path) -> None:
     assert "| ternary | 1." in (tmp_path / "stages.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize(("beside", "most", "directions"), [(0.0, 1e-9, 64), (0.25, 0.1, 96)])
+def test_a_widened_model_computes_what_it_did(
+    load_benchmark: Callable[[str], ModuleType],
+    tiny_llama: Path,
+    tmp_path: Path,
+    beside: float,
+    most: float,
+    directions: int,
+) -> None:
+    model = agentforge.open_model(tiny_llama)
+    load_benchmark("wide").widen(model, tmp_path / "wide", 96, 3, beside)
+    other = agentforge.open_model(tmp_path / "wide")
+    assert other.tensor("model.layers.1.self_attn.o_proj.weight").shape == (96, 96)
+    ids = torch.tensor([model.encode("the quick brown fox jumps over the lazy dog, twice. " * 2)])
+    with torch.no_grad():
+        output = other.model(input_ids=ids, output_hidden_states=True)
+        a, b = model.model(input_ids=ids).logits.double().log_softmax(-1), output.logits.double().log_softmax(-1)
+    assert float((a.exp() * (a - b)).sum(-1).mean()) < most
+    assert torch.linalg.matrix_rank(output.hidden_states[-1][0], rtol=1e-4) == directions
+    assert all(bool((weight.load() != 0).all()) for weight in other.weights(embeddings=True))
+
+
 def test_calibration_text_is_judged_on_text_that_was_not_seen(
     load_benchmark: Callable[[str], ModuleType], tiny_llama: Path, tmp_path: Path
 ) -> None:
