@@ -141,7 +141,7 @@ REPORTS = Path(__file__).parents[1] / "reports"
 @pytest.mark.parametrize(
     ("name", "folder", "options"),
     [
-        *((name, name, []) for name in ("calibration", "chains", "fit", "grokking", "packed", "recovery", "stages")),
+        *((name, name, []) for name in ("calibration", "chains", "fit", "grokking", "recovery", "runtime", "stages")),
         *((name, name, []) for name in ("blocks", "gguf_fit", "interop", "streaming", "ternary_speed")),
         ("from_scratch", "from_scratch", ["--steps", "280"]),
         ("intervals", "coverage", []),
