@@ -1,4 +1,4 @@
-"""Products of a few vectors with packed weights on the CPU, straight from the bits: no weight is written anywhere.
+"""Products of a few vectors with packed weights on the CPU, straight from the bits, and rows decoded for many vectors.
 
 A product with one vector takes as long as reading the weight does, so that what is read should be the packed bits.  Two
 forms cover most stages:
