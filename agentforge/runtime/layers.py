@@ -125,9 +125,8 @@ class PackedWeight(Readable):
     Buffers: a plane each, as stored (`Plane.stored`), under its name.
 
     Planes are checked when they are first used, and again after they were loaded or moved.  If they are entropy-coded or
-    refined, or in 3, 5, 6 or 7 bits, they are kept a second time, as packed integers, and `resident_bytes` counts both.  With
-    the entropy code decoded at each call, SmolLM2 at 4 bits gave 0.19 tokens per second on two cores; with this copy, 14
-    and, since codes fill words, 70 on one.
+    refined, or in 3, 5, 6 or 7 bits, they are kept a second time, as packed integers, and `resident_bytes` counts both.
+    With the entropy code decoded at each call, SmolLM2 at 4 bits gave 0.19 tokens per second; with this copy, 70.
 
     Nothing is decoded ahead in another thread: on two cores decoding the next layer during this one's product saved 6 to
     10% of the linear layers' time for 512 tokens (rounding, trajectory, vptq), for a second decoded weight.
