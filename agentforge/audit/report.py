@@ -290,19 +290,26 @@ def _execute(
     os.environ |= {key: os.path.abspath(before[key]) for key in ("AGENTFORGE_CACHE", "AGENTFORGE_DATA") if key in before}
     # A backend that was chosen for this process (Streamlit does, when it is imported) would leave the page without pictures.
     os.environ.pop("MPLBACKEND", None)
+    run = partial(
+        papermill.execute_notebook,
+        template,
+        folder / f"{name}.ipynb",
+        parameters=parameters,
+        cwd=folder,
+        stdout_file=lines,
+        stderr_file=lines,
+        progress_bar=False,
+        kernel_name="python3",
+        config=Config(KernelManager={"transport_encryption": "auto"}),  # else the kernel warns of plain TCP
+        extra_arguments=["--IPKernelApp.log_level=50"],  # else it calls the interrupt that ends it an error
+    )
     try:
-        papermill.execute_notebook(
-            template,
-            folder / f"{name}.ipynb",
-            parameters=parameters,
-            cwd=folder,
-            stdout_file=lines,
-            stderr_file=lines,
-            progress_bar=False,
-            kernel_name="python3",
-            config=Config(KernelManager={"transport_encryption": "auto"}),  # else the kernel warns of plain TCP
-            extra_arguments=["--IPKernelApp.log_level=50"],  # else it calls the interrupt that ends it an error
-        )
+        try:
+            run()
+        except RuntimeError as error:
+            if "before replying" not in str(error):
+                raise
+            run()  # another process took a port between its choice and the kernel's start
     except PapermillExecutionError as error:
         if error.ename == "BadInput":
             raise BadInput(error.evalue) from None

@@ -25,7 +25,7 @@ from agentforge import audit
 from agentforge.audit import probes
 from agentforge.audit.claims import COLOURS
 from agentforge.audit.drawing import MARKS, SHAPES, is_own, measured_text, totals, verdict_table
-from agentforge.audit.report import _Progress, render, reports_folder
+from agentforge.audit.report import _execute, _Progress, render, reports_folder
 from agentforge.audit.workshop import EFFORTS
 from agentforge.errors import AgentForgeError, BadInput
 from reports.phase4_bitnet import project, ternary
@@ -98,6 +98,23 @@ def test_the_record_says_what_it_was_made_from(report: Path, tiny_llama: Path) -
     assert record["text"]["scored_tokens"] == 127
     assert record["environment"]["packages"]["torch"] == torch.__version__
     assert {row["stage"] for row in record["stages"]} >= {"rounding:bits=8,group=64", "ternary:rule=absmean"}
+
+
+def test_a_kernel_whose_port_was_taken_is_started_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fates: list[Exception | None] = [RuntimeError("Kernel died before replying to kernel_info"), None]
+
+    def execute(*args: Any, **options: Any) -> None:
+        if fate := fates.pop(0):
+            raise fate
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    _execute("report", tmp_path, {})
+    assert not fates
+    for words in ("Kernel died before replying to kernel_info", "Kernel died"):  # twice; while it ran
+        fates = [RuntimeError(words)] * 2
+        with pytest.raises(RuntimeError, match=words):
+            _execute("report", tmp_path, {})
+        assert len(fates) == (words == "Kernel died")
 
 
 def test_a_failing_cell_leaves_the_old_report(report: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
