@@ -141,7 +141,7 @@ class Grid:
         """What the kernels take of it."""
         planes = (self.scale, self.minimum, self.rows, self.columns, self.gains, *(self.large or [None] * 3))
         addresses = [0 if plane is None else plane.data_ptr() for plane in planes]
-        return self.shape[1], self.words.data_ptr(), self.per_row, self.per_group, *addresses
+        return *self.shape, self.words.data_ptr(), self.per_row, self.per_group, *addresses
 
 
 def grouped(
@@ -330,26 +330,8 @@ def _grid_kernel(width: int, zero: int, lanes: int, spans: int, low: int, shared
     fields = 32 // width
 
     @njit(nogil=True, cache=True)
-    def kernel(  # type: ignore[no-untyped-def]
-        x,
-        columns,
-        words,
-        per_row,
-        per_group,
-        scale,
-        minimum,
-        factors,
-        of_columns,
-        gains,
-        starts,
-        places,
-        codes,
-        out,
-        tokens,
-        rows,
-        first,
-        last,
-    ):
+    def kernel(x, weight, out, tokens, first, last):  # type: ignore[no-untyped-def]
+        rows, columns, words, per_row, per_group, scale, minimum, factors, of_columns, gains, starts, places, codes = weight
         groups = per_row // per_group if spans else 0
         vectors, sums = np.zeros((count, per_row * fields), np.float32), np.empty((count, groups), np.float32)
         results = np.empty((count, ROWS), np.float32)
@@ -387,8 +369,8 @@ def grid(x: torch.Tensor, weight: Grid) -> torch.Tensor:
     fours = tokens // TOGETHER * TOGETHER
     for kernel, first, count in ((several, 0, fours), (one, fours, tokens - fours)):
         if count:
-            ends = out.data_ptr() + 4 * first * rows, count, rows
-            operands = (x.data_ptr() + 4 * first * columns, *weight.operands, *ends)
+            x_at, out_at = x.data_ptr() + 4 * first * columns, out.data_ptr() + 4 * first * rows
+            operands = (x_at, weight.operands, out_at, count)
             ternary_cpu.in_parts(kernel, operands, rows, count * rows * columns)
     return out
 
@@ -449,23 +431,8 @@ def _grid_row(typing, width, zero, lanes, spans, low, words, per_row, per_group,
 @cache
 def _row_kernel(width: int, zero: int, lanes: int, spans: int, low: int, shared: bool) -> Any:
     @njit(nogil=True, cache=True)
-    def kernel(  # type: ignore[no-untyped-def]
-        columns,
-        words,
-        per_row,
-        per_group,
-        scale,
-        minimum,
-        factors,
-        of_columns,
-        gains,
-        starts,
-        places,
-        codes,
-        out,
-        first,
-        last,
-    ):
+    def kernel(weight, out, first, last):  # type: ignore[no-untyped-def]
+        rows, columns, words, per_row, per_group, scale, minimum, factors, of_columns, gains, starts, places, codes = weight
         filled = per_row * (32 // width)
         groups = per_row // per_group if spans else 0
         for r in range(first, last):
@@ -491,7 +458,7 @@ def _row_kernel(width: int, zero: int, lanes: int, spans: int, low: int, shared:
 def decode(weight: Grid, first: int, last: int) -> torch.Tensor:
     """float32[last - first, in]: rows, exactly those that the stage decodes."""
     out = torch.empty(last - first, weight.per_row * (32 // weight.width))
-    _row_kernel(*weight.about)(*weight.operands, out.data_ptr(), first, last)
+    _row_kernel(*weight.about)(weight.operands, out.data_ptr(), first, last)
     return out[:, : weight.shape[1]]
 
 
