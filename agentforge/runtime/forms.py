@@ -78,22 +78,39 @@ class Ready(NamedTuple):
             planes.append(Plane(name, values.reshape(size), loaded.coding))
         return self.stage.decode(Packed(shape, tuple(planes), self.shared))
 
-    def parts(self, weights: int = PART) -> list[tuple[int, int]]:
-        """The first and last row of each part that is decoded at a time: so many weights, and whole bytes of planes.
+    def size(self, weights: int) -> int:
+        """Rows of a part that is decoded at a time: so many weights, but whole bytes of planes.
 
         On a GPU all rows are one part: there starting a kernel takes as long as decoding so much.
         """
         rows, columns = self.shape
         if not self.block or not self.tensors[0].is_cpu:
-            return [(0, rows)]
+            return rows
         least = 40 * self.block  # whole bytes of any width, and of trits
-        size = least * max(1, weights // (least * columns))
+        return least * max(1, weights // (least * columns))
+
+    def parts(self) -> list[tuple[int, int]]:
+        """The first and last row of each part of some `PART` weights."""
+        rows, size = self.shape[0], self.size(PART)
         return [(first, min(first + size, rows)) for first in range(0, rows, size)]
 
 
-def stepped(stage: Stepped, packed: Packed) -> packed_cpu.Grid | None:
-    """What `packed_cpu` multiplies and decodes; None on another device, and of weights that almost leave float32."""
-    if not packed["codes"].is_cpu:
+def book(stage: Stage, packed: Packed) -> torch.Tensor | None:
+    """The points of a trajectory, which take too long to make at each call."""
+    return stage.book(packed) if isinstance(stage, Trajectory) else None
+
+
+def fill_words(stage: Stage, plane: Plane) -> bool:
+    """Whether a kernel reads the plane in words."""
+    return isinstance(stage, Rounding) and plane.name == "codes"
+
+
+def of_codes(stage: Stage, packed: Packed) -> packed_cpu.Grid | None:
+    """What `packed_cpu` multiplies and decodes in place of the planes of ecsq and tcq.
+
+    None for other stages, on another device, and of weights that almost leave float32.
+    """
+    if not isinstance(stage, Stepped) or not packed["codes"].is_cpu:
         return None
     rows, columns = factors(packed)
     floats = packed.floats
@@ -105,9 +122,11 @@ def stepped(stage: Stepped, packed: Packed) -> packed_cpu.Grid | None:
     return packed_cpu.narrow(packed["codes"], rows, columns, gains)
 
 
-def rounded(stage: Rounding, shape: tuple[int, int], planes: Mapping[str, Loaded]) -> packed_cpu.Grid | None:
-    """What `packed_cpu` multiplies: the planes themselves."""
-    codes, exponent = planes["codes"], 128 - int(planes["exponent"].stored)
+def of_planes(stage: Stage, shape: tuple[int, int], planes: Mapping[str, Loaded]) -> packed_cpu.Grid | None:
+    """What `packed_cpu` multiplies and decodes of rounding: the planes themselves."""
+    if not isinstance(stage, Rounding):
+        return None
+    codes, exponent = planes["codes"], _exponent(planes)
     if not codes.stored.is_cpu or abs(exponent) > EXPONENTS:
         return None
     width, group, rows = int(codes.coding[4:]), stage.columns_a_grid(shape[1]), torch.full((shape[0],), 2.0**exponent)
@@ -133,14 +152,14 @@ def _small(ready: Ready, name: str) -> torch.Tensor:
     return loaded.values(0, math.prod(loaded.shape)).reshape(loaded.shape).to(torch.float32)
 
 
-def _exponent(ready: Ready) -> int:
-    return 128 - int(ready.planes["exponent"].stored)
+def _exponent(planes: Mapping[str, Loaded]) -> int:
+    return 128 - int(planes["exponent"].stored)
 
 
 def _vptq(ready: Ready, stage: Vptq, x: torch.Tensor) -> torch.Tensor | None:
     """x has the columns' scales, which belong to the weight; the columns' means are one product more."""
     rows, columns = ready.shape
-    segments, exponent = stage.segments(ready.shape), _exponent(ready)
+    segments, exponent = stage.segments(ready.shape), _exponent(ready.planes)
     if len(segments) > 1 or stage.parts > 1 or abs(exponent) > EXPONENTS:
         return None
     lines = math.ceil(rows / segments[0].v)

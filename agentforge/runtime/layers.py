@@ -21,10 +21,7 @@ from ..errors import BadInput
 from ..models import as_stored
 from ..planes import Packed, Plane, is_coded
 from ..stages import Stage
-from ..stages.ecsq import Stepped
 from ..stages.refined import Refined
-from ..stages.rounding import Rounding
-from ..stages.trajectory import Trajectory
 from ..tensorfiles import trim
 from . import forms, packed_cpu
 from .forms import Loaded, Ready
@@ -165,20 +162,18 @@ class PackedWeight(Readable):
                 stage = stage.first
             packed = Packed(packed.shape, packed.planes, plain)
             layout = self.stage.layout(packed.shape)
-            grid = forms.stepped(stage, packed) if isinstance(stage, Stepped) else None
+            grid, loaded = forms.of_codes(stage, packed), {}
             if grid is None:
                 stage.decode(packed)  # the stage's own checks
-            loaded = {}
-            for plane in packed if grid is None else ():
-                fill = isinstance(stage, Rounding) and plane.name == "codes"  # words, which kernels read
-                if is_coded(layout[plane.name][0]) or (fill and plane.coding not in ("uint2", "uint4", "uint8")):
-                    loaded[plane.name] = _loaded(plane, fill)
-                else:  # the buffer itself
-                    loaded[plane.name] = Loaded(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
-            if isinstance(stage, Rounding):
-                grid = forms.rounded(stage, packed.shape, loaded)
-            book = stage.book(packed) if isinstance(stage, Trajectory) else None
-            self._ready = Ready(stage, packed.shape, loaded, plain, *stage.row_blocks(packed.shape), book, grid)
+                for plane in packed:
+                    fill = forms.fill_words(stage, plane)
+                    if is_coded(layout[plane.name][0]) or (fill and plane.coding not in ("uint2", "uint4", "uint8")):
+                        loaded[plane.name] = _loaded(plane, fill)
+                    else:  # the buffer itself
+                        loaded[plane.name] = Loaded(plane.coding, tuple(plane.values.shape), self.get_buffer(plane.name))
+                grid = forms.of_planes(stage, packed.shape, loaded)
+            about = stage.row_blocks(packed.shape)
+            self._ready = Ready(stage, packed.shape, loaded, plain, *about, forms.book(stage, packed), grid)
             if any(is_coded(coding) for coding, _ in layout.values()):
                 del packed
                 trim()  # else what was decoded on the way stays: a gigabyte, of 210 weights
@@ -217,11 +212,11 @@ class PackedWeight(Readable):
     def lines(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Rows of the weight, dtype[..., in] for ids: int[...]; only the parts that hold some of them are decoded."""
         ready = self.ready
-        parts = ready.parts(weights=1)
-        size, out = parts[0][1], torch.empty((*ids.shape, self.in_features), dtype=dtype, device=ids.device)
-        for part in (ids // size).unique().tolist():
-            here = ids // size == part
-            out[here] = ready.rows(*parts[part]).to(dtype)[ids[here] - parts[part][0]]
+        size, out = ready.size(1), torch.empty((*ids.shape, self.in_features), dtype=dtype, device=ids.device)
+        parts = ids // size
+        for part in parts.unique().tolist():
+            here, first = parts == part, part * size
+            out[here] = ready.rows(first, min(first + size, self.out_features)).to(dtype)[ids[here] - first]
         return out
 
     def extra_repr(self) -> str:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 import platform
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any
@@ -34,7 +35,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from . import ternary_cpu
-from .ternary_cpu import Value, _floats, _int, _keep, _load, _shuffle, _splat, _spread, _store, f32, i16, i32, i64
+from .ternary_cpu import Value, _floats, _int, _keep, _load, _pointer, _shuffle, _splat, _spread, _store, f32, i16, i32, i64
 
 ROWS = 4
 LANES = 16
@@ -218,6 +219,25 @@ def _code(b: Any, words: Value, width: int, zero: int, field: int) -> Value:
     return b.fsub(code, _splat(float((1 << 23) + zero), floats))
 
 
+def _halves(b: Any, address: Value, count: int) -> Value:
+    """So many half floats, as float32."""
+    return b.fpext(_load(b, address, ir.VectorType(ir.HalfType(), count)), ir.VectorType(f32, count))
+
+
+def _widened(b: Any, vector: Value, lanes: int) -> Value:
+    """Each value in as many lanes as it takes to fill them all."""
+    return _shuffle(b, vector, [lane * vector.type.count // lanes for lane in range(lanes)])
+
+
+def _runs(b: Any, count: Value, most: int, take: Callable[[Value, int], None]) -> None:
+    """take(first, many): `most` of them at a time, and half as many if these are left."""
+    with cgutils.for_range(b, b.sdiv(count, _int(most))) as loop:
+        take(b.mul(loop.index, _int(most)), most)
+    if most > 1:
+        with b.if_then(b.icmp_signed("!=", b.srem(count, _int(most)), _int(0))):
+            take(b.sub(count, _int(most // 2)), most // 2)
+
+
 @intrinsic(prefer_literal=True)
 def _grid_rows(typing, width, zero, lanes, spans, low, tokens, words, per_row, per_group, row, x, scale, minimum, sums, out):  # type: ignore[no-untyped-def]
     """Products of four rows with some vectors, without the factors of rows.
@@ -259,18 +279,17 @@ def _grid_rows(typing, width, zero, lanes, spans, low, tokens, words, per_row, p
             for cell, place in places.items():
                 b.store(sums[cell], place)
 
-        def add_groups(first: Value, lanes: int, spans: int) -> None:
+        def add_groups(first: Value, spans: int) -> None:
             """Products of the `spans` groups that begin with this one, or of one group of several vectors."""
+            lanes = whole * spans // k
             parts = {cell: cgutils.alloca_once(b, ir.VectorType(f32, lanes)) for cell in cells}
             for place in parts.values():
                 b.store(_splat(0.0, place.type.pointee), place)
             with cgutils.for_range(b, b.sdiv(per_group, _int(lanes)) if spans == 1 else _int(1)) as loop:
                 add(b.add(b.mul(first, per_group), b.mul(loop.index, _int(lanes))), lanes, parts)
-            halves, floats = (ir.VectorType(kind, spans) for kind in (ir.HalfType(), f32))
             for r in range(ROWS):
                 at = b.mul(_int(2), b.add(b.mul(rows[r], groups), first))
-                factor = b.fpext(_load(b, b.add(scale, at), halves), floats)
-                factor = _shuffle(b, factor, [lane * spans // lanes for lane in range(lanes)])
+                factor = _widened(b, _halves(b, b.add(scale, at), spans), lanes)
                 for t in range(T):
                     part = b.load(parts[r, t])
                     if lanes == whole:
@@ -278,24 +297,24 @@ def _grid_rows(typing, width, zero, lanes, spans, low, tokens, words, per_row, p
                     else:
                         b.store(b.fadd(b.load(singles[r, t]), _sum(b, b.fmul(part, factor))), singles[r, t])
                     if has_low:
-                        share = _load(b, b.add(sums, b.mul(_int(4), b.add(b.mul(groups, _int(t)), first))), floats)
-                        share = b.fmul(share, b.fpext(_load(b, b.add(minimum, at), halves), floats))
+                        minima = _halves(b, b.add(minimum, at), spans)
+                        share = _load(b, b.add(sums, b.mul(_int(4), b.add(b.mul(groups, _int(t)), first))), minima.type)
+                        share = b.fmul(share, minima)
                         b.store(b.fadd(b.load(singles[r, t]), _sum(b, share)), singles[r, t])
 
+        def add_words(first: Value, lanes: int) -> None:
+            """Products of the words that begin with this one, in a row without groups."""
+            if lanes == whole:
+                return add(first, lanes, totals)
+            rest = {cell: _zero(b, ir.VectorType(f32, lanes)) for cell in cells}
+            add(first, lanes, rest)
+            for cell, place in rest.items():
+                b.store(_sum(b, b.load(place)), singles[cell])
+
         if k:
-            with cgutils.for_range(b, b.sdiv(groups, _int(k))) as loop:
-                add_groups(b.mul(loop.index, _int(k)), whole, k)
-            if k > 1:
-                with b.if_then(b.icmp_signed("!=", b.srem(groups, _int(k)), _int(0))):
-                    add_groups(b.sub(groups, _int(k // 2)), whole // 2, k // 2)
+            _runs(b, groups, k, add_groups)
         else:
-            with cgutils.for_range(b, b.sdiv(per_row, _int(whole))) as loop:
-                add(b.mul(loop.index, _int(whole)), whole, totals)
-            with b.if_then(b.icmp_signed("!=", b.srem(per_row, _int(whole)), _int(0))):
-                rest = {cell: cgutils.alloca_once(b, ir.VectorType(f32, whole // 2), zfill=True) for cell in cells}
-                add(b.sub(per_row, _int(whole // 2)), whole // 2, rest)
-                for cell, place in rest.items():
-                    b.store(_sum(b, b.load(place)), singles[cell])
+            _runs(b, per_row, whole, add_words)
         for r, t in cells:
             result = b.fadd(_sum(b, b.load(totals[r, t])), b.load(singles[r, t]))
             _store(b, result, b.add(out, _int(4 * (ROWS * t + r))))
@@ -397,15 +416,10 @@ def _grid_row(typing, width, zero, lanes, spans, low, words, per_row, per_group,
             if k:
                 spans = max(1, k * lanes // whole)
                 group = b.mul(_int(2), b.sdiv(first, per_group))
-                halves = ir.VectorType(ir.HalfType(), spans)
-                grids = [
-                    b.fpext(_load(b, b.add(p, group), halves), ir.VectorType(f32, spans))
-                    for p in (scale, minimum)[: 1 + has_low]
-                ]
-                grids = [_shuffle(b, each, [lane * spans // lanes for lane in range(lanes)]) for each in grids]
-                values = [b.fmul(code, grids[0]) for code in codes]
+                values = [b.fmul(code, _widened(b, _halves(b, b.add(scale, group), spans), lanes)) for code in codes]
                 if has_low:
-                    values = [b.fadd(value, grids[1]) for value in values]
+                    low = _widened(b, _halves(b, b.add(minimum, group), spans), lanes)
+                    values = [b.fadd(value, low) for value in values]
                 values = [b.fmul(value, _spread(b, factor, lanes)) for value in values]
                 while len(values) > 1:  # neighbours share words
                     count, half = values[0].type.count, len(values) // 2
@@ -419,10 +433,7 @@ def _grid_row(typing, width, zero, lanes, spans, low, words, per_row, per_group,
                 value = b.fmul(b.fmul(b.fmul(code, _spread(b, factor, lanes)), of), _spread(b, gain, lanes))
                 _store(b, value, b.add(at, here))
 
-        with cgutils.for_range(b, b.sdiv(per_row, _int(whole))) as loop:
-            write(b.mul(loop.index, _int(whole)), whole)
-        with b.if_then(b.icmp_signed("!=", b.srem(per_row, _int(whole)), _int(0))):
-            write(b.sub(per_row, _int(whole // 2)), whole // 2)
+        _runs(b, per_row, whole, write)
         return context.get_dummy_value()
 
     return signature, emit
@@ -436,20 +447,17 @@ def _row_kernel(width: int, zero: int, lanes: int, spans: int, low: int, shared:
         filled = per_row * (32 // width)
         groups = per_row // per_group if spans else 0
         for r in range(first, last):
-            factor, gain = carray(_floats(factors), r + 1)[r], np.float32(1)
+            factor, gain = carray(_floats(factors), rows)[r], np.float32(1)
             if gains:
-                gain = carray(_floats(gains), r + 1)[r]
+                gain = carray(_floats(gains), rows)[r]
             row, beside, to = words + 4 * r * per_row, 2 * r * groups, out + 4 * (r - first) * filled
             a, b = scale + beside, minimum + beside
             _grid_row(width, zero, lanes, spans, low, row, per_row, per_group, a, b, factor, of_columns, gain, to)
             if not shared:
-                begin, values, of = (
-                    carray(_ints(starts), r + 2),
-                    carray(_floats(to), columns),
-                    carray(_floats(of_columns), columns),
-                )
+                begin = carray(_ints(starts), rows + 1)
+                values, of = carray(_floats(to), columns), carray(_floats(of_columns), columns)
                 for i in range(begin[r], begin[r + 1]):
-                    code, place = carray(_ints(codes), i + 1)[i], carray(_ints(places), i + 1)[i]
+                    code, place = carray(_ints(codes), begin[rows])[i], carray(_ints(places), begin[rows])[i]
                     values[place] = np.float32(code) * factor * of[place] * gain
 
     return kernel
@@ -542,18 +550,7 @@ def vectors(
     return out
 
 
-@intrinsic
-def _ints(typing: Any, address: Any) -> Any:
-    """An address as a pointer to int32."""
-    kind = types.CPointer(types.int32)
-    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], i32.as_pointer())
-
-
-@intrinsic
-def _shorts(typing: Any, address: Any) -> Any:
-    """An address as a pointer to int16."""
-    kind = types.CPointer(types.int16)
-    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], i16.as_pointer())
+_ints, _shorts = _pointer(types.int32, i32), _pointer(types.int16, i16)
 
 
 @intrinsic(prefer_literal=True)

@@ -252,11 +252,18 @@ MAGIC = np.float32(12582912)  # 1.5 * 2**23: a float32 below 2**22 to which it i
 INFINITY = 0x7F800000  # the bits of a float32
 
 
-@intrinsic
-def _floats(typing: Any, address: Any) -> Any:
-    """An address as a pointer to float32."""
-    kind = types.CPointer(types.float32)
-    return kind(types.int64), lambda context, b, signature, args: b.inttoptr(args[0], f32.as_pointer())
+def _pointer(kind: Any, of: ir.Type) -> Any:
+    """A function that takes an address for a pointer to this kind, numba's and LLVM's."""
+
+    @intrinsic
+    def pointer(typing: Any, address: Any) -> Any:
+        signature = types.CPointer(kind)(types.int64)
+        return signature, lambda context, b, signature, args: b.inttoptr(args[0], of.as_pointer())
+
+    return pointer
+
+
+_floats = _pointer(types.float32, f32)
 
 
 @njit
