@@ -144,8 +144,15 @@ def _mapped_bytes(process: int) -> int:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile:")), 0)
 
 
+Clock = Callable[[], float]
+
+
 def in_turn(
-    work: dict[str, Callable[[], object]], seconds: float, least: int = 5, block: float = 0.0, device: str = "cpu"
+    work: dict[str, Callable[[], object]],
+    seconds: float,
+    least: int = 5,
+    block: float = 0.0,
+    clock: Clock = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of a call, from blocks of calls: a block of each contestant in turn, for about so long in all.
 
@@ -157,20 +164,24 @@ def in_turn(
     until = time.perf_counter() + seconds
     while time.perf_counter() < until or any(len(found) < least for found in times.values()):
         for name, call in work.items():
-            times[name].append(once(call, device, calls[name]))
+            times[name].append(once(call, calls[name], clock))
     return times
 
 
-def once(call: Callable[[], object], device: str = "cpu", calls: int = 1) -> float:
-    """Seconds of one call of so many, all that they asked of the device included."""
-    start = time.perf_counter()
+def once(call: Callable[[], object], calls: int = 1, clock: Clock = time.perf_counter) -> float:
+    """Seconds of one call of so many."""
+    start = clock()
     for _ in range(calls):
         call()
-    if device == "cuda":
-        import torch
+    return (clock() - start) / calls
 
-        torch.cuda.synchronize()
-    return (time.perf_counter() - start) / calls
+
+def read_bandwidth(clock: Clock = time.perf_counter) -> float:
+    """Bytes per second that torch adds up, of 256 MB; the best of seven."""
+    import torch
+
+    values = torch.ones(64 << 20)
+    return values.nbytes / min(once(values.sum, clock=clock) for _ in range(7))
 
 
 def mean(values: list[float]) -> Row:

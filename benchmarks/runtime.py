@@ -55,22 +55,8 @@ STAGES = [
 ]
 LLAMA = [*interop.STAGES.values()][:3]
 PROMPTS = (17, 100, 512)
-READ = 64 << 20  # float32 values
 Row = bench.Row
 Runs = tuple[Callable[[int], object], Callable[[int], object]]  # generate so many tokens; process a prompt of so many
-
-
-def bandwidth() -> float:
-    """Bytes per second of the processor's time, as torch adds up 256 MB, best of seven."""
-    source = torch.ones(READ)
-    return source.nbytes / min(cpu_seconds(source.sum) for _ in range(7))
-
-
-def cpu_seconds(call: Callable[[], object]) -> float:
-    """What a call takes of the processor."""
-    start = time.process_time()
-    call()
-    return time.process_time() - start
 
 
 def read_bytes(model: nn.Module) -> int:
@@ -116,16 +102,17 @@ def in_turn(runs: dict[str, Runs], tokens: int, rounds: int) -> Row:
     """Milliseconds of the processor per token of all, in turn, and each one's ratio to the last one's."""
     found: Row = {}
     for kind, count in {"generation": tokens, **{str(count): count for count in PROMPTS}}.items():
-        spent: dict[str, list[float]] = {name: [] for name in runs}
+        calls = {
+            name: partial(generate if kind == "generation" else prompt, count) for name, (generate, prompt) in runs.items()
+        }
         with torch.inference_mode():
-            for turn in range(rounds + 1):
-                for name, (generate, prompt) in runs.items():
-                    seconds = cpu_seconds(partial(generate if kind == "generation" else prompt, count))
-                    if turn:  # the first compiles, unpacks and fills caches
-                        spent[name].append(1e3 * seconds / count)
+            spent = bench.in_turn(calls, 0, rounds, clock=time.process_time)
         base = [*spent.values()][-1]
         found[kind] = {
-            name: {**bench.mean(each), "ratio": bench.mean([a / b for a, b in zip(each, base, strict=True)])}
+            name: {
+                **bench.mean([1e3 * seconds / count for seconds in each]),
+                "ratio": bench.mean([a / b for a, b in zip(each, base, strict=True)]),
+            }
             for name, each in spent.items()
         }
     return found
@@ -148,7 +135,7 @@ def measured(name: str, path: Path, dense: Any, ids: list[int], args: Any) -> Ro
     """The row of an artifact."""
     rows, of = [row for row in Artifact(path).rows if row["stage"]], transformer(dense, ids)
     row: Row = {"bits": sum(row["bits"] for row in rows) / sum(row["shape"][0] * row["shape"][1] for row in rows)}
-    row |= {"threads": torch.get_num_threads(), "read_per_s": bandwidth()}
+    row |= {"threads": torch.get_num_threads(), "read_per_s": bench.read_bandwidth(time.process_time)}
     if name.startswith("llama.cpp"):
         if not (file := args.work / f"{path.name}.gguf").is_file():
             export(path, "gguf", file)

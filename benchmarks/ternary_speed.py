@@ -76,9 +76,8 @@ def summary(times: list[float]) -> Row:
 
 @functools.cache
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second that torch sums with so many threads, which it has: the best of seven."""
-    values = torch.ones(64 << 20)
-    return values.nbytes / min(bench.once(values.sum) for _ in range(7))
+    """`bench.read_bandwidth` with so many threads, which torch has."""
+    return bench.read_bandwidth()
 
 
 def products(seconds: float, numbers: list[int]) -> list[Row]:

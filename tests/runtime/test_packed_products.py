@@ -218,7 +218,7 @@ def test_the_benchmark_takes_a_row_and_does_not_take_it_again(
     load_benchmark: Callable[[str], ModuleType], tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     benchmark = load_benchmark("runtime")
-    monkeypatch.setattr(benchmark, "bandwidth", lambda: 1e10)
+    monkeypatch.setattr(benchmark.bench, "read_bandwidth", lambda clock: 1e10)
     monkeypatch.setattr(benchmark, "PROMPTS", (20,))
     monkeypatch.setattr(benchmark.bench, "apart", lambda *_: {"peak_bytes": 3 << 20, "load_s": 0.5})
     out, threads = tmp_path / "out", torch.get_num_threads()
