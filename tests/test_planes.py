@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from agentforge import stages
 from agentforge.bits import bits_per_value, pack_trits, pack_uint, stored_bytes, unpack_trits, unpack_uint
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.planes import Packed, Plane, power_of_two_exponent, times_power_of_two
@@ -246,7 +247,8 @@ def test_the_exponent_brings_the_largest_weight_under_2_to_14(value: float) -> N
     weight = torch.tensor([[value, value / 3, 0.0]])
     exponent = power_of_two_exponent(weight)
     assert 2**13 <= abs(math.ldexp(float(weight[0, 0]), exponent)) < 2**14
-    assert 0 <= exponent + 128 < 256  # a byte
+    packed = stages.get("rounding", bits=2).encode(weight)
+    assert packed["exponent"].tolist() == [exponent + 128]
 
 
 def test_the_exponent_at_the_ends_of_float32() -> None:
