@@ -8,7 +8,9 @@ digit is coded in the cheapest of these ways:
 * PACKED: no model, its width in bits per value;
 * ONE: one histogram for the whole plane;
 * ROWS, COLUMNS: the plane's rows (or columns) are sorted by how concentrated their values are and cut into eight classes
-  of equal size, each with a histogram of its own.  It pays if one scale serves rows or columns of unequal size.
+  of equal size, each with a histogram of its own.  It pays if one scale serves rows or columns of unequal size;
+* CELLS: of paths alone, rows and columns have a scale each, whose sum gives a value's cell, and histograms are functions of
+  three numbers (`cells`).
 
 Values of up to 16 bits may be one digit; a histogram may, however, be larger than what it describes, so that all of more
 than 8 bits are also tried as digits of 8 bits from the top, the last one shorter.  Floats are coded as their bit
@@ -41,15 +43,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import trellis
+from . import cells, trellis
 from .bits import FLOATS, TRELLISES, bits_per_value, pack, pack_uint, stored_bytes, tensor_bytes, unpack, unpack_uint
 from .errors import BadInput
 
 RAW, WHOLE, SPLIT = range(3)
-PACKED, ONE, ROWS, COLUMNS = range(4)
+PACKED, ONE, ROWS, COLUMNS, CELLS = range(5)
 CLASSES, CLASS_BITS = 8, 3
 WIDEST = 16  # bits of the widest digit with a histogram
 FREQUENCY_BITS = 14
+FINE_BITS = 24  # of frequencies that are not written down
+NUMBERS = (8, 3, 4)  # bits of a cell's numbers
 LIKELIEST = 255  # a value may be this many times as frequent as all others together
 VALUES_A_BYTE = 1420  # 8 / log2(256 / 255) = 1416.8
 
@@ -136,12 +140,41 @@ def _encode_digit(lines: Array, width: int, odd: Array | None = None) -> bytes:
     if odd is not None:
         # 2 |m| or 2 m + 1, whichever is not negative, of digits of zigzag numbers m and parities.
         sizes = (lines + 1 - odd) // 2 * 2 + odd
-        _, kind, these, classes, counts = _best_way(sizes, 2)
+        bits, kind, these, classes, counts = _best_way(sizes, 2)
+        found = _cells(sizes)
+        if found and (found.size << 16) < bits:
+            return _of_cells(lines, odd, found, int(sizes.max()) // 2 + 1)
         turned = lines.T if kind == COLUMNS else lines
         return _modelled(kind, turned, classes, counts, these & 1)
     best = _best_way(lines)
     packed = bytes([PACKED]) + bytes(tensor_bytes(pack_uint(torch.from_numpy(lines), width)))
     return min(packed, _modelled(*best[1:]), key=len)
+
+
+def _cells(sizes: Array) -> cells.Cells | None:
+    """The cells of absolute values, their size with all that is written down beside them; None if values are too large."""
+    if min(sizes.shape) < CLASSES or sizes.max() >= 2 * cells.LARGEST:
+        return None
+    found = cells.cells_of(sizes)
+    beside = sum(8 * len(_encode_digit(scales[None].astype(np.int32), 8)) for scales in found[:2])
+    return found._replace(size=found.size + beside + found.many * (sum(NUMBERS) + 32))
+
+
+def _of_cells(lines: Array, odd: Array, found: cells.Cells, size: int) -> bytes:
+    """A section of cells of the last digits of a path, with their parities.  size: frequencies in a histogram."""
+    queues = (2 * found.of_values() + odd).reshape(-1)
+    order, counts = np.argsort(queues, kind="stable"), np.bincount(queues, minlength=2 * found.many)
+    values, coder = np.split(lines.reshape(-1)[order], np.cumsum(counts)[:-1]), _library().stream.queue.RangeEncoder()
+    for n, (some, frequencies) in enumerate(zip(values, found.frequencies(size), strict=True)):
+        coder.encode(some, _model(_signed(_scaled(frequencies, FINE_BITS), n % 2)))
+    header = bytes([CELLS]) + (size - 1).to_bytes(2, "little") + bytes([found.low, found.many - 1])
+    for scales in found[:2]:
+        section = _encode_digit(scales[None].astype(np.int32), 8)
+        header += len(section).to_bytes(2, "little") + section
+    for numbers, width in zip(found.numbers, NUMBERS, strict=True):
+        header += bytes(tensor_bytes(pack_uint(torch.from_numpy(numbers), width)))
+    header += counts[::2].astype("<u4").tobytes()
+    return header + coder.get_compressed().astype("<u4").tobytes()  # type: ignore[no-any-return]
 
 
 def _best_way(lines: Array, parities: int = 1) -> tuple[int, int, Array, Array, Array]:
@@ -184,14 +217,26 @@ def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
     int[rows] and int[columns], the sum of which is the number of a value's table, and the tables of bits, signs included:
     float64[tables, values], in steps of 2**-16.
     """
-    _, kind, these, classes, counts = _best_way(np.minimum(sizes, values - 1), 2)
+    sizes = np.minimum(sizes, values - 1)
+    size, kind, these, classes, counts = _best_way(sizes, 2)
+    found = _cells(sizes)
+    if found and (found.size << 16) < size:
+        every = np.arange(int(found.of_rows.max() + found.of_columns.max()) + 1)
+        counts = np.stack(found.frequencies(values // 2))
+        bits = _bits_of(counts, values)[(every - found.low).clip(0, found.many - 1)]
+        return found.of_rows, found.of_columns, bits
     frequencies = np.full((len(counts), values // 2), 0.5)
     frequencies[:, : counts.shape[1]] += counts
+    bits, one = _bits_of(frequencies, values), np.zeros(these.shape[1], np.int64)
+    return (one, classes, bits) if kind == COLUMNS else (classes, one, bits)
+
+
+def _bits_of(frequencies: Array, values: int) -> Array:
+    """Tables of `path_costs` from frequencies by parity, [2 * tables, values / 2]."""
     bits = np.rint(65536 * np.log2(frequencies.sum(1, keepdims=True) / frequencies)) / 65536
     bits = bits.reshape(-1, 2, values // 2).swapaxes(1, 2).reshape(-1, values)
     bits[:, 1:] += 1
-    one = np.zeros(these.shape[1], np.int64)
-    return (one, classes, bits) if kind == COLUMNS else (classes, one, bits)
+    return np.asarray(bits)
 
 
 def _counts(lines: Array, classes: Array, parities: int = 1) -> Array:
@@ -251,9 +296,14 @@ def _signed(frequencies: Array, parity: int) -> Array:
 
 
 def _frequencies(counts: Array) -> Array:
-    """Counts scaled so that the largest is 2**14 - 1, rounded up; if it outweighs the rest too far, a neighbour gains."""
+    """Counts as they are written down."""
+    return _scaled(counts, FREQUENCY_BITS)
+
+
+def _scaled(counts: Array, width: int) -> Array:
+    """Counts scaled so that the largest is 2**width - 1, rounded up; if it outweighs the rest too far, a neighbour gains."""
     largest = int(counts.max())
-    frequencies = -(-counts * ((1 << FREQUENCY_BITS) - 1) // largest)
+    frequencies = -(-counts * ((1 << width) - 1) // largest)
     mode = int(frequencies.argmax())
     missing = -(-int(frequencies[mode]) // LIKELIEST) - int(frequencies.sum() - frequencies[mode])
     frequencies[mode - 1 if mode else 1] += max(missing, 0)
@@ -309,8 +359,12 @@ def _decode_digit(section: bytes, rows: int, count: int, limit: int, following: 
         if len(body) != stored_bytes(f"uint{width}", count) or limit != 1 << width:
             raise BadInput(f"{len(body)} bytes do not hold {count} values of {width} bits")
         return _take(body, width, count)[0].reshape(rows, -1)
-    if kind not in (bytes([ONE]), bytes([ROWS]), bytes([COLUMNS])) or len(body) < 2:
+    if kind not in (bytes([ONE]), bytes([ROWS]), bytes([COLUMNS]), bytes([CELLS])) or len(body) < 2:
         raise BadInput("a section is of no known kind")
+    if kind == bytes([CELLS]):
+        if following is None:
+            raise BadInput("cells are of paths alone")
+        return _decode_cells(body, (rows, count // rows), limit, following)
     shape = (rows, count // rows) if kind != bytes([COLUMNS]) else (count // rows, rows)
     size, models = int.from_bytes(body[:2], "little") + 1, 1 if kind == bytes([ONE]) else CLASSES
     most = limit // parities + parities - 1
@@ -337,12 +391,58 @@ def _decode_digit(section: bytes, rows: int, count: int, limit: int, following: 
         for k, queue in enumerate(queues):
             values[classes == k] = queue.reshape(-1, shape[1])
     else:
-        at = np.concatenate([[0], np.cumsum(counts)])
-        if not trellis.place(np.concatenate(queues), at, classes, kind == bytes([COLUMNS]), following, values):
-            raise BadInput("its values are no path")
-        if values.max() >= limit:
-            raise BadInput(f"a value of {values.max()}, expected less than {limit}")
+        across, transposed = np.zeros(shape[1], np.int64), kind == bytes([COLUMNS])
+        _place(queues, counts, (classes, across, models - 1), transposed, following, values, limit)
     return values.T if kind == bytes([COLUMNS]) else values
+
+
+def _decode_cells(body: bytes, shape: tuple[int, int], limit: int, following: Array) -> Array:
+    """The last digits of a path, int[rows, columns] below `limit`, from what follows the kind of a section of cells."""
+    if len(body) < 4:
+        raise BadInput("a section of cells ends early")
+    size, low, number = int.from_bytes(body[:2], "little") + 1, body[2], body[3] + 1
+    if not 2 <= size <= min(limit // 2 + 1, cells.LARGEST):
+        raise BadInput(f"an alphabet of {size} values, expected 2 to {min(limit // 2 + 1, cells.LARGEST)}")
+    body, scales = body[4:], []
+    for lines in shape:
+        end = 2 + int.from_bytes(body[:2], "little")
+        scales.append(_decode_digit(body[2:end], 1, lines, 256, None).reshape(-1).astype(np.int64))
+        body = body[end:]
+    numbers = []
+    for width in NUMBERS:
+        found, body = _take(body, width, number)
+        numbers.append(found)
+    evens, body = _take(body, 32, number)
+    cell = (scales[0] - low, scales[1], number - 1)
+    counts = np.bincount((cell[0][:, None] + cell[1]).clip(0, number - 1).reshape(-1), minlength=number)
+    if (evens > counts).any():
+        raise BadInput("a cell has more even values than values")
+    if len(body) % 4:
+        raise BadInput("a section does not end with a whole word")
+    counts = np.stack([evens, counts - evens], 1).reshape(-1)
+    models = cells.frequencies(np.stack(numbers), size)
+    histograms = [_signed(_scaled(found, FINE_BITS), n % 2) for n, found in enumerate(models)]
+    queues = _decode_words(np.frombuffer(body, "<u4").astype(np.uint32), histograms, counts)
+    values = np.empty(shape, np.int32)
+    _place(queues, counts, cell, False, following, values, limit)
+    return values
+
+
+def _place(
+    queues: list[Array],
+    counts: Array,
+    cell: tuple[Array, Array, int],
+    transposed: bool,
+    following: Array,
+    out: Array,
+    limit: int,
+) -> None:
+    """`trellis.place`.  Raises BadInput if the values are no path, or not below `limit`."""
+    at = np.concatenate([[0], np.cumsum(counts)])
+    if not trellis.place(np.concatenate(queues), at, cell, transposed, following, out):
+        raise BadInput("its values are no path")
+    if out.max() >= limit:
+        raise BadInput(f"a value of {out.max()}, expected less than {limit}")
 
 
 def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:

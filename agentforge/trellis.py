@@ -82,12 +82,14 @@ def _parities(stored: Array, following: Array) -> Array:
 
 
 @njit(nogil=True, cache=True)
-def place(queues: Array, at: Array, classes: Array, transposed: bool, following: Array, out: Array) -> bool:
+def place(queues: Array, at: Array, cells: Any, transposed: bool, following: Array, out: Array) -> bool:
     """Put values, the last digits of m in zigzag, where they belong.  False if a queue ends too early.
 
-    queues: for each class of lines its values of even k in their order, then those of odd k.  at: where these queues begin,
-    and the end; it is overwritten.  transposed: whether a line is a column.  out: int32[lines, n].
+    queues: for each cell its values of even k in their order, then those of odd k.  at: where these queues begin, and the
+    end; it is overwritten.  cells: int64[lines] and int64[n], of which the sum is a value's cell, and the last cell, in
+    which lie those beyond.  transposed: whether a line is a column.  out: int32[lines, n].
     """
+    of_lines, across, most = cells
     ends = at[1:].copy()
     lines, n = out.shape
     state = np.zeros(lines if transposed else n, np.uint8)
@@ -95,7 +97,7 @@ def place(queues: Array, at: Array, classes: Array, transposed: bool, following:
         for j in range(n):
             path, time = (i, j) if transposed else (j, i)
             s = state[path] if time % RESTART else np.uint8(0)
-            queue = 2 * classes[i] + (s & 1)
+            queue = 2 * min(max(of_lines[i] + across[j], 0), most) + (s & 1)
             if at[queue] == ends[queue]:
                 return False
             out[i, j] = queues[at[queue]]

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "agentforge"
 # From the bottom to the top: a file imports only files of its own line and of the lines above this one in the list.
 LAYERS = (
     ("errors", "version", "escaping", "schemas", "digits", "names", "progress"),
-    ("bits", "trellis", "entropy", "planes", "tensorfiles", "folders", "yamlfiles"),
+    ("bits", "cells", "trellis", "entropy", "planes", "tensorfiles", "folders", "yamlfiles"),
     ("stages",),
     ("models", "quantised", "adapters", "gguf_import", "cache"),
     ("artifact",),

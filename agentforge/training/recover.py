@@ -80,7 +80,7 @@ class Settings:
 
         In bfloat16 if the processor multiplies it: one that does not takes eight times as long as with float32.
         """
-        able = getattr(torch.cpu, "get_capabilities", dict)()
+        able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
         dtype: Any = "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
         return cls(steps=steps, batch=8, passes=2, lr=2e-3, warmup=0.05, evaluate=max(1, min(50, steps // 5)), dtype=dtype)
 

@@ -21,7 +21,7 @@ HASHES = {
     "rounding:bits=3,group=32,clip=mse": "7ee337080f4fb84781ec58499cc1da77ff574631f701dfaae521b4b47e19cc7c",
     "rounding:bits=3,group=32 | entropy": "5dedb1faa5d57b2890062dfc14fbda612eaa8f93fe80c33b3f1b4e8734b53a8c",
     "seedlm:K=9,C=12,P=4,refine=True,weighted=True": "f0f05c10e5093a9528d333f53eccf32d1579b8059f72c5cb25535124fcbbeea5",
-    "tcq:step=0.3,states=32,gains=True": "3eca6b3ac8a209bd43132b7c08dbda021bbd3cb48f5b2fc6438af000d15c98e9",
+    "tcq:step=0.3,states=32,gains=True": "8466e613459e8580828f6949b62907fac61516a2d8f05c7d8ec8e722e6026111",
     "ternary:rule=calibrated": "4b55761461d32184e415e9a7f404248322e1425990b701bf721cc554b80a0c8f",
     "trajectory:U=225,M=2": "7127d2229865cd9e1aa6418f8016a07af717a5e61a0fc961d3b4c0c15c933693",
     "vptq:v=4,k=16,residual=8": "33c7a4cc47751bd725335d1280228a8a5866a5869a5f00397e1f92f9949958d7",
