@@ -77,6 +77,7 @@ def recipe(model: Any, limit: Row, options: argparse.Namespace) -> Row:
     about = limit | {"model": model.fingerprint, "agentforge": __version__, "ladder": [s.brief() for s in LADDER]}
     about["text"] = [found.name, found.split, found.sha256]
     about |= {"tokens": options.tokens, "context": model.sampled_context}
+    about["calibration"] = Calibration().for_stage(LADDER[0]).to_json()
     return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
 
 
@@ -197,6 +198,7 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
     rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
     first = rows[0]
     how, layers = first["kl"]["protocol"], first["bits_by_layer"]
+    earlier = _earlier([*rows, *trained, *whole])
     own = [Other("fit", f"fit to {row['recipe']['bits']:g} bits", row["bits"], row["held_bits"], row) for row in rows]
     everything = sorted([*found, *own], key=lambda o: (-o.bits, o.kl))
     tools = sorted((o for o in found if "command" in o.row), key=lambda o: o.name)
@@ -213,8 +215,8 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
         weight of the linear layers: *on disk* those of the planes, *held* those in memory of layers that compute from them;
         embedding and norms stay.  KL is KL(original || compressed) on {first["kl"]["n"]:,} tokens of
         {how["text"]}/{how["split"]}, in windows of {how["context"]} ({how["windows"]}); [ ] holds the value of the whole
-        text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on 2,048 of them; no training.  All
-        budgets were met with steps of `tcq`.  *Whole
+        text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on all of them; no training.  All
+        budgets were met with steps of `tcq`.  {earlier}  *Whole
         model*: all weight files, against 16 bits for every parameter, and against the file that the model came in; below 1
         that file is the smaller one.
 
@@ -254,6 +256,14 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
         {bench.table(" | ".join(["asked for", *layers]), by_layer, "r")}
     """
     return bench.page(text)
+
+
+def _earlier(rows: list[Row]) -> str:
+    """Which rows an earlier version made, with fewer backward passes."""
+    found = [row["recipe"] for row in rows if "calibration" not in row["recipe"]]
+    names = [f"{made['bits']:g} bits" if "bits" in made else f"{made['bytes'] / 1e6:g} MB" for made in found]
+    text = "Of an earlier version, with backward passes on 2,048 tokens and one histogram per class of rows or columns: "
+    return f"{text}{', '.join(names)}." if names else ""
 
 
 def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
