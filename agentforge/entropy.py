@@ -218,13 +218,11 @@ def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
     float64[tables, values], in steps of 2**-16.
     """
     sizes = np.minimum(sizes, values - 1)
-    size, kind, these, classes, counts = _best_way(sizes, 2)
-    found = _cells(sizes)
-    if found and (found.size << 16) < size:
+    if found := _cells(sizes):
         every = np.arange(int(found.of_rows.max() + found.of_columns.max()) + 1)
-        counts = np.stack(found.frequencies(values // 2))
-        bits = _bits_of(counts, values)[(every - found.low).clip(0, found.many - 1)]
-        return found.of_rows, found.of_columns, bits
+        bits = _bits_of(np.stack(found.frequencies(values // 2)), values)
+        return found.of_rows, found.of_columns, bits[(every - found.low).clip(0, found.many - 1)]
+    _, kind, these, classes, counts = _best_way(sizes, 2)
     frequencies = np.full((len(counts), values // 2), 0.5)
     frequencies[:, : counts.shape[1]] += counts
     bits, one = _bits_of(frequencies, values), np.zeros(these.shape[1], np.int64)
