@@ -25,14 +25,13 @@ from gguf import GGUFReader
 from agentforge import evaluation, open_model
 from agentforge.evaluation.likelihood import plan
 from agentforge.exports import gguf
-from agentforge.gguf_fit import fit_gguf
+from agentforge.gguf_fit import TYPES, fit_gguf
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
-from agentforge.stages.ggml import FORMS
 from agentforge.statistics import Calibration, Collected, collect
 
 KINDS = ("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M")
 WIDE = "wide"
-OURS = {"ours": tuple(FORMS), "without Q4_1": tuple(kind for kind in FORMS if kind not in ("q4_1", "q5_1"))}
+OURS = {"ours": TYPES, "without Q4_1": tuple(kind for kind in TYPES if kind not in ("q4_1", "q5_1"))}
 MODELS = {bench.MODEL: OURS, WIDE: {"ours": OURS["ours"]}}
 BESIDE = 0.25  # of `wide.widen`
 
