@@ -25,7 +25,6 @@ import os
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -81,11 +80,10 @@ def transformer(model: Any, ids: list[int]) -> Runs:
 
 def llama_cpp(file: Path, work: Path, ids: list[int], threads: int) -> Runs:
     """A file in llama.cpp, by its Python package."""
-    built = interop.Llama(work)
-    built.prepare()
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(built.build / "bin")
+    built = peers.LlamaCpp(work)
+    built.build("llama")
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(built.programs)
     sys.path.insert(0, str(built.package))
-    sys.modules["diskcache"] = types.ModuleType("diskcache")  # which the package imports, and does not need here
     import llama_cpp
 
     shape = {"n_ctx": 1024, "n_batch": max(PROMPTS), "n_threads": threads, "n_threads_batch": threads}
