@@ -495,7 +495,7 @@ def _pack(kind: Type, found: _Found) -> np.ndarray:
     with np.errstate(all="ignore"):
         sc, mn = (np.nan_to_num(np.rint(a / b)).astype(np.int64) for a, b in ((scales, base), (minima, base_minimum)))
     if form.levels == (-1, 1):  # gguf's own quantiser takes the largest |w| for d, and that is the scale
-        return quantize(levels * scales, GGMLQuantizationType[kind.upper()]).reshape(rows, -1)
+        return np.asarray(quantize(levels * scales, GGMLQuantizationType[kind.upper()])).reshape(rows, -1)
     if form.scales is None:
         parts = [halves(scales)] + ([halves(-minima)] if form.minimum else [])
         if kind == "q8_0":
