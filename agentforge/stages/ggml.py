@@ -2,8 +2,8 @@
 
 A row is cut into blocks of 32 or 256 weights.  Each block, or each part of it of 16 or 32 weights, has a scale, in some
 types a minimum too, and each weight a level: w ~ scale * level - minimum.  In blocks of 256 the scales and minima of the
-parts are integers of 4 to 8 bits, times two half floats of the block.  The layouts are ggml's to the bit; they are decoded
-by the `gguf` package (quants.py).
+parts are integers of 4 to 8 bits, times two half floats of the block; the ternary types have one scale for all 256.  The
+layouts are ggml's to the bit; they are decoded by the `gguf` package (quants.py).
 
 llama.cpp chooses scales and levels for the least squared error, each input weighed by its mean square (its importance
 matrix).  Here it is the damage itself, tr(E H E^T) for the error E of the weight and H = E[x x^T] of its inputs:
