@@ -1,6 +1,8 @@
 # make audit: set up, fetch the default model, measure in a few minutes, write build/reports/. BUDGET=standard: all rows, larger
 #   samples. BUDGET=full: into reports/ and README, however long it takes.
 # make test: set up, run every test.
+# make interop: what llama.cpp and transformers compute from our files, and llama.cpp's speed, into build/reports/. Builds llama.cpp
+#   from its sources and has an environment of its own for the others, in build/interop: needs cmake and a C++ compiler.
 # make docs: set up, build the documentation site into build/site, check its links.
 PYTHON ?= python3
 VENV := .venv
@@ -10,7 +12,7 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait give the core to those that work: else several processes at once hold each other up.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: audit test test-code test-notebooks notebooks docs lint readme clean
+.PHONY: audit test test-code test-notebooks notebooks interop docs lint readme clean
 
 audit: $(VENV)/.lab
 	@$(BIN)/agentforge audit --budget $(BUDGET)
@@ -39,6 +41,10 @@ test-notebooks: $(VENV)/.dev
 # Every notebook in smoke mode, by papermill, in a temporary folder.
 notebooks: $(VENV)/.lab
 	$(BIN)/python tools/notebooks.py --smoke
+
+interop: $(VENV)/.lab
+	$(BIN)/python benchmarks/interop.py --work build/interop --out build/reports/interop
+	$(BIN)/python benchmarks/runtime.py --work build/interop --out build/reports/runtime --runs rounding:bits=4,group=64
 
 docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --quiet

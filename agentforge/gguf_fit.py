@@ -29,6 +29,7 @@ from .statistics import Calibration, Collected, collect
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+TYPES = tuple(name for name in FORMS if name != "tq2_0")  # what that holds, tq1_0 holds in fewer bytes
 LADDER = tuple(GGML(type=name) for name in FORMS)
 TENSOR = 24  # bytes that the header has for a tensor beside its name and its shape, and 8 for each dimension
 
@@ -47,7 +48,7 @@ def fit_gguf(
     out: str | Path,
     most: int,
     *,
-    types: Collection[str] = tuple(FORMS),
+    types: Collection[str] = TYPES,
     calibration: Calibration | None = None,
     statistics: Collected | None = None,
     text: str | Text | None = None,

@@ -25,26 +25,23 @@ from gguf import GGUFReader
 from agentforge import evaluation, open_model
 from agentforge.evaluation.likelihood import plan
 from agentforge.exports import gguf
-from agentforge.gguf_fit import fit_gguf
+from agentforge.gguf_fit import TYPES, fit_gguf
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
-from agentforge.stages.ggml import FORMS
 from agentforge.statistics import Calibration, Collected, collect
 
 KINDS = ("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M")
 WIDE = "wide"
-OURS = {"ours": tuple(FORMS), "without Q4_1": tuple(kind for kind in FORMS if kind not in ("q4_1", "q5_1"))}
+OURS = {"ours": TYPES, "without Q4_1": tuple(kind for kind in TYPES if kind not in ("q4_1", "q5_1"))}
 MODELS = {bench.MODEL: OURS, WIDE: {"ours": OURS["ours"]}}
 BESIDE = 0.25  # of `wide.widen`
 
 
 class Files:
-    """llama.cpp's programs and its library, and what it computes with the original."""
+    """llama.cpp, and what it computes with the original."""
 
     def __init__(self, work: Path, name: str) -> None:
-        for part in ("programs", "library"):
-            (work / part).mkdir(parents=True, exist_ok=True)
-        self.work, self.name, self.model = work, name, open_model(bench.MODEL)
-        self.programs, self.llama = peers.LlamaCpp(work / "programs"), interop.Llama(work / "library")
+        work.mkdir(parents=True, exist_ok=True)
+        self.work, self.name, self.model, self.programs = work, name, open_model(bench.MODEL), peers.LlamaCpp(work)
         windows = plan(self.model, evaluation.find_text(), SAMPLED, None, SAMPLED_TOKENS, None)[0]
         self.windows = [list(window.ids) for window in windows]
         self.widened: bench.Row = {}
@@ -81,7 +78,7 @@ class Files:
     def logits(self, file: Path) -> torch.Tensor:
         """float32[windows, tokens, vocabulary]."""
         asked = {"windows": self.windows, "prompt": self.windows[0][:8], "greedy": 1, "text": "", "context": SAMPLED}
-        found: torch.Tensor = self.llama(file, **asked)["logits"]
+        found: torch.Tensor = interop.llama(self.programs, file, **asked)["logits"]
         return found
 
     def compare(self, file: Path) -> bench.Row:

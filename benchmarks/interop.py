@@ -1,15 +1,20 @@
-"""What llama.cpp computes from our GGUF files, beside what transformers computes from the same weights, decoded.
+"""What other programs compute from our files, beside what transformers computes from the same weights, decoded.
 
     python benchmarks/interop.py [--work DIR] [--only NAME] [--out reports/interop]
 
-Each artifact is exported twice: in blocks, and as float32 of what it decodes to.  The second file shows whether names,
-order of rows, positions and tokenizer are right; the first what llama.cpp's own arithmetic adds.  llama.cpp is built in
---work from the sources of its Python package, at the version that `peers.py` pins; its cache of keys and values is float32.
+llama.cpp: each artifact is exported twice: in blocks, and as float32 of what it decodes to.  The second file shows whether
+names, order of rows, positions and tokenizer are right; the first what llama.cpp's own arithmetic adds.  llama.cpp is built
+in --work from the sources of its Python package, at the version that `peers.py` pins; its cache of keys and values is of
+float32.
 
-* KL: KL(transformers || llama.cpp) per token, over windows of the text.
+transformers: an exported folder, opened by `from_pretrained` in a process that never imports agentforge, in an environment
+of --work that has compressed-tensors.  (Folders of VPTQ it opens with a GPU alone.)
+
+* KL: KL(transformers with decoded weights || the other program) per token, over windows of the text.
 * greedy: how many tokens after the prompt are the same, of so many.
 * rounded: the same of transformers with activations rounded to 8 bits in front of each matrix, as llama.cpp rounds them for
   blocks.  The two do not round alike for long: a difference of the last bit moves some codes, and from block to block more.
+  For bitnet, whose activations transformers rounds to 8 bits: of our packed runtime, which does so, too.
 """
 
 from __future__ import annotations
@@ -25,6 +30,7 @@ import bench
 import numpy as np
 import peers
 import torch
+import transformers
 
 import agentforge as af
 from agentforge import evaluation
@@ -39,12 +45,16 @@ STAGES = {
     "Q8_0": "rounding:bits=8,group=32,symmetric=true",
     "ternary": "ternary:rule=threshold",
 }
+FOLDERS = {
+    "compressed-tensors": "rounding:bits=4,group=64,symmetric=true",
+    "bitnet": "ternary:rule=absmean",
+}
 WINDOWS, GREEDY = 4, 64
+BOUNDS = {"compressed-tensors": 1e-6, "bitnet": 0.02}  # of KL; where activations are rounded, codes next to a half move
 # What runs llama.cpp: logits of windows, the ids of the text by its own tokenizer, and greedy tokens after a prompt.
 LLAMA = """
-import json, sys, types
+import json, sys
 import numpy as np
-sys.modules["diskcache"] = types.ModuleType("diskcache")  # which the package imports, and does not need here
 from llama_cpp import Llama
 asked = json.load(open(sys.argv[1]))
 llama = Llama(asked["file"], n_ctx=asked["context"], n_batch=asked["context"], n_threads=asked["threads"],
@@ -63,38 +73,36 @@ for _ in range(asked["greedy"]):
 ids = llama.tokenize(asked["text"].encode(), add_bos=False, special=False)
 np.savez(sys.argv[2], logits=np.stack(logits), greedy=np.array(greedy), ids=np.array(ids))
 """
+TRANSFORMERS = """
+import json, sys
+import numpy as np, torch
+from transformers import AutoModelForCausalLM
+asked = json.load(open(sys.argv[1]))
+torch.compiler.set_stance("force_eager")  # its layers of bitnet ask for a compiler
+model = AutoModelForCausalLM.from_pretrained(asked["file"], dtype=torch.float32).eval()
+with torch.inference_mode():
+    logits = torch.stack([model(input_ids=torch.tensor([window])).logits[0] for window in asked["windows"]])
+if any(name.partition(".")[0] == "agentforge" for name in sys.modules):
+    sys.exit("agentforge was imported")
+np.savez(sys.argv[2], logits=logits.numpy())
+"""
 
 
-class Llama:
-    """llama.cpp's library and its Python package, built when first needed."""
+def elsewhere(work: Path, python: str | Path, script: str, file: Path, environment: dict[str, str], **asked: Any) -> Any:
+    """What a script finds with a file, in a process of its own: tensors by name."""
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+        about = {"file": str(file), "context": SAMPLED, "threads": threads, **asked}
+        (Path(scratch) / "asked.json").write_text(json.dumps(about), encoding="utf-8")
+        peers.run(python, "-c", script, f"{scratch}/asked.json", f"{scratch}/found.npz", **environment)
+        with np.load(f"{scratch}/found.npz") as found:
+            return {name: torch.from_numpy(found[name]) for name in found}
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.build = work, work / "build"
-        self.package = work / f"llama_cpp_python-{peers.LLAMA_CPP}"
 
-    def prepare(self) -> None:
-        """Fetch and build what is not there yet."""
-        if not self.package.is_dir():
-            peers.fetch("no-binary", f"llama-cpp-python=={peers.LLAMA_CPP}", self.work)
-            peers.run("tar", "xf", f"{self.package.name}.tar.gz", cwd=self.work)
-        if not (self.build / "bin" / "libllama.so").is_file():
-            parts = ("SERVER", "TESTS", "EXAMPLES", "APP", "TOOLS", "COMMON")
-            off = [f"-D{name}=OFF" for name in ("LLAMA_OPENSSL", *(f"LLAMA_BUILD_{part}" for part in parts))]
-            how = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", *off]
-            peers.run("cmake", "-S", self.package / "vendor" / "llama.cpp", "-B", self.build, *how)
-            peers.run("cmake", "--build", self.build, "--target", "llama", "-j", "2")
-
-    def __call__(self, file: Path, **asked: Any) -> Any:
-        """What `LLAMA` finds with a file."""
-        self.prepare()
-        with tempfile.TemporaryDirectory(dir=self.work) as scratch:
-            threads = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
-            about = {"file": str(file), "context": SAMPLED, "threads": threads, **asked}
-            (Path(scratch) / "asked.json").write_text(json.dumps(about), encoding="utf-8")
-            where = {"PYTHONPATH": str(self.package), "LLAMA_CPP_LIB_PATH": str(self.build / "bin")}
-            peers.run(sys.executable, "-c", LLAMA, f"{scratch}/asked.json", f"{scratch}/found.npz", **where)
-            with np.load(f"{scratch}/found.npz") as found:
-                return {name: torch.from_numpy(found[name]) for name in found}
+def llama(built: peers.LlamaCpp, file: Path, **asked: Any) -> Any:
+    """What `LLAMA` finds with a file."""
+    built.build("llama")
+    return elsewhere(built.work, sys.executable, LLAMA, file, built.environment, **asked)
 
 
 def compare(ours: torch.Tensor, theirs: torch.Tensor) -> bench.Row:
@@ -102,7 +110,8 @@ def compare(ours: torch.Tensor, theirs: torch.Tensor) -> bench.Row:
     a, b = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
     kl = (a.exp() * (a - b)).sum(-1)
     same = (ours.argmax(-1) == theirs.argmax(-1)).double()
-    return {"kl": bench.mean(kl.mean(1).tolist()), "largest": float(kl.max()), "top1": float(same.mean())}
+    about = {"largest": float(kl.max()), "top1": float(same.mean()), "logit": float((ours - theirs).abs().max())}
+    return {"kl": bench.mean(kl.mean(1).tolist()), **about}
 
 
 def rounding(model: Any, ternary: bool) -> None:
@@ -120,70 +129,101 @@ def rounding(model: Any, ternary: bool) -> None:
             module.register_forward_pre_hook(rounded)
 
 
-def measure(name: str, llama: Llama) -> bench.Row:
-    """One artifact, in both files."""
-    place = llama.work / name
+def measure(name: str, stage: str, built: peers.LlamaCpp) -> bench.Row:
+    """One artifact: both of its files in llama.cpp, or its folder in transformers."""
+    place = built.work / name
     if not (place / "agentforge.json").is_file():
-        af.compress(bench.MODEL, STAGES[name], place)
+        af.compress(bench.MODEL, stage, place)
     artifact, model = Artifact(place), af.load(place)
     assert isinstance(model, ArtifactModel)
     text = evaluation.find_text().text
     ids = model.encode(text[: 10 * WINDOWS * SAMPLED])[: WINDOWS * SAMPLED]
-    shown = model.tokenizer.decode(ids)
-    prompt = model.encode(bench.PROMPT)
     windows = torch.tensor(ids).reshape(WINDOWS, SAMPLED)
 
-    def logits() -> torch.Tensor:
+    def logits(module: Any) -> torch.Tensor:
         with torch.inference_mode():
-            return torch.stack([model.model(input_ids=window[None]).logits[0] for window in windows])
+            return torch.stack([module(input_ids=window[None]).logits[0] for window in windows])
 
-    ours = logits()
-    with torch.inference_mode():
-        tokens = model.model.generate(
-            torch.tensor([prompt]), max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False, num_beams=1
-        )[0, len(prompt) :]
-    asked = {"windows": windows.tolist(), "prompt": prompt, "greedy": GREEDY, "text": shown}
-    with tempfile.TemporaryDirectory(dir=llama.work) as scratch:
+    ours = logits(model.model)
+    with tempfile.TemporaryDirectory(dir=built.work) as scratch:
+        if name in FOLDERS:
+            made = af.export(artifact, name, Path(scratch) / "folder")
+            python = peers.environment("compressed-tensors", built.work)
+            found = elsewhere(built.work, python, TRANSFORMERS, made.path, {}, windows=windows.tolist())["logits"]
+            row: bench.Row = {"bytes": made.bytes, "kinds": made.kinds, "folder": compare(ours, found)}
+            if name == "bitnet":
+                row["rounded"] = compare(logits(af.load(place, runtime="packed").model), found)
+            if row.get("rounded", row["folder"])["kl"]["value"] > BOUNDS[name]:
+                raise AssertionError("transformers computes something else from the folder")
+            return row
+        shown, prompt = model.tokenizer.decode(ids), model.encode(bench.PROMPT)
+        with torch.inference_mode():
+            tokens = model.model.generate(
+                torch.tensor([prompt]), max_new_tokens=GREEDY, min_new_tokens=GREEDY, do_sample=False, num_beams=1
+            )[0, len(prompt) :]
+        asked = {"windows": windows.tolist(), "prompt": prompt, "greedy": GREEDY, "text": shown}
         made = af.export(artifact, "gguf", Path(scratch) / "blocks.gguf")
         rows = ((row["name"], artifact.decode(row).float()) for row in artifact.rows)
         gguf.write(Path(scratch) / "f32.gguf", model, rows, artifact.sha256)
-        found = {kind: llama(Path(scratch) / f"{kind}.gguf", **asked) for kind in ("blocks", "f32")}
-    row: bench.Row = {"bytes": made.bytes, "kinds": made.kinds, "rounded": len(made.rounded)}
-    for kind, theirs in found.items():
+        files = {kind: llama(built, Path(scratch) / f"{kind}.gguf", **asked) for kind in ("blocks", "f32")}
+    row = {"bytes": made.bytes, "kinds": made.kinds}
+    for kind, theirs in files.items():
         equal = (theirs["greedy"] == tokens).long().cumprod(0).sum()
         same_ids = theirs["ids"].tolist() == model.encode(shown)
         row[kind] = {**compare(ours, theirs["logits"]), "greedy": int(equal), "same_ids": same_ids}
     rounding(model.model, name == "ternary")
-    row["rounded"] = compare(ours, logits())
+    row["rounded"] = compare(ours, logits(model.model))
     return row
 
 
 def table(rows: list[bench.Row]) -> str:
     """The rows as Markdown."""
-    cells = []
+    cells, folders = [], []
     for row in rows:
         kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(row["kinds"].items()) if not kind.startswith("F"))
         about = [row["recipe"]["name"], f"`{row['recipe']['stage']}`", kinds, f"{row['bytes'] / 1e6:.0f}"]
+        if "folder" in row:
+            del about[2]
+            for found in map(row.get, ("folder", "rounded")):
+                kl = bench.with_error(found["kl"], ".2g", ".1g") if found else "-"
+                about += [kl, f"{found['top1']:.2%}", f"{found['logit']:.2g}"] if found else ["-"] * 3
+            folders.append(about)
+            continue
         for kind in ("f32", "blocks"):
             found = row[kind]
             about += [bench.with_error(found["kl"], ".2g", ".1g"), f"{found['top1']:.2%}", f"{found['greedy']} of {GREEDY}"]
         cells.append([*about, bench.with_error(row["rounded"]["kl"], ".2g", ".1g"), f"{row['rounded']['top1']:.2%}"])
     columns = "file | stage | matrices | MB | float32: KL | same top token | greedy | blocks: KL | same top token | greedy"
     columns += " | transformers, activations rounded: KL | same top token"
-    ids = "gives the ids of ours" if all(row[kind]["same_ids"] for row in rows for kind in ("f32", "blocks")) else "differs"
+    kinds_of = {kind: [row for row in rows if kind in row] for kind in ("blocks", "folder")}
+    versions = {kind: "; ".join(dict.fromkeys(row["recipe"]["version"] for row in of)) for kind, of in kinds_of.items()}
+    same = all(row[kind]["same_ids"] for row in kinds_of["blocks"] for kind in ("f32", "blocks"))
     text = f"""
-        # llama.cpp and our files
+        # Our files in other programs
 
-        {bench.MODEL}, compressed, exported with `agentforge export --to gguf`, and run by llama.cpp (llama-cpp-python
-        {rows[0]["recipe"]["version"]}); KL is from what transformers computes with the decoded weights in float32, nats per
-        token, on {WINDOWS} windows of {SAMPLED} tokens of {rows[0]["recipe"]["text"]}, ± its standard error over windows.
-        Greedy: tokens after a prompt until the first difference.  llama.cpp's own tokenizer {ids} on that text.
+        {bench.MODEL}, compressed and exported with `agentforge export`; KL is from what transformers computes with the
+        decoded weights in float32, nats per token, on {WINDOWS} windows of {SAMPLED} tokens of
+        {rows[0]["recipe"]["text"]}, ± its standard error over windows.
+
+        ## llama.cpp
+
+        `--to gguf`, run by llama.cpp (llama-cpp-python {versions["blocks"]}).  Greedy: tokens after a prompt until the first
+        difference.  llama.cpp's own tokenizer {"gives the ids of ours" if same else "differs"} on that text.
 
         The numbers in both files are the same.  From float32 llama.cpp computes in float32.  With blocks it rounds the
         activations to 8 bits, in blocks of 32 (256 for TQ1_0), before it multiplies.  The last columns are of transformers
         with activations rounded in this way, against itself without: what that alone loses.
     """
-    return bench.page(text, bench.table(columns, cells, "lllrrrrrrr"))
+    others = f"""
+        ## transformers
+
+        `--to compressed-tensors` and `--to bitnet`, opened by `AutoModelForCausalLM.from_pretrained` in a process that does
+        not import agentforge ({versions["folder"]}), in float32.  Logits: the largest difference.  For bitnet transformers
+        rounds the activations to 8 bits, one scale per token; the last columns are against our packed runtime, which does
+        so, too.
+    """
+    head = "format | stage | MB | KL | same top token | logits | from the packed runtime: KL | same top token | logits"
+    return bench.page(text, bench.table(columns, cells, "lllrrrrrrr"), others, bench.table(head, folders, "llr"))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -198,10 +238,13 @@ def main(arguments: list[str] | None = None) -> None:
         return keep(rows)
     options.work.mkdir(parents=True, exist_ok=True)
     text = evaluation.find_text()
-    about = {"version": peers.LLAMA_CPP, "windows": WINDOWS, "context": SAMPLED, "text": text.name, "sha256": text.sha256}
-    wanted = {name: {"name": name, "stage": stage, "model": bench.MODEL, **about} for name, stage in STAGES.items()}
-    llama = Llama(options.work.resolve())
-    bench.run(rows, wanted, lambda name: measure(name, llama), keep, only=options.only)
+    about = {"windows": WINDOWS, "context": SAMPLED, "text": text.name, "sha256": text.sha256}
+    version = f"transformers {transformers.__version__}, {peers.PINNED['compressed-tensors'][0]}"
+    versions = dict.fromkeys(STAGES, peers.LLAMA_CPP) | dict.fromkeys(FOLDERS, version)
+    chosen = {**STAGES, **FOLDERS}
+    wanted = {n: {"name": n, "stage": chosen[n], "model": bench.MODEL, "version": versions[n], **about} for n in chosen}
+    built = peers.LlamaCpp(options.work.resolve())
+    bench.run(rows, wanted, lambda name: measure(name, chosen[name], built), keep, only=options.only)
 
 
 if __name__ == "__main__":

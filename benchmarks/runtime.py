@@ -1,12 +1,12 @@
 """Speed and memory of models as they run: packed, dense, and in llama.cpp.
 
-    python benchmarks/runtime.py [--runs STAGE_OR_ARTIFACT ...] [--llama STAGE ...] [--model smollm2-135m] [--threads 1]
-                                 [--tokens 32] [--rounds 5] [--work DIR] [--out reports/runtime]
+    python benchmarks/runtime.py [--runs STAGE_OR_ARTIFACT ...] [--llama STAGE_OR_GGUF_FILE ...] [--model smollm2-135m]
+                                 [--threads 1] [--tokens 32] [--rounds 5] [--work DIR] [--out reports/runtime]
 
 Compresses the model with each stage (kept in --work), and takes finished ARTIFACTs, too; those of --llama are exported to
-GGUF and run by llama.cpp, built in --work at the version that `peers.py` pins.  Each is measured in turn with the original
-in bfloat16.  A round is one run of each, so that other work on the machine meets both alike; ratios are formed within a
-round.  Means, with standard errors.  Times are of the processor, not of the clock: all threads' together.
+GGUF, or are GGUF FILEs, and run by llama.cpp, built in --work at the version that `peers.py` pins.  Each is measured in turn
+with the original in bfloat16.  A round is one run of each, so that other work on the machine meets both alike; ratios are
+formed within a round.  Means, with standard errors.  Times are of the processor, not of the clock: all threads' together.
 
 * generation: greedy, batch 1, --tokens new tokens after a short prompt, whose processing is in the time.
 * prompts: so many tokens at once, in float32, in which packed models compute unless they are told otherwise, and with the
@@ -25,7 +25,6 @@ import os
 import sys
 import tempfile
 import time
-import types
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,6 +34,7 @@ import bench
 import interop
 import peers
 import torch
+from gguf import GGUFReader
 from torch import nn
 
 from agentforge import __version__, compress, export, load, open_model
@@ -81,11 +81,10 @@ def transformer(model: Any, ids: list[int]) -> Runs:
 
 def llama_cpp(file: Path, work: Path, ids: list[int], threads: int) -> Runs:
     """A file in llama.cpp, by its Python package."""
-    built = interop.Llama(work)
-    built.prepare()
-    os.environ["LLAMA_CPP_LIB_PATH"] = str(built.build / "bin")
+    built = peers.LlamaCpp(work)
+    built.build("llama")
+    os.environ["LLAMA_CPP_LIB_PATH"] = str(built.programs)
     sys.path.insert(0, str(built.package))
-    sys.modules["diskcache"] = types.ModuleType("diskcache")  # which the package imports, and does not need here
     import llama_cpp
 
     shape = {"n_ctx": 1024, "n_batch": max(PROMPTS), "n_threads": threads, "n_threads_batch": threads}
@@ -133,15 +132,19 @@ def alone(path: str, packed: bool) -> Row:
 
 def measured(name: str, path: Path, dense: Any, ids: list[int], args: Any) -> Row:
     """The row of an artifact."""
-    rows, of = [row for row in Artifact(path).rows if row["stage"]], transformer(dense, ids)
-    row: Row = {"bits": sum(row["bits"] for row in rows) / sum(row["shape"][0] * row["shape"][1] for row in rows)}
-    row |= {"threads": torch.get_num_threads(), "read_per_s": bench.read_bandwidth(time.process_time)}
+    of, row = transformer(dense, ids), {"threads": torch.get_num_threads()}
+    row["read_per_s"] = bench.read_bandwidth(time.process_time)
     if name.startswith("llama.cpp"):
-        if not (file := args.work / f"{path.name}.gguf").is_file():
+        file = path if path.suffix == ".gguf" else args.work / f"{path.name}.gguf"
+        if not file.is_file():
             export(path, "gguf", file)
+        layers = [tensor for tensor in GGUFReader(file).tensors if tensor.name.startswith("blk.") and len(tensor.shape) == 2]
+        row["bits"] = 8 * sum(int(t.n_bytes) for t in layers) / sum(int(t.n_elements) for t in layers)
         llama = llama_cpp(file, args.work.resolve(), ids, args.threads)
         size = dict.fromkeys(("held", "read"), file.stat().st_size)
         return row | size | in_turn({"float32": llama, "dense": of}, args.tokens, args.rounds)
+    rows = [row for row in Artifact(path).rows if row["stage"]]
+    row["bits"] = sum(r["bits"] for r in rows) / sum(r["shape"][0] * r["shape"][1] for r in rows)
     packed: Any = load(path, runtime="packed").model
     both = {"float32": packed, "bfloat16": copy.deepcopy(packed).to(torch.bfloat16)}
     runs = {dtype: transformer(model, ids) for dtype, model in both.items()}
@@ -196,12 +199,12 @@ def main(arguments: list[str] | None = None) -> None:
     ids = original.encode(bench.PROMPT)
     wanted = [("", text) for text in args.runs] + [("llama.cpp, ", text) for text in args.llama]
     for where, text in wanted:
-        finished = Path(text).is_dir()
-        name = where + (f"artifact {Path(text).name}" if finished else text)
+        finished = Path(text).is_dir() or text.endswith(".gguf")
+        name = where + (f"{'file' if where else 'artifact'} {Path(text).name.removesuffix('.gguf')}" if finished else text)
         path = Path(text) if finished else args.work / "".join(c if c.isalnum() else "-" for c in text)
         if name in record["rows"]:
             continue
-        if not path.is_dir():
+        if not path.exists():
             compress(original, text, path)
         row = record["rows"][name] = measured(name, path, dense, ids, args)
         bench.say(f"{name}: {row['generation']['float32']['value']:.1f} ms per token")

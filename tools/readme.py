@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from agentforge.evaluation import Measurement
 from agentforge.models import converted_bytes
 
 ROOT = Path(__file__).parent.parent
-BUDGETS = (4.2, 3.06, 2.6, 2.0)
-ACCIDENT = 1e-4  # relative error below which a tool has found the grid on which the base lies
+# Whole files that are shown: ours by megabytes, llama-quantize's by kind, and of other tools, with the row of a file of the
+# same types in reports/runtime.
+OURS, KINDS = (44, 50, 60, 76), ("Q2_K", "Q3_K_M", "Q4_K_M")
+PEERS = {"HQQ 4": "", "auto-round 4, no tuning": "", "llama.cpp Q4_0": "llama.cpp, rounding:bits=4,group=32,symmetric=true"}
 AUDITS = {
     "phase4_bitnet": "Phase 4, BitNet",
     "phase8_compression": "Phase 8, compression",
@@ -81,86 +84,53 @@ def budgets_of(rows: list[dict[str, Any]], report: str) -> list[str]:
     return [*lines, "", *(line.replace("**", "") for line in report.splitlines() if line.startswith("* **"))]
 
 
-def beside_tools() -> list[str]:
-    """A table of some budgets: KL beside that of the best other tool of as many bits, and what another tool needs for it."""
-    budgets = {row["recipe"]["bits"]: row for row in _read("fit/fit.json") if "recovery" not in row["recipe"]}
-    first = next(iter(budgets.values()))
-    tools = [
-        row
-        for row in _read("fit/peers.json")
-        if "failed" not in row
-        and row["bits"]
-        and row.get("relative_error", 1.0) > ACCIDENT
-        and protocol(row["kl"]) == protocol(first["kl"])
-    ]
-    lines = [
-        "| bits per weight | file | KL, `agentforge fit` | best other tool of as many bits | tool of fewest bits as good |",
-        "|---:|---:|---:|---|---|",
-    ]
-    for row in (budgets[bits] for bits in BUDGETS):
-        bits, kl = row["bits"], row["kl"]["value"]
-        best = min((o for o in tools if o["bits"] <= bits + 0.005), key=lambda o: o["kl"]["value"], default=None)
-        equal = min((o for o in tools if o["kl"]["value"] <= kl), key=lambda o: o["bits"], default=None)
-        named = (
-            f"{o['recipe']['name']} ({o['bits']:.2f} bits): {o['kl']['value']:.3g}" if o else "none" for o in (best, equal)
-        )
-        low, high = Measurement(**row["kl"]).bounds
-        size = f"{row['weight_bytes'] / 1e6:.0f} MB"
-        lines.append(f"| {bits:.2f} | {size} | **{kl:.3g}** [{low:.3g}, {high:.3g}] | {' | '.join(named)} |")
-    return lines
+def whole_files() -> list[str]:
+    """A table of whole files, ours and those of others: megabytes, KL, and tokens per second where they were measured."""
+    speeds, fitted = _read("runtime/runtime.json")["rows"], _read("fit/fit.json")[0]
+    touched = next(r for r in fitted["ratios"] if r["what"] == "touched tensors" and r["denominator"].endswith("at 16 bits"))
+    rest = fitted["weight_bytes"] - touched["bytes"]  # embedding, which is the head, at 16 bits, and norms
+    found: list[tuple[float, str, dict[str, Any], str, str]] = []
 
+    def speed(name: str, kind: str = "float32") -> str:
+        return f"{1000 / speeds[name]['generation'][kind]['value']:.0f}" if name in speeds else "–"
 
-def in_llama_cpp() -> list[str]:
-    """A table of whole files, as llama.cpp computes with them, and what it is of; those of a widened model in a sentence."""
-    own = [(row["weight_bytes"], row["kl"]["value"]) for row in _read("fit/whole.json")]
-    lines = [
-        "Whole files, in llama.cpp itself, on the same text, without the types of the base's own file (Q4_1, Q5_1;",
-        "[all rows](reports/gguf_fit/gguf_fit.md)); last, the smallest of our own files, embedding and head encoded, with",
-        "no more KL ([rows](reports/fit/fit.md#whole-files)):",
-        "",
-        "| llama-quantize, importance matrix | KL | `fit --for gguf`, same bytes | share | `fit`, no worse |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    for row in _read("fit/whole.json"):
+        if (size := round(row["weight_bytes"] / 1e6)) in OURS:
+            found.append((size, "**`fit`**", row["kl"], "–", speed(f"artifact fit-to-{size}-MB")))
     shares = []
     for row in _read("gguf_fit/gguf_fit.json"):
         theirs, ours = row["theirs"], row["ours" if "widened" in row else "without Q4_1"]
-        share = ours["kl"]["value"] / theirs["kl"]["value"]
         if "widened" in row:
-            shares.append(share)
-            continue
-        kl, less = (f"{kl['value']:.3g} ± {kl['stderr']:.1g}" for kl in (theirs["kl"], ours["kl"]))
-        best = min((one for one in own if one[1] <= theirs["kl"]["value"]), default=None)
-        cells = [kl, f"**{less}**", f"{share:.2f}", f"{best[0] / 1e6:.0f} MB, {best[1]:.2g}" if best else "not measured"]
-        lines.append(f"| {row['recipe']['name']}, {theirs['bytes'] / 1e6:.1f} MB | {' | '.join(cells)} |")
-    if shares:
-        lines += [
-            "",
-            f"Widened to rows of 768, for K types: shares of {min(shares):.2f} to {max(shares):.2f}.",
-        ]
-    return lines
-
-
-def speeds() -> str:
-    """What a token takes."""
-    rows = _read("runtime/runtime.json")["rows"]
-    own, theirs = rows["artifact fit-to-60-MB"], rows["llama.cpp, rounding:bits=4,group=32,symmetric=true"]
-    ours, dense = (own["generation"][name]["value"] for name in ("float32", "dense"))
-    quick = theirs["generation"]["float32"]["value"]
-    return (
-        f"A token takes {ours:.0f} ms of one core from `fit`'s 60 MB in our runtime, {dense:.0f} from bfloat16 in "
-        f"transformers, {quick:.0f} from Q4_0 in llama.cpp ([all rows](reports/runtime/runtime.md))."
-    )
+            shares.append(ours["kl"]["value"] / theirs["kl"]["value"])
+        elif (kind := row["recipe"]["name"]) in KINDS:
+            for name, of in ((f"llama.cpp {kind}, imatrix", theirs), ("**`fit --for gguf`**", ours)):
+                found.append((of["bytes"] / 1e6, name, of["kl"], "–", "–"))
+    for row in _read("fit/peers.json"):
+        if (name := row["recipe"]["name"]) in PEERS:
+            size = (row["bits"] / 16 * touched["denominator_bytes"] + rest) / 1e6
+            found.append((size, name, row["kl"], speed(PEERS[name]), "–"))
+    lines = ["| whole file | MB | KL | tokens/s, llama.cpp | tokens/s, ours |", "|---|---:|---:|---:|---:|"]
+    for size, name, kl, *rates in sorted(found, key=lambda one: one[0]):
+        lines.append(f"| {name} | {size:.0f} | {kl['value']:.3g} ± {kl['stderr']:.1g} | {' | '.join(rates)} |")
+    own = next(r["denominator_bytes"] for r in fitted["ratios"] if not r["denominator"].endswith("bits")) / 1e6
+    about = f"""
+        SmolLM2-135M-Instruct, dequantised from a Q4_1 file of {own:.0f} MB. KL(original || compressed) in nats per token, ±
+        its standard error, on {protocol(fitted["kl"])}; nothing is trained.
+        Tokens/s: of one core, – not measured ([all rows](reports/runtime/runtime.md)); bfloat16 in transformers makes
+        {speed("artifact fit-to-60-MB", "dense")}. `fit` encodes embedding and head, too
+        ([rows](reports/fit/fit.md#whole-files)). `fit --for gguf` does without the types of the base's own file; like the
+        files with an importance matrix, it is measured in llama.cpp ([rows](reports/gguf_fit/gguf_fit.md)). On the model
+        widened to rows of 768, for K types, its KL is {min(shares):.2f} to {max(shares):.2f} of theirs at the same bytes.
+        auto-round, Q4_0 and HQQ: the linear layers as saved, the embedding counted at 16 bits
+        ([more tools](reports/fit/fit.md)).
+    """
+    return [*lines, "", textwrap.fill(" ".join(about.split()), 125, break_long_words=False, break_on_hyphens=False)]
 
 
 def figures() -> str:
     """README's block of figures."""
-    ratios, first = _read("ratios/ratios.json"), _read("fit/fit.json")[0]
-    lines = [*beside_tools(), ""]
-    lines += ["SmolLM2-135M-Instruct (dequantised Q4_1); bits of the linear layers, with embedding and head kept at 16, the"]
-    lines += ["file is whole; KL(original || compressed) in"]
-    lines += [f"nats per token on {protocol(first['kl'])}, [ ] a 95% interval; nothing is trained."]
-    lines += ["[All rows](reports/fit/fit.md), with every tool's version and command.", ""]
-    lines += [*in_llama_cpp(), "", speeds(), ""]
+    ratios = _read("ratios/ratios.json")
+    lines = [*whole_files(), ""]
     lines += ['Does "280x with 84%" hold? ([All settings](reports/ratios/ratios.md))', ""]
     lines += [f"* {said}" for said in ratios["says"] if "84% of the accuracy holds" in said or said.startswith('"')]
     said = (ROOT / "reports/fit/fit.md").read_text(encoding="utf-8").partition("Of these, ")[2].partition("\n")[0]

@@ -2,8 +2,8 @@
 
 A row is cut into blocks of 32 or 256 weights.  Each block, or each part of it of 16 or 32 weights, has a scale, in some
 types a minimum too, and each weight a level: w ~ scale * level - minimum.  In blocks of 256 the scales and minima of the
-parts are integers of 4 to 8 bits, times two half floats of the block.  The layouts are ggml's to the bit; they are decoded
-by the `gguf` package (quants.py).
+parts are integers of 4 to 8 bits, times two half floats of the block; the ternary types have one scale for all 256.  The
+layouts are ggml's to the bit; they are decoded by the `gguf` package (quants.py).
 
 llama.cpp chooses scales and levels for the least squared error, each input weighed by its mean square (its importance
 matrix).  Here it is the damage itself, tr(E H E^T) for the error E of the weight and H = E[x x^T] of its inputs:
@@ -61,7 +61,9 @@ class Form(NamedTuple):
 
 Array = np.ndarray  # as kernels say it, and a tuple of several things
 Tuple = tuple[Any, ...]
-Type = Literal["q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs"]
+Type = Literal[
+    "q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs", "tq1_0", "tq2_0"
+]
 FORMS: dict[Type, Form] = {
     "q8_0": Form(34, 32, 32, (-127, 127)),
     "q6_k": Form(210, 256, 16, (-32, 31), scales=(-128, 127)),
@@ -75,6 +77,8 @@ FORMS: dict[Type, Form] = {
     "q5_1": Form(24, 32, 32, (0, 31), True),
     "iq4_nl": Form(18, 32, 32, TABLE),
     "iq4_xs": Form(136, 256, 32, TABLE, scales=(-32, 31)),
+    "tq1_0": Form(54, 256, 256, (-1, 1)),
+    "tq2_0": Form(66, 256, 256, (-1, 1)),
 }
 
 
@@ -314,9 +318,10 @@ def _search(t: Array, weight: Array, grid: Tuple, kind: Tuple, s: Array, m: Arra
             least[r], most[r] = min(least[r], t[c, r]), max(most[r], t[c, r])
     best, sums = np.full(rows, np.inf, np.float32), np.empty((6, rows), np.float32)
     new_s, new_m = np.empty(rows, np.float32), np.zeros(rows, np.float32)
+    narrowest = NARROWEST if high - low > 2 else NARROWEST / 2  # of three levels, most values take an outer one
     sides = 1 if minimum else 2  # without a minimum, the larger side takes the lowest level or the highest
     for start in range(STARTS * sides):
-        share = np.float32(1 - (1 - NARROWEST) * (start // sides) / (STARTS - 1))
+        share = np.float32(1 - (1 - narrowest) * (start // sides) / (STARTS - 1))
         for r in range(rows):
             if minimum:
                 new_s[r] = share * (most[r] - least[r]) / (high - low)
@@ -472,6 +477,8 @@ def _next_block(slope: Array, error: Array, hessian: Array, grid: Tuple, kind: T
 
 def _pack(kind: Type, found: _Found) -> np.ndarray:
     """Blocks as ggml lays them out, uint8[rows, bytes]."""
+    from gguf import GGMLQuantizationType, quantize
+
     form, rows = FORMS[kind], found.levels.shape[2]
     levels, scales, minima = (values.transpose(2, 0, 1).reshape(-1, values.shape[1]) for values in found[:3])
     base, base_minimum = (values.T.reshape(-1, 1) for values in found[3:])
@@ -487,6 +494,8 @@ def _pack(kind: Type, found: _Found) -> np.ndarray:
     d, dmin = halves(base), halves(base_minimum)
     with np.errstate(all="ignore"):
         sc, mn = (np.nan_to_num(np.rint(a / b)).astype(np.int64) for a, b in ((scales, base), (minima, base_minimum)))
+    if form.levels == (-1, 1):  # gguf's own quantiser takes the largest |w| for d, and that is the scale
+        return np.asarray(quantize(levels * scales, GGMLQuantizationType[kind.upper()])).reshape(rows, -1)
     if form.scales is None:
         parts = [halves(scales)] + ([halves(-minima)] if form.minimum else [])
         if kind == "q8_0":

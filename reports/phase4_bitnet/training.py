@@ -404,7 +404,17 @@ def generation_speed(workshop: Workshop, against: str = "float32", tokens: Count
     def run(module: Any) -> Callable[[], Any]:
         return lambda: module.generate(ids, pad_token_id=0, **generate)
 
-    return _faster(workshop, run(packed), run(dense), 6, against, f"{tokens} tokens, batch 1, greedy")
+    found = _faster(workshop, run(packed), run(dense), 6, against, f"{tokens} tokens, batch 1, greedy")
+    found.protocol["beside torch bfloat16"] = _in_llama_cpp()
+    return found
+
+
+def _in_llama_cpp() -> str:
+    """How many times as fast as torch bfloat16 llama.cpp runs files of the default model: no part of the verdict."""
+    record = json.loads((texts.CHECKOUT / "reports" / "runtime" / "runtime.json").read_text(encoding="utf-8"))
+    rows = [row for name, row in record["rows"].items() if name.startswith("llama.cpp")]
+    files = [f"{row['held'] / 1e6:.0f} MB {1 / row['generation']['float32']['ratio']['value']:.1f}x" for row in rows]
+    return f"llama.cpp, {', '.join(files)} (reports/runtime, {record['model']}, {record['environment']['cpu']})"
 
 
 def _faster(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -35,6 +36,17 @@ def test_what_the_audit_rests_on_holds(workshop: shops.Workshop, claim: audit.Cl
     """That each of these rows sees its fault is in test_mutations.py."""
     assert claim.probe is not None
     assert audit.judge(claim, probes.run(workshop, claim.probe, claim.parameters)).verdict == "confirmed"
+
+
+def test_a_row_about_speed_says_what_llama_cpp_does_on_the_same_model() -> None:
+    """As reports/runtime.md has it: megabytes held, and the time of a token in units of bfloat16's."""
+    table = (Path(__file__).parents[2] / "reports" / "runtime" / "runtime.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.split("|")] for line in table.splitlines() if line.startswith("| `llama.cpp")]
+    said = training._in_llama_cpp()
+    assert len(rows) == 3 and "AMD EPYC" in said
+    for row in rows:
+        size, times = re.search(rf"({row[3]}) MB ([\d.]+)x", said).groups()  # type: ignore[union-attr]
+        assert float(times) == pytest.approx(1 / float(row[7].split()[0]), rel=0.03), size
 
 
 def test_the_splits_of_a_text_share_no_text() -> None:

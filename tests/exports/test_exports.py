@@ -22,9 +22,12 @@ from agentforge import open_model, stages
 from agentforge.artifact import Artifact
 from agentforge.cli import app
 from agentforge.errors import BadInput
+from agentforge.evaluation import Text
 from agentforge.exports import TO, uniform
 from agentforge.exports import gguf as to_gguf
 from agentforge.exports.grids import Grid
+from agentforge.gguf_fit import TYPES, fit_gguf
+from agentforge.statistics import Calibration
 
 DATA = Path(__file__).parents[1] / "data" / "quantised"
 IDS = torch.arange(24)[None] * 7 % 60
@@ -155,6 +158,21 @@ def test_a_gguf_file_says_what_it_is(wide: Path, tmp_path: Path) -> None:
     down = next(tensor for tensor in reader.tensors if tensor.name == "blk.1.ffn_down.weight")
     wanted = af.load(artifact.path).tensor("model.layers.1.mlp.down_proj.weight").numpy()
     assert np.array_equal(gguf.dequantize(down.data, down.tensor_type), wanted)
+
+
+def test_the_smallest_file_for_llama_cpp_has_ternary_blocks(wide: Path, tmp_path: Path) -> None:
+    """They reach a budget that no other types reach, and the file opens as what it holds."""
+    text = Text("words", "test", "".join(f"The {i}th word is number {i * i}. " for i in range(100)))
+    about = {"calibration": Calibration(text, tokens=128, context=64, sensitivity_tokens=64), "text": text, "tokens": 126}
+    with pytest.raises(BadInput, match="the smallest candidates"):
+        fit_gguf(wide, tmp_path / "a.gguf", 290_000, types=[t for t in TYPES if t != "tq1_0"], progress=False, **about)
+    found = fit_gguf(wide, tmp_path / "a.gguf", 290_000, progress=False, **about)
+    assert found.file.bytes <= 290_000 and found.file.kinds["TQ1_0"] > 5 and "TQ2_0" not in found.file.kinds
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(found.file.path).tensors}
+    up = tensors["blk.0.ffn_up.weight"]
+    assert np.array_equal(
+        open_model(found.file.path).tensor(f"{UP}.weight").numpy(), gguf.dequantize(up.data, up.tensor_type)
+    )
 
 
 def bits_of(words: torch.Tensor, bits: int, columns: int) -> torch.Tensor:

@@ -26,6 +26,7 @@ from agentforge.bits import FLOATS
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.planes import Packed, Plane, is_coded
 from agentforge.stages import Stage
+from agentforge.stages.ggml import FORMS
 from agentforge.stages.refined import Refined
 from agentforge.statistics import InputStatistics
 from agentforge.tensorfiles import write_tensors
@@ -40,10 +41,7 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
         {"kind": "polynomial", "degree": 2, "segments": 1, "sort": "segment"},
     ],
     "ecsq": [{}, {"step": 0.1, "damping": 1.0}, {"step": 3.0, "rounding": 0.5}, {"gains": True}],
-    "ggml": [
-        {"type": kind}
-        for kind in ("q8_0", "q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "q4_0", "q4_1", "q5_0", "q5_1", "iq4_nl", "iq4_xs")
-    ],
+    "ggml": [{"type": kind} for kind in FORMS],
     "rounding": [
         {},
         {"bits": 2, "clip": "mse"},

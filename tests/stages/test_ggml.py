@@ -21,7 +21,7 @@ from agentforge.stages.base import damage
 from agentforge.statistics import InputStatistics
 
 TYPES = list(ggml.FORMS)
-CODED_BY_GGUF = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1"]  # the types that the package encodes, too
+CODED_BY_GGUF = ["q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "tq1_0", "tq2_0"]  # the types that the package encodes, too
 
 
 def rows_of_unequal_size(rows: int, columns: int) -> torch.Tensor:
@@ -85,7 +85,37 @@ def test_what_lies_on_a_grid_already_stays_as_it_is() -> None:
     assert torch.equal(stage.decode(stage.encode(weight, statistics(96))), weight)
 
 
-@pytest.mark.parametrize("kind", ["q4_k", "iq4_nl", "q2_k"])
+# Of tq1_0 and tq2_0: which digit of which byte a weight is, as in ggml-quants.c.
+DIGITS = {
+    "tq1_0": [
+        (first + m, k)
+        for first, bytes_, digits in ((0, 32, 5), (32, 16, 5), (48, 4, 4))
+        for k in range(digits)
+        for m in range(bytes_)
+    ],
+    "tq2_0": [(32 * half + m, k) for half in range(2) for k in range(4) for m in range(32)],
+}
+
+
+@pytest.mark.parametrize("kind", DIGITS)
+def test_ternary_blocks_digit_by_digit(kind: str) -> None:
+    """Five base-3 digits in a byte, times 256 / 243 and rounded up, the first one highest; or four of 2 bits."""
+    weight, stats = rows_of_unequal_size(6, 512), statistics(512)
+    stage = stages.get("ggml", type=kind)
+    packed = stage.encode(weight, stats)
+    back = np.zeros((6, 512), np.float32)
+    for row, data in enumerate(packed["blocks"].numpy().reshape(6, 2, -1)):
+        for block, own in enumerate(data):
+            d = float(own[-2:].view(np.float16)[0])
+            for i, (byte, digit) in enumerate(DIGITS[kind]):
+                code = int(own[byte]) * 3**digit % 256 * 3 >> 8 if kind == "tq1_0" else int(own[byte]) >> 2 * digit & 3
+                back[row, 256 * block + i] = d * (code - 1)
+    assert np.array_equal(stage.decode(packed).numpy(), back)
+    of_type = gguf.GGMLQuantizationType[kind.upper()]
+    assert np.array_equal(gguf.quantize(back, of_type), packed["blocks"].numpy())
+
+
+@pytest.mark.parametrize("kind", ["q4_k", "iq4_nl", "q2_k", "tq1_0"])
 def test_a_price_is_about_what_encoding_costs(kind: str) -> None:
     weight = rows_of_unequal_size(600, 256)
     sensitivity = gaussian((1, 600), 9)[0].exp()
