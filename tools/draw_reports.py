@@ -1,6 +1,6 @@
 """Draw the reports of reports/ again from their records, without measuring: after a change of what a page looks like.
 
-    python tools/draw_reports.py [NAME ...]
+python tools/draw_reports.py [NAME ...]
 """
 
 from __future__ import annotations
