@@ -1,4 +1,4 @@
-"""A record's provenance as an in-toto statement with SLSA's predicate: from which commits and inputs it was measured, when."""
+"""A record's provenance as an in-toto statement with SLSA's predicate: which commits and inputs it was measured from, when."""
 
 from __future__ import annotations
 
