@@ -1,4 +1,4 @@
-"""A record's provenance as an in-toto statement with SLSA's predicate: which commits and inputs it was measured from, when."""
+"""A record's provenance as an in-toto statement with SLSA's predicate: commits, inputs, machine and time of a measurement."""
 
 from __future__ import annotations
 
