@@ -1,4 +1,4 @@
-"""A record's provenance as an in-toto statement with SLSA's predicate: commits, inputs, machine and time of a measurement."""
+"""A record's provenance as an in-toto statement with SLSA's predicate."""
 
 from __future__ import annotations
 
