@@ -52,9 +52,6 @@ HEADS = {
 LOG = alt.Scale(type="log", nice=False, padding=8)
 # Told apart from each other, and from the page, in the light and in the dark.
 SERIES = alt.Scale(range=["#4c8bf5", "#e8710a", "#2e9e5b", "#a35bd6", "#d8486b", "#8a8a2a"])
-# Tables break their words rather than scroll: what scrolls, a keyboard could not reach.
-NARROW = """<style>@media (max-width: 48rem) { [data-testid=stTable] :is(td, th, td *, th *) {
-min-width: 0; padding: .1rem; white-space: normal !important; overflow-wrap: anywhere; font-size: .8rem; } }</style>"""
 # A report is shown so that it can run nothing and fetch nothing.
 FRAME = """<!doctype html><meta charset="utf-8"><meta http-equiv="Content-Security-Policy"
 content="default-src 'none'; style-src 'unsafe-inline'; img-src data:; frame-src 'self'">
@@ -426,7 +423,6 @@ def main() -> None:
     st.set_page_config(page_title="agentforge", layout="wide", menu_items={})
     workspace = runs.open_workspace(os.environ[server.WORKSPACE])
     st.title("agentforge")
-    st.html(NARROW)
     view = st.radio("View", VIEWS, key="view", horizontal=True, label_visibility="collapsed")
     if problem := st.session_state.pop("problem", None):
         st.error(plain(problem))
