@@ -209,7 +209,7 @@ def check(folder: Path, claims: ClaimsFile) -> None:
 
 def draw(record: dict[str, Any], claims: ClaimsFile, folder: Path) -> Path:
     """Write a record, and all that is drawn from it, into a new folder of its report's name in `folder`; returns that."""
-    name = record["report"]
+    name = str(record["report"])
     made = folder / name
     made.mkdir()
     write_json(made / f"{name}.json", record)
