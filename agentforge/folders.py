@@ -29,7 +29,7 @@ MARKS = {
 MARKED: dict[str, set[str]] = {"recipe.json": set(), "journal.json": {"recipe", "original", "attempts"}}
 # What an artifact can be of, if its mark is damaged and no longer says so.
 USUAL = r"(generation_)?config\.json|model.*\.safetensors(\.index\.json)?|tokenizer.*|special_tokens_map\.json|LICEN[SC]E.*"
-REPORT = (".json", ".ipynb", ".html", ".md", ".sarif")
+REPORT = (".json", ".ipynb", ".html", ".md", ".sarif", ".intoto.json")
 
 
 def foreign(folder: Path) -> str | None:

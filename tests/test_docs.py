@@ -60,6 +60,7 @@ def test_the_site_has_a_page_for_all_there_is(site: Path) -> None:
         "<math" in notebook and "<img" in notebook and "\\(" not in re.sub(r"<code.*?</code>", "", notebook, flags=re.DOTALL)
     )
     assert "<summary>Code of the figure</summary>" in notebook and "<summary>Hint</summary>" in notebook
+    assert '<div class="md-search" data-md-component="search" role="dialog" aria-label="Search">' in notebook
     pictures = re.findall(r"<img[^>]*_quantization-\d[^>]*>", notebook)
     assert pictures and all(re.search(r'alt="[^"]{20,}"', picture) for picture in pictures)
 

@@ -51,14 +51,22 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     return markdown.replace("](../", "](") if page.file.src_uri == "guide.md" else markdown
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """The theme's search has no name for those who hear the page."""
+    return output.replace(
+        'data-md-component="search" role="dialog"', 'data-md-component="search" role="dialog" aria-label="Search"'
+    )
+
+
 def on_page_content(html: str, **_: Any) -> str:
-    """Formulas as MathML."""
+    """Formulas as MathML; tables, which scroll on narrow screens, can be reached by the keyboard."""
     from latex2mathml.converter import convert
 
     def formula(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return convert(unescape(match[2]), display=display)
 
+    html = html.replace("<table>", '<table tabindex="0">')
     return re.sub(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', formula, html, flags=re.DOTALL)
 
 

@@ -11,7 +11,7 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from agentforge.audit.drawing import MARKS, stage_table
+from agentforge.audit.drawing import MARKS, amount_text, stage_table
 from agentforge.evaluation import Measurement
 from agentforge.models import converted_bytes
 
@@ -170,9 +170,7 @@ def results() -> str:
     lines += ["| What was claimed | The audit said | Measured | Verdict |", "|---|---|---|---|"]
     for claim in SHOWN:
         row = rows[claim]
-        measured = row["measured"]
-        value = f"{measured['value']:.4g} {measured['unit']}"
-        lines.append(f"| {row['title']} | {row['audit']} | {value} | {MARKS[row['verdict']]} {row['verdict']} |")
+        lines.append(f"| {row['title']} | {row['audit']} | {amount_text(row)} | {MARKS[row['verdict']]} {row['verdict']} |")
     counts = ", ".join(f"{n} {verdict}" for verdict, n in record["summary"].items() if n)
     lines += ["", f"Of {len(record['claims'])} rows: {counts}. Grey rows could not be measured here; the report says "]
     lines[-1] += "what each would need."

@@ -2,9 +2,9 @@
 
 A report is made from claims.yaml in its folder, and, if they are there, probes.py and template.ipynb.  What is made lies
 beside these, or in a folder of its own: NAME.json, the record; and drawn from it NAME.ipynb (as it was run), NAME.html (one
-file, nothing fetched), NAME.md with its figures, and NAME.sarif.  It is made in a temporary folder beside the place and
-moved there when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one that does not
-match its record.
+file, nothing fetched), NAME.md with its figures, NAME.sarif, and NAME.intoto.json.  It is made in a temporary folder beside
+the place and moved there when it is whole.  Drawing needs the record alone: `check` draws a report again and refuses one
+that does not match its record.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from ..evaluation.texts import CHECKOUT, SPLITS
 from ..folders import check_out, replace
 from ..names import MODELS, REPORTS, is_path
 from ..tensorfiles import read_json, write_json
+from .attestation import attestation
 from .claims import COLOURS, ClaimsFile, read_claims
 from .drawing import MARKS, SHAPES, sections, verdict_table
 from .probes import COMPARES, import_probes
@@ -106,19 +107,19 @@ def run(
         check_record(read_json(made / f"{claims.report}.json"), claims)
         render(made, claims.report)
         if beside:
-            _put(made, folder)
+            put(made, folder)
         else:
             replace(made, folder)
     return folder
 
 
-def _put(made: Path, folder: Path) -> None:
+def put(made: Path, folder: Path) -> None:
     """Rename the files of a report into a folder that has others, too; the record last: all that is drawn names its hash.
     Figures that the report of before shows, and this one does not, are removed."""
     with contextlib.suppress(OSError):
         for name in re.findall(r"\((figure-\d+\.png)\)", (folder / f"{made.name}.md").read_text(encoding="utf-8")):
             (folder / name).unlink(missing_ok=True)
-    for file in sorted(made.iterdir(), key=lambda file: file.suffix == ".json"):
+    for file in sorted(made.iterdir(), key=lambda file: file.name == f"{made.name}.json"):
         os.replace(file, folder / file.name)
 
 
@@ -198,18 +199,23 @@ def check(folder: Path, claims: ClaimsFile) -> None:
     record: Any = read_json(record_file)
     check_record(record, claims)
     with tempfile.TemporaryDirectory(prefix="agentforge-check-") as scratch:
-        again = Path(scratch) / folder.name
-        again.mkdir()
-        write_json(again / record_file.name, record)
-        name = record["report"]
-        drawn = {"report": name, "record_path": str(again / record_file.name)}
-        _execute(name, again, drawn, _template(claims))
-        render(again, name)
+        again = draw(record, claims, Path(scratch))
         for file in sorted(again.iterdir()):
             if not (folder / file.name).is_file():
                 raise BadInput(f"{folder / file.name}: is missing; make the report again")
             if file.suffix != ".png" and _comparable(file) != _comparable(folder / file.name):
                 raise BadInput(f"{folder / file.name}: is not what its record gives; make the report again")
+
+
+def draw(record: dict[str, Any], claims: ClaimsFile, folder: Path) -> Path:
+    """Write a record, and all that is drawn from it, into a new folder of its report's name in `folder`; returns that."""
+    name = str(record["report"])
+    made = folder / name
+    made.mkdir()
+    write_json(made / f"{name}.json", record)
+    _execute(name, made, {"report": name, "record_path": str(made / f"{name}.json")}, _template(claims))
+    render(made, name)
+    return made
 
 
 def _comparable(file: Path) -> str:
@@ -363,8 +369,8 @@ def _lines_of_progress() -> Iterator[_Progress]:
 
 
 def render(folder: Path, name: str) -> None:
-    """Draw NAME.html, NAME.md and NAME.sarif from the record and the executed NAME.ipynb in `folder`, which loses what
-    only this machine knows."""
+    """Draw NAME.html, NAME.md, NAME.sarif and NAME.intoto.json from the record and the executed NAME.ipynb in `folder`,
+    which loses what only this machine knows."""
     import nbformat
     from nbconvert import HTMLExporter, MarkdownExporter
     from traitlets.config import Config
@@ -406,6 +412,7 @@ def render(folder: Path, name: str) -> None:
     nbformat.write(notebook, folder / f"{name}.ipynb")
     claims_file = f"reports/{name}/claims.yaml" if (REPORTS / name / "claims.yaml").is_file() else f"{name}.yaml"
     write_json(folder / f"{name}.sarif", sarif(record, claims_file))
+    write_json(folder / f"{name}.intoto.json", attestation(record, folder / f"{name}.json"))
 
 
 def _for_readers(body: str, record: dict[str, Any]) -> str:

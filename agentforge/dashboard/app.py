@@ -129,19 +129,19 @@ def watch(workspace: Path, name: str, looking: bool) -> None:
         return
     if (run.status in runs.ACTIVE) != looking:
         st.rerun()
-    st.subheader(plain(run.name))
+    st.header(plain(run.name))
     st.markdown(f"{badge(run.status)} {STATES[run.status][1]}{f': {plain(run.reason)}' if run.reason else ''}")
     times = [time.strftime("%Y-%m-%d %H\\:%M\\:%S", time.localtime(at)) for at in run.record.began]
     begun = ", ".join(times) or "never"
     st.caption(f"{plain(run.record.model)}, chain {plain(run.record.chain)}, begun {begun}")
     controls(workspace, run)
-    st.markdown("#### Steps")
+    st.subheader("Steps")
     timeline(run, progress)
-    st.markdown("#### Bytes")
+    st.subheader("Bytes")
     falling(sizes)
-    st.markdown("#### Measured")
+    st.subheader("Measured")
     measurements(run)
-    st.markdown("#### Log")
+    st.subheader("Log")
     st.code(runs.log_tail(run.folder, 15) or "nothing yet", language=None, wrap_lines=True)
     st.caption("The same in a terminal:")
     st.code(" ".join(run.command), language=None, wrap_lines=True)
@@ -364,8 +364,14 @@ def rate_and_quality(workspace: Path) -> None:
     every, best = (alt.Chart(alt.InlineData(values=rows)).encode(x=x, y=y) for rows in (data, front))
     marks = every.mark_point(filled=True, size=60).encode(color=colour, shape=shape, tooltip=tooltip)
     line = best.mark_line(interpolate="step-after", opacity=0.6)
-    numbers = best.mark_text(dx=7, dy=-7, fontSize=12, color="grey").encode(text="number:N", tooltip=tooltip)
-    st.altair_chart(line + marks + numbers, height=420, alt=found.says)
+    # Odd numbers above the line, even ones below it: neighbours leave each other room.
+    above, below = (
+        best.transform_filter(f"datum.number % 2 == {odd}")
+        .mark_text(dx=7 * side, dy=-8 * side, fontSize=12, color="grey")
+        .encode(text="number:N", tooltip=tooltip)
+        for odd, side in ((1, 1), (0, -1))
+    )
+    st.altair_chart(line + marks + above + below, height=420, alt=found.says)
     st.caption(plain(found.says))
     beside = f" {len(found.beside)} points were measured otherwise and take no part." if found.beside else ""
     st.caption(plain(f"The line: measured on {found.way}.{beside} Ratios are of the encoded tensors alone."))

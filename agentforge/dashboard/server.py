@@ -23,6 +23,7 @@ OPTIONS = {
     "client.showErrorLinks": "false",
     "client.toolbarMode": "minimal",
     "logger.hideWelcomeMessage": "true",
+    "theme.light.textColor": "#000000",  # captions are a paler form of it, which must still be read
 }
 
 

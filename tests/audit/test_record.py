@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import yaml
 from agentforge import audit
 from agentforge.audit import drawing, probes, report, workshop
 from agentforge.audit import record as record_module
+from agentforge.audit.attestation import attestation
 from agentforge.audit.claims import read_claims
 from agentforge.audit.record import check_record, expected_seconds, measure, record_sha256
 from agentforge.audit.sarif import sarif
@@ -335,6 +337,65 @@ def test_sarif_has_a_result_a_row(record: dict[str, Any]) -> None:
     }  # fmt: skip
 
 
+# What in-toto's Statement v1 and SLSA's provenance v1 require, written down from their specifications.
+DIGEST = {"type": "object", "minProperties": 1, "additionalProperties": {"type": "string", "pattern": "^[0-9a-f]{40,64}$"}}
+RESOURCES = {
+    "type": "array",
+    "items": {
+        "required": ["digest"],
+        "additionalProperties": False,
+        "properties": {"name": {"type": "string"}, "digest": DIGEST, "annotations": {"type": "object"}},
+    },
+}
+TIME = {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"}
+STATEMENT = {
+    "required": ["_type", "subject", "predicateType", "predicate"],
+    "additionalProperties": False,
+    "properties": {
+        "_type": {"const": "https://in-toto.io/Statement/v1"},
+        "subject": RESOURCES | {"minItems": 1},
+        "predicateType": {"const": "https://slsa.dev/provenance/v1"},
+        "predicate": {
+            "required": ["buildDefinition", "runDetails"],
+            "properties": {
+                "buildDefinition": {
+                    "required": ["buildType", "externalParameters"],
+                    "properties": {
+                        "buildType": {"pattern": "^https://"},
+                        "resolvedDependencies": RESOURCES | {"minItems": 3},
+                    },
+                },
+                "runDetails": {
+                    "required": ["builder", "metadata", "byproducts"],
+                    "properties": {
+                        "builder": {"required": ["id"], "properties": {"id": {"pattern": "^https://"}}},
+                        "metadata": {"required": ["startedOn", "finishedOn"], "additionalProperties": TIME},
+                        "byproducts": RESOURCES,
+                    },
+                },
+            },
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", report.NAMES)
+def test_a_statement_beside_each_record_names_it_and_what_it_was_made_from(name: str) -> None:
+    file = report.REPORTS / name / f"{name}.json"
+    said: Any = json.loads(file.with_suffix(".intoto.json").read_text())
+    jsonschema.validate(said, STATEMENT)
+    assert said["subject"] == [{"name": file.name, "digest": {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}}]
+    record: Any = read_json(file)
+    assert said == attestation(record, file)
+    definition, metadata = said["predicate"]["buildDefinition"], said["predicate"]["runDetails"]["metadata"]
+    hashes = [value for one in definition["resolvedDependencies"] for value in one["digest"].values()]
+    commits = {row["provenance"]["commit"] for row in record["claims"] if row["provenance"]}
+    assert {record["text"]["sha256"], record["model"]["source"]["sha256"], *commits} == set(hashes)
+    assert metadata["startedOn"] < metadata["finishedOn"] == record["created"].replace("+00:00", "Z")
+    with pytest.raises(BadInput, match="a time in it is none"):
+        attestation(record | {"created": "yesterday"}, file)
+
+
 def test_only_a_few_claims(tmp_path: Path) -> None:
     path = claims_file(tmp_path)
     settings = dict.fromkeys(("model", "against"), None) | {"text": "selftext", "tokens": 127, "budget": "smoke"}
@@ -434,7 +495,9 @@ def test_what_was_measured_before_can_stay(record: dict[str, Any], tmp_path: Pat
 def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Path) -> None:
     path = claims_file(tmp_path, [row for row in CLAIMS if row["id"] not in ("absent", "broken")])
     folder = report.run(path, text="selftext", tokens=127, out=tmp_path / "reports", fresh=True, progress=False)
-    assert sorted(file.name for file in folder.iterdir()) == [f"mine.{e}" for e in ("html", "ipynb", "json", "md", "sarif")]
+    assert sorted(file.name for file in folder.iterdir()) == [
+        f"mine.{e}" for e in ("html", "intoto.json", "ipynb", "json", "md", "sarif")
+    ]
     claims = read_claims(path)
     report.check(folder, claims)
     report.run(path, text="selftext", tokens=127, out=tmp_path / "reports", keep=True, progress=False)
@@ -443,7 +506,7 @@ def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Pa
         report.run(path, text="selftext", tokens=127, out=tmp_path / "elsewhere", keep=True, progress=False)
     made = {file.name: file.read_text() for file in folder.iterdir()}
     sha256 = record_sha256(json.loads(made["mine.json"]))
-    assert all(sha256 in text for name, text in made.items() if name != "mine.json")
+    assert all(sha256 in text for name, text in made.items() if not name.endswith(".json"))
     assert str(tmp_path) not in made["mine.ipynb"]
     assert "<details>" in made["mine.html"] and "agentforge audit --claims" in made["mine.html"]
     for name, old, new in (
@@ -451,6 +514,7 @@ def test_a_report_of_own_claims_is_made_and_held_against_its_record(tmp_path: Pa
         ("mine.md", "RED refuted", "GREEN confirmed"),
         ("mine.sarif", '"level": "error"', '"level": "none"'),
         ("mine.ipynb", "refuted", "confirmed"),
+        ("mine.intoto.json", "selftext", "wikitext2"),
     ):
         (folder / name).write_text(made[name].replace(old, new, 1))
         with pytest.raises(BadInput, match=f"{name}: is not what its record gives"):
@@ -503,7 +567,7 @@ def test_a_folder_of_own_is_a_report_with_its_own_probes_beside_its_sources(tmp_
     (mine / "notes.txt").write_text("the user's")
     folder = report.run(mine, text="selftext", tokens=127, out=tmp_path, fresh=True, progress=False)
     assert folder == mine and {name: (mine / name).read_bytes() for name in sources} == sources
-    made = {f"mine.{end}" for end in ("html", "ipynb", "json", "md", "sarif")}
+    made = {f"mine.{end}" for end in ("html", "intoto.json", "ipynb", "json", "md", "sarif")}
     assert {file.name for file in mine.iterdir()} - {"__pycache__"} == made | sources.keys() | {"notes.txt", "figure-8.png"}
     (row,) = read_json(mine / "mine.json")["claims"]
     assert row["provenance"]["source"] == workshop.source_sha256(mine) != workshop.source_sha256()
