@@ -25,7 +25,7 @@ from gguf import GGUFReader
 from agentforge import evaluation, open_model
 from agentforge.evaluation.likelihood import plan
 from agentforge.exports import gguf
-from agentforge.gguf_fit import fit_gguf
+from agentforge.fit_for import fit_for
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
 from agentforge.stages.ggml import FORMS
 from agentforge.statistics import Calibration, Collected, collect
@@ -103,7 +103,7 @@ class Files:
             peers.run(*command, self.programs.full, theirs, kind, 1)
             found = self.widened | {"theirs": self.compare(theirs)}
             for who, types in MODELS[self.name].items():
-                made = fit_gguf(self.model, ours, theirs.stat().st_size, types=types, statistics=self.statistics)
+                made = fit_for(self.model, "gguf", ours, theirs.stat().st_size, types=types, statistics=self.statistics)
                 found[who] = self.compare(ours) | {"measured": made.measured.kl.to_json(), "predicted": made.predicted}
                 ours.unlink()
         return found

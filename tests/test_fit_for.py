@@ -16,7 +16,7 @@ import agentforge as af
 from agentforge.cli import app
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
-from agentforge.gguf_fit import fit_gguf
+from agentforge.fit_for import fit_for
 from agentforge.models import LanguageModel
 from agentforge.statistics import Calibration, collect
 
@@ -39,7 +39,7 @@ def test_the_whole_file_keeps_to_its_budget_and_is_measured_as_it_is_opened(
     tiny: LanguageModel, most: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "small.gguf"
-    found = fit_gguf(tiny, out, most, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+    found = fit_for(tiny, "gguf", out, most, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
     assert out.stat().st_size == found.file.bytes <= most
     assert out.stat().st_size > 0.93 * most  # the next step of any weight is smaller than that
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["small.gguf"]
@@ -58,7 +58,7 @@ def test_the_whole_file_keeps_to_its_budget_and_is_measured_as_it_is_opened(
 def test_more_bytes_do_less_damage_and_the_same_call_gives_the_same_bytes(tiny: LanguageModel, tmp_path: Path) -> None:
     def fitted(name: str, most: int, workers: int) -> tuple[float, float, bytes]:
         about = {"calibration": CALIBRATION, "text": TEXT, "tokens": 500, "workers": workers, "progress": False}
-        found = fit_gguf(tiny, tmp_path / name, most, **about)
+        found = fit_for(tiny, "gguf", tmp_path / name, most, **about)
         return found.predicted, found.measured.kl.value, (tmp_path / name).read_bytes()
 
     small, large = fitted("a", 68_000, 1), fitted("b", 95_000, 2)
@@ -114,14 +114,14 @@ def test_a_bad_request_is_one_sentence_and_leaves_nothing(tiny_llama: Path, tmp_
 
     assert "takes --bytes" in asked("--for", "gguf", "--bits", "3")
     assert "takes --bytes" in asked("--for", "gguf", "--bytes", "80kB", "--recover", "5")
-    assert "expected gguf" in asked("--for", "mlx", "--bytes", "80kB")
+    assert "choose from gguf, compressed-tensors" in asked("--for", "mlx", "--bytes", "80kB")
     assert not out.exists()
     with pytest.raises(BadInput, match="the smallest candidates"):
-        fit_gguf(tiny_llama, out, 20_000, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+        fit_for(tiny_llama, "gguf", out, 20_000, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
     assert not out.exists()
     out.write_bytes(b"mine")
     with pytest.raises(BadInput, match="is in the way"):
-        fit_gguf(tiny_llama, out, 80_000)
+        fit_for(tiny_llama, "gguf", out, 80_000)
     assert "no GGUF file of agentforge" in asked("--for", "gguf", "--bytes", "80kB", "--overwrite")
     assert out.read_bytes() == b"mine"
 
