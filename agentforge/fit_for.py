@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 LADDER = tuple(GGML(type=name) for name in FORMS)
 TYPES = {"gguf": tuple(FORMS), "compressed-tensors": ("q4_0", "q8_0")}
 TENSOR = 24  # bytes that a GGUF header has for a tensor beside its name and its shape, and 8 for each dimension
-PLANE = 110  # at most, of a header of safetensors, beside the name
+PLANE = 100  # at most, of a header of safetensors, beside the name
 
 
 class Fitted(NamedTuple):

@@ -74,6 +74,10 @@ FORMATS = [
     ("rounding:bits=4,group=32,symmetric=true", "compressed-tensors", "4 bits"),
     ("rounding:bits=6,group=0,symmetric=true", "compressed-tensors", "8 bits"),
     ("ternary", "compressed-tensors", "4 bits"),
+    ("ggml:type=q4_0", "compressed-tensors", "4 bits"),
+    ("ggml:type=q8_0", "compressed-tensors", "8 bits"),
+    ("ggml:type=q4_0", "mlx", "4 bits"),
+    ("ggml:type=q8_0", "gptq", "8 bits"),
     ("rounding:bits=2,group=32,symmetric=true", "gptq", "2 bits"),
     ("rounding:bits=3,group=0,symmetric=true", "gptq", "3 bits"),
     ("rounding:bits=4,group=64,symmetric=true", "gptq", "4 bits"),
@@ -231,8 +235,21 @@ def test_weights_of_several_settings(wide: Path, tmp_path: Path) -> None:
         assert torch.equal(logits(open_model(af.export(artifact, to).path).model), logits(af.load(artifact.path).model))
     each = {name: stages.parse(f"rounding:bits={4 + 4 * (i % 2)},symmetric=true") for i, name in enumerate(names)}
     artifact = packed(wide, each, tmp_path, overwrite=True)
-    with pytest.raises(BadInput, match=r"tensor \S+ is of num_bits 8 \(\S+: 4\); the format has one setting for all"):
-        af.export(artifact, "compressed-tensors")
+    found = af.export(artifact, "compressed-tensors")
+    assert found.kinds == {"bfloat16": 7, "int4": 7, "int8": 7}
+    assert torch.equal(logits(open_model(found.path).model), logits(af.load(artifact.path).model))
+    with pytest.raises(BadInput, match=r"tensor \S+ is of bits 8 \(\S+: 4\); the format has one setting for all"):
+        af.export(artifact, "gptq")
+
+
+def test_several_schemes_are_said_as_the_formats_own_tool_says_them() -> None:
+    config = json.loads((DATA / "ct-pack-mixed" / "config.json").read_text())["quantization_config"]
+    theirs = config["config_groups"]
+    assert len(theirs) == 2
+    said = {stem: group["weights"] for group in theirs.values() for stem in group["targets"]}
+    ours = uniform.compressed_tensors_config(said, ["lm_head"])["quantization_config"]
+    assert ours.items() <= (config | {"config_groups": ours["config_groups"]}).items()
+    assert {name: group | {"format": "pack-quantized"} for name, group in ours["config_groups"].items()} == theirs
 
 
 REFUSED = [
@@ -253,6 +270,7 @@ REFUSED = [
     ),
     ("curves", "gguf", "is encoded by curves; GGUF holds"),
     ("rounding:bits=4", "compressed-tensors", r"asymmetric; compressed-tensors holds symmetric rounding .*symmetric=true"),
+    ("ggml:type=q5_0", "compressed-tensors", r"encoded by ggml:type=q5_0; compressed-tensors holds .* ggml's q4_0 and q8_0"),
     ("rounding:bits=4", "gptq", r"asymmetric; GPTQ holds symmetric rounding .*symmetric=true"),
     ("rounding:bits=4,group=16", "mlx", "is encoded in groups of 16 columns; MLX holds .*group=64"),
     (
