@@ -16,12 +16,14 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
+
 from . import evaluation
-from .allocation import PASSES, Search, candidates, check_free, folder_beside, kept_bytes, take
+from .allocation import PASSES, Search, candidates, check_free, folder_beside, take
 from .blockwise import Spill
 from .errors import BadInput
 from .evaluation import Divergence, Text
@@ -33,6 +35,7 @@ from .names import unknown
 from .opening import open_model
 from .stages.ggml import FORMS, GGML
 from .statistics import Calibration, Collected, collect
+from .tensorfiles import beginning
 
 if TYPE_CHECKING:
     from concurrent.futures import Executor
@@ -40,7 +43,6 @@ if TYPE_CHECKING:
 LADDER = tuple(GGML(type=name) for name in FORMS)
 TYPES = {"gguf": tuple(FORMS), "compressed-tensors": ("q4_0", "q8_0")}
 TENSOR = 24  # bytes that a GGUF header has for a tensor beside its name and its shape, and 8 for each dimension
-PLANE = 100  # at most, of a header of safetensors, beside the name
 
 
 class Fitted(NamedTuple):
@@ -108,11 +110,10 @@ def fit_for(
         if one_file:
             kept = [(name, model.tensor(name)) for name in sorted(model.entries) if name not in shapes]
             gguf.write(folder / "kept.gguf", model, kept, "0" * 64)  # refuses what is no Llama before anything takes long
-            header = sum(TENSOR + 16 + len(gguf.gguf_name(name)) for name in shapes)
-            rest = (folder / "kept.gguf").stat().st_size + header
+            rest = (folder / "kept.gguf").stat().st_size + sum(TENSOR + 16 + len(gguf.gguf_name(name)) for name in shapes)
         else:
-            planes = [*model.entries, *shapes, *shapes]  # a matrix has three: codes, scales and, of 16 bytes, its shape
-            rest = kept_bytes(model, shapes) + sum(PLANE + len(name) for name in planes) + 16 * len(shapes)
+            header, size = beginning(sorted(_four_bits(model, shapes)), {"format": "pt", gguf.MARK: "0" * 64})
+            rest = len(header) + size - sum(rows * columns * 9 // 16 for rows, columns in shapes.values())
         sizes = ([math.prod(one.layout(shapes[name])["blocks"][1]) for one in found] for name, found in usable.items())
         if most < (least := rest + sum(map(min, sizes))):
             what = f"budget of {most:,} bytes; the smallest candidates of {len(shapes)} weights"
@@ -141,6 +142,19 @@ def fit_for(
             measured = search.measure(open_model(exported.path))
             take(exported.path, out, overwrite)
     return Fitted(exported._replace(path=out), predicted, measured)
+
+
+def _four_bits(model: LanguageModel, shapes: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+    """What model.safetensors holds if all weights of these shapes are int4: names, dtypes and shapes."""
+    for name, entry in model.entries.items():
+        if name in shapes:
+            rows, columns = shapes[name]
+            yield f"{name}_packed", torch.int32, (rows, columns // 8)
+            yield f"{name}_scale", torch.float16, (rows, columns // 32)
+            yield f"{name}_shape", torch.int64, (2,)
+        else:  # a matrix in float32 is kept as float16
+            wide = len(entry.shape) > 1 and entry.dtype in (torch.float32, torch.float64)
+            yield name, torch.float16 if wide else entry.dtype, entry.shape
 
 
 def _is_ours(file: Path) -> bool:

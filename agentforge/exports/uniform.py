@@ -17,7 +17,7 @@ Planes = dict[str, torch.Tensor]
 Said = dict[str, Any]
 
 COMPRESSED = (
-    "compressed-tensors holds symmetric rounding, ternary weights, and ggml's q4_0 and q8_0: compress with --stage "
+    "compressed-tensors holds symmetric rounding and ternary weights, and ggml's q4_0 and q8_0: compress with --stage "
     "rounding:bits=4,group=32,symmetric=true"
 )
 GPTQ = (
