@@ -91,7 +91,7 @@ def test_what_has_no_groups_of_32_stays_as_it_is_in_a_folder_for_vllm(tiny_llama
     assert said["ignore"] == ["lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(2))]
     down = af.open_model(out).tensor("model.layers.1.mlp.down_proj.weight")
     assert torch.equal(down, af.open_model(odd).tensor("model.layers.1.mlp.down_proj.weight").half())
-    LlamaForCausalLM(LlamaConfig.from_pretrained(odd, hidden_size=72)).save_pretrained(odd)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(odd, hidden_size=72, head_dim=18)).save_pretrained(odd)
     with pytest.raises(BadInput, match="no linear layer in its blocks has rows of a multiple of 32"):
         fit_for(odd, "compressed-tensors", tmp_path / "none", 200_000)
 
