@@ -22,7 +22,7 @@ import math
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -431,7 +431,9 @@ class Search(NamedTuple):
 
         The size of kept tensors and headers is known exactly only from an artifact: the second one is right.
         """
-        beside = kept_bytes(self.model, {*self.options, *self.rest})
+        encoded = {*self.options, *self.rest}
+        kept = [entry for name, entry in self.model.entries.items() if name not in encoded]
+        beside = sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in kept)
         with folder_beside(out) as folder:
             for _ in range(PASSES):
                 artifact, predicted = self.make(most - beside, folder / "trial", True)
@@ -478,12 +480,6 @@ class Search(NamedTuple):
                 )
             take(best, out, overwrite)
         return Artifact(out), *passed
-
-
-def kept_bytes(model: LanguageModel, encoded: Collection[str]) -> int:
-    """About the bytes of all other tensors, as an artifact keeps them."""
-    kept = [entry for name, entry in model.entries.items() if name not in encoded]
-    return sum(math.prod(e.shape) * (2 if len(e.shape) > 1 else e.dtype.itemsize) for e in kept)
 
 
 def _bytes_for(options: Mapping[str, Sequence[Candidate]], damage: float) -> int:

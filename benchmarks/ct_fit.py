@@ -134,17 +134,14 @@ def table(rows: list[bench.Row]) -> str:
         theirs, recipe = row["transformers"], row["recipe"]
         layers = ", ".join(f"{n} {kind}" for kind, n in sorted(row["kinds"].items()) if kind.startswith("int"))
         rule = "" if recipe["who"] == OURS else f", {recipe['mix']}"
-        cells = [
-            f"{row['bytes'] / 1e6:.2f}",
-            *(bench.with_error(row[key], ".3g", ".1g") for key in ("kl", "top1")),
-        ]
+        cells = [f"{row['bytes'] / 1e6:.2f}", bench.with_error(row["kl"], ".3g", ".1g"), f"{row['top1']['value']:.1%}"]
         agrees = f"{theirs['logits']:.1g}, KL {theirs['kl']['value']:.1g}"
         lines.append([recipe["who"] + rule, *cells, layers, agrees])
     text = f"""
         # Folders for vLLM, by `agentforge fit --for {FORMAT}` and by others
 
         KL, nats per token, from {bench.MODEL} in float32, on {SAMPLED_TOKENS} tokens of {rows[0]["recipe"]["text"]} in
-        windows of {SAMPLED}, and how often the likeliest token is the same, ± standard errors.  MB: of model.safetensors,
+        windows of {SAMPLED}, ± its standard error, and how often the likeliest token is the same.  MB: of model.safetensors,
         embedding in 16 bits.  All layers are symmetric, in groups of 32 with scales in float16; ours has at most the bytes
         of the rounding before it, and q, k and v of a block have one type, as have gate and up.  {TOOL} ({VERSION}) has
         looked at the same tokens of selftext as `fit`.  Agrees: the largest difference of two logits, and KL, of what
