@@ -144,13 +144,13 @@ def table(rows: list[bench.Row]) -> str:
         windows of {SAMPLED}, ± its standard error, and how often the likeliest token is the same.  MB: of model.safetensors,
         embedding in 16 bits.  All layers are symmetric, in groups of 32 with scales in float16; ours has at most the bytes
         of the rounding before it, and q, k and v of a block have one type, as have gate and up.  {TOOL} ({VERSION}) has
-        looked at the same tokens of selftext as `fit`.  Agrees: the largest difference of two logits, and KL, of what
-        transformers computes with the folder and the package {FORMAT}, without agentforge, from what agentforge computes
-        with it, on {WINDOWS} windows, in float32.
+        looked at the same tokens of selftext as `fit`; it finds scales from minima and maxima, or of least squares (mse).
+        Difference: the largest of two logits, and KL, between what transformers computes with the folder and the package
+        {FORMAT}, without agentforge, and what agentforge computes with it, on {WINDOWS} windows, in float32.
 
         The original is itself a dequantised Q4_1 file.  These types have no minimum, so that it does not lie on their grids.
     """
-    head = "folder | MB | KL | same top token | layers | agrees"
+    head = "folder | MB | KL | same top token | layers | difference"
     return bench.page(text, bench.table(head, lines, "lrrrll"))
 
 
