@@ -196,22 +196,37 @@ def _read_lines(journal: Path) -> dict[str, Any]:
     return found
 
 
-def allocate(options: Mapping[str, Sequence[Candidate]], budget: int) -> dict[str, Candidate]:
+def allocate(
+    options: Mapping[str, Sequence[Candidate]], budget: int, alike: Mapping[str, str] | None = None
+) -> dict[str, Candidate]:
     """One candidate for each weight, of at most `budget` bytes together.
+
+    alike: by weight; those of the same value have the same ladder, and get the same place in it.
 
     Raises BadInput if the smallest candidates do not fit.
     """
-    hulls = {name: _hull(found) for name, found in options.items()}
+    groups: dict[str, list[str]] = {}
+    for name in options:
+        groups.setdefault((alike or {}).get(name, name), []).append(name)
+    sums = {
+        key: [
+            Candidate(of[0].stage, sum(one.bytes for one in of), sum(one.damage for one in of))
+            for of in zip(*(options[name] for name in names), strict=True)
+        ]
+        for key, names in groups.items()
+    }
+    hulls = {key: _hull(found) for key, found in sums.items()}
     chosen = dict.fromkeys(hulls, 0)
     spent = sum(hull[0].bytes for hull in hulls.values())
     if spent > budget:
-        raise BadInput(f"budget of {budget:,} bytes; the smallest candidates of {len(hulls)} weights take {spent:,}")
+        raise BadInput(f"budget of {budget:,} bytes; the smallest candidates of {len(options)} weights take {spent:,}")
     steps = [(_slope(*pair), name, i) for name, hull in hulls.items() for i, pair in enumerate(pairwise(hull), start=1)]
     for _, name, i in sorted(steps):  # along a hull the slopes rise, so that its steps come in their order
         cost = hulls[name][i].bytes - hulls[name][chosen[name]].bytes
         if chosen[name] == i - 1 and spent + cost <= budget:
             chosen[name], spent = i, spent + cost
-    return {name: hulls[name][i] for name, i in chosen.items()}
+    places = {key: sums[key].index(hulls[key][i]) for key, i in chosen.items()}
+    return {name: options[name][places[key]] for key, names in groups.items() for name in names}
 
 
 def _hull(options: Sequence[Candidate]) -> list[Candidate]:
@@ -279,8 +294,7 @@ def fit(
         check_trainable(model)
     evaluation.check_causal(model)
     out = check_out(out, model.path, replace=True)
-    if budget.bits is None and not overwrite and out.exists() and any(out.iterdir()):
-        raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
+    check_free(out, overwrite or budget.bits is not None)
     found_text = evaluation.find_text(text)
     if recovery is not None and (budget.bits is None or embeddings not in (None, KEEP)):
         raise BadInput("recovery trains linear layers within a budget of bits; expected bits, and embeddings as they are")
@@ -311,7 +325,7 @@ def fit(
 class Search(NamedTuple):
     """What the artifacts of one fit are made of and measured on.  rest: a stage for each weight beside `options`.  settings:
     the same for every `compress`.  encoded: by weight and stage, what has been encoded already and waits on the disk.
-    counted: bytes by weight and place in `options`, as the journal has them."""
+    counted: bytes by weight and place in `options`, as the journal has them.  alike: as for `allocate`."""
 
     model: LanguageModel
     options: Mapping[str, list[Candidate]]
@@ -325,6 +339,7 @@ class Search(NamedTuple):
     counted: dict[str, int]
     spill: Spill
     encoded: dict[tuple[str, stages.Stage], Callable[[], Encoded]]
+    alike: Mapping[str, str] | None = None
 
     @property
     def weights(self) -> list[Weight]:
@@ -353,7 +368,7 @@ class Search(NamedTuple):
     def chosen(self, plane_bytes: int) -> dict[str, Candidate]:
         """The allocation for so many bytes, counted ones: what was estimated is encoded, until nothing else is chosen."""
         while True:
-            found = allocate(self.options, plane_bytes)
+            found = allocate(self.options, plane_bytes, self.alike)
             todo = [weight for weight in self.weights if not found[weight.name].counted]
             if not todo:
                 return found
@@ -423,7 +438,7 @@ class Search(NamedTuple):
             for _ in range(PASSES):
                 artifact, predicted = self.make(most - beside, folder / "trial", True)
                 if artifact.weight_bytes <= most:
-                    _take(artifact.path, out, overwrite)
+                    take(artifact.path, out, overwrite)
                     return Artifact(out), predicted
                 beside = artifact.weight_bytes - self.planes(artifact) + 64  # digits of offsets in headers
         raise BadInput(f"budget of {most:,} bytes could not be met; allow a little more")
@@ -463,7 +478,7 @@ class Search(NamedTuple):
                 raise BadInput(
                     f"KL of {most:g}: {bound:.3g} was the least that the candidates gave; allow more, or a finer ladder"
                 )
-            _take(best, out, overwrite)
+            take(best, out, overwrite)
         return Artifact(out), *passed
 
 
@@ -487,8 +502,13 @@ def folder_beside(out: Path) -> Iterator[Path]:
         yield Path(folder)
 
 
-def _take(made: Path, out: Path, overwrite: bool) -> None:
-    """Rename an artifact to `out`."""
+def check_free(out: Path, overwrite: bool) -> None:
+    """Raise BadInput if there is anything in the folder `out`, unless that may go."""
     if out.exists() and any(out.iterdir()) and not overwrite:
         raise BadInput(f"{out}: is in the way; choose another --out or pass --overwrite")
+
+
+def take(made: Path, out: Path, overwrite: bool) -> None:
+    """Rename a folder that was made to `out`."""
+    check_free(out, overwrite)
     replace(made, out)

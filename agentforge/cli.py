@@ -257,7 +257,10 @@ def fit(
     tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
     recover: Annotated[int | None, Option(min=1, help="Train gains and norms: steps of 4,096 tokens, same bits.")] = None,
     program: Annotated[
-        str | None, Option("--for", help="gguf: one file for llama.cpp, of at most --bytes in all, in its own block types.")
+        str | None,
+        Option(
+            "--for", help="gguf (llama.cpp) or compressed-tensors (vLLM): of at most --bytes, in the format's own types."
+        ),
     ] = None,
     workers: Threads = None,
     device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
@@ -270,7 +273,7 @@ def fit(
     from . import execution
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
-    from .gguf_fit import GGUFFit, fit_gguf
+    from .fit_for import Fitted, fit_for
     from .opening import open_model
     from .training.recover import Settings
 
@@ -283,9 +286,10 @@ def fit(
         options |= {"recovery": Settings.of_codes(recover) if recover else None, "embeddings": embeddings}
         call = partial(run, opened, out_dir, Budget(most, bits, max_kl), overwrite=overwrite, **options)
     elif most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
-        raise BadInput("--for gguf takes --bytes (or --target) of the whole file, and no other limit, stage or training")
+        rest = "and no other limit, stage or training"
+        raise BadInput(f"--for {program} takes --bytes (or --target) of the whole file, {rest}")
     else:
-        call = partial(fit_gguf, opened, out_dir, most, overwrite=overwrite, **options)
+        call = partial(fit_for, opened, program, out_dir, most, overwrite=overwrite, **options)
     with execution.connected(scheduler) as executor:
         found = call(executor=executor)
     seconds, measured = time.perf_counter() - start, found.measured
@@ -293,7 +297,7 @@ def fit(
     said += f"(original {measured.original_perplexity.value:.2f}); {seconds:.0f} s"
     about = {"predicted_kl": found.predicted, "measured": {k: v.to_json() for k, v in measured._asdict().items()}}
     about["seconds"] = seconds
-    if isinstance(found, GGUFFit):
+    if isinstance(found, Fitted):
         return _show(found.file.to_json() | about, as_json, lambda: _say(*found.file.lines(), said))
     caption = f"{found.bits:.3f} bits per weight of {found.counted}; {said}; written to {found.artifact.path}"
     if found.outside:

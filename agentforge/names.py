@@ -20,7 +20,7 @@ REPORTS = Path(__file__).parent.parent / "reports"  # in a checkout
 # By what a name is of: those that there are.  Some repeat the keys of registries that take torch to load.
 KNOWN: dict[str, tuple[str, ...]] = {
     "format": ("gguf", "compressed-tensors", "mlx", "gptq", "bitnet", "vptq"),
-    "--for": ("gguf",),
+    "--for": ("gguf", "compressed-tensors"),
     "runtime": RUNTIMES,
     "optimizer": ("adamw", "mugrokfast"),
     "budget": ("smoke", "quick", "standard", "full"),

@@ -287,11 +287,13 @@ def _compressed_tensors(said: dict[str, Any], module: Module) -> Matrix:
     schemes = said.get("config_groups")
     if not isinstance(schemes, dict) or not schemes or not all(isinstance(scheme, dict) for scheme in schemes.values()):
         raise BadInput("its config_groups are missing")
-    scheme = next(iter(schemes.values()))
+    named = [scheme for scheme in schemes.values() if isinstance(scheme.get("targets"), list)]
+    own = [scheme for scheme in named if module.stem in scheme["targets"]] or [*schemes.values()]
+    scheme = own[0]
     for other in schemes.values():
         _check_settings(other, SCHEME)
-        if other.get("weights") != scheme.get("weights") or other.get("format") != scheme.get("format"):
-            raise BadInput("it has several schemes in config_groups")
+    if any(other.get(key) != scheme.get(key) for other in own for key in ("weights", "format")):
+        raise BadInput(f"it has several schemes in config_groups, not one that names {module.stem}")
     weights, activations = scheme.get("weights"), scheme.get("input_activations")
     if not isinstance(weights, dict):
         raise BadInput("its scheme says nothing of weights")

@@ -199,25 +199,32 @@ def write_safetensors(
 
     The file appears under its name only when it is complete and on disk.
     """
-    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
-    offset = 0
-    for name, dtype, shape in tensors:
-        size = Entry(path, shape, dtype).bytes
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the library aligns to eight bytes, too
+    header, size = beginning(tensors, metadata)
 
     def parts() -> Iterable[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little")
-        yield text
+        yield header
         written = 0
         for part in data:
             written += len(part)
             yield part
-        assert written == offset, f"{path}: {written} bytes for tensors of {offset}"
+        assert written == size, f"{path}: {written} bytes for tensors of {size}"
 
     write_atomic(path, parts())
+
+
+def beginning(
+    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, int]:
+    """What a safetensors file of these tensors begins with, and how many bytes follow."""
+    header: dict[str, object] = {"__metadata__": metadata or {"format": "pt"}}
+    offset = 0
+    for name, dtype, shape in tensors:
+        size = Entry(Path(), shape, dtype).bytes
+        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the library aligns to eight bytes, too
+    return len(text).to_bytes(8, "little") + text, offset
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -25,13 +25,13 @@ from gguf import GGUFReader
 from agentforge import evaluation, open_model
 from agentforge.evaluation.likelihood import plan
 from agentforge.exports import gguf
-from agentforge.gguf_fit import TYPES, fit_gguf
+from agentforge.fit_for import TYPES, fit_for
 from agentforge.models import SAMPLED, SAMPLED_TOKENS
 from agentforge.statistics import Calibration, Collected, collect
 
 KINDS = ("Q2_K", "Q3_K_M", "IQ4_NL", "Q4_K_M")
 WIDE = "wide"
-OURS = {"ours": TYPES, "without Q4_1": tuple(kind for kind in TYPES if kind not in ("q4_1", "q5_1"))}
+OURS = {"ours": TYPES["gguf"], "without Q4_1": tuple(kind for kind in TYPES["gguf"] if kind not in ("q4_1", "q5_1"))}
 MODELS = {bench.MODEL: OURS, WIDE: {"ours": OURS["ours"]}}
 BESIDE = 0.25  # of `wide.widen`
 
@@ -100,7 +100,7 @@ class Files:
             peers.run(*command, self.programs.full, theirs, kind, 1)
             found = self.widened | {"theirs": self.compare(theirs)}
             for who, types in MODELS[self.name].items():
-                made = fit_gguf(self.model, ours, theirs.stat().st_size, types=types, statistics=self.statistics)
+                made = fit_for(self.model, "gguf", ours, theirs.stat().st_size, types=types, statistics=self.statistics)
                 found[who] = self.compare(ours) | {"measured": made.measured.kl.to_json(), "predicted": made.predicted}
                 ours.unlink()
         return found

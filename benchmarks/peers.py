@@ -62,6 +62,9 @@ PINNED = {
     "auto-round": ["auto-round==0.16.1", "py-cpuinfo==9.0.0"],
     "GPTQModel": ["gptqmodel==7.7.0", *_GPTQ],
     "compressed-tensors": ["compressed-tensors==0.20.0", "loguru==0.7.3"],
+    "llm-compressor": [  # for ct_fit.py
+        *("llmcompressor==0.14.0.1", "compressed-tensors==0.19.0", "loguru==0.7.3", "nvidia-ml-py==13.615.71"),
+    ],
 }
 Row = bench.Row
 

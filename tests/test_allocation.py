@@ -68,6 +68,26 @@ def test_an_allocation_is_within_one_step_of_the_best_of_all_combinations(seed: 
         allocate(options, smallest - 1)
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_what_is_alike_gets_one_place_and_the_allocation_is_within_one_step_of_the_best(seed: int) -> None:
+    rng, (four, eight) = np.random.default_rng(seed), (stages.get("rounding", bits=bits) for bits in (4, 8))
+    sizes = rng.integers(1, 9, 5).tolist()
+    options = {
+        f"w{i}": [Candidate(four, size, float(rng.exponential())), Candidate(eight, 2 * size, float(rng.exponential()) / 9)]
+        for i, size in enumerate(sizes)
+    }
+    allowed = [places for places in itertools.product(range(2), repeat=5) if places[1] == places[3]]
+    rows = [[found[place] for found, place in zip(options.values(), places, strict=True)] for places in allowed]
+    spread = max(sum(options[n][0].damage for n in names) for names in (["w0"], ["w1", "w3"], ["w2"], ["w4"]))
+    for budget in range(sum(sizes), 2 * sum(sizes) + 1):
+        chosen = allocate(options, budget, {"w1": "one", "w3": "one"})
+        assert chosen.keys() == options.keys() and chosen["w1"].stage == chosen["w3"].stage
+        assert sum(one.bytes for one in chosen.values()) <= budget
+        best = min(sum(c.damage for c in row) for row in rows if sum(c.bytes for c in row) <= budget)
+        assert best - 1e-12 <= sum(one.damage for one in chosen.values()) <= best + spread
+    assert sum(one.damage for one in chosen.values()) == pytest.approx(best)
+
+
 def test_damage_is_the_second_order_of_the_divergence_of_a_softmax() -> None:
     """For logits W x, KL = 1/2 E[(E x)^T (diag p - p p^T) (E x)] to second order; with one-hot-free outputs far apart the
     diagonal, p (1 - p), is what is kept.  Both sides are computed from the samples."""

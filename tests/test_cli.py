@@ -504,7 +504,7 @@ def test_odd_arguments_are_refused_before_anything_is_written(
         (["compress", "digits-mlp", "--stage", "rouding:bits=4 | entropy", "--out", "x"], "(did you mean rounding?)"),
         (["compress", "digits-mlp", "--stage", "ternary", "--calibration", "selftex", "--out", "x"], "mean selftext?)"),
         (["fit", "digits-mlp", "--bits", "3", "--embeddings", "rond", "--out", "x"], "(did you mean rounding?)"),
-        (["fit", "digits-mlp", "--for", "ggfu", "--out", "x"], "expected gguf (did you mean gguf?)"),
+        (["fit", "digits-mlp", "--for", "ggfu", "--out", "x"], "choose from gguf, compressed-tensors (did you mean gguf?)"),
         (["models", "DIGITS"], "(did you mean digits-mlp?)"),
         (["models", "my-modle"], "(did you mean my-model?)"),
         (["evaluate", "digits-mlp", "--against", "digts-mlp"], "(did you mean digits-mlp?)"),

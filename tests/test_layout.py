@@ -19,7 +19,7 @@ LAYERS = (
     ("blockwise", "evaluation", "statistics"),
     ("execution", "pipeline", "tracking", "modelcard", "huggingface", "exports"),
     ("chain",),
-    ("training", "handoff", "registry", "allocation", "gguf_fit"),
+    ("training", "handoff", "registry", "allocation", "fit_for"),
     ("cli", "audit", "dashboard", "lm_eval", "__main__", ""),
 )
 

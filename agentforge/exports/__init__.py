@@ -129,12 +129,13 @@ def _folder(artifact: Artifact, model: ArtifactModel, to: str, out: Path) -> Exp
     kept = [] if "lm_head.weight" in model.entries else ["lm_head"]
     for row, packed in _encoded(artifact, model, embeddings):
         name, stem = row["name"], row["name"].removesuffix(".weight")
-        kinds[to if row["stage"] else row["dtype"]] += 1
         if isinstance(packed, torch.Tensor):
+            kinds[row["dtype"]] += 1
             plain[name] = packed
             kept += [stem] if name in linear else []
             continue
         planes, said[stem] = planes_of(name, stages.from_json(row["stage"]), packed)
+        kinds["{type}{num_bits}".format(**said[stem]) if "num_bits" in said[stem] else to] += 1
         for leaf, plane in planes.items():
             if plane.dtype is torch.float32 and to == "gptq":
                 if not fits_halves(plane):

@@ -1,4 +1,5 @@
-"""What rounding and ternary weights have in common: codes on a grid of equally spaced levels, one grid per group."""
+"""What rounding, ternary weights and two of ggml's types have in common: codes on a grid of equally spaced levels, one grid
+per group."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from ..bits import pack_uint
 from ..errors import BadInput
 from ..planes import Packed, times_power_of_two
 from ..stages.base import Stage
+from ..stages.ggml import GGML
 from ..stages.refined import Refined
 from ..stages.rounding import Rounding
 from ..stages.ternary import Ternary
@@ -59,6 +61,12 @@ def grid_of(name: str, stage: Stage, packed: Packed, holds: str) -> Grid:
         if stage.rule != "absmean":
             scale = times_power_of_two(scale, 128 - int(packed["exponent"]))
         return Grid(stage, packed["codes"].to(torch.uint8), 2, 0, scale, 1, None)
+    if isinstance(stage, GGML) and stage.type in ("q4_0", "q8_0") and stage.fits(packed.shape[1]):
+        blocks = packed["blocks"].reshape(packed.shape[0], -1, stage.form.bytes)  # a half float, then the levels
+        scale = blocks[..., :2].contiguous().view(torch.float16).squeeze(-1).float()
+        levels, bits = blocks[..., 2:], 4 if stage.type == "q4_0" else 8
+        codes = torch.cat([levels & 15, levels >> 4], -1) if bits == 4 else levels ^ 128  # an int8, and 128
+        return Grid(stage, codes.flatten(1), bits, stage.form.block, scale, 2 ** (bits - 1), None)
     if not isinstance(stage, Rounding):
         raise refused(name, f"encoded by {stage.brief()}", holds)
     if packed.shape[1] % stage.columns_a_grid(packed.shape[1]):

@@ -17,7 +17,7 @@ Planes = dict[str, torch.Tensor]
 Said = dict[str, Any]
 
 COMPRESSED = (
-    "compressed-tensors holds symmetric rounding and ternary weights: compress with --stage "
+    "compressed-tensors holds symmetric rounding and ternary weights, and ggml's q4_0 and q8_0: compress with --stage "
     "rounding:bits=4,group=32,symmetric=true"
 )
 GPTQ = (
@@ -43,10 +43,22 @@ def compressed_tensors(name: str, grid: Grid) -> tuple[Planes, Said]:
 
 
 def compressed_tensors_config(said: dict[str, Said], kept: list[str]) -> Said:
-    """One scheme for all matrices."""
-    group = {"targets": ["Linear"], "weights": one_of(said), "input_activations": None, "output_activations": None}
+    """One scheme for all matrices, or each scheme with the names of its own: vLLM would prefer "Linear" to names in a layer
+    that it makes of several."""
+    schemes: dict[tuple[Any, ...], list[str]] = {}
+    for stem, own in said.items():
+        schemes.setdefault(tuple(own.items()), []).append(stem)
+    groups = {
+        f"group_{i}": {
+            "targets": stems if len(schemes) > 1 else ["Linear"],
+            "weights": dict(scheme),
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, (scheme, stems) in enumerate(schemes.items())
+    }
     about = {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed"}
-    return {"quantization_config": {**about, "ignore": kept, "config_groups": {"group_0": group}}}
+    return {"quantization_config": {**about, "ignore": kept, "config_groups": groups}}
 
 
 def gptq(name: str, grid: Grid) -> tuple[Planes, Said]:

@@ -26,7 +26,7 @@ from agentforge.evaluation import Text
 from agentforge.exports import TO, uniform
 from agentforge.exports import gguf as to_gguf
 from agentforge.exports.grids import Grid
-from agentforge.gguf_fit import TYPES, fit_gguf
+from agentforge.fit_for import TYPES, fit_for
 from agentforge.statistics import Calibration
 
 DATA = Path(__file__).parents[1] / "data" / "quantised"
@@ -77,6 +77,10 @@ FORMATS = [
     ("rounding:bits=4,group=32,symmetric=true", "compressed-tensors", "4 bits"),
     ("rounding:bits=6,group=0,symmetric=true", "compressed-tensors", "8 bits"),
     ("ternary", "compressed-tensors", "4 bits"),
+    ("ggml:type=q4_0", "compressed-tensors", "4 bits"),
+    ("ggml:type=q8_0", "compressed-tensors", "8 bits"),
+    ("ggml:type=q4_0", "mlx", "4 bits"),
+    ("ggml:type=q8_0", "gptq", "8 bits"),
     ("rounding:bits=2,group=32,symmetric=true", "gptq", "2 bits"),
     ("rounding:bits=3,group=0,symmetric=true", "gptq", "3 bits"),
     ("rounding:bits=4,group=64,symmetric=true", "gptq", "4 bits"),
@@ -164,9 +168,10 @@ def test_the_smallest_file_for_llama_cpp_has_ternary_blocks(wide: Path, tmp_path
     """They reach a budget that no other types reach, and the file opens as what it holds."""
     text = Text("words", "test", "".join(f"The {i}th word is number {i * i}. " for i in range(100)))
     about = {"calibration": Calibration(text, tokens=128, context=64, sensitivity_tokens=64), "text": text, "tokens": 126}
+    out = tmp_path / "a.gguf"
     with pytest.raises(BadInput, match="the smallest candidates"):
-        fit_gguf(wide, tmp_path / "a.gguf", 290_000, types=[t for t in TYPES if t != "tq1_0"], progress=False, **about)
-    found = fit_gguf(wide, tmp_path / "a.gguf", 290_000, progress=False, **about)
+        fit_for(wide, "gguf", out, 290_000, types=[t for t in TYPES["gguf"] if t != "tq1_0"], progress=False, **about)
+    found = fit_for(wide, "gguf", out, 290_000, progress=False, **about)
     assert found.file.bytes <= 290_000 and found.file.kinds["TQ1_0"] > 5 and "TQ2_0" not in found.file.kinds
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(found.file.path).tensors}
     up = tensors["blk.0.ffn_up.weight"]
@@ -249,8 +254,21 @@ def test_weights_of_several_settings(wide: Path, tmp_path: Path) -> None:
         assert torch.equal(logits(open_model(af.export(artifact, to).path).model), logits(af.load(artifact.path).model))
     each = {name: stages.parse(f"rounding:bits={4 + 4 * (i % 2)},symmetric=true") for i, name in enumerate(names)}
     artifact = packed(wide, each, tmp_path, overwrite=True)
-    with pytest.raises(BadInput, match=r"tensor \S+ is of num_bits 8 \(\S+: 4\); the format has one setting for all"):
-        af.export(artifact, "compressed-tensors")
+    found = af.export(artifact, "compressed-tensors")
+    assert found.kinds == {"bfloat16": 7, "int4": 7, "int8": 7}
+    assert torch.equal(logits(open_model(found.path).model), logits(af.load(artifact.path).model))
+    with pytest.raises(BadInput, match=r"tensor \S+ is of bits 8 \(\S+: 4\); the format has one setting for all"):
+        af.export(artifact, "gptq")
+
+
+def test_several_schemes_are_said_as_the_formats_own_tool_says_them() -> None:
+    config = json.loads((DATA / "ct-pack-mixed" / "config.json").read_text())["quantization_config"]
+    theirs = config["config_groups"]
+    assert len(theirs) == 2
+    said = {stem: group["weights"] for group in theirs.values() for stem in group["targets"]}
+    ours = uniform.compressed_tensors_config(said, ["lm_head"])["quantization_config"]
+    assert ours.items() <= (config | {"config_groups": ours["config_groups"]}).items()
+    assert {name: group | {"format": "pack-quantized"} for name, group in ours["config_groups"].items()} == theirs
 
 
 REFUSED = [
@@ -271,6 +289,7 @@ REFUSED = [
     ),
     ("curves", "gguf", "is encoded by curves; GGUF holds"),
     ("rounding:bits=4", "compressed-tensors", r"asymmetric; compressed-tensors holds symmetric rounding .*symmetric=true"),
+    ("ggml:type=q5_0", "compressed-tensors", r"encoded by ggml:type=q5_0; compressed-tensors holds .* ggml's q4_0 and q8_0"),
     ("rounding:bits=4", "gptq", r"asymmetric; GPTQ holds symmetric rounding .*symmetric=true"),
     ("rounding:bits=4,group=16", "mlx", "is encoded in groups of 16 columns; MLX holds .*group=64"),
     (

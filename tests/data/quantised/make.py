@@ -97,7 +97,8 @@ def awq(folder, source):
     return found
 
 
-def compressed_tensors(folder, activations=None, form=None, **settings):
+def compressed_tensors(folder, activations=None, form=None, wide=(), **settings):
+    """wide: how the names of modules end that get 8 bits; each scheme then has the names of its own."""
     from compressed_tensors.compressors import BaseCompressor, ModelCompressor
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -109,12 +110,18 @@ def compressed_tensors(folder, activations=None, form=None, **settings):
 
     model, args = LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float16), QuantizationArgs(**settings)
     inputs = QuantizationArgs(dynamic=True, symmetric=True, **activations) if activations else None
-    scheme = QuantizationScheme(targets=["Linear"], weights=args, input_activations=inputs)
-    apply_quantization_config(model, QuantizationConfig(config_groups={"group_0": scheme}, ignore=["lm_head"]))
+    groups = {"group_0": QuantizationScheme(targets=["Linear"], weights=args, input_activations=inputs)}
+    if wide:
+        names = [name for name, _ in model.named_modules() if name.endswith("_proj")]
+        groups["group_0"].targets = [name for name in names if not name.endswith(wide)]
+        eight = QuantizationArgs(**settings | {"num_bits": 8})
+        groups["group_1"] = QuantizationScheme(targets=[name for name in names if name.endswith(wide)], weights=eight)
+    apply_quantization_config(model, QuantizationConfig(config_groups=groups, ignore=["lm_head"]))
     schemes = {}
     for name, module in model.named_modules():
         if hasattr(module, "weight_scale"):
             rows, columns = module.weight.shape
+            args = module.quantization_scheme.weights
             a, b = {
                 "tensor": (rows, columns),
                 "channel": (1, columns),
@@ -264,6 +271,9 @@ RUNS = {
     "ct-pack-4": lambda f: compressed_tensors(f, num_bits=4, strategy="group", group_size=32, symmetric=True),
     "ct-pack-4-asym": lambda f: compressed_tensors(f, num_bits=4, strategy="group", group_size=32, symmetric=False),
     "ct-pack-8": lambda f: compressed_tensors(f, num_bits=8, strategy="channel", symmetric=True),
+    "ct-pack-mixed": lambda f: compressed_tensors(
+        f, wide=("q_proj", "k_proj", "v_proj", "down_proj"), num_bits=4, strategy="group", group_size=32, symmetric=True
+    ),
     "ct-int": lambda f: compressed_tensors(
         f, {"num_bits": 8, "strategy": "token"}, num_bits=8, strategy="channel", symmetric=True
     ),

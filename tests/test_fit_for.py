@@ -1,10 +1,13 @@
-"""A GGUF file fitted to its bytes: it keeps to them, and what is measured is the file."""
+"""Files for other programs, fitted to their bytes: they keep to them, and what is measured is the file."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -16,7 +19,7 @@ import agentforge as af
 from agentforge.cli import app
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
-from agentforge.gguf_fit import fit_gguf
+from agentforge.fit_for import fit_for
 from agentforge.models import LanguageModel
 from agentforge.statistics import Calibration, collect
 
@@ -39,7 +42,7 @@ def test_the_whole_file_keeps_to_its_budget_and_is_measured_as_it_is_opened(
     tiny: LanguageModel, most: int, tmp_path: Path
 ) -> None:
     out = tmp_path / "small.gguf"
-    found = fit_gguf(tiny, out, most, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+    found = fit_for(tiny, "gguf", out, most, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
     assert out.stat().st_size == found.file.bytes <= most
     assert out.stat().st_size > 0.93 * most  # the next step of any weight is smaller than that
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["small.gguf"]
@@ -55,10 +58,48 @@ def test_the_whole_file_keeps_to_its_budget_and_is_measured_as_it_is_opened(
     assert torch.equal(opened.tensor("model.embed_tokens.weight"), decoded)
 
 
+@pytest.mark.parametrize("most", [93_000, 105_000])
+def test_a_folder_for_vllm_has_one_type_in_each_layer_that_vllm_makes_of_several(
+    tiny: LanguageModel, most: int, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    found = fit_for(tiny, "compressed-tensors", out, most, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+    size = (out / "model.safetensors").stat().st_size
+    assert size == found.file.bytes <= most and size > 0.95 * most
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["small"]
+    groups = json.loads((out / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    bits = {stem: group["weights"]["num_bits"] for group in groups for stem in group["targets"]}
+    assert sorted(f"{stem}.weight" for stem in bits) == sorted(weight.name for weight in tiny.weights())
+    for block in (f"model.layers.{i}." for i in range(2)):
+        for parts in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({bits[block + part] for part in parts}) == 1
+    kinds = {f"int{n}": list(bits.values()).count(n) for n in (4, 8)}
+    assert min(kinds.values()) > 0 and found.file.kinds == kinds | {"float16": 1, "float32": 5}
+    opened = af.open_model(out)
+    again = af.divergence(opened, tiny, text=TEXT, tokens=500, context=tiny.sampled_context, progress=False)
+    assert again.kl.value == found.measured.kl.value > 0
+
+
+def test_what_has_no_groups_of_32_stays_as_it_is_in_a_folder_for_vllm(tiny_llama: Path, tmp_path: Path) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    odd = shutil.copytree(tiny_llama, tmp_path / "odd")
+    LlamaForCausalLM(LlamaConfig.from_pretrained(odd, intermediate_size=72)).save_pretrained(odd)
+    out = tmp_path / "small"
+    fit_for(odd, "compressed-tensors", out, 200_000, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+    said = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert said["ignore"] == ["lm_head", *(f"model.layers.{i}.mlp.down_proj" for i in range(2))]
+    down = af.open_model(out).tensor("model.layers.1.mlp.down_proj.weight")
+    assert torch.equal(down, af.open_model(odd).tensor("model.layers.1.mlp.down_proj.weight").half())
+    LlamaForCausalLM(LlamaConfig.from_pretrained(odd, hidden_size=72, head_dim=18)).save_pretrained(odd)
+    with pytest.raises(BadInput, match="no linear layer in its blocks has rows of a multiple of 32"):
+        fit_for(odd, "compressed-tensors", tmp_path / "none", 200_000)
+
+
 def test_more_bytes_do_less_damage_and_the_same_call_gives_the_same_bytes(tiny: LanguageModel, tmp_path: Path) -> None:
     def fitted(name: str, most: int, workers: int) -> tuple[float, float, bytes]:
         about = {"calibration": CALIBRATION, "text": TEXT, "tokens": 500, "workers": workers, "progress": False}
-        found = fit_gguf(tiny, tmp_path / name, most, **about)
+        found = fit_for(tiny, "gguf", tmp_path / name, most, **about)
         return found.predicted, found.measured.kl.value, (tmp_path / name).read_bytes()
 
     small, large = fitted("a", 68_000, 1), fitted("b", 95_000, 2)
@@ -114,27 +155,45 @@ def test_a_bad_request_is_one_sentence_and_leaves_nothing(tiny_llama: Path, tmp_
 
     assert "takes --bytes" in asked("--for", "gguf", "--bits", "3")
     assert "takes --bytes" in asked("--for", "gguf", "--bytes", "80kB", "--recover", "5")
-    assert "expected gguf" in asked("--for", "mlx", "--bytes", "80kB")
+    assert "choose from gguf, compressed-tensors" in asked("--for", "mlx", "--bytes", "80kB")
     assert not out.exists()
     with pytest.raises(BadInput, match="the smallest candidates"):
-        fit_gguf(tiny_llama, out, 20_000, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
+        fit_for(tiny_llama, "gguf", out, 20_000, calibration=CALIBRATION, text=TEXT, tokens=500, progress=False)
     assert not out.exists()
     out.write_bytes(b"mine")
     with pytest.raises(BadInput, match="is in the way"):
-        fit_gguf(tiny_llama, out, 80_000)
+        fit_for(tiny_llama, "gguf", out, 80_000)
     assert "no GGUF file of agentforge" in asked("--for", "gguf", "--bytes", "80kB", "--overwrite")
     assert out.read_bytes() == b"mine"
+    out.unlink()
+    tensors = "compressed-tensors"
+    assert "takes --bytes" in asked("--for", tensors, "--max-kl", "1")
+    least = re.search(
+        "the smallest candidates of 14 weights take ([0-9,]+), all", asked("--for", tensors, "--bytes", "60kB")
+    )
+    assert least and "14 weights take" in asked("--for", tensors, "--bytes", str(int(least[1].replace(",", "")) - 1))
+    out.mkdir()
+    (out / "mine").write_bytes(b"mine")
+    for more in ([], ["--overwrite"]):
+        assert "agentforge" in asked("--for", tensors, "--bytes", "80kB", *more)
+    assert (out / "mine").read_bytes() == b"mine"
 
 
-def test_the_command_says_what_it_made(tiny_llama: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("to", "sizes"), [("gguf", (80_000, 70_000)), ("compressed-tensors", (105_000, 90_000))])
+def test_the_command_says_what_it_made(to: str, sizes: tuple[int, int], tiny_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text(TEXT.text)
-    about = ["--bytes", "80kB", "--text", str(tmp_path / "words.txt"), "--tokens", "500", "--json"]
-    asked = ["fit", str(tiny_llama), "--for", "gguf", "--out", str(tmp_path / "small.gguf"), *about]
-    found = json.loads(CliRunner().invoke(app, asked, catch_exceptions=False).stdout)
-    assert found["bytes"] == (tmp_path / "small.gguf").stat().st_size <= 80_000
-    assert found["to"] == "gguf" and math.isfinite(found["measured"]["kl"]["value"])
-    smaller = ["70kB" if word == "80kB" else word for word in asked]
+    out = tmp_path / "small.gguf"
+    about = ["--for", to, "--out", str(out), "--text", str(tmp_path / "words.txt"), "--tokens", "500", "--json"]
+
+    def made(most: int, *more: str) -> Any:
+        asked = ["fit", str(tiny_llama), "--bytes", str(most), *about, *more]
+        found = json.loads(CliRunner().invoke(app, asked, catch_exceptions=False).stdout)
+        assert found["bytes"] == (out if to == "gguf" else out / "model.safetensors").stat().st_size <= most
+        return found
+
+    found = made(sizes[0])
+    assert found["to"] == to and math.isfinite(found["measured"]["kl"]["value"])
+    smaller = ["fit", str(tiny_llama), "--bytes", str(sizes[1]), *about]
     assert "pass --overwrite" in str(CliRunner().invoke(app, smaller).exception)
-    found = json.loads(CliRunner().invoke(app, [*smaller, "--overwrite"], catch_exceptions=False).stdout)
-    assert found["bytes"] == (tmp_path / "small.gguf").stat().st_size <= 70_000
-    assert [path.name for path in tmp_path.glob("*.gguf")] == ["small.gguf"]
+    made(sizes[1], "--overwrite")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "small.gguf", "words.txt"]
