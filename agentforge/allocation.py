@@ -175,7 +175,7 @@ def _task(model: LanguageModel, weight: Weight, stage: stages.Stage, stats: Inpu
 def _journal(model: LanguageModel, calibration: Calibration, ladder: Sequence[stages.Stage]) -> Path:
     """The file of a model's candidates; its name is a hash of all their inputs, our own source included."""
     here = Path(__file__).parent
-    others = ("statistics", "blockwise", "planes", "entropy", "trellis", "execution", "allocation")
+    others = ("statistics", "blockwise", "planes", "entropy", "cells", "trellis", "execution", "allocation")
     sources = [*sorted((here / "stages").glob("*.py")), *(here / f"{name}.py" for name in others)]
     depends = {
         "model": model.fingerprint,
