@@ -13,7 +13,7 @@ algorithm finds.  With an entropy code 0.17 bit is taken back with 8 states, 0.1
   left in as many bits if one is worth 2 ln 2 D, 0.36.  But the more bits are worth, the smaller are the values, all of them,
   and what all layers have in common adds up: with 0.25 there is 1% more damage, and the divergence is 9% less (SmolLM2-135M,
   2 bits).
-* bits(k) are what the coder takes, for the parity of k and the class of its row or column.  The first pass counts what
+* bits(k) are what the coder takes, for the parity of k and the cell of its row and column.  The first pass counts what
   rounding one by one gives, each other pass what the pass before gave.
 
 With half of the multiples allowed, half of `ecsq`'s step takes about as many bits.
