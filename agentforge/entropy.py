@@ -210,6 +210,18 @@ def expected_bytes(sample: Array, rows: int, largest: int) -> float:
     return min(sum(min(way[0] for way in _ways(lines, rows, top)) for lines, top in digits) for digits in ways) / (8 << 16)
 
 
+def expected_path_bytes(sample: Array, rows: int, largest: int) -> float:
+    """`expected_bytes`, if each row and each column has a scale: about what a path takes that does as well.  Arguments as
+    there, of zigzag numbers."""
+    plain, sizes = expected_bytes(sample, rows, largest), (sample + 1) // 2
+    if not (found := _cells(2 * sizes)):
+        return plain
+    of_rows, of_columns = (8 * len(_encode_digit(scales[None].astype(np.int32), 8)) for scales in found[:2])
+    once = of_columns + found.many * (sum(NUMBERS) + 32)
+    bits = (found.size - once - of_rows + np.count_nonzero(sizes)) * rows / len(sample)
+    return min(plain, (bits + once + of_rows * rows / len(sample)) / 8)
+
+
 def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
     """What the last digit of a path would take, by its absolute value.
 

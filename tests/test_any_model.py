@@ -105,8 +105,10 @@ def test_recovery_takes_ids_that_are_never_given() -> None:
     pad = torch.full((5, 3), -math.inf)
     loss = distillation(wide := torch.cat([ours, pad], 1).requires_grad_(), torch.cat([theirs, pad], 1))
     loss.backward()
-    assert loss == rest and mine.grad is not None and wide.grad is not None
-    assert torch.equal(wide.grad, torch.cat([mine.grad, torch.zeros(5, 3)], 1))
+    assert mine.grad is not None and wide.grad is not None
+    # The order of sums depends on how many values a processor adds at once.
+    assert float(loss) == pytest.approx(float(rest), rel=1e-6)
+    assert torch.allclose(wide.grad[:, :7], mine.grad, rtol=1e-6, atol=1e-8) and not wide.grad[:, 7:].any()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

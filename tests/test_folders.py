@@ -59,7 +59,7 @@ def fit(out: Path, model: LanguageModel, **_: Any) -> None:
     out = folders.check_out(out, model.path, replace=True)
     with allocation.folder_beside(out) as folder:
         agentforge.compress(model, "rounding:bits=3", folder / "made", progress=False)
-        allocation._take(folder / "made", out, True)
+        allocation.take(folder / "made", out, True)
 
 
 COMMANDS: dict[str, Callable[[LanguageModel, Path], object]] = {

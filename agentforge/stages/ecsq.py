@@ -23,6 +23,7 @@ Steps are stored as a base, and an exponent in eighths of octaves for each row a
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
@@ -165,6 +166,17 @@ class ECSQ(Stepped):
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
     ) -> tuple[int, float, bool]:
         """Bytes and damage, estimated from a sample of the rows if that has at most half of them."""
+        return self.priced(weight, stats, name, scratch, expected_bytes)
+
+    def priced(
+        self,
+        weight: torch.Tensor,
+        stats: InputStatistics,
+        name: str,
+        scratch: dict[str, Any],
+        expected: Callable[[np.ndarray, int, int], float],
+    ) -> tuple[int, float, bool]:
+        """`price`, with codes of a sample that take the bytes that `expected` gives."""
         if len(weight) < 2 * SAMPLED or self.gains:  # a sample would save less than half
             return super().price(weight, stats, name, scratch)
         key = f"ecsq {self.damping}"
@@ -180,7 +192,7 @@ class ECSQ(Stepped):
         with np.errstate(all="ignore"):  # a step may be zero
             multiples = float(np.nan_to_num(sample.plan.largest / columns).max())
         largest = 2 * int(min(multiples + self.rounding, LARGEST))
-        size = sample.beside + expected_bytes(stored, len(weight), max(largest, int(stored.max())))
+        size = sample.beside + expected(stored, len(weight), max(largest, int(stored.max())))
         return math.ceil(size), float(lost @ sample.shares) / 2, False
 
 

@@ -29,9 +29,9 @@ import numpy as np
 import torch
 from numba import njit
 
-from ..entropy import path_costs
+from ..entropy import expected_path_bytes, path_costs
 from ..trellis import RESTART, successors
-from .base import InputStatistics, register
+from .base import SAMPLED, InputStatistics, register
 from .ecsq import ECSQ, About, Stepped, damped_sensitivity
 from .propagation import pass_on, quantised
 
@@ -70,10 +70,12 @@ class TCQ(Stepped):
     def price(
         self, weight: torch.Tensor, stats: InputStatistics, name: str, scratch: dict[str, Any]
     ) -> tuple[int, float, bool]:
-        """Bytes and damage, estimated from those of `ecsq` in as many bits."""
+        """Bytes and damage, estimated from those of `ecsq` in as many bits, or counted if there are few rows."""
+        if len(weight) < 2 * SAMPLED or self.gains:
+            return super().price(weight, stats, name, scratch)
         self.check()
         alike = ECSQ(step=min(2 * self.step * (1 + COARSER * self.step**2), 64.0), damping=self.damping)
-        size, lost, _ = alike.price(weight, stats, name, scratch)
+        size, lost, _ = alike.priced(weight, stats, name, scratch, expected_path_bytes)
         return size, DAMAGE * lost, False
 
     def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
