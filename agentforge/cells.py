@@ -5,8 +5,8 @@ is the sum of both; few values at either end share the last cell there.  In a ce
 
     exp(-(k / a)^b),   zero w times that,
 
-a generalised Gaussian (Nadarajah 2005): three numbers in place of a histogram.  On weights of SmolLM2-135M that 0.0014 bit
-per value more than with the histograms themselves, which would take ten times as much to write down.
+a generalised Gaussian (Nadarajah 2005): three numbers in place of a histogram.  On weights of SmolLM2-135M that
+takes 0.0014 bit per value more than the histograms themselves, which would have to be written down.
 
 Frequencies are made by arithmetic in decimals, which is rounded correctly and so is the same on every machine.  What is
 searched for is compared in whole bits.
@@ -50,13 +50,10 @@ class Cells(NamedTuple):
         """How many cells there are."""
         return len(self.numbers[0])
 
-    def of_values(self) -> Array:
-        """The cell of each value: int[rows, columns]."""
-        return np.asarray((self.of_rows[:, None] - self.low + self.of_columns).clip(0, self.many - 1))
 
-    def frequencies(self, size: int) -> list[Array]:
-        """Of |2 m| and of |2 m + 1| in each cell, signs together, by m: int[size], two for each cell."""
-        return frequencies(self.numbers, size)
+def numbered(of_rows: Array, of_columns: Array, low: int, many: int) -> Array:
+    """The cell of each value, of `many`: int[rows, columns]."""
+    return np.asarray((of_rows[:, None] - low + of_columns).clip(0, many - 1))
 
 
 def cells_of(sizes: Array) -> Cells:
@@ -66,16 +63,16 @@ def cells_of(sizes: Array) -> Cells:
     total = np.cumsum(np.bincount(both.reshape(-1)))
     low = int(np.searchsorted(total, total[-1] / FEW, "right"))
     high = max(int(np.searchsorted(total, total[-1] - total[-1] / FEW, "right")), low)
-    values, count = int(sizes.max()) // 2 * 2 + 2, high - low + 1
-    numbers = (both - low).clip(0, count - 1) * values + sizes
-    counts = np.bincount(numbers.reshape(-1), minlength=count * values).reshape(count, values)
+    values, many = int(sizes.max()) // 2 * 2 + 2, high - low + 1
+    both = numbered(of_rows, of_columns, low, many) * values + sizes
+    counts = np.bincount(both.reshape(-1), minlength=many * values).reshape(many, values)
     fitted = [_fitted(found) for found in counts]
     found = np.array([one[:3] for one in fitted]).T
     return Cells(of_rows, of_columns, low, found, sum(one[3] for one in fitted))
 
 
 def frequencies(numbers: Array, size: int) -> list[Array]:
-    """`Cells.frequencies`, of its numbers."""
+    """Of |2 m| and of |2 m + 1| in each cell, signs together, by m: int[size], two per cell.  numbers: of `Cells`."""
     found = []
     for a, b, w in numbers.T.tolist():
         density = np.zeros(2 * size, np.int64)

@@ -142,7 +142,7 @@ def _encode_digit(lines: Array, width: int, odd: Array | None = None) -> bytes:
         sizes = (lines + 1 - odd) // 2 * 2 + odd
         bits, kind, these, classes, counts = _best_way(sizes, 2)
         found = _cells(sizes)
-        if found and (found.size << 16) < bits:
+        if found and (found.size + sum(_beside(found))) << 16 < bits:
             return _of_cells(lines, odd, found, int(sizes.max()) // 2 + 1)
         turned = lines.T if kind == COLUMNS else lines
         return _modelled(kind, turned, classes, counts, these & 1)
@@ -152,24 +152,31 @@ def _encode_digit(lines: Array, width: int, odd: Array | None = None) -> bytes:
 
 
 def _cells(sizes: Array) -> cells.Cells | None:
-    """The cells of absolute values, their size with all that is written down beside them; None if values are too large."""
-    if min(sizes.shape) < CLASSES or sizes.max() >= 2 * cells.LARGEST:
-        return None
-    found = cells.cells_of(sizes)
-    beside = sum(8 * len(_encode_digit(scales[None].astype(np.int32), 8)) for scales in found[:2])
-    return found._replace(size=found.size + beside + found.many * (sum(NUMBERS) + 32))
+    """The cells of absolute values; None if there are too few lines, or values are too large."""
+    return None if min(sizes.shape) < CLASSES or sizes.max() >= 2 * cells.LARGEST else cells.cells_of(sizes)
+
+
+def _beside(found: cells.Cells) -> tuple[int, int]:
+    """Bits of what is written down beside words: of the scales of rows, and of the rest."""
+    of_rows, of_columns = (8 * len(_section_of(scales)) for scales in found[:2])
+    return of_rows, of_columns + found.many * (sum(NUMBERS) + 32)
+
+
+def _section_of(scales: Array) -> bytes:
+    """Scales of lines, as a digit."""
+    return _encode_digit(scales[None].astype(np.int32), 8)
 
 
 def _of_cells(lines: Array, odd: Array, found: cells.Cells, size: int) -> bytes:
     """A section of cells of the last digits of a path, with their parities.  size: frequencies in a histogram."""
-    queues = (2 * found.of_values() + odd).reshape(-1)
+    queues = (2 * cells.numbered(found.of_rows, found.of_columns, found.low, found.many) + odd).reshape(-1)
     order, counts = np.argsort(queues, kind="stable"), np.bincount(queues, minlength=2 * found.many)
     values, coder = np.split(lines.reshape(-1)[order], np.cumsum(counts)[:-1]), _library().stream.queue.RangeEncoder()
-    for n, (some, frequencies) in enumerate(zip(values, found.frequencies(size), strict=True)):
+    for n, (some, frequencies) in enumerate(zip(values, cells.frequencies(found.numbers, size), strict=True)):
         coder.encode(some, _model(_signed(_scaled(frequencies, FINE_BITS), n % 2)))
     header = bytes([CELLS]) + (size - 1).to_bytes(2, "little") + bytes([found.low, found.many - 1])
     for scales in found[:2]:
-        section = _encode_digit(scales[None].astype(np.int32), 8)
+        section = _section_of(scales)
         header += len(section).to_bytes(2, "little") + section
     for numbers, width in zip(found.numbers, NUMBERS, strict=True):
         header += bytes(tensor_bytes(pack_uint(torch.from_numpy(numbers), width)))
@@ -216,10 +223,8 @@ def expected_path_bytes(sample: Array, rows: int, largest: int) -> float:
     plain, sizes = expected_bytes(sample, rows, largest), (sample + 1) // 2
     if not (found := _cells(2 * sizes)):
         return plain
-    of_rows, of_columns = (8 * len(_encode_digit(scales[None].astype(np.int32), 8)) for scales in found[:2])
-    once = of_columns + found.many * (sum(NUMBERS) + 32)
-    bits = (found.size - once - of_rows + np.count_nonzero(sizes)) * rows / len(sample)
-    return min(plain, (bits + once + of_rows * rows / len(sample)) / 8)
+    of_rows, rest = _beside(found)
+    return min(plain, ((found.size + np.count_nonzero(sizes) + of_rows) * rows / len(sample) + rest) / 8)
 
 
 def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
@@ -232,7 +237,7 @@ def path_costs(sizes: Array, values: int) -> tuple[Array, Array, Array]:
     sizes = np.minimum(sizes, values - 1)
     if found := _cells(sizes):
         every = np.arange(int(found.of_rows.max() + found.of_columns.max()) + 1)
-        bits = _bits_of(np.stack(found.frequencies(values // 2)), values)
+        bits = _bits_of(np.stack(cells.frequencies(found.numbers, values // 2)), values)
         return found.of_rows, found.of_columns, bits[(every - found.low).clip(0, found.many - 1)]
     _, kind, these, classes, counts = _best_way(sizes, 2)
     frequencies = np.full((len(counts), values // 2), 0.5)
@@ -381,78 +386,59 @@ def _decode_digit(section: bytes, rows: int, count: int, limit: int, following: 
     if not 2 <= size <= most:
         raise BadInput(f"an alphabet of {size} values, expected 2 to {most}")
     frequencies, body = _take(body[2:], FREQUENCY_BITS, models * parities * size)
-    classes = np.zeros(shape[0], np.int64)
+    classes, transposed = np.zeros(shape[0], np.int64), kind == bytes([COLUMNS])
+    histograms = list(frequencies.reshape(-1, size))
     if models > 1:
         classes, body = _take(body, CLASS_BITS, shape[0])
-    counts = np.bincount(classes, minlength=models) * shape[1]
-    if following is not None:
-        evens, body = _take(body, 32, models)
-        if (evens > counts).any():
-            raise BadInput("a class has more even values than values")
-        counts = np.stack([evens, counts - evens], 1).reshape(-1)
-    if len(body) % 4:
-        raise BadInput("a section does not end with a whole word")
-    histograms = list(frequencies.reshape(-1, size))
-    if following is not None:
-        histograms = [_signed(found, n % 2) for n, found in enumerate(histograms)]
-    queues = _decode_words(np.frombuffer(body, "<u4").astype(np.uint32), histograms, counts)
-    values = np.empty(shape, np.int32)
     if following is None:
-        for k, queue in enumerate(queues):
+        values = np.empty(shape, np.int32)
+        for k, queue in enumerate(_decode_words(body, histograms, np.bincount(classes, minlength=models) * shape[1])):
             values[classes == k] = queue.reshape(-1, shape[1])
     else:
-        across, transposed = np.zeros(shape[1], np.int64), kind == bytes([COLUMNS])
-        _place(queues, counts, (classes, across, models - 1), transposed, following, values, limit)
-    return values.T if kind == bytes([COLUMNS]) else values
+        cell = classes, np.zeros(shape[1], np.int64), 0
+        values = _decode_path(body, histograms, cell, transposed, following, limit)
+    return values.T if transposed else values
 
 
 def _decode_cells(body: bytes, shape: tuple[int, int], limit: int, following: Array) -> Array:
     """The last digits of a path, int[rows, columns] below `limit`, from what follows the kind of a section of cells."""
     if len(body) < 4:
         raise BadInput("a section of cells ends early")
-    size, low, number = int.from_bytes(body[:2], "little") + 1, body[2], body[3] + 1
+    size, low, many = int.from_bytes(body[:2], "little") + 1, body[2], body[3] + 1
     if not 2 <= size <= min(limit // 2 + 1, cells.LARGEST):
         raise BadInput(f"an alphabet of {size} values, expected 2 to {min(limit // 2 + 1, cells.LARGEST)}")
-    body, scales = body[4:], []
+    body, scales, numbers = body[4:], [], []
     for lines in shape:
         end = 2 + int.from_bytes(body[:2], "little")
         scales.append(_decode_digit(body[2:end], 1, lines, 256, None).reshape(-1).astype(np.int64))
         body = body[end:]
-    numbers = []
     for width in NUMBERS:
-        found, body = _take(body, width, number)
+        found, body = _take(body, width, many)
         numbers.append(found)
-    evens, body = _take(body, 32, number)
-    cell = (scales[0] - low, scales[1], number - 1)
-    counts = np.bincount((cell[0][:, None] + cell[1]).clip(0, number - 1).reshape(-1), minlength=number)
+    histograms = [_scaled(found, FINE_BITS) for found in cells.frequencies(np.stack(numbers), size)]
+    return _decode_path(body, histograms, (scales[0], scales[1], low), False, following, limit)
+
+
+def _decode_path(
+    body: bytes, histograms: list[Array], cell: tuple[Array, Array, int], transposed: bool, following: Array, limit: int
+) -> Array:
+    """The last digits of a path, int[lines, n] below `limit`, from what follows histograms: of each class of values two.
+
+    cell: the class of a value is the sum of its line's number and of its place's, less the last number.
+    """
+    of_lines, across, low = cell
+    evens, body = _take(body, 32, many := len(histograms) // 2)
+    counts = np.bincount(cells.numbered(of_lines, across, low, many).reshape(-1), minlength=many)
     if (evens > counts).any():
-        raise BadInput("a cell has more even values than values")
-    if len(body) % 4:
-        raise BadInput("a section does not end with a whole word")
+        raise BadInput("a class has more even values than values")
     counts = np.stack([evens, counts - evens], 1).reshape(-1)
-    models = cells.frequencies(np.stack(numbers), size)
-    histograms = [_signed(_scaled(found, FINE_BITS), n % 2) for n, found in enumerate(models)]
-    queues = _decode_words(np.frombuffer(body, "<u4").astype(np.uint32), histograms, counts)
-    values = np.empty(shape, np.int32)
-    _place(queues, counts, cell, False, following, values, limit)
-    return values
-
-
-def _place(
-    queues: list[Array],
-    counts: Array,
-    cell: tuple[Array, Array, int],
-    transposed: bool,
-    following: Array,
-    out: Array,
-    limit: int,
-) -> None:
-    """`trellis.place`.  Raises BadInput if the values are no path, or not below `limit`."""
-    at = np.concatenate([[0], np.cumsum(counts)])
-    if not trellis.place(np.concatenate(queues), at, cell, transposed, following, out):
+    queues = _decode_words(body, [_signed(found, n % 2) for n, found in enumerate(histograms)], counts)
+    values, at = np.empty((len(of_lines), len(across)), np.int32), np.concatenate([[0], np.cumsum(counts)])
+    if not trellis.place(np.concatenate(queues), at, (of_lines - low, across, many - 1), transposed, following, values):
         raise BadInput("its values are no path")
-    if out.max() >= limit:
-        raise BadInput(f"a value of {out.max()}, expected less than {limit}")
+    if values.max() >= limit:
+        raise BadInput(f"a value of {values.max()}, expected less than {limit}")
+    return values
 
 
 def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:
@@ -464,8 +450,11 @@ def _take(body: bytes, width: int, count: int) -> tuple[Array, bytes]:
     return values.to(torch.int64).numpy(), body[end:]
 
 
-def _decode_words(words: Array, histograms: Sequence[Array], counts: Array) -> list[Array]:
+def _decode_words(body: bytes, histograms: Sequence[Array], counts: Array) -> list[Array]:
     """int32[count] for each histogram from the coder's words, one after the other."""
+    if len(body) % 4:
+        raise BadInput("a section does not end with a whole word")
+    words = np.frombuffer(body, "<u4").astype(np.uint32)
     decoder, queues = _library().stream.queue.RangeDecoder(words), []
     for frequencies, count in zip(histograms, counts.tolist(), strict=True):
         if not 0 < frequencies.max() <= LIKELIEST * (frequencies.sum() - frequencies.max()):
