@@ -283,7 +283,7 @@ def fit(
     options: dict[str, Any] = {"text": text, "tokens": tokens, "workers": workers, "device": device, "progress": not as_json}
     call: Callable[..., Any]
     if program is None:
-        options |= {"recovery": Settings.of_codes(recover) if recover else None, "embeddings": embeddings}
+        options |= {"recovery": Settings.of_codes(recover, device) if recover else None, "embeddings": embeddings}
         call = partial(run, opened, out_dir, Budget(most, bits, max_kl), overwrite=overwrite, **options)
     elif most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
         rest = "and no other limit, stage or training"

@@ -75,13 +75,14 @@ class Settings:
     seed: int = 0
 
     @classmethod
-    def of_codes(cls, steps: int) -> Settings:
+    def of_codes(cls, steps: int, device: str = "cpu") -> Settings:
         """How to train a fitted model within its bytes: gains and norms take large steps well, which few tokens need.
 
-        In bfloat16 if the processor multiplies it: one that does not takes eight times as long as with float32.
+        In float32 on a processor that does not multiply bfloat16, which would take it eight times as long.
         """
         able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-        dtype: Any = "bfloat16" if any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
+        slow = device == "cpu" and not any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+        dtype: Any = "float32" if slow else "bfloat16"
         return cls(steps=steps, batch=8, passes=2, lr=2e-3, warmup=0.05, evaluate=max(1, min(50, steps // 5)), dtype=dtype)
 
     def check(self) -> None:
