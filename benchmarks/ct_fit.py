@@ -23,7 +23,6 @@ import bench
 import interop
 import peers
 import torch
-from safetensors.torch import load_file
 
 import agentforge as af
 from agentforge import evaluation, open_model, stages
@@ -40,17 +39,6 @@ ROUNDING = "rounding:bits={},group=32,symmetric=true,clip=mse"
 WINDOWS = 2  # that transformers computes
 # What gets 8 bits; q, k and v have to be alike in vLLM, and so have gate and up.
 MIXES = {"4 bits": (), "8 bits for q, k, v and down": ("q_proj", "k_proj", "v_proj", "down_proj")}
-READ = """
-import json, sys, torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-asked = json.load(open(sys.argv[1]))
-model = AutoModelForCausalLM.from_pretrained(asked["folder"], dtype=torch.float32).eval()
-assert not any(name.split(".")[0] == "agentforge" for name in sys.modules)
-with torch.inference_mode():
-    found = [model(input_ids=torch.tensor([ids])).logits[0] for ids in asked["windows"]]
-save_file({str(i): logits for i, logits in enumerate(found)}, sys.argv[2])
-"""
 QUANTISE = """
 import json, sys, torch
 from datasets import Dataset
@@ -85,12 +73,6 @@ class Folders:
         """What `fit` would collect each time."""
         return collect(self.model, Calibration().with_sensitivities())
 
-    def python(self, script: str, out: Path, **asked: object) -> None:
-        """Run a script where the tool is installed."""
-        question = out.with_name(f"{out.name}.json")
-        question.write_text(json.dumps(asked), encoding="utf-8")
-        peers.run(peers.environment(TOOL, self.work), "-c", script, question, out, HF_HUB_OFFLINE="1")
-
     def make(self, mix: str, who: str, most: int | None) -> tuple[Path, bench.Row]:
         """A folder, of at most `most` bytes if that is for its maker to choose, and what is to be said of it."""
         place = self.work / f"{mix} {who}"
@@ -107,21 +89,23 @@ class Folders:
             af.export(af.compress(self.model, each, place / "artifact"), FORMAT, place / "folder")
         else:
             asked: bench.Row = {"windows": peers.windows_of(self.model), "observer": OBSERVERS[who]}
-            asked["groups"] = [group for group in groups.items() if group[1]]
-            self.python(QUANTISE, place / "folder", folder=str(self.model.path), **asked)
+            asked |= {"folder": str(self.model.path), "groups": [group for group in groups.items() if group[1]]}
+            (place / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+            python = peers.environment(TOOL, self.work)
+            peers.run(python, "-c", QUANTISE, place / "asked.json", place / "folder", HF_HUB_OFFLINE="1")
         return place / "folder", {"kinds": kinds}
 
     def measure(self, mix: str, who: str, most: int | None) -> bench.Row:
         """Bytes, KL from the original, and how far transformers is from what agentforge computes with a folder."""
         folder, row = self.make(mix, who, most)
-        opened, out = open_model(folder), folder.with_name("logits.safetensors")
+        opened = open_model(folder)
         if "kl" not in row:
             row |= bench.to_json(evaluation.divergence(opened, self.model, context=SAMPLED, tokens=SAMPLED_TOKENS))
-        self.python(READ, out, folder=str(folder), windows=self.windows)
-        theirs = torch.stack([load_file(out)[str(i)] for i in range(WINDOWS)])
+        python, offline = peers.environment(TOOL, self.work), {"HF_HUB_OFFLINE": "1"}
+        theirs = interop.elsewhere(self.work, python, interop.TRANSFORMERS, folder, offline, windows=self.windows)["logits"]
         with torch.inference_mode():
             ours = torch.cat([opened.model(input_ids=torch.tensor([ids])).logits for ids in self.windows])
-        agrees = interop.compare(ours, theirs) | {"logits": float((ours - theirs).abs().max())}
+        agrees = interop.compare(ours, theirs)
         size = (folder / "model.safetensors").stat().st_size
         shutil.rmtree(folder.parent)
         return {"bytes": size, **row, "transformers": agrees}
@@ -135,7 +119,7 @@ def table(rows: list[bench.Row]) -> str:
         layers = ", ".join(f"{n} {kind}" for kind, n in sorted(row["kinds"].items()) if kind.startswith("int"))
         rule = "" if recipe["who"] == OURS else f", {recipe['mix']}"
         cells = [f"{row['bytes'] / 1e6:.2f}", bench.with_error(row["kl"], ".3g", ".1g"), f"{row['top1']['value']:.1%}"]
-        agrees = f"{theirs['logits']:.1g}, KL {theirs['kl']['value']:.1g}"
+        agrees = f"{theirs['logit']:.1g}, KL {theirs['kl']['value']:.1g}"
         lines.append([recipe["who"] + rule, *cells, layers, agrees])
     text = f"""
         # Folders for vLLM, by `agentforge fit --for {FORMAT}` and by others
