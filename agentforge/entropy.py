@@ -173,7 +173,7 @@ def _of_cells(lines: Array, odd: Array, found: cells.Cells, size: int) -> bytes:
     order, counts = np.argsort(queues, kind="stable"), np.bincount(queues, minlength=2 * found.many)
     values, coder = np.split(lines.reshape(-1)[order], np.cumsum(counts)[:-1]), _library().stream.queue.RangeEncoder()
     for n, (some, frequencies) in enumerate(zip(values, cells.frequencies(found.numbers, size), strict=True)):
-        coder.encode(some, _model(_signed(_scaled(frequencies, FINE_BITS), n % 2)))
+        coder.encode(some, _model(_signed(_frequencies(frequencies, FINE_BITS), n % 2)))
     header = bytes([CELLS]) + (size - 1).to_bytes(2, "little") + bytes([found.low, found.many - 1])
     for scales in found[:2]:
         section = _section_of(scales)
@@ -310,12 +310,7 @@ def _signed(frequencies: Array, parity: int) -> Array:
     return np.repeat(frequencies, 2) if parity else np.concatenate([2 * frequencies[:1], np.repeat(frequencies[1:], 2)])
 
 
-def _frequencies(counts: Array) -> Array:
-    """Counts as they are written down."""
-    return _scaled(counts, FREQUENCY_BITS)
-
-
-def _scaled(counts: Array, width: int) -> Array:
+def _frequencies(counts: Array, width: int = FREQUENCY_BITS) -> Array:
     """Counts scaled so that the largest is 2**width - 1, rounded up; if it outweighs the rest too far, a neighbour gains."""
     largest = int(counts.max())
     frequencies = -(-counts * ((1 << width) - 1) // largest)
@@ -415,7 +410,7 @@ def _decode_cells(body: bytes, shape: tuple[int, int], limit: int, following: Ar
     for width in NUMBERS:
         found, body = _take(body, width, many)
         numbers.append(found)
-    histograms = [_scaled(found, FINE_BITS) for found in cells.frequencies(np.stack(numbers), size)]
+    histograms = [_frequencies(found, FINE_BITS) for found in cells.frequencies(np.stack(numbers), size)]
     return _decode_path(body, histograms, (scales[0], scales[1], low), False, following, limit)
 
 
