@@ -245,10 +245,10 @@ def measurements(run: runs.Run) -> None:
         return
     every = [row.measured for row, _ in rows]
     table = [
-        {"try": f"{plain(row.name)}, {row.attempt}", **cells(row.measured, every, run.chain.bits), "decision": word}
+        {"try": f"{row.name}, {row.attempt}", **cells(row.measured, every, run.chain.bits), "decision": word}
         for row, word in rows
     ]
-    st.table(table, hide_index=True)
+    st.dataframe(table, hide_index=True)
     st.caption(ways(every))
 
 
@@ -258,7 +258,7 @@ def cells(measured: dict[str, Measurement], all_of_them: Iterable[dict[str, Meas
     known = [name for name in HEADS if any(name in row for row in all_of_them)]
     of = {"ratio": f"x, to {bits} bits per parameter"}
     return {
-        HEADS[name]: plain(runs.shown(measured[name]) + of.get(name, "")) if name in measured else "not measured"
+        HEADS[name]: runs.shown(measured[name]) + of.get(name, "") if name in measured else "not measured"
         for name in known
     }
 
@@ -292,10 +292,10 @@ def compare(workspace: Path) -> None:
     for run in found:
         last = run.accepted[-1].measured if run.accepted else {}
         seconds = sum(row.seconds for row in run.journal.attempts)
-        head = {"run": plain(run.name), "model": plain(run.record.model), "state": run.status}
+        head = {"run": run.name, "model": run.record.model, "state": run.status}
         taken = f"{len(run.accepted)} of {len(run.chain.steps)}"
         rows.append({**head, "steps accepted": taken, **cells(last, every, run.chain.bits), "seconds": f"{seconds:.1f}"})
-    st.table(rows, hide_index=True)
+    st.dataframe(rows, hide_index=True)
     st.caption(ways(every))
     tries = [
         (run, row, row.measured["bytes"].value, row.measured["total_retention"])
@@ -380,15 +380,15 @@ def rate_and_quality(workspace: Path) -> None:
         rows = [
             {
                 "number": str(found.best.index(point) + 1) if point in found.best else "-",
-                "what": plain(point.what),
+                "what": point.what,
                 "bits": f"{point.bits:.3f}",
                 frontier.UNITS[quality]: frontier.shown(point),
                 "from": point.source,
-                "measured on": plain(point.way),
+                "measured on": point.way,
             }
             for point in [*found.best, *(point for point in own if point not in found.best)]
         ]
-        st.table(rows, hide_index=True)
+        st.dataframe(rows, hide_index=True)
 
 
 def reports(workspace: Path) -> None:
