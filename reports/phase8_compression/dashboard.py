@@ -88,7 +88,7 @@ def dashboard_facts(workshop: Workshop) -> Measurement:
     runs.start(workspace, "one", "digits-mlp", "digits.yaml (workspace)")
     _until(lambda: not runs.active(workspace))
     page = _page(workspace)
-    text, table = _text(page), page.table[0].value.to_dict("records") if page.table else []
+    text, table = _text(page), page.dataframe[0].value.to_dict("records") if page.dataframe else []
     rows = json.loads((workspace / "one" / "out" / "journal.json").read_text(encoding="utf-8"))["attempts"]
     right = [len(table) == len(rows)]
     for row, shown in zip(rows, table, strict=False):
