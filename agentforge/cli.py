@@ -92,6 +92,7 @@ OutDir = Annotated[Path, _out("The artifact's folder.")]
 
 def _check(device: str | None = None, **given: Any) -> None:
     """Raise BadInput for a device that is not here, and for names, by the option, that can mean nothing."""
+    check_names(device=device)
     if device not in (None, "cpu"):
         from .models import device_named
 

@@ -22,6 +22,7 @@ KNOWN: dict[str, tuple[str, ...]] = {
     "format": ("gguf", "compressed-tensors", "mlx", "gptq", "bitnet", "vptq"),
     "--for": ("gguf", "compressed-tensors"),
     "runtime": RUNTIMES,
+    "device": ("cpu", "cuda"),
     "optimizer": ("adamw", "mugrokfast"),
     "budget": ("smoke", "quick", "standard", "full"),
     "text": ("wikitext2", "selftext"),

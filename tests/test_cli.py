@@ -509,6 +509,7 @@ def test_odd_arguments_are_refused_before_anything_is_written(
         (["models", "my-modle"], "(did you mean my-model?)"),
         (["evaluate", "digits-mlp", "--against", "digts-mlp"], "(did you mean digits-mlp?)"),
         (["evaluate", "digits-mlp", "--runtime", "pakced"], "(did you mean packed?)"),
+        (["evaluate", "digits-mlp", "--device", "cude"], "choose from cpu, cuda (did you mean cuda?)"),
         (["evaluate", "digits-mlp", "--text", "wikitext"], "(did you mean wikitext2?)"),
         (["evaluate", "digits-mlp", "--tasks", "arc_easy,hellaswagg"], "(did you mean hellaswag?)"),
         (["recover", "digits-mlp", "--optimizer", "adam", "--out", "x"], "(did you mean adamw?)"),
