@@ -476,7 +476,7 @@ CHAIN = "name: c\nsteps: [{name: s, try: ['rounding:bits=8'], gates: []}]\non_fa
         (["pipeline", "digits-mlp", "chain.yaml", "--out", "out", "--workers", "-3"], "workers=-3; expected 1 or more"),
         (
             ["compress", "digits-mlp", "--stage", "ternary", "--out", "out", "--device", "meta"],
-            "device 'meta': torch has no",
+            "device 'meta' does not exist; choose from cpu, cuda",
         ),
         (["compress", "~nobody-of-that-name/m", "--stage", "ternary", "--out", "out"], "begins with ~"),
         (["inspect", "~nobody-of-that-name"], "begins with ~"),
