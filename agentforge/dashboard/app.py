@@ -258,8 +258,7 @@ def cells(measured: dict[str, Measurement], all_of_them: Iterable[dict[str, Meas
     known = [name for name in HEADS if any(name in row for row in all_of_them)]
     of = {"ratio": f"x, to {bits} bits per parameter"}
     return {
-        HEADS[name]: runs.shown(measured[name]) + of.get(name, "") if name in measured else "not measured"
-        for name in known
+        HEADS[name]: runs.shown(measured[name]) + of.get(name, "") if name in measured else "not measured" for name in known
     }
 
 
