@@ -12,17 +12,18 @@ export TOKENIZERS_PARALLELISM := false
 # Threads that wait give the core to those that work: else several processes at once hold each other up.
 export OMP_WAIT_POLICY := PASSIVE
 
-.PHONY: audit test test-code test-notebooks notebooks interop docs lint readme clean
+.PHONY: audit test test-code test-slow test-later test-notebooks notebooks interop docs lint readme clean
 
 audit: $(VENV)/.lab
 	@$(BIN)/agentforge audit --budget $(BUDGET)
 	$(if $(filter full,$(BUDGET)),$(BIN)/python tools/readme.py)
 
 # Tests and notebooks side by side, a thread each: on two cores that is faster than one after the other with two threads.
+# Whatever fails, the others still run.
 # The default model is fetched before, once, and says so here: a notebook's checked outputs have no room for that.
 test: $(VENV)/.dev
 	$(BIN)/agentforge models smollm2-135m --json > /dev/null
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 test-code test-notebooks
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --keep-going test-code test-notebooks test-later test-slow
 
 # Tests of LATER reach hardly a line that no other reaches.
 LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py tests/test_real_model.py \
@@ -31,7 +32,11 @@ LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/te
 # (Not pytest-cov: nbval would try to measure its kernels, too, and waits for them in vain.)
 test-code: $(VENV)/.dev
 	$(BIN)/python -m coverage run -m pytest -q --durations=25 tests $(LATER:%=--ignore=%)
+
+test-slow: $(VENV)/.dev
 	$(BIN)/python -m pytest -m slow -q --durations=25 tests $(LATER:%=--ignore=%)
+
+test-later: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "" -q --durations=5 $(LATER)
 
 # Cell by cell: fails where a cell does, or where the output of a cell tagged nbval-check-output is another one.

@@ -19,9 +19,9 @@ pytestmark = pytest.mark.slow
 
 
 def test_the_known_perplexity(smollm2: LanguageModel, beginning: Callable[[int], Text]) -> None:
-    found = af.perplexity(smollm2, beginning(10 * 2048), context=2048, progress=False)
-    assert found.value == pytest.approx(19.92, abs=0.02)
-    assert found.n == 20470
+    found = af.perplexity(smollm2, beginning(5 * 2048), context=2048, progress=False)
+    assert found.value == pytest.approx(23.80, abs=0.02)
+    assert found.n == 10235
 
 
 def test_int8_in_groups_of_64(smollm2: LanguageModel, beginning: Callable[[int], Text], tmp_path: Path) -> None:
