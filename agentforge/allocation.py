@@ -48,7 +48,7 @@ from .pipeline import compress
 from .progress import progress_bar
 from .stages.base import InputStatistics
 from .stages.base import damage as damage
-from .statistics import Calibration, Collected, collect
+from .statistics import FOR_FIT, Calibration, Collected, collect
 
 if TYPE_CHECKING:
     from .training.recover import Settings
@@ -273,6 +273,7 @@ def fit(
 
     ladder: the stages to choose from, for each linear layer, the token embedding and an output head of its own.  embeddings:
     "keep" for the last two as they are, or one stage for them; the budget of bits is that of the linear layers then.
+    calibration: the text for statistics (default: `statistics.FOR_FIT`).
     statistics: what `statistics.collect` gave for this model and calibration, sensitivities included, if already available;
     those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards,
     with a ladder of tcq, by distillation on selftext, within the same budget of bits, embedding and head as they are;
@@ -301,7 +302,7 @@ def fit(
     everything = embeddings is None and recovery is None
     embeddings = None if embeddings == KEEP else embeddings
     stage_of_rest = stages.parse(embeddings) if isinstance(embeddings, str) else embeddings
-    calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device)
+    calibration = dataclasses.replace((calibration or FOR_FIT).for_model(model), device=device)
     for stage in ladder:
         calibration = calibration.for_stage(stage)
     statistics = statistics or collect(model, calibration, workers, progress, ends=everything)

@@ -88,6 +88,8 @@ def _out(what: str) -> Any:
 
 
 OutDir = Annotated[Path, _out("The artifact's folder.")]
+CalibrationText = Annotated[str, Option(help="Text for input statistics: selftext, wikitext2 or a text file.")]
+CalibrationTokens = Annotated[int, Option(min=1, help="How many tokens of the calibration text to read.")]
 
 
 def _check(device: str | None = None, **given: Any) -> None:
@@ -208,8 +210,8 @@ def compress(
         bool, Option(help="Encode weights that the stage cannot with rounding:bits=8, or keep them; off: refuse them.")
     ] = False,
     scheduler: Scheduler = None,
-    calibration: Annotated[str, Option(help="Text for input statistics: selftext, wikitext2 or a text file.")] = "selftext",
-    calibration_tokens: Annotated[int, Option(min=1, help="How many tokens of the calibration text to read.")] = 8192,
+    calibration: CalibrationText = "selftext",
+    calibration_tokens: CalibrationTokens = 8192,
     as_json: AsJson = False,
 ) -> None:
     """Encode a model's weights and write the artifact. Run again after a kill, it resumes where it stopped."""
@@ -263,6 +265,8 @@ def fit(
             "--for", help="gguf (llama.cpp) or compressed-tensors (vLLM): of at most --bytes, in the format's own types."
         ),
     ] = None,
+    calibration: CalibrationText = "selftext",
+    calibration_tokens: CalibrationTokens = 32768,
     workers: Threads = None,
     device: Annotated[str, Option(help="cpu or cuda, for statistics, searches, training and measuring.")] = "cpu",
     scheduler: Scheduler = None,
@@ -270,18 +274,21 @@ def fit(
     as_json: AsJson = False,
 ) -> None:
     """Meet a budget with the least damage, and measure the result. Each weight gets settings of its own."""
-    _check(device, model=model, text=text, stage=embeddings if embeddings != "keep" else None, **{"--for": program})
+    names = {"stage": embeddings if embeddings != "keep" else None, "--for": program}
+    _check(device, model=model, text=text, train_on=calibration, **names)
     from . import execution
     from .allocation import Budget, budget_bytes
     from .allocation import fit as run
     from .fit_for import Fitted, fit_for
     from .opening import open_model
+    from .statistics import Calibration
     from .training.recover import Settings
 
     opened = open_model(model)
     most = budget_bytes(size, target, opened.parameters)
     start = time.perf_counter()
     options: dict[str, Any] = {"text": text, "tokens": tokens, "workers": workers, "device": device, "progress": not as_json}
+    options["calibration"] = Calibration(calibration, calibration_tokens)
     call: Callable[..., Any]
     if program is None:
         options |= {"recovery": Settings.of_codes(recover, device) if recover else None, "embeddings": embeddings}

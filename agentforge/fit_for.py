@@ -34,7 +34,7 @@ from .models import SAMPLED_TOKENS, LanguageModel, device_named
 from .names import unknown
 from .opening import open_model
 from .stages.ggml import FORMS, GGML
-from .statistics import Calibration, Collected, collect
+from .statistics import FOR_FIT, Calibration, Collected, collect
 from .tensorfiles import beginning
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ def fit_for(
         why = "; it is no GGUF file of agentforge" if overwrite else ", or pass --overwrite to replace it"
         raise BadInput(f"{out}: is in the way; choose another --out{why}")
     found_text = evaluation.find_text(text)
-    calibration = dataclasses.replace((calibration or Calibration()).for_model(model), device=device).with_sensitivities()
+    calibration = dataclasses.replace((calibration or FOR_FIT).for_model(model), device=device).with_sensitivities()
     ladder = [stage for stage in LADDER if stage.type in (types or TYPES[to])]
     shapes = {
         weight.name: weight.shape

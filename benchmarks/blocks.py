@@ -25,9 +25,9 @@ TOKENS = 2044  # to measure on
 # `agentforge fit MODEL --bits 3 --out OUT`, which says at which of its CPU seconds a part of it had ended.
 FIT = f"""
 import json, os, sys
-from agentforge.allocation import LADDER, Budget, Calibration, candidates, collect, fit, open_model
+from agentforge.allocation import FOR_FIT, LADDER, Budget, candidates, collect, fit, open_model
 model, ends = open_model(sys.argv[1]), {{}}
-calibration = Calibration().for_model(model).for_stage(LADDER[0])
+calibration = FOR_FIT.for_model(model).for_stage(LADDER[0])
 statistics = collect(model, calibration)
 ends["statistics"] = sum(os.times()[:2])
 candidates(model, statistics, calibration)

@@ -70,7 +70,7 @@ class Folders:
 
     @functools.cached_property
     def statistics(self) -> Collected:
-        """What `fit` would collect each time."""
+        """Of the text that the other tools see, and as much of it: a quarter of what `fit` reads by default."""
         return collect(self.model, Calibration().with_sensitivities())
 
     def make(self, mix: str, who: str, most: int | None) -> tuple[Path, bench.Row]:

@@ -2,10 +2,12 @@
 
     python benchmarks/fit.py [--model smollm2-135m] [--bits 3.06 2.6] [--work FOLDER] [--out reports/fit]
     python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8]
+    python benchmarks/fit.py --bits 3.06 2.6 2.0 1.6 --calibration 8192
     python benchmarks/fit.py --whole 80 --whole 60 --whole 50
 
 Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; --whole:
-to megabytes of all weight files, with settings for embedding and head, too; --recover
+to megabytes of all weight files, with settings for embedding and head, too; --calibration: on so many
+tokens of text, 8,192 of which is what other tools read; --recover
 trains the codes for that many steps, and a training that was interrupted goes on with the same command.  Rows of others are
 those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has one protocol: a row
 of other tokens or windows than the budgets' is left out, and counted.
@@ -37,7 +39,7 @@ from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
 from agentforge.models import SAMPLED_TOKENS
 from agentforge.runtime import resident_bytes
-from agentforge.statistics import Calibration, collect
+from agentforge.statistics import FOR_FIT, Calibration, collect
 from agentforge.training.recover import Settings
 
 BITS = [8.0, 4.2, 3.5, 3.06, 2.6, 2.0, 1.6, 1.0, 0.5, 0.25, 0.114]
@@ -77,8 +79,12 @@ def recipe(model: Any, limit: Row, options: argparse.Namespace) -> Row:
     about = limit | {"model": model.fingerprint, "agentforge": __version__, "ladder": [s.brief() for s in LADDER]}
     about["text"] = [found.name, found.split, found.sha256]
     about |= {"tokens": options.tokens, "context": model.sampled_context}
-    about["calibration"] = Calibration().for_stage(LADDER[0]).to_json()
+    about["calibration"] = _calibration(options).to_json()
     return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
+
+
+def _calibration(options: argparse.Namespace) -> Calibration:
+    return replace(FOR_FIT, tokens=options.calibration).for_stage(LADDER[0])
 
 
 def _recovery(options: argparse.Namespace) -> Settings:
@@ -191,8 +197,8 @@ def _smallest(whole: Sequence[Row]) -> str:
     return f"{text}with its whole 95% interval: {ratio:.1f}x against 32 bits for every parameter."
 
 
-def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence[Row] = ()) -> str:
-    """The tables and what they say."""
+def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence[Row] = (), less: Sequence[Row] = ()) -> str:
+    """The tables and what they say.  less: rows with less calibration text."""
     files = map(_whole, sorted(whole, key=lambda row: -row["weight_bytes"]))
     trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: -row["bits"])
     rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
@@ -215,12 +221,19 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
         weight of the linear layers: *on disk* those of the planes, *held* those in memory of layers that compute from them;
         embedding and norms stay.  KL is KL(original || compressed) on {first["kl"]["n"]:,} tokens of
         {how["text"]}/{how["split"]}, in windows of {how["context"]} ({how["windows"]}); [ ] holds the value of the whole
-        text 95 times in 100.  Statistics: 8,192 tokens of selftext, backward passes on all of them; no training.  All
+        text 95 times in 100.  Statistics: {FOR_FIT.tokens:,} tokens of selftext, backward passes on
+        {FOR_FIT.for_stage(LADDER[0]).sensitivity_tokens:,} of them; no training.  All
         budgets were met with steps of `tcq`.  {earlier}  *Whole
         model*: all weight files, against 16 bits for every parameter, and against the file that the model came in; below 1
         that file is the smaller one.
 
         {bench.table(head, map(_budget, rows), "r")}
+
+        ## With as much text as other tools
+
+        Tools below that look at a layer's inputs were given 8,192 tokens of the same text.  With as many:
+
+        {bench.table("asked for | KL, 8,192 tokens | KL | perplexity, 8,192 tokens | perplexity", _by_text(rows, less), "r")}
 
         ## Whole files
 
@@ -256,6 +269,13 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
         {bench.table(" | ".join(["asked for", *layers]), by_layer, "r")}
     """
     return bench.page(text)
+
+
+def _by_text(rows: Sequence[Row], less: Sequence[Row]) -> list[list[str]]:
+    """Of each budget that was measured with less text, too, what more of it is worth."""
+    found = [(one, row) for row in rows for one in less if one["recipe"]["bits"] == row["recipe"]["bits"]]
+    shown = [[bench.with_interval(each[name]) for name in ("kl", "perplexity") for each in pair] for pair in found]
+    return [[f"{pair[1]['recipe']['bits']:g}", *cells] for pair, cells in zip(found, shown, strict=True)]
 
 
 def _earlier(rows: list[Row]) -> str:
@@ -383,17 +403,17 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     own = {"text": None, "tokens": SAMPLED_TOKENS, "bits": BITS, "work": Path(tempfile.gettempdir()) / "agentforge-fit"}
-    own |= {"recover": 0, "batch": 8, "whole": []}
+    own |= {"recover": 0, "batch": 8, "whole": [], "calibration": FOR_FIT.tokens}
     own |= {"stages": Path("reports/stages/stages.json"), "peers": Path("reports/fit/peers.json")}
     options = bench.options(arguments, __doc__, "reports/fit", model=bench.MODEL, **own)
-    file = "whole.json" if options.whole else "fit.json"
+    file = "whole.json" if options.whole else "fit.json" if options.calibration == FOR_FIT.tokens else "less_text.json"
     if not options.report:
         model = open_model(options.model)
         options.work.mkdir(parents=True, exist_ok=True)
         limits: list[Row] = [{"bits": bits} for bits in options.bits]
         limits = [{"bytes": round(1e6 * float(megabytes))} for megabytes in options.whole] or limits
         wanted = {" ".join(map(str, *limit.items())): recipe(model, limit, options) for limit in limits}
-        statistics = functools.cache(lambda: collect(model, Calibration().for_stage(LADDER[0]), ends=bool(options.whole)))
+        statistics = functools.cache(lambda: collect(model, _calibration(options), ends=bool(options.whole)))
 
         def take(name: str) -> Row:
             return measure(model, statistics(), wanted[name], options)
@@ -403,10 +423,10 @@ def main(arguments: list[str] | None = None) -> None:
 
         key = operator.itemgetter("bytes") if options.whole else lambda recipe: (recipe["bits"], recipe.get("recovery"))
         bench.run(bench.read(options.out / file), wanted, take, keep, key)
-    rows, whole = bench.read(options.out / "fit.json"), bench.read(options.out / "whole.json")
+    rows, whole, less = (bench.read(options.out / f"{name}.json") for name in ("fit", "whole", "less_text"))
     rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
     found, said = others(options.stages, options.peers, protocol(rows[0]))
-    bench.save(options.out, {"fit.md": report(rows, found, said, whole), "fit.png": picture(rows, found)})
+    bench.save(options.out, {"fit.md": report(rows, found, said, whole, less), "fit.png": picture(rows, found)})
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class Files:
 
     @functools.cached_property
     def statistics(self) -> Collected:
-        """What `fit` would collect each time."""
+        """Of the text that the other tools see, and as much of it: a quarter of what `fit` reads by default."""
         return collect(self.model, Calibration().with_sensitivities(), ends=True)
 
     @functools.cached_property

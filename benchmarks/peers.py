@@ -4,9 +4,9 @@
 
 Every tool gets the model as agentforge opens it (dequantised Q4_1) and quantises its 210 linear layers; the rest stays.
 What it stored is counted, dequantised by the tool's own code, written as float32, and scored by `evaluation.divergences` as
-`benchmarks/fit.py` scores its own rows: same text, windows and tokens.  Tools that look at inputs look at the 8,192 tokens
-of selftext that `agentforge fit` looks at.  Tools are installed into --work (PINNED, LLAMA_CPP); llama.cpp is built there
-from the sources of its Python package.  A finished row is not measured again; a failed one is tried again.  Writes
+`benchmarks/fit.py` scores its own rows: same text, windows and tokens.  Tools that look at inputs look at the first 8,192
+tokens of the text that `agentforge fit` looks at.  Tools are installed into --work (PINNED, LLAMA_CPP); llama.cpp is built
+there from the sources of its Python package.  A finished row is not measured again; a failed one is tried again.  Writes
 OUT/peers.json; `python benchmarks/fit.py --report` draws it.
 
 * bits: of the linear layers' tensors as the tool saves them, per weight.

@@ -181,9 +181,10 @@ def test_a_bad_request_is_one_sentence_and_leaves_nothing(tiny_llama: Path, tmp_
 
 @pytest.mark.parametrize(("to", "sizes"), [("gguf", (80_000, 70_000)), ("compressed-tensors", (105_000, 90_000))])
 def test_the_command_says_what_it_made(to: str, sizes: tuple[int, int], tiny_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "words.txt").write_text(TEXT.text)
+    (words := tmp_path / "words.txt").write_text(TEXT.text)
     out = tmp_path / "small.gguf"
-    about = ["--for", to, "--out", str(out), "--text", str(tmp_path / "words.txt"), "--tokens", "500", "--json"]
+    about = ["--for", to, "--out", str(out), "--text", str(words), "--tokens", "500", "--calibration", str(words), "--json"]
+    about += ["--calibration-tokens", "500"]
 
     def made(most: int, *more: str) -> Any:
         asked = ["fit", str(tiny_llama), "--bytes", str(most), *about, *more]
@@ -194,6 +195,8 @@ def test_the_command_says_what_it_made(to: str, sizes: tuple[int, int], tiny_lla
     found = made(sizes[0])
     assert found["to"] == to and math.isfinite(found["measured"]["kl"]["value"])
     smaller = ["fit", str(tiny_llama), "--bytes", str(sizes[1]), *about]
+    more = [*smaller, "--overwrite", "--calibration-tokens", "1000000"]
+    assert "1000000 were asked for" in str(CliRunner().invoke(app, more).exception)
     assert "pass --overwrite" in str(CliRunner().invoke(app, smaller).exception)
     made(sizes[1], "--overwrite")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "small.gguf", "words.txt"]
