@@ -361,34 +361,34 @@ def _apart(better: Other, worse: Other) -> bool:
 
 def picture(rows: list[Row], found: list[Other]) -> bytes:
     """KL against bits per weight, on two logarithmic axes; what is off them stands at their edge."""
-    figure = Figure(figsize=(8, 9), layout="constrained", facecolor="white")
+    figure = Figure(figsize=(5.6, 7.6), layout="constrained", facecolor="white")  # so that letters are large on a phone
     axes, (least, most) = figure.add_subplot(), (1e-4, 60.0)
     kinds: dict[tuple[str, str], list[Other]] = {}
     for o in (o for o in found if o.bits):
         family = o.name.strip("`").partition(":")[0] if o.kind == "single stage" else ""
         kinds.setdefault((o.kind, family), []).append(o)
     for number, ((kind, family), mine) in enumerate(sorted(kinds.items())):
-        label, marker = (f"single stage: {family}", "ovs^DphP<") if family else (kind, "XPdDH8")
-        how = {"ms": 6, "alpha": 0.55} if family else {"ms": 9, "alpha": 1}
+        label, marker = (f"stage {family}", "ovs^DphP<") if family else (kind, "XPdDH8")
+        how = {"ms": 5, "alpha": 0.55} if family else {"ms": 7, "alpha": 1}
         x, y = [o.bits for o in mine], [max(o.kl, least) for o in mine]
         axes.plot(x, y, marker[number % len(marker)], color=f"C{number % 10}", label=label, **how)
     if off := [f"{o.name.strip('`')}, {o.bits:.2f} bits: KL {o.kl:.1g}" for o in found if o.bits and o.kl < least]:
-        axes.text(0.02, 0.02, "\n".join(["below the scale:", *off]), transform=axes.transAxes, fontsize=10)
+        axes.text(0.02, 0.02, "\n".join(["below the scale:", *off]), transform=axes.transAxes, fontsize=9)
     for o in found:
         if not o.bits:
-            axes.axhline(o.kl, color="black", lw=1.5, ls="--" if o.name == "uniform" else "-.", label=f"0 bits: {o.name}")
+            axes.axhline(o.kl, color="black", lw=1.5, ls="--" if o.name == "uniform" else "-.", label=f"0 bits: {o.name.split()[0]}")
     ordered = sorted(rows, key=lambda row: row["bits"])
     plain = [row for row in ordered if "recovery" not in row["recipe"]]
     trained = [row for row in ordered if "recovery" in row["recipe"]]
     for some, style, label in (
-        (plain, "r*-", "agentforge fit (bars: 95%)"),
-        (trained, "mD-", "agentforge fit, then trained"),
+        (plain, "r*-", "agentforge fit, 95%"),
+        (trained, "mD-", "the same, trained"),
     ):
         if some:
             x, kl = [row["bits"] for row in some], [row["kl"] for row in some]
-            axes.errorbar(x, [each["value"] for each in kl], bench.bars(kl), fmt=style, ms=11, capsize=3, label=label)
+            axes.errorbar(x, [each["value"] for each in kl], bench.bars(kl), fmt=style, ms=9, capsize=3, label=label)
     predicted = [row["predicted"] for row in plain]
-    axes.plot([row["bits"] for row in plain], predicted, "r:", label="agentforge fit, as it predicts itself")
+    axes.plot([row["bits"] for row in plain], predicted, "r:", label="as predicted")
     axes.set(xscale="log", yscale="log", ylim=(least / 1.3, most))
     axes.set_xlabel("bits per weight of the linear layers, on disk", fontsize=12)
     axes.set_ylabel("KL from the original (nats per token)", fontsize=12)
@@ -396,9 +396,9 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
     axes.tick_params(axis="y", labelsize=12)
     axes.minorticks_off()
     axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=10)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, fontsize=11, columnspacing=1)
     axes.set_title("Bits spent where they prevent damage,\nagainst the same bits everywhere", fontsize=14)
-    return bench.png(figure, 120)
+    return bench.png(figure, 160)
 
 
 def main(arguments: list[str] | None = None) -> None:
