@@ -376,7 +376,8 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
         axes.text(0.02, 0.02, "\n".join(["below the scale:", *off]), transform=axes.transAxes, fontsize=9)
     for o in found:
         if not o.bits:
-            axes.axhline(o.kl, color="black", lw=1.5, ls="--" if o.name == "uniform" else "-.", label=f"0 bits: {o.name.split()[0]}")
+            label, style = f"0 bits: {o.name.split()[0]}", "--" if o.name == "uniform" else "-."
+            axes.axhline(o.kl, color="black", lw=1.5, ls=style, label=label)
     ordered = sorted(rows, key=lambda row: row["bits"])
     plain = [row for row in ordered if "recovery" not in row["recipe"]]
     trained = [row for row in ordered if "recovery" in row["recipe"]]
