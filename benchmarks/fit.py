@@ -279,10 +279,10 @@ def _by_text(rows: Sequence[Row], less: Sequence[Row]) -> list[list[str]]:
 
 
 def _earlier(rows: list[Row]) -> str:
-    """Which rows an earlier version made, with fewer backward passes."""
+    """Which rows an earlier version made, with less text."""
     found = [row["recipe"] for row in rows if "calibration" not in row["recipe"]]
     names = [f"{made['bits']:g} bits" if "bits" in made else f"{made['bytes'] / 1e6:g} MB" for made in found]
-    text = "Of an earlier version, with backward passes on 2,048 tokens and one histogram per class of rows or columns: "
+    text = "Of an earlier version, with 8,192 tokens, backward passes on 2,048 of them, and longer codes: "
     return f"{text}{', '.join(names)}." if names else ""
 
 
