@@ -214,6 +214,8 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
         "file | KL (nats per token) | predicted | perplexity | top-1 | accuracy kept"
     )
     kept = f"on disk | held | {KEPT}"
+    amounts = ("8,192 tokens", f"{FOR_FIT.tokens:,}")
+    by_text = " | ".join(["asked for", *(f"{what}, {n}" for what in ("KL", "perplexity") for n in amounts)])
     text = f"""
         # What a budget of bits buys
 
@@ -233,7 +235,7 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
 
         Tools below that look at a layer's inputs were given 8,192 tokens of the same text.  With as many:
 
-        {bench.table("asked for | KL, 8,192 tokens | KL | perplexity, 8,192 tokens | perplexity", _by_text(rows, less), "r")}
+        {bench.table(by_text, _by_text(rows, less), "r")}
 
         ## Whole files
 
