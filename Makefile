@@ -1,6 +1,7 @@
 # make audit: set up, fetch the default model, measure in a few minutes, write build/reports/. BUDGET=standard: all rows, larger
 #   samples. BUDGET=full: into reports/ and README, however long it takes.
-# make test: set up, run every test.
+# make test: set up, run every test, and every notebook in smoke mode, with less data (make notebooks: these alone).
+# make test-notebooks: set up, run every notebook in full.
 # make interop: what llama.cpp and transformers compute from our files, and llama.cpp's speed, into build/reports/. Builds llama.cpp
 #   from its sources and has an environment of its own for the others, in build/interop: needs cmake and a C++ compiler.
 # make docs: set up, build the documentation site into build/site, check its links.
@@ -23,7 +24,7 @@ audit: $(VENV)/.lab
 # The default model is fetched before, once, and says so here: a notebook's checked outputs have no room for that.
 test: $(VENV)/.dev
 	$(BIN)/agentforge models smollm2-135m --json > /dev/null
-	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --keep-going test-code test-notebooks test-later test-slow
+	OMP_NUM_THREADS=1 $(MAKE) --no-print-directory --jobs=2 --keep-going test-code test-later test-slow notebooks
 
 # Tests of LATER reach hardly a line that no other reaches.
 LATER := tests/audit/test_mutations.py tests/stages/test_conformance.py tests/test_architectures.py tests/test_real_model.py \
@@ -40,12 +41,14 @@ test-later: $(VENV)/.dev
 	$(BIN)/python -m pytest -m "" -q --durations=5 $(LATER)
 
 # Cell by cell: fails where a cell does, or where the output of a cell tagged nbval-check-output is another one.
-test-notebooks: $(VENV)/.dev
-	$(BIN)/python -m pytest -q --durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=900 notebooks
-
-# Every notebook in smoke mode, by papermill, in a temporary folder.
-notebooks: $(VENV)/.lab
+NBVAL := -q --durations=15 --nbval-lax --nbval-current-env --nbval-cell-timeout=900
+notebooks: $(VENV)/.dev
 	$(BIN)/python tools/notebooks.py --smoke
+	$(BIN)/python -m pytest $(NBVAL) smoke
+
+# In full, as they stand: half an hour.
+test-notebooks: $(VENV)/.dev
+	$(BIN)/python -m pytest $(NBVAL) notebooks
 
 interop: $(VENV)/.lab
 	$(BIN)/python benchmarks/interop.py --work build/interop --out build/reports/interop
@@ -63,7 +66,7 @@ readme: $(VENV)/.lab
 	$(BIN)/python tools/readme.py
 
 clean:
-	rm -rf $(VENV) build/site .coverage .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) smoke build/site .coverage .mypy_cache .pytest_cache .ruff_cache
 
 # Everything is pinned, with hashes, by the lock files; a set-up is repeated only when these, or pyproject.toml, change.
 LOCKS := requirements.lock requirements-dev.lock requirements-cuda.lock

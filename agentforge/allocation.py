@@ -449,8 +449,9 @@ class Search(NamedTuple):
 
         The first one's predicted damage is a quarter of that: of SmolLM2, from 3.1 to 1.6 bits per weight, what is measured
         on WikiText-2 is 3.0 to 3.2 times the prediction (twice on the calibration text itself: errors of one block pass
-        through all others; and another text is 1.6 times as sensitive), and the limit is that of the whole interval.  The prediction's error then gives the size of the
-        next one, which has to lie between those that failed and those that passed, until 95% of the limit is used.
+        through all others; and another text is 1.6 times as sensitive), and the limit is for the whole interval.  The
+        prediction's error then gives the size of the next one, which has to lie between those that failed and those that
+        passed, until 95% of the limit is used.
         """
         low, high = smallest_and_largest(self.options)
         largest = high

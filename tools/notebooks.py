@@ -1,10 +1,10 @@
 """Run the notebooks.
 
-    python tools/notebooks.py --smoke [NOTEBOOK ...]    papermill with smoke = True, into a temporary folder; nothing is kept
+    python tools/notebooks.py --smoke [NOTEBOOK ...]    only copy them into smoke/, with smoke = True, for nbval to run
     python tools/notebooks.py --write [NOTEBOOK ...]    in full; outputs are written into the notebooks
     python tools/notebooks.py --strip [NOTEBOOK ...]    only take the traces of runs away, as --write does
 
-Without names: all of notebooks/, and but for --smoke their solutions.  Prints seconds, and seconds of CPU, of each; exit
+Without names: all of notebooks/, and their solutions.  Prints seconds, and seconds of CPU, of each; exit
 code 1 if one fails.  --write puts the minutes of CPU into the notebook's head.  Traces are what differs from run to run and
 says nothing to a reader: time stamps, metadata of papermill, widgets, and where an error was raised.  What a reader needs is
 completed: the finding under a picture is its alternative text, and the index of the course repeats the minutes.
@@ -13,13 +13,11 @@ completed: the finding under a picture is its alternative text, and the index of
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import os
 import re
 import resource
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -31,17 +29,18 @@ NOTEBOOKS = ROOT / "notebooks"
 PEAK = "import resource; resource.getrusage(resource.RUSAGE_SELF).ru_maxrss"
 
 
-def smoke(path: Path, folder: Path) -> None:
-    """Run with smoke = True, without the checks of exercises, which raise: papermill takes any error for a failure."""
-    import papermill
-
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+def smoke(path: Path) -> None:
+    """Write it into smoke/, from where all of its paths lead to the same files, with smoke = True.  What a cell tagged
+    in-full prints is another thing then."""
     notebook = nbformat.read(path, 4)
-    notebook.cells = [cell for cell in notebook.cells if "raises-exception" not in tags(cell)]
-    nbformat.write(notebook, answered := folder / f"answered_{path.name}")
-    papermill.execute_notebook(
-        answered, folder / path.name, parameters={"smoke": True}, cwd=path.parent, progress_bar=False, kernel_name="python3"
-    )
+    for cell in notebook.cells:
+        if "parameters" in tags(cell):
+            cell.source = cell.source.replace("smoke = False", "smoke = True", 1)
+        if "in-full" in tags(cell):
+            cell.metadata.tags.remove("nbval-check-output")
+    made = ROOT / "smoke" / path.relative_to(NOTEBOOKS)
+    made.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, made)
 
 
 def write(path: Path) -> str:
@@ -128,25 +127,23 @@ def main() -> int:
         how.add_argument(f"--{name}", action="store_true")
     parser.add_argument("notebooks", nargs="*", type=Path)
     options = parser.parse_args()
-    paths = [path.resolve() for path in options.notebooks] or sorted(NOTEBOOKS.glob("*.ipynb"))
-    if not options.notebooks and not options.smoke:
-        paths += sorted(NOTEBOOKS.glob("solutions/*.ipynb"))
+    paths = [path.resolve() for path in options.notebooks]
+    paths = paths or [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("solutions/*.ipynb"))]
     failed, total, used = 0, 0.0, 0.0
-    with tempfile.TemporaryDirectory(prefix="agentforge-notebooks-") as folder:
-        for path in paths:
-            start, cpu, said = time.perf_counter(), kernels(), ""
-            try:
-                if options.smoke:
-                    smoke(path, Path(folder))
-                elif options.write:
-                    said = write(path)
-                else:
-                    save(path, nbformat.read(path, 4))
-            except Exception as error:  # whatever a cell raises; the other notebooks still run
-                failed, said = failed + 1, f"  FAILED\n{error}"
-            seconds, cpu = time.perf_counter() - start, kernels() - cpu
-            total, used = total + seconds, used + cpu
-            print(f"{Path(*path.parts[-2:])!s:48}{seconds:7.0f} s{cpu:7.0f} s of CPU{said}", flush=True)
+    for path in paths:
+        start, cpu, said = time.perf_counter(), kernels(), ""
+        try:
+            if options.smoke:
+                smoke(path)
+            elif options.write:
+                said = write(path)
+            else:
+                save(path, nbformat.read(path, 4))
+        except Exception as error:  # whatever a cell raises; the other notebooks still run
+            failed, said = failed + 1, f"  FAILED\n{error}"
+        seconds, cpu = time.perf_counter() - start, kernels() - cpu
+        total, used = total + seconds, used + cpu
+        print(f"{Path(*path.parts[-2:])!s:48}{seconds:7.0f} s{cpu:7.0f} s of CPU{said}", flush=True)
     print(f"{'together':48}{total:7.0f} s{used:7.0f} s of CPU")
     return 1 if failed else 0
 
