@@ -33,7 +33,7 @@ ends["statistics"] = sum(os.times()[:2])
 candidates(model, statistics, calibration)
 ends["prices"] = sum(os.times()[:2])
 fit(model, sys.argv[2], Budget(bits=3), statistics=statistics, tokens={TOKENS})
-print(json.dumps({{"stage": LADDER[0].name, "ends": ends}}))
+print(json.dumps({{"stage": LADDER[0].name, "ends": ends, "calibration": calibration.to_json()}}))
 """
 # Of Llama-3-70B: blocks, parameters of a block, and inputs of its widest layer.
 LARGE = {"parameters": 70e9, "block": 856e6, "widest": 28672}
@@ -73,6 +73,7 @@ def measure(name: str, folder: Path | None) -> bench.Row:
 
     found = environment()
     machine = f"{found['cpu']}, {os.cpu_count()} cores, torch {found['packages']['torch']}"
+    about |= {"calibration": told["calibration"]}
     return {**about, "stage": told["stage"], "fit": fit, "evaluate": evaluate, "machine": machine}
 
 
@@ -86,10 +87,12 @@ def table(rows: list[bench.Row]) -> str:
             peak, each = f"{used['peak_bytes'] / 1e6:,.0f}", f"{1e6 * used['cpu_seconds'] / row['parameters']:.2f}"
             about = [row["recipe"]["name"], parameters, str(row["blocks"]), block, command]
             cells.append([*about, peak, f"{used['cpu_seconds']:,.0f}", each, f"{used['seconds']:,.0f}"])
+    read = rows[-1].get("calibration", {"tokens": 8192, "sensitivity_tokens": 2048})  # those of before it was recorded
     text = f"""
         # Blocks
 
-        Llamas of random half floats: `fit` to 3 bits per weight among steps of `{rows[-1]["stage"]}`, and
+        Llamas of random half floats: `fit` to 3 bits per weight among steps of `{rows[-1]["stage"]}`, calibrated on
+        {read["tokens"]:,} tokens, with backward passes on {read["sensitivity_tokens"]:,}, and
         `agentforge evaluate` of the result beside the original, both on {TOKENS:,} tokens.  The
         weights of one block are in memory at a time.  {rows[0]["machine"]}.
     """
