@@ -59,9 +59,10 @@ def test_sensitivities_of_conv1d_are_of_its_outputs(made: LanguageModel) -> None
 def test_windows_are_no_longer_than_the_model_takes(made: LanguageModel, tmp_path: Path) -> None:
     """64 positions; calibration asks for 1024 and evaluation for 2048 if nothing else is said."""
     assert af.perplexity(made, TEXT, progress=False).protocol["context"] == 64
-    compressed = af.compress(made, "vptq:v=4,k=16", tmp_path / "v", progress=False)
+    few = Calibration(tokens=1024)
+    compressed = af.compress(made, "vptq:v=4,k=16", tmp_path / "v", calibration=few, progress=False)
     assert compressed.manifest["recipe"]["calibration"]["context"] == 64
-    fitted = fit(made, tmp_path / "f", Budget(bits=4), text=TEXT, tokens=128, progress=False)
+    fitted = fit(made, tmp_path / "f", Budget(bits=4), calibration=few, text=TEXT, tokens=128, progress=False)
     assert fitted.measured.kl.protocol["context"] == 64 and fitted.bits <= 4
 
 
@@ -290,7 +291,8 @@ def test_experts_have_the_statistics_of_their_gradients(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe", "GptOss", "Llama4Text", "JetMoe"], indirect=True)
 def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path) -> None:
-    fitted = fit(made, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=128, progress=False)
+    few = Calibration(tokens=1024)
+    fitted = fit(made, tmp_path / "f", Budget(bits=3), calibration=few, text=TEXT, tokens=128, progress=False)
     kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
     assert kept & {weight.name for weight in made.weights()} == set(fitted.outside)
     assert all(
