@@ -142,7 +142,10 @@ REPORTS = Path(__file__).parents[1] / "reports"
     ("name", "folder", "options"),
     [
         *((name, name, []) for name in ("calibration", "chains", "fit", "grokking", "recovery", "runtime", "stages")),
-        *((name, name, []) for name in ("blocks", "ct_fit", "gguf_fit", "interop", "streaming", "ternary_speed")),
+        *(
+            (name, name, [])
+            for name in ("ablation", "blocks", "ct_fit", "gguf_fit", "interop", "streaming", "ternary_speed")
+        ),
         ("from_scratch", "from_scratch", ["--steps", "280"]),
         ("intervals", "coverage", []),
         pytest.param("ratios", "ratios", [], marks=pytest.mark.slow),

@@ -102,8 +102,10 @@ class Page:
 
     @property
     def text(self) -> str:
-        """All that is on the page to be read."""
-        return str(self.driver.execute_script("return document.querySelector('[data-testid=stMain]')?.innerText || ''"))
+        """All that is on the page to be read, what grids say of themselves to screen readers included."""
+        script = "const main = document.querySelector('[data-testid=stMain]'); if (!main) return '';"
+        script += "return [main.innerText, ...[...main.querySelectorAll('canvas')].map(e => e.textContent)].join('\\n')"
+        return str(self.driver.execute_script(script))
 
     def fill(self, label: str, text: str) -> None:
         """Type into a field, in place of what is there, and leave it."""
