@@ -18,6 +18,7 @@ import operator
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,26 +32,30 @@ from agentforge.evaluation import Text, find_text, taskfiles
 from agentforge.models import SAMPLED, LanguageModel
 from agentforge.opening import open_model
 from agentforge.stages.base import InputStatistics
-from agentforge.stages.tcq import COARSER
+from agentforge.stages.tcq import COARSER, TCQ
 from agentforge.statistics import FOR_FIT, TOKENS, Calibration, Collected, collect
 
 SCORED = 2044
 EVERYTHING = "everything"
 SLOPE = 2.1  # octaves of KL per bit, between 2.0 and 2.6 bits of reports/fit
-Plan = dict[str, stages.Stage]
+Plan = dict[str, TCQ]
 
 
-def scalar(stage: stages.Stage) -> stages.Stage:
-    """`ecsq` in about as many bits as a stage `tcq`."""
-    step = stage.to_json()["step"]
-    return stages.get("ecsq", step=2 * step * (1 + COARSER * step * step))
+def unchanged(stage: TCQ) -> stages.Stage:
+    """The stage itself."""
+    return stage
+
+
+def scalar(stage: TCQ) -> stages.Stage:
+    """`ecsq` in about as many bits."""
+    return stages.get("ecsq", step=2 * stage.step * (1 + COARSER * stage.step**2))
 
 
 class Variant(NamedTuple):
     """tokens: of calibration text.  change: of each weight's stage.  blind: without sensitivities.  alike: one step."""
 
     tokens: int = FOR_FIT.tokens
-    change: str = ""
+    change: Callable[[TCQ], stages.Stage] = unchanged
     blind: bool = False
     alike: bool = False
 
@@ -58,22 +63,16 @@ class Variant(NamedTuple):
 VARIANTS = {
     EVERYTHING: Variant(),
     f"{TOKENS:,} tokens of text, not {FOR_FIT.tokens:,}": Variant(tokens=TOKENS),
-    "values one by one (`ecsq`), no trellis": Variant(change="scalar"),
-    "a trellis of 32 states, not 8": Variant(change="states"),
+    "values one by one (`ecsq`), no trellis": Variant(change=scalar),
+    "a trellis of 32 states, not 8": Variant(change=partial(dataclasses.replace, states=32)),
     "outputs all count alike: no backward passes": Variant(blind=True),
-    "inputs not looked at: no feedback, one step per row": Variant(change="damping"),
+    "inputs not looked at: no feedback, one step per row": Variant(change=partial(dataclasses.replace, damping=1e6)),
     "the same step for all layers: no allocation": Variant(alike=True),
-}
-CHANGES: dict[str, Callable[[Any], stages.Stage]] = {
-    "": lambda stage: stage,
-    "scalar": scalar,
-    "states": lambda stage: dataclasses.replace(stage, states=32),
-    "damping": lambda stage: dataclasses.replace(stage, damping=1e6),
 }
 
 
 def texts() -> dict[str, Text]:
-    """By their names; those that are here."""
+    """By their names."""
     found = {name: find_text(name, split) for name, split in (("wikitext2", "test"), ("selftext", "heldout"))}
     for name, put in (
         ("gsm8k", lambda row: f"{row['question']}\n{row['answer']}"),
@@ -112,20 +111,20 @@ class Bench:
         """A stage for each weight, in about the bits that were asked for."""
         if not alike:
             budget = int(self.bits * sum(self.parameters.values()) / 8)
-            return {name: one.stage for name, one in allocate(self.priced, budget).items()}
+            found = allocate(self.priced, budget)
+            return {name: one.stage for name, one in found.items() if isinstance(one.stage, TCQ)}
         whole = sum(self.parameters.values())
         bits = [8 * sum(found[i].bytes for found in self.priced.values()) / whole for i in range(len(LADDER))]
         for (more, fine), (less, coarse) in itertools.pairwise(zip(bits, LADDER, strict=True)):
             if less <= self.bits <= more:
-                steps = [math.log(stage.to_json()["step"]) for stage in (fine, coarse)]
-                step = math.exp(steps[0] + (more - self.bits) / (more - less) * (steps[1] - steps[0]))
-                return dict.fromkeys(self.parameters, stages.get("tcq", step=step))
+                step = fine.step * (coarse.step / fine.step) ** ((more - self.bits) / (more - less))
+                return dict.fromkeys(self.parameters, TCQ(step=step))
         raise ValueError(f"{self.bits} bits: the ladder goes from {bits[-1]:.2f} to {bits[0]:.2f}")
 
     def measure(self, name: str) -> bench.Row:
         """Bits on disk, and KL on each text."""
         variant, out = VARIANTS[name], self.work / "variant"
-        plan = {weight: CHANGES[variant.change](stage) for weight, stage in self.plan(variant.alike).items()}
+        plan = {weight: variant.change(stage) for weight, stage in self.plan(variant.alike).items()}
         seen: Mapping[str, InputStatistics] = self.statistics(variant.tokens)
         if variant.blind:
             seen = {name: dataclasses.replace(one, sensitivity=None) for name, one in seen.items()}

@@ -73,8 +73,8 @@ def measure(name: str, folder: Path | None) -> bench.Row:
 
     found = environment()
     machine = f"{found['cpu']}, {os.cpu_count()} cores, torch {found['packages']['torch']}"
-    about |= {"calibration": told["calibration"]}
-    return {**about, "stage": told["stage"], "fit": fit, "evaluate": evaluate, "machine": machine}
+    about |= {"stage": told["stage"], "calibration": told["calibration"]}
+    return {**about, "fit": fit, "evaluate": evaluate, "machine": machine}
 
 
 def table(rows: list[bench.Row]) -> str:

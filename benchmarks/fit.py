@@ -6,8 +6,8 @@
     python benchmarks/fit.py --whole 80 --whole 60 --whole 50
 
 Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; --whole:
-to megabytes of all weight files, with settings for embedding and head, too; --calibration: on so many
-tokens of text, 8,192 of which is what other tools read; --recover
+to megabytes of all weight files, with settings for embedding and head, too; --calibration: with statistics of so many tokens
+(other tools read 8,192); --recover
 trains the codes for that many steps, and a training that was interrupted goes on with the same command.  Rows of others are
 those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has one protocol: a row
 of other tokens or windows than the budgets' is left out, and counted.
