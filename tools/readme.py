@@ -18,7 +18,7 @@ from agentforge.models import converted_bytes
 ROOT = Path(__file__).parent.parent
 # Whole files that are shown: ours by megabytes, llama-quantize's by kind, and of other tools, with the row of a file of the
 # same types in reports/runtime.
-OURS, KINDS = (44, 50, 60, 76), ("Q2_K", "Q3_K_M", "Q4_K_M")
+OURS, KINDS = (40, 50, 60, 76), ("Q2_K", "Q3_K_M", "Q4_K_M")
 PEERS = {"HQQ 4": "", "auto-round 4, no tuning": "", "llama.cpp Q4_0": "llama.cpp, rounding:bits=4,group=32,symmetric=true"}
 AUDITS = {
     "phase4_bitnet": "Phase 4, BitNet",
