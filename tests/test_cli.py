@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -647,3 +648,15 @@ def test_a_registry_without_a_driver_is_refused(run: Run) -> None:
     assert_refused(result, 2, "registry mysql://127.0.0.1/x", "MySQLdb")
     assert "secret" not in result.err
     assert "cret" not in run("models", "--registered", "--registry", "mysql://someone:se/cret@127.0.0.1/x").err
+
+
+def test_defaults_that_the_command_line_repeats_are_those_of_the_functions() -> None:
+    """They are written out there, so that no command loads torch to say what it takes."""
+    from agentforge.statistics import FOR_FIT, Calibration
+
+    for command, calibration in ((cli.compress, Calibration()), (cli.fit, FOR_FIT)):
+        options = inspect.signature(command).parameters
+        assert (options["calibration"].default, options["calibration_tokens"].default) == (
+            calibration.text,
+            calibration.tokens,
+        )
