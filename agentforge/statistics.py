@@ -8,6 +8,7 @@ worker; the others wait on the disk, 4 bytes * in^2 per distinct one: 0.4 GB for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ from .stages.base import Stage
 TOKENS = 8192
 CONTEXT = 1024
 STRIPE = 192  # columns of second moments that are computed at once
+CURVATURE = "curvature of "  # before a name
 RECENT = 3  # distinct H in memory that were asked for last
 NO_GRADIENTS = (
     "{}: has no gradients, because it changes in place what they need; choose a stage without sensitivities, such as vptq"
@@ -38,6 +40,7 @@ HEAD, LOOKUP, EXPECTED, VARIANCE = "head", "lookup", "p", "p (1 - p)"  # beside 
 # Added to each token's frequency, in units of the mean: other texts have other tokens than this one.  SmolLM2-135M in 50 MB
 # has KL .40 on WikiText-2 without it, .25 with 0.1, .26 with 1.
 UNSEEN = 0.1
+OF_HEADS = re.compile(r"[._](q|k|query|key)(_proj)?\.weight$")  # weights whose outputs belong to attention heads
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,11 @@ class Collected(Mapping[str, InputStatistics]):
             self._last[key] = found  # as the last one
             if len(self._last) > RECENT:
                 del self._last[next(iter(self._last))]
-        return replace(found, sensitivity=self.sensitivities[name]) if name in self.sensitivities else found
+        if name not in self.sensitivities:
+            return found
+        of_heads = self._sums.get(f"{CURVATURE}{name}")
+        curvature = of_heads[0]().div_(of_heads[1]) if of_heads else None
+        return replace(found, sensitivity=self.sensitivities[name], curvature=curvature)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.keys_of)
@@ -178,6 +185,8 @@ def collect(
     both: list[Any] = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     embedding, head = both
     ends = ends and None not in both
+    config: Mapping[str, Any] = model.config
+    size = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
     body = module if model.is_classifier or ends else getattr(module, "base_model", module)
     quiet = {} if model.is_classifier else {"use_cache": False}  # nobody asks for keys and values again
     layers, weights = dict(module.named_modules()), {weight.name: weight for weight in model.weights()}
@@ -207,6 +216,9 @@ def collect(
             if name not in mine.squares:
                 mine.squares[name] = squares.new_zeros(weights[name].shape[0] if name in weights else len(squares))
             mine.squares[name][first : first + len(squares)] += squares
+            if OF_HEADS.search(name) and size and len(squares) % size == 0:
+                g = gradient.detach().to(torch.float32).reshape(-1, len(squares) // size, size).transpose(0, 1)
+                _add_to(mine.sums, f"{CURVATURE}{name}", g.mT @ g, g.shape[1])
 
         watched = output if output.requires_grad else output.detach().requires_grad_()
         watched.register_hook(square)

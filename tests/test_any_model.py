@@ -55,6 +55,34 @@ def test_sensitivities_of_conv1d_are_of_its_outputs(made: LanguageModel) -> None
         torch.testing.assert_close(found[name].sensitivity, gradient[0].square().mean(0), rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize("made", ["Llama", "Qwen3"], indirect=True)
+def test_queries_and_keys_have_the_curvature_of_their_heads(made: LanguageModel) -> None:
+    """By hand; several workers; of other layers there is none."""
+    calibration = Calibration(TEXT, 96, 48, 96)
+    found = collect(made, calibration, workers=3, progress=False)
+    size, ids = made.config["head_dim"], made.encode(TEXT.text)[:96]
+    generator, gradients = torch.Generator().manual_seed(0), {}
+    outputs: dict[str, torch.Tensor] = {}
+    for name in found:
+        layer = made.model.get_submodule(name.removesuffix(".weight"))
+        layer.register_forward_hook(lambda _, __, output, name=name: outputs.update({name: output}))
+    for window in (ids[:48], ids[48:]):
+        logp = made.model(torch.tensor([window])).logits[0].log_softmax(-1)
+        drawn = torch.multinomial(logp.exp(), 1, generator=generator)
+        for name, gradient in zip(
+            outputs, torch.autograd.grad(logp.gather(1, drawn).sum(), list(outputs.values())), strict=True
+        ):
+            gradients.setdefault(name, []).append(gradient[0].double())
+    for name, of in gradients.items():
+        curvature, g = found[name].curvature, torch.cat(of)
+        assert (curvature is not None) == (name.split(".")[-2] in ("q_proj", "k_proj"))
+        if curvature is not None:
+            for head, block in enumerate(curvature.double()):
+                own = g[:, size * head : size * (head + 1)]
+                torch.testing.assert_close(block, own.T @ own / 96, rtol=1e-3, atol=1e-9)
+            assert found[name].sensitivity.shape == (len(curvature) * size,)
+
+
 @pytest.mark.parametrize("made", ["GPT2"], indirect=True)
 def test_windows_are_no_longer_than_the_model_takes(made: LanguageModel, tmp_path: Path) -> None:
     """64 positions; calibration asks for 1024 and evaluation for 2048 if nothing else is said."""

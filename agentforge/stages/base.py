@@ -35,11 +35,15 @@ class InputStatistics:
     sensitivity: E[g_i^2], float32[out], g the gradient in the layer's outputs of the log-likelihood, summed over a window,
     of tokens that the model itself predicts: the diagonal of Fisher's information, and of the curvature of
     KL(model || changed model) in these outputs.  None where it was not asked for.
+
+    curvature: E[g g^T] of the outputs of one attention head, float32[heads, size, size], for queries and keys: of other
+    layers too few tokens are seen to know more than the diagonal.
     """
 
     hessian: torch.Tensor
     n: int
     sensitivity: torch.Tensor | None = None
+    curvature: torch.Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """As arrays: torch would hand its tensors over in this machine's shared memory."""
@@ -62,8 +66,10 @@ class InputStatistics:
             raise BadInput(f"{name}: has {columns} inputs, its statistics are {list(self.hessian.shape)}")
         if self.sensitivity is not None and tuple(self.sensitivity.shape) != (rows,):
             raise BadInput(f"{name}: has {rows} outputs, its sensitivity is {list(self.sensitivity.shape)}")
-        found = [self.hessian] if self.sensitivity is None else [self.hessian, self.sensitivity]
-        if not all(torch.isfinite(moments).all() for moments in found):
+        if self.curvature is not None and self.curvature.shape[0] * self.curvature.shape[1] != rows:
+            raise BadInput(f"{name}: has {rows} outputs, their curvature is {list(self.curvature.shape)}")
+        found = [self.hessian, self.sensitivity, self.curvature]
+        if not all(torch.isfinite(moments).all() for moments in found if moments is not None):
             raise BadInput(f"{name}: its statistics hold values that are not finite; is the model sound on this text?")
 
 
@@ -81,7 +87,12 @@ def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) 
     Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.
     """
     error = decoded.double() - weight.double()
-    lost = ((error @ stats.hessian.double()) * error).sum(1)
+    through = error @ stats.hessian.double()
+    if stats.curvature is not None:
+        heads = stats.curvature.shape[:2]
+        of_heads = through.unflatten(0, heads) @ error.unflatten(0, heads).mT
+        return float((of_heads * stats.curvature.double()).sum()) / 2
+    lost = (through * error).sum(1)
     if stats.sensitivity is not None:
         lost = lost * stats.sensitivity.double()
     return float(lost.sum()) / 2

@@ -11,6 +11,9 @@ search for but the steps and the errors' direction:
 * Under a budget of bits every value should then be damaged alike (reverse water-filling: Cover & Thomas, theorem 10.3.3), so
   that its step goes with 1 / sqrt(g_i D_j).  Rows get only half of that in the exponent, (g_i)^-1/4: their curvatures are
   the noisier estimate, and the other half did not pay when it was measured.
+* In queries and keys errors of the outputs of one head make up for each other, too: there G = M' D' M'^T is not diagonal
+  but in blocks, and a row's target has the share M' of what the rows before it left (Tseng et al. 2025, YAQA, section 4).
+  D'_i takes g_i's place, in the whole exponent: on tokens that it was not made of, half of the damage is gone.
 * Rounding towards zero a little costs few errors and saves more bits (a dead zone: Sullivan 1996): 0.44 is added before
   the fraction is cut off, instead of one half.
 
@@ -36,12 +39,15 @@ from ..bits import unzigzag, zigzag
 from ..entropy import expected_bytes
 from ..planes import FLOAT32_MAX, Packed, Plane
 from .base import SAMPLED, InputStatistics, Layout, Stage, register, represented
-from .propagation import pass_on, quantised, unit_factor
+from .propagation import pass_down, pass_on, quantised, unit_factor
 
 OCTAVE = 8  # exponents of steps in one
+HEADS_DAMPING = 0.1  # what is added to the diagonal of the outputs' curvature, in units of its mean
 LARGEST = (1 << 15) - 1  # the largest multiple of a step that 16 bits hold beside its sign
-# A weight, float32[in, out]; M, strictly upper triangular; and the factors of rows' and of columns' steps.
-About = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+# A weight, float32[in, out]; M, strictly upper triangular; the factors of rows' and of columns' steps; and M' of each head,
+# float32[heads, size, size], none for a diagonal G.
+About = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+DIAGONAL = np.zeros((0, 1, 1), np.float32)
 
 
 class Stepped(Stage):
@@ -85,7 +91,7 @@ class Stepped(Stage):
         plan = self._plan(weight.numpy(), stats)
         factor, of_rows, of_columns, step = plan.factor, plan.of_rows, *self._reaching(plan)
         values = np.ascontiguousarray(weight.numpy().T)
-        codes = self._codes((values, factor, *_steps(of_rows, of_columns, step)), stats)
+        codes = self._codes((values, factor, *_steps(of_rows, of_columns, step), of_outputs(shape[0], stats)[1]), stats)
         planes = {
             "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
             "rows": torch.from_numpy(of_rows),
@@ -111,7 +117,8 @@ class Stepped(Stage):
         if stats is not None and stats.diagonal.any():
             factor, moments = _factor(stats.hessian, self.damping)
             of_columns = -np.log2(moments) / 2
-        of_rows = _exponents(damped_sensitivity(rows, stats).log2().numpy() / -4)
+        weights, heads = of_outputs(rows, stats)
+        of_rows = _exponents(np.log2(weights) / (-2 if len(heads) else -4))
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
         with np.errstate(over="ignore"):  # infinite: the coarsest step there is
             largest = np.abs(values / _powers(of_rows)[:, None]).max(0)
@@ -185,7 +192,7 @@ class ECSQ(Stepped):
         sample: _Sample = scratch[key]
         of_columns, step = self._reaching(sample.plan)
         rows, columns = _steps(sample.plan.of_rows, of_columns, step)
-        codes = self._codes((sample.values, sample.plan.factor, rows, columns), stats)
+        codes = self._codes((sample.values, sample.plan.factor, rows, columns, DIAGONAL), stats)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
@@ -228,7 +235,7 @@ class _Sample(NamedTuple):
         squares = np.square(_powers(plan.of_rows), dtype=np.float64)
         loudness = np.square(values, dtype=np.float64).mean(1) / squares
         parts, some = represented(loudness)
-        weights = squares if stats.sensitivity is None else squares * stats.sensitivity.double().numpy()
+        weights = squares * of_outputs(len(values), stats)[0]
         shares = np.array([weights[part].sum() for part in parts]) / squares[some]
         exponents = (Plane("", torch.from_numpy(plane), "~uint8") for plane in (plan.of_rows, plan.of_columns))
         beside = sum(plane.stored().nbytes for plane in exponents) + 4
@@ -256,12 +263,17 @@ def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarr
     return unit_factor(hessian.numpy(), damping)
 
 
-def damped_sensitivity(rows: int, stats: InputStatistics | None) -> torch.Tensor:
-    """g_i: float64[out], none of them zero, and all alike if nothing is known of them."""
+def of_outputs(rows: int, stats: InputStatistics | None) -> tuple[np.ndarray, np.ndarray]:
+    """g_i, or D'_i: float64[out], none of them zero, and all alike if nothing is known of them; and M', of each head."""
     if stats is None or stats.sensitivity is None or not stats.sensitivity.any():
-        return torch.ones(rows, dtype=torch.float64)
-    sensitivity = stats.sensitivity.double()
-    return sensitivity + 1e-3 * sensitivity.mean()
+        return np.ones(rows), DIAGONAL
+    if stats.curvature is None:
+        sensitivity = stats.sensitivity.double()
+        return (sensitivity + 1e-3 * sensitivity.mean()).numpy(), DIAGONAL
+    added = HEADS_DAMPING * stats.sensitivity.double().mean()
+    damped = stats.curvature.double() + added * torch.eye(stats.curvature.shape[1])
+    heads, weights = zip(*(unit_factor(one.numpy()) for one in damped), strict=True)
+    return np.concatenate(weights), np.stack(heads)
 
 
 def _exponents(logarithms: np.ndarray) -> np.ndarray:
@@ -285,15 +297,21 @@ def _round_block(
     about: About, rounding: np.float32, first: int, last: int, codes: np.ndarray, target: np.ndarray, error: np.ndarray
 ) -> None:
     """Round columns first .. last - 1 one after the other."""
-    weight, factor, rows, columns = about
+    weight, factor, rows, columns, heads = about
+    told = np.zeros(heads.shape[1], np.float32)
     for n in range(first, last):
         for r in range(weight.shape[1]):
             step = rows[r] * columns[n]
             x = target[n, r]
+            if len(heads):
+                i = r % len(told)
+                x += told[i] if i else np.float32(0)
             q = np.float32(0)
             if step > 0:
                 q = min(np.floor(abs(x) / step + rounding), np.float32(LARGEST))
             q = -q if x < 0 else q
             codes[n, r] = np.int32(q)
             error[n, r] = weight[n, r] - q * step if q != 0 else weight[n, r]  # a step may be infinite
+            if len(heads):
+                pass_down(heads, r, target[n, r] + (error[n, r] - weight[n, r]), told, told)
         pass_on(n, last, factor, target, error)

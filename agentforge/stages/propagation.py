@@ -140,6 +140,18 @@ def pass_on(n: int, last: int, factor: np.ndarray, target: np.ndarray, error: np
                 target[m, r] += share * error[n, r]
 
 
+@njit(nogil=True, cache=True)
+def pass_down(heads: np.ndarray, row: int, left: np.float32, told: np.ndarray, after: np.ndarray) -> None:
+    """What a row has left of its target, to those that follow it in its head, beside what the rows before have told them.
+
+    heads: M' of each, float32[heads, size, size].  told, after: float32[size], which may be one array.
+    """
+    size = len(told)
+    i = row % size
+    for j in range(i + 1, size):
+        after[j] = (told[j] if i else np.float32(0)) + heads[row // size, i, j] * left
+
+
 @njit(nogil=True, cache=True, fastmath={"contract"})
 def sweep_block(
     first: int,

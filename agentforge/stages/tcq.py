@@ -32,8 +32,8 @@ from numba import njit
 from ..entropy import expected_path_bytes, path_costs
 from ..trellis import RESTART, successors
 from .base import SAMPLED, InputStatistics, register
-from .ecsq import ECSQ, About, Stepped, damped_sensitivity
-from .propagation import pass_on, quantised
+from .ecsq import ECSQ, About, Stepped, of_outputs
+from .propagation import pass_down, pass_on, quantised
 
 REACH = 65528.0  # steps that a target may be large, so that multiples fit into 16 bits and their parity
 COUNTED = 256  # absolute values of which bits are counted; those beyond are taken for as rare as the last one
@@ -79,8 +79,8 @@ class TCQ(Stepped):
         return size, DAMAGE * lost, False
 
     def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
-        values, _, rows, columns = about
-        importance = np.square(rows, dtype=np.float64) * damped_sensitivity(len(rows), stats).numpy()
+        values, _, rows, columns, _ = about
+        importance = np.square(rows, dtype=np.float64) * of_outputs(len(rows), stats)[0]
         importance = (importance / importance.mean()).astype(np.float32)
         with np.errstate(all="ignore"):  # a step may be zero, or infinite
             codes: np.ndarray = np.nan_to_num(np.rint(values / rows / columns[:, None])).clip(-REACH, REACH).astype(np.int32)
@@ -120,30 +120,87 @@ def _path_block(
     error: np.ndarray,
 ) -> None:
     """Quantise columns first .. last - 1 one after the other."""
-    weight, factor, rows, columns = about
+    weight, factor, rows, columns, heads = about
     of_rows, of_columns, tables = bits
-    out, most = weight.shape[1], np.float32(REACH)
+    out = weight.shape[1]
     choices, cost = np.empty((4, out), np.int32), np.empty((4, out), np.float32)
     for n in range(first, last):
-        for r in range(out):
-            step = rows[r] * columns[n]
-            x = target[n, r] / step if step > 0 else np.float32(0)
-            x = min(max(x, -most), most) if x == x else np.float32(0)
-            table = of_rows[r] + of_columns[n]
-            for c in range(4):
-                # Of the values that are c modulo 4: the one below the target, and the one above.
-                low: Any = np.int32(np.floor((x - np.float32(c)) * np.float32(0.25))) * 4 + c
-                high = low + 4
-                below, above = x - np.float32(low), x - np.float32(high)
-                lower = importance[r] * below * below + tables[table, min(abs(low), COUNTED - 1)]
-                upper = importance[r] * above * above + tables[table, min(abs(high), COUNTED - 1)]
-                choices[c, r] = high if upper < lower else low
-                cost[c, r] = min(lower, upper)
-        _viterbi(cost, choices, before, codes[n])
+        if len(heads):
+            steps, lines = rows * columns[n], of_rows + of_columns[n]
+            _viterbi_of_heads(target[n], steps, importance, tables, lines, before, heads, codes[n])
+        else:
+            for r in range(out):
+                x = _in_steps(target[n, r], rows[r] * columns[n])
+                for c in range(4):
+                    choices[c, r], cost[c, r] = _best(x, c, importance[r], tables[of_rows[r] + of_columns[n]])
+            _viterbi(cost, choices, before, codes[n])
         for r in range(out):
             q = np.float32(codes[n, r]) * (rows[r] * columns[n])
             error[n, r] = weight[n, r] - q if abs(q) < np.inf else weight[n, r]
         pass_on(n, last, factor, target, error)
+
+
+@njit(nogil=True, cache=True)
+def _in_steps(target: np.float32, step: np.float32) -> np.float32:
+    x = target / step if step > 0 else np.float32(0)
+    return min(max(x, np.float32(-REACH)), np.float32(REACH)) if x == x else np.float32(0)
+
+
+@njit(nogil=True, cache=True)
+def _best(x: np.float32, c: int, importance: np.float32, bits: np.ndarray) -> tuple[np.int32, np.float32]:
+    """Of the values that are c modulo 4, the one below the target or the one above, and its cost."""
+    low: Any = np.int32(np.floor((x - np.float32(c)) * np.float32(0.25))) * 4 + c
+    high = low + 4
+    below, above = x - np.float32(low), x - np.float32(high)
+    lower = importance * below * below + bits[min(abs(low), COUNTED - 1)]
+    upper = importance * above * above + bits[min(abs(high), COUNTED - 1)]
+    return high if upper < lower else low, min(lower, upper)
+
+
+@njit(nogil=True, cache=True)
+def _viterbi_of_heads(
+    target: np.ndarray,
+    steps: np.ndarray,
+    importance: np.ndarray,
+    tables: np.ndarray,
+    lines: np.ndarray,
+    before: np.ndarray,
+    heads: np.ndarray,
+    path: np.ndarray,
+) -> None:
+    """The path of least cost, or nearly so, if each row is told what the rows before it in its head have left.
+
+    That depends on the path: each state's best one tells its own (per-survivor processing: Raheli et al. 1995).
+    lines: the tables' lines that rows look into.
+    """
+    states, size = before.shape[1], heads.shape[1]
+    total, new = np.empty(states, np.float32), np.empty(states, np.float32)
+    told, after = np.zeros((states, size), np.float32), np.zeros((states, size), np.float32)
+    choices, cost = np.empty((2, states), np.int32), np.empty((2, states), np.float32)
+    taken, chosen = np.empty((RESTART, states), np.uint8), np.empty((RESTART, states), np.int32)
+    for start in range(0, len(path), RESTART):
+        end = min(start + RESTART, len(path))
+        total[:] = np.inf
+        total[0] = 0
+        for r in range(start, end):
+            i = r % size
+            for s in range(states):
+                x = _in_steps(target[r] + (told[s, i] if i else np.float32(0)), steps[r])
+                for bit in range(2):
+                    choices[bit, s], cost[bit, s] = _best(x, (s & 1) + 2 * bit, importance[r], tables[lines[r]])
+            for t in range(states):
+                a, b = total[before[0, t]] + cost[0, before[0, t]], total[before[1, t]] + cost[1, before[1, t]]
+                bit = 1 if b < a else 0
+                s = before[bit, t]
+                taken[r - start, t], chosen[r - start, t], new[t] = bit, choices[bit, s], min(a, b)
+                q = np.float32(choices[bit, s]) * steps[r]
+                pass_down(heads, r, target[r] - q if abs(q) < np.inf else target[r], told[s], after[t])
+            total, new, told, after = new, total, after, told
+        state: Any = np.argmin(total)
+        told[0] = told[state]
+        for r in range(end - 1, start - 1, -1):
+            path[r] = chosen[r - start, state]
+            state = before[taken[r - start, state], state]
 
 
 @njit(nogil=True, cache=True)

@@ -111,6 +111,13 @@ def correlated(n: int, seed: int = 5) -> torch.Tensor:
     return x.T @ x / (4 * n)
 
 
+def of_heads(heads: int, size: int, columns: int) -> InputStatistics:
+    """Statistics whose outputs' curvature is that of heads."""
+    blocks = torch.stack([correlated(size, 20 + head) for head in range(heads)])
+    diagonal = blocks.diagonal(dim1=1, dim2=2).reshape(-1)
+    return InputStatistics(correlated(columns), 99, diagonal.contiguous(), blocks)
+
+
 def through_disk(stage: Stage, packed: Packed) -> Packed:
     """What a reader who knows only the stage and the shape gets back from a file."""
     with tempfile.TemporaryDirectory() as folder:

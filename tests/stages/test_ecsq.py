@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
-from conformance import correlated, gaussian
+from conformance import correlated, gaussian, of_heads
 from scipy import special
 from scipy.stats import norm
 
@@ -197,6 +198,31 @@ def test_sensitive_rows_have_smaller_steps_in_the_power_of_minus_a_quarter() -> 
     assert rows == (np.rint(8 * (logarithms - logarithms.mean())) + 128).astype(int).tolist()
     alike = InputStatistics(torch.eye(6), 10, torch.full((5,), 3e-7))
     assert (stages.get("ecsq").encode(gaussian((5, 6)), alike)["rows"] == 128).all()
+
+
+def test_rows_of_a_head_make_up_for_each_other_s_errors() -> None:
+    """With G = M' D' M'^T and H = M D M^T, by scipy: M'^T E M is what rounding left of each value, within its own step, and
+    rows' steps go with D'^-1/2."""
+    stats, stage = of_heads(3, 8, 20), stages.get("ecsq", damping=1e-6)
+    assert stats.curvature is not None and stats.sensitivity is not None
+    weight = gaussian((24, 20))
+    packed = stage.encode(weight, stats)
+    blocks = stats.curvature.double().numpy() + 0.1 * stats.sensitivity.double().mean().item() * np.eye(8)
+    outer, roots = np.zeros((24, 24)), np.empty(24)
+    for head, block in enumerate(blocks):
+        at = slice(8 * head, 8 * head + 8)
+        outer[at, at], roots[at] = upper_factor(block)
+    inner, _ = upper_factor(stats.hessian.double().numpy())
+    logarithms = -np.log2(roots)
+    assert packed["rows"].tolist() == (np.rint(8 * (logarithms - logarithms.mean())) + 128).astype(int).tolist()
+    left = outer.T @ (weight - stage.decode(packed)).double().numpy() @ inner / steps(packed)
+    assert (np.abs(left) < 1 - DEAD_ZONE + 1e-4).all() and np.abs(left).max() > 0.5
+
+
+def upper_factor(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """U, unit upper triangular, and r of matrix = U diag(r^2) U^T."""
+    upper = scipy.linalg.cholesky(matrix[::-1, ::-1], lower=True)[::-1, ::-1]
+    return upper / np.diag(upper), np.diag(upper)
 
 
 def test_columns_of_large_inputs_have_smaller_steps_in_the_power_of_minus_a_half() -> None:

@@ -6,19 +6,22 @@ import itertools
 import math
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conformance import correlated, gaussian
+from conformance import correlated, gaussian, of_heads
 
 from agentforge import cells, entropy, stages
 from agentforge.bits import pack_uint, tensor_bytes, unzigzag, zigzag
 from agentforge.errors import BadArtifact, BadInput
 from agentforge.planes import Packed, Plane
 from agentforge.stages import tcq
+from agentforge.stages.base import damage
+from agentforge.stages.ecsq import DIAGONAL
 from agentforge.statistics import InputStatistics
 from agentforge.trellis import POLYNOMIALS, RESTART, join, split, successors
 
@@ -120,7 +123,7 @@ def test_one_column_is_the_best_of_all_sequences_of_integers() -> None:
     for _ in range(20):
         x, w = (rng.standard_normal((1, n)) * 1.3).astype(np.float32), rng.exponential(size=n).astype(np.float32)
         ways = (tables, np.zeros(1, np.int64), bits)
-        found = tcq._quantise((x, np.zeros((1, 1), np.float32), ones, ones[:1]), w, ways, 8)
+        found = tcq._quantise((x, np.zeros((1, 1), np.float32), ones, ones[:1], DIAGONAL), w, ways, 8)
         every = np.concatenate([found, allowed])
         costs = (w * (x - every) ** 2).sum(1) + tcq.WORTH * bits[tables, np.abs(every)].sum(1)
         assert is_path(tuple(found[0]))
@@ -165,6 +168,52 @@ def test_it_does_less_damage_than_scalars_in_as_many_bits_with_feedback_and_uneq
         assert scalar_bits - 0.25 < bits < scalar_bits + 0.1
         # 6 dB a bit: what the few hundredths of a bit between the two are worth is taken out.
         assert lost * 4 ** (bits - scalar_bits) < 0.82 * scalar
+
+
+@pytest.mark.parametrize("states", STATES)
+def test_heads_that_tell_each_other_nothing_change_no_code(states: int) -> None:
+    """The search that follows what each path tells its rows, of heads without correlations, against the one that has none;
+    more rows than a path has, and heads that begin in one path and end in the next."""
+    values, factor = gaussian((20, RESTART + 176)).numpy(), np.zeros((20, 20), np.float32)
+    rows, columns = np.exp(gaussian((1, RESTART + 176), 1)[0].numpy() / 3), np.full(20, 0.3, np.float32)
+    bits = entropy.path_costs(abs(np.rint(values / rows / columns[:, None]).astype(np.int32).T), tcq.COUNTED)
+    silent = np.zeros(((RESTART + 176) // 48, 48, 48), np.float32)
+    assert RESTART % 48
+    found = [
+        tcq._quantise((values, factor, rows, columns, heads), np.square(rows), bits, states) for heads in (DIAGONAL, silent)
+    ]
+    np.testing.assert_array_equal(*found)
+
+
+def test_the_path_of_a_short_head_is_the_best_of_all() -> None:
+    """All paths of a head of five rows: their cost (x - k)^T G (x - k), G = M' M'^T."""
+    rng = np.random.default_rng(4)
+    allowed = [np.array(k) for k in itertools.product(range(-4, 5), repeat=5) if is_path(k)]
+    for _ in range(20):
+        unit = np.triu(rng.normal(0, 0.3, (5, 5)), 1).astype(np.float32)
+        values, ones = rng.normal(0, 1, (1, 5)).astype(np.float32), np.ones(5, np.float32)
+        free = np.zeros(5, np.int64), np.zeros(1, np.int64), np.zeros((1, tcq.COUNTED), np.float32)
+        found = tcq._quantise((values, np.zeros((1, 1), np.float32), ones, ones[:1], unit[None]), ones, free, 8)[0]
+
+        def cost(k: Any, values: Any = values[0], unit: Any = unit) -> float:
+            return float(np.square((np.eye(5) + unit).T @ (values - k)).sum())
+
+        assert cost(found) == pytest.approx(min(map(cost, allowed)), rel=1e-4)
+
+
+def test_rows_of_a_head_make_up_for_each_other_s_errors() -> None:
+    """With what is known of heads there is less damage, counted by Kronecker's product, in as many bits."""
+    weight, stats = gaussian((384, 40)), of_heads(8, 48, 40)
+    assert stats.curvature is not None
+    kron = torch.block_diag(*stats.curvature.double()), stats.hessian.double()
+    lost = []
+    for given in (stats, replace(stats, curvature=None)):
+        packed = stages.parse("tcq").encode(weight, given)
+        error = stages.parse("tcq").decode(packed).double() - weight.double()
+        by_hand = float((kron[0] @ error @ kron[1] * error).sum()) / 2
+        assert damage(weight, weight + error, stats) == pytest.approx(by_hand, rel=1e-5)
+        lost.append(by_hand * 4 ** bits_of_codes(packed))
+    assert lost[0] < 0.7 * lost[1]
 
 
 @pytest.mark.parametrize("states", STATES)
