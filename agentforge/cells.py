@@ -127,18 +127,15 @@ def _fitted(counts: Array) -> tuple[int, int, int, int]:
     even, zero, many = counts[::2].sum(), counts[0], counts[there]
     mean = max(float(many @ there) / max(int(n), 1), 1 / 16)
     k = np.arange(min(len(counts), 2 * most + 16) // 2 * 2, dtype=np.float64)
-    best = (0, 0, 0, 1 << 62)
-    for b, shape in enumerate(SHAPES):
-        width = mean * math.gamma(1 / shape) / math.gamma(2 / shape)
-        middle = round(WIDTHS * (math.log2(width) - NARROWEST))
-        tried = np.arange(middle - TRIED, middle + TRIED + 1).clip(0, 255)
-        powers = (k[:, None] / 2.0 ** (tried / WIDTHS + NARROWEST)) ** shape
-        density = np.exp(-powers)
-        w = np.array(ZEROS)[:, None] / 16
-        evens, odds = w + 2 * density[2::2].sum(0), 2 * density[1::2].sum(0)
-        bits = (many @ powers[there]) / math.log(2) + even * np.log2(evens) - zero * np.log2(w) - (n - zero)
-        bits = np.rint(bits + (n - even) * np.log2(np.maximum(odds, 1e-300)))
-        i, j = np.unravel_index(int(bits.argmin()), bits.shape)
-        if bits[i, j] < best[3]:
-            best = int(tried[j]), b, int(i), int(bits[i, j])
-    return best
+    widths = [mean * math.gamma(1 / shape) / math.gamma(2 / shape) for shape in SHAPES]
+    middles = [round(WIDTHS * (math.log2(width) - NARROWEST)) for width in widths]
+    tried = (np.array(middles)[:, None] + np.arange(-TRIED, TRIED + 1)).clip(0, 255).reshape(-1)
+    powers = (k[:, None] / 2.0 ** (tried / WIDTHS + NARROWEST)) ** np.repeat(SHAPES, 2 * TRIED + 1)
+    density = np.exp(-powers)
+    w = np.array(ZEROS)[:, None] / 16
+    evens, odds = w + 2 * density[2::2].sum(0), 2 * density[1::2].sum(0)
+    bits = (many @ powers[there]) / math.log(2) + even * np.log2(evens) - zero * np.log2(w) - (n - zero)
+    bits = np.rint(bits + (n - even) * np.log2(np.maximum(odds, 1e-300)))
+    ordered = bits.reshape(len(ZEROS), len(SHAPES), -1).swapaxes(0, 1)  # of those that are alike the first shape
+    b, i, j = np.unravel_index(int(ordered.argmin()), ordered.shape)
+    return int(tried.reshape(len(SHAPES), -1)[b, j]), int(b), int(i), int(ordered[b, i, j])

@@ -19,7 +19,7 @@ import transformers
 
 import agentforge as af
 import agentforge.huggingface
-from agentforge.allocation import Budget, fit
+from agentforge.allocation import LADDER, Budget, fit
 from agentforge.artifact import Artifact
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
@@ -76,7 +76,7 @@ def checks(model: LanguageModel, scratch: Path) -> Iterator[tuple[str, Callable[
 
     def fitted() -> None:
         calibration = af.statistics.Calibration(TEXT, 256, 128)
-        found = fit(model, scratch / "fitted", Budget(bits=4), calibration=calibration, **small)
+        found = fit(model, scratch / "fitted", Budget(bits=4), ladder=LADDER[::5], calibration=calibration, **small)
         kept = {row["name"] for row in found.artifact.rows if row["stage"] is None}
         assert found.bits <= 4 and kept & {weight.name for weight in model.weights()} == set(found.outside)
 
