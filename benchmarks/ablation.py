@@ -52,11 +52,12 @@ def scalar(stage: TCQ) -> stages.Stage:
 
 
 class Variant(NamedTuple):
-    """tokens: of calibration text.  change: of each weight's stage.  blind: without sensitivities.  alike: one step."""
+    """tokens: of calibration text.  change: of each weight's stage.  without: what is not known of outputs.  alike: one
+    step."""
 
     tokens: int = FOR_FIT.tokens
     change: Callable[[TCQ], stages.Stage] = unchanged
-    blind: bool = False
+    without: tuple[str, ...] = ()
     alike: bool = False
 
 
@@ -65,7 +66,8 @@ VARIANTS = {
     f"{TOKENS:,} tokens of text, not {FOR_FIT.tokens:,}": Variant(tokens=TOKENS),
     "values one by one (`ecsq`), no trellis": Variant(change=scalar),
     "a trellis of 32 states, not 8": Variant(change=partial(dataclasses.replace, states=32)),
-    "outputs all count alike: no backward passes": Variant(blind=True),
+    "rows of queries and keys on their own": Variant(without=("curvature",)),
+    "outputs all count alike: no backward passes": Variant(without=("sensitivity", "curvature")),
     "inputs not looked at: no feedback, one step per row": Variant(change=partial(dataclasses.replace, damping=1e6)),
     "the same step for all layers: no allocation": Variant(alike=True),
 }
@@ -126,8 +128,9 @@ class Bench:
         variant, out = VARIANTS[name], self.work / "variant"
         plan = {weight: variant.change(stage) for weight, stage in self.plan(variant.alike).items()}
         seen: Mapping[str, InputStatistics] = self.statistics(variant.tokens)
-        if variant.blind:
-            seen = {name: dataclasses.replace(one, sensitivity=None) for name, one in seen.items()}
+        if variant.without:
+            unknown: dict[str, Any] = dict.fromkeys(variant.without)
+            seen = {name: dataclasses.replace(one, **unknown) for name, one in seen.items()}
         about: dict[str, Any] = {"calibration": self.calibration(variant.tokens), "statistics": seen, "overwrite": True}
         artifact = af.compress(self.model, plan, out, **about)
         planes = sum(row["bytes"] for row in artifact.rows if row["name"] in self.parameters)
@@ -183,6 +186,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         here = Bench(model, options.bits, options.work)
         about = {"bits": options.bits, "model": model.fingerprint, "agentforge": __version__, "tokens": SCORED}
+        about["outputs"] = "queries and keys by head"
         about["texts"] = {name: text.sha256 for name, text in here.texts.items()}
         wanted = {
             n: {"name": n} | about | {"calibration": here.calibration(v.tokens).to_json()} for n, v in VARIANTS.items()

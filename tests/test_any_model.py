@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import agentforge as af
 import agentforge.huggingface
-from agentforge.allocation import Budget, fit
+from agentforge.allocation import LADDER, Budget, fit
 from agentforge.cli import app
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text, check_causal, likelihood
@@ -152,8 +152,9 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, value: float) -> 
     for models in ([str(folder)], [str(folder), "--against", str(sound)], [str(sound), "--against", str(folder)]):
         with pytest.raises(BadInput, match=rf"broken: what it computes is not finite \(its tensor {name}"):
             app(["evaluate", *models, "--text", str(tmp_path / "text.txt"), "--tokens", "64"], standalone_mode=False)
+    few = Calibration(tokens=1024)
     with pytest.raises(BadInput, match=name):
-        fit(broken, tmp_path / "f", Budget(bits=3), text=TEXT, tokens=64, progress=False)
+        fit(broken, tmp_path / "f", Budget(bits=3), calibration=few, text=TEXT, tokens=64, progress=False)
 
 
 def test_every_window_begins_as_the_tokenizer_begins_a_text(tmp_path: Path) -> None:
@@ -319,8 +320,8 @@ def test_experts_have_the_statistics_of_their_gradients(name: str, tmp_path: Pat
 
 @pytest.mark.parametrize("made", ["Mixtral", "Qwen3Moe", "GptOss", "Llama4Text", "JetMoe"], indirect=True)
 def test_a_budget_of_bits_holds_experts_too(made: LanguageModel, tmp_path: Path) -> None:
-    few = Calibration(tokens=1024)
-    fitted = fit(made, tmp_path / "f", Budget(bits=3), calibration=few, text=TEXT, tokens=128, progress=False)
+    about: dict[str, Any] = {"calibration": Calibration(tokens=1024), "ladder": LADDER[::4], "text": TEXT, "tokens": 128}
+    fitted = fit(made, tmp_path / "f", Budget(bits=3), progress=False, **about)
     kept = {row["name"] for row in fitted.artifact.rows if row["stage"] is None}
     assert kept & {weight.name for weight in made.weights()} == set(fitted.outside)
     assert all(

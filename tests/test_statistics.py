@@ -12,6 +12,7 @@ import torch
 import agentforge
 from agentforge.artifact import Artifact, write_manifest
 from agentforge.errors import BadArtifact, BadInput
+from agentforge.evaluation import Text
 from agentforge.models import LanguageModel
 from agentforge.opening import load
 from agentforge.pipeline import compress
@@ -90,7 +91,7 @@ def test_an_error_in_a_window_is_raised_and_nothing_waits_for_it(
         (Calibration(tokens=0), "tokens=0"),
         (Calibration(context=0), "context=0"),
         (Calibration(text="nowhere.txt"), "'nowhere.txt' does not exist"),
-        (Calibration(tokens=10**8), "has .* tokens; 100000000 were asked for"),
+        (Calibration(Text("short", "test", "one two"), tokens=10**8), "has .* tokens; 100000000 were asked for"),
     ],
 )
 def test_bad_calibrations(model: LanguageModel, calibration: Calibration, message: str) -> None:
