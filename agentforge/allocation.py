@@ -56,6 +56,7 @@ if TYPE_CHECKING:
 # Steps from 0.027 to 0.85 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
 LADDER = tuple(stages.get("tcq", step=round(0.3 * 2 ** (k / 2), 6)) for k in range(-7, 4))
 KEEP = "keep"  # in place of a stage: as it is
+FINER = 4  # parts into which a step of the ladder is cut: half an octave is one, which costs 2% of the KL
 PASSES = 6  # artifacts that are made at most on the way to a limit
 
 
@@ -166,6 +167,20 @@ def candidates(
             lines.flush()
             shown.update()
     return {w.name: [Candidate(s, *row) for s, row in zip(ladder, found[w.name], strict=True)] for w in weights}
+
+
+def finer(ladder: Sequence[Candidate]) -> list[Candidate]:
+    """The candidates of a ladder, and those between them: on the way from one stage to the next, bytes fall in proportion to
+    the logarithm of the damage.  Those that an allocation takes are counted before they are kept."""
+    found = list(ladder[:1])
+    for one, other in pairwise(ladder):
+        for share in (part / FINER for part in range(1, FINER)):
+            stage = one.stage.between(other.stage, share)
+            if stage is not None and one.damage > 0 < other.damage:
+                size = round(one.bytes + share * (other.bytes - one.bytes))
+                found.append(Candidate(stage, size, one.damage ** (1 - share) * other.damage**share, False))
+        found.append(other)
+    return found
 
 
 def _task(model: LanguageModel, weight: Weight, stage: stages.Stage, stats: InputStatistics, device: str) -> Task:
@@ -308,6 +323,7 @@ def fit(
     statistics = statistics or collect(model, calibration, workers, progress, ends=everything)
     how: dict[str, Any] = {"workers": workers, "executor": executor}
     options = candidates(model, statistics, calibration, ladder, device=device, progress=progress, **how)
+    options = {name: finer(found) for name, found in options.items()}
     rest = {w.name: stage_of_rest for w in model.weights(True) if stage_of_rest and w.name not in options}
     settings = {"calibration": calibration, "statistics": statistics, **how}
     journal = _journal(model, calibration, ladder).with_suffix(".counted.jsonl")
@@ -391,8 +407,14 @@ class Search(NamedTuple):
                     lines.flush()
                     bar.update()
             for name, key in keys.items():
-                options = self.options[name]
-                options[options.index(found[name])] = found[name]._replace(bytes=self.counted[key], counted=True)
+                # What one estimate was off by, those of its neighbours are, too; else each round would take another one that
+                # only looks cheaper.
+                one, options, size = found[name], self.options[name], self.counted[key]
+                for place, other in enumerate(options):
+                    if other is one:
+                        options[place] = one._replace(bytes=size, counted=True)
+                    elif not other.counted:
+                        options[place] = other._replace(bytes=round(other.bytes * size / one.bytes))
 
     def _put(self, encoded: Encoded) -> Callable[[], Encoded]:
         waiting = [self.spill.put(torch.from_numpy(np.require(plane, requirements="W"))) for plane in encoded.planes]

@@ -27,7 +27,7 @@ from scipy.stats import spearmanr
 
 import agentforge as af
 from agentforge import __version__, evaluation, stages
-from agentforge.allocation import LADDER, Candidate, allocate, candidates
+from agentforge.allocation import FINER, LADDER, Candidate, allocate, candidates, finer
 from agentforge.evaluation import Text, find_text, taskfiles
 from agentforge.models import SAMPLED, LanguageModel
 from agentforge.opening import open_model
@@ -107,7 +107,8 @@ class Bench:
     @functools.cached_property
     def priced(self) -> dict[str, list[Candidate]]:
         """What `fit` chooses from."""
-        return candidates(self.model, self.statistics(FOR_FIT.tokens), self.calibration(FOR_FIT.tokens))
+        found = candidates(self.model, self.statistics(FOR_FIT.tokens), self.calibration(FOR_FIT.tokens))
+        return {name: finer(one) for name, one in found.items()}
 
     def plan(self, alike: bool) -> Plan:
         """A stage for each weight, in about the bits that were asked for."""
@@ -116,7 +117,7 @@ class Bench:
             found = allocate(self.priced, budget)
             return {name: one.stage for name, one in found.items() if isinstance(one.stage, TCQ)}
         whole = sum(self.parameters.values())
-        bits = [8 * sum(found[i].bytes for found in self.priced.values()) / whole for i in range(len(LADDER))]
+        bits = [8 * sum(found[FINER * i].bytes for found in self.priced.values()) / whole for i in range(len(LADDER))]
         for (more, fine), (less, coarse) in itertools.pairwise(zip(bits, LADDER, strict=True)):
             if less <= self.bits <= more:
                 step = fine.step * (coarse.step / fine.step) ** ((more - self.bits) / (more - less))
@@ -186,7 +187,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.work.mkdir(parents=True, exist_ok=True)
         here = Bench(model, options.bits, options.work)
         about = {"bits": options.bits, "model": model.fingerprint, "agentforge": __version__, "tokens": SCORED}
-        about["outputs"] = "queries and keys by head"
+        about |= {"heads": True, "finer": FINER}
         about["texts"] = {name: text.sha256 for name, text in here.texts.items()}
         wanted = {
             n: {"name": n} | about | {"calibration": here.calibration(v.tokens).to_json()} for n, v in VARIANTS.items()

@@ -33,7 +33,7 @@ import torch
 from matplotlib.figure import Figure
 
 from agentforge import __version__, load, open_model, stages
-from agentforge.allocation import Budget, fit
+from agentforge.allocation import FINER, Budget, fit
 from agentforge.artifact import Artifact
 from agentforge.evaluation import find_text
 from agentforge.evaluation.measurement import peak_memory
@@ -79,7 +79,7 @@ def recipe(model: Any, limit: Row, options: argparse.Namespace) -> Row:
     about = limit | {"model": model.fingerprint, "agentforge": __version__, "ladder": [s.brief() for s in LADDER]}
     about["text"] = [found.name, found.split, found.sha256]
     about |= {"tokens": options.tokens, "context": model.sampled_context}
-    about |= {"calibration": _calibration(options).to_json(), "outputs": "queries and keys by head"}
+    about |= {"calibration": _calibration(options).to_json(), "heads": True, "finer": FINER}
     return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
 
 
@@ -281,10 +281,10 @@ def _by_text(rows: Sequence[Row], less: Sequence[Row]) -> list[list[str]]:
 
 
 def _earlier(rows: list[Row]) -> str:
-    """Which rows an earlier version made, with less text and without the curvature of heads."""
-    found = [row["recipe"] for row in rows if "outputs" not in row["recipe"]]
+    """Which rows an earlier version made."""
+    found = [row["recipe"] for row in rows if "finer" not in row["recipe"]]
     names = [f"{made['bits']:g} bits" if "bits" in made else f"{made['bytes'] / 1e6:g} MB" for made in found]
-    text = "Of an earlier version, with a quarter of the text, longer codes, and rows of queries and keys on their own: "
+    text = "Of an earlier version, with a quarter of the text, longer codes, coarser steps, and no curvature of heads: "
     return f"{text}{', '.join(names)}." if names else ""
 
 

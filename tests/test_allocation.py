@@ -16,7 +16,7 @@ import torch
 
 import agentforge as af
 from agentforge import cli, stages
-from agentforge.allocation import Budget, Candidate, allocate, budget_bytes, candidates, damage, fit
+from agentforge.allocation import Budget, Candidate, allocate, budget_bytes, candidates, damage, finer, fit
 from agentforge.errors import BadInput
 from agentforge.evaluation import Text
 from agentforge.models import LanguageModel
@@ -305,6 +305,21 @@ def test_prices_are_about_what_encoding_costs(name: str, step: float, near: floa
     assert lost == pytest.approx(damage(weight, stage.decode(packed), stats), rel=about)
     with pytest.raises(BadInput, match="w: 1 NaN"):
         stage.price(weight.put_(torch.tensor(0), torch.tensor(np.nan)), stats, "w", {})
+
+
+@pytest.mark.parametrize("name", ["ecsq", "tcq"])
+def test_what_lies_between_two_settings_costs_about_what_is_between_their_costs(name: str) -> None:
+    weight, stats = rows_of_unequal_size(2)
+    scratch: dict[str, Any] = {}
+    ladder = [stages.get(name, step=step) for step in (0.2, 0.2828, 0.4)]
+    found = finer([Candidate(stage, *stage.price(weight, stats, "w", scratch)) for stage in ladder])
+    assert len(found) == 9 and [one.stage for one in found[::4]] == ladder
+    assert all(a.bytes > b.bytes and a.damage < b.damage for a, b in itertools.pairwise(found))
+    for one in found:
+        size, lost, _ = one.stage.price(weight, stats, "w", scratch)
+        assert one.bytes == pytest.approx(size, rel=0.01) and one.damage == pytest.approx(lost, rel=0.02)
+    others = [stages.get(name, step=0.2), stages.get(name, step=0.4, damping=0.3), stages.get("rounding")]
+    assert len(finer([Candidate(stage, 100 - n, 1.0 + n) for n, stage in enumerate(others)])) == 3
 
 
 @pytest.fixture

@@ -186,6 +186,10 @@ class Stage:
         lost = damage(weight.cpu(), self.decode(packed).cpu(), stats)
         return sum(plane.stored().nbytes for plane in packed), lost, True
 
+    def between(self, other: Stage, share: float) -> Stage | None:
+        """The stage that is this share of the way to another one, if there are settings between theirs."""
+        return None
+
     def fit_shared(self, layers: Sequence[Layer], seed: int = 0) -> Packed:
         """The planes that all these layers share, as `shared_layout` says.
 

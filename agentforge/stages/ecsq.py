@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from typing import Any, ClassVar, NamedTuple
 
@@ -70,6 +70,13 @@ class Stepped(Stage):
     def _check(self) -> None:
         self._expect(2**-12 <= self.step <= 2**6, "step", "0.000244 to 64")
         self._expect(0.0 < self.damping <= 1e6, "damping", "more than 0, at most 1e6")
+
+    def between(self, other: Stage, share: float) -> Stage | None:
+        """Of stages that differ by their step alone."""
+        mine, step = asdict(self), getattr(other, "step", None)
+        if step is None or type(self)(**mine | {"step": step}) != other:
+            return None
+        return type(self)(**mine | {"step": round(self.step ** (1 - share) * step**share, 6)})
 
     def layout(self, shape: tuple[int, int]) -> Layout:
         """Coding and shape of each plane."""
