@@ -283,11 +283,17 @@ def _by_text(rows: Sequence[Row], less: Sequence[Row]) -> list[list[str]]:
 
 
 def _earlier(rows: list[Row]) -> str:
-    """Which rows an earlier version made."""
-    found = [row["recipe"] for row in rows if "finer" not in row["recipe"]]
-    names = [f"{made['bits']:g} bits" if "bits" in made else f"{made['bytes'] / 1e6:g} MB" for made in found]
-    text = "Of an earlier version, with a quarter of the text, longer codes, coarser steps, and no curvature of heads: "
-    return f"{text}{', '.join(names)}." if names else ""
+    """Which rows earlier versions made, and how these differ."""
+    before = [row["recipe"] for row in rows if "finer" not in row["recipe"]]
+    kinds = {
+        "Of an earlier version, with coarser steps and no curvature of heads": [r for r in before if "calibration" in r],
+        "Of one before that, with a quarter of the text and longer codes": [r for r in before if "calibration" not in r],
+    }
+
+    def size(made: Row) -> str:
+        return f"{made['bits']:g} bits" if "bits" in made else f"{made['bytes'] / 1e6:g} MB"
+
+    return "  ".join(f"{what}: {', '.join(map(size, found))}." for what, found in kinds.items() if found)
 
 
 def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
