@@ -129,13 +129,13 @@ def _fitted(counts: Array) -> tuple[int, int, int, int]:
     k = np.arange(min(len(counts), 2 * most + 16) // 2 * 2, dtype=np.float64)
     widths = [mean * math.gamma(1 / shape) / math.gamma(2 / shape) for shape in SHAPES]
     middles = [round(WIDTHS * (math.log2(width) - NARROWEST)) for width in widths]
-    tried = (np.array(middles)[:, None] + np.arange(-TRIED, TRIED + 1)).clip(0, 255).reshape(-1)
-    powers = (k[:, None] / 2.0 ** (tried / WIDTHS + NARROWEST)) ** np.repeat(SHAPES, 2 * TRIED + 1)
+    tried = (np.array(middles)[:, None] + np.arange(-TRIED, TRIED + 1)).clip(0, 255)
+    powers = (k[:, None, None] / 2.0 ** (tried / WIDTHS + NARROWEST)) ** np.array(SHAPES)[:, None]
     density = np.exp(-powers)
     w = np.array(ZEROS)[:, None] / 16
-    evens, odds = w + 2 * density[2::2].sum(0), 2 * density[1::2].sum(0)
-    bits = (many @ powers[there]) / math.log(2) + even * np.log2(evens) - zero * np.log2(w) - (n - zero)
-    bits = np.rint(bits + (n - even) * np.log2(np.maximum(odds, 1e-300)))
-    ordered = bits.reshape(len(ZEROS), len(SHAPES), -1).swapaxes(0, 1)  # of those that are alike the first shape
-    b, i, j = np.unravel_index(int(ordered.argmin()), ordered.shape)
-    return int(tried.reshape(len(SHAPES), -1)[b, j]), int(b), int(i), int(ordered[b, i, j])
+    evens, odds = (2 * density[first::2].sum(0)[:, None] for first in (2, 1))
+    evens = evens + w
+    bits = np.tensordot(many, powers[there], 1)[:, None] / math.log(2) + even * np.log2(evens)  # [b, w, a]
+    bits = np.rint(bits - zero * np.log2(w) - (n - zero) + (n - even) * np.log2(np.maximum(odds, 1e-300)))
+    b, i, j = np.unravel_index(int(bits.argmin()), bits.shape)
+    return int(tried[b, j]), int(b), int(i), int(bits[b, i, j])
