@@ -98,7 +98,7 @@ class Stepped(Stage):
         plan = self._plan(weight.numpy(), stats)
         factor, of_rows, of_columns, step = plan.factor, plan.of_rows, *self._reaching(plan)
         values = np.ascontiguousarray(weight.numpy().T)
-        codes = self._codes((values, factor, *_steps(of_rows, of_columns, step), of_outputs(shape[0], stats)[1]), stats)
+        codes = self._codes((values, factor, *_steps(of_rows, of_columns, step), plan.heads), plan.weights)
         planes = {
             "codes": zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))),
             "rows": torch.from_numpy(of_rows),
@@ -114,8 +114,8 @@ class Stepped(Stage):
 
     reach: ClassVar[float]  # the largest multiple
 
-    def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
-        """The multiples, int32[in, out], of the weight."""
+    def _codes(self, about: About, weights: np.ndarray) -> np.ndarray:
+        """The multiples, int32[in, out], of the weight.  weights: of the rows, as `_of_outputs` gives them."""
         raise NotImplementedError
 
     def _plan(self, values: np.ndarray, stats: InputStatistics | None) -> _Plan:
@@ -124,12 +124,12 @@ class Stepped(Stage):
         if stats is not None and stats.diagonal.any():
             factor, moments = _factor(stats.hessian, self.damping)
             of_columns = -np.log2(moments) / 2
-        weights, heads = of_outputs(rows, stats)
+        weights, heads = _of_outputs(rows, stats)
         of_rows = _exponents(np.log2(weights) / (-2 if len(heads) else -4))
         rms = math.sqrt(float(np.square(values, dtype=np.float64).mean()))
         with np.errstate(over="ignore"):  # infinite: the coarsest step there is
             largest = np.abs(values / _powers(of_rows)[:, None]).max(0)
-        return _Plan(factor, of_rows, _exponents(of_columns), rms, largest)
+        return _Plan(factor, weights, heads, of_rows, _exponents(of_columns), rms, largest)
 
     def _reaching(self, plan: _Plan) -> tuple[np.ndarray, np.float32]:
         """Exponents of the columns' steps, and the step: those of a plan, but coarser where the largest value of a column
@@ -173,7 +173,7 @@ class ECSQ(Stepped):
         super()._check()
         self._expect(0.0 < self.rounding <= 0.5, "rounding", "more than 0, at most 0.5")
 
-    def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
+    def _codes(self, about: About, weights: np.ndarray) -> np.ndarray:
         return quantised(about[0], about[1], partial(_round_block, about, np.float32(self.rounding)))
 
     def price(
@@ -199,7 +199,7 @@ class ECSQ(Stepped):
         sample: _Sample = scratch[key]
         of_columns, step = self._reaching(sample.plan)
         rows, columns = _steps(sample.plan.of_rows, of_columns, step)
-        codes = self._codes((sample.values, sample.plan.factor, rows, columns, DIAGONAL), stats)
+        codes = self._codes((sample.values, sample.plan.factor, rows, columns, sample.plan.heads), sample.plan.weights)
         error = torch.from_numpy(codes * (rows * columns[:, None]) - sample.values).to(torch.float32)
         lost = ((stats.hessian @ error) * error).sum(0).double().numpy()
         stored = zigzag(torch.from_numpy(np.ascontiguousarray(codes.T))).numpy()
@@ -211,10 +211,12 @@ class ECSQ(Stepped):
 
 
 class _Plan(NamedTuple):
-    """What is the same for every step.  factor: M.  of_rows, of_columns: exponents of the steps.  rms: of the weight.
-    largest: of each column's values, in units of their rows' factors."""
+    """What is the same for every step.  factor: M.  weights, heads: as `_of_outputs` gives them.  of_rows, of_columns:
+    exponents of the steps.  rms: of the weight.  largest: of each column's values, in units of their rows' factors."""
 
     factor: np.ndarray
+    weights: np.ndarray
+    heads: np.ndarray
     of_rows: np.ndarray
     of_columns: np.ndarray
     rms: float
@@ -242,12 +244,13 @@ class _Sample(NamedTuple):
         squares = np.square(_powers(plan.of_rows), dtype=np.float64)
         loudness = np.square(values, dtype=np.float64).mean(1) / squares
         parts, some = represented(loudness)
-        weights = squares * of_outputs(len(values), stats)[0]
+        weights = squares * plan.weights
         shares = np.array([weights[part].sum() for part in parts]) / squares[some]
         exponents = (Plane("", torch.from_numpy(plane), "~uint8") for plane in (plan.of_rows, plan.of_columns))
         beside = sum(plane.stored().nbytes for plane in exponents) + 4
         chosen = np.ascontiguousarray(values[some].T)
-        return cls(chosen, plan._replace(of_rows=plan.of_rows[some]), shares, beside)
+        sampled = plan._replace(weights=plan.weights[some], heads=DIAGONAL, of_rows=plan.of_rows[some])
+        return cls(chosen, sampled, shares, beside)
 
 
 def factors(packed: Packed) -> tuple[torch.Tensor, torch.Tensor]:
@@ -270,7 +273,7 @@ def _factor(hessian: torch.Tensor, damping: float) -> tuple[np.ndarray, np.ndarr
     return unit_factor(hessian.numpy(), damping)
 
 
-def of_outputs(rows: int, stats: InputStatistics | None) -> tuple[np.ndarray, np.ndarray]:
+def _of_outputs(rows: int, stats: InputStatistics | None) -> tuple[np.ndarray, np.ndarray]:
     """g_i, or D'_i: float64[out], none of them zero, and all alike if nothing is known of them; and M', of each head."""
     if stats is None or stats.sensitivity is None or not stats.sensitivity.any():
         return np.ones(rows), DIAGONAL

@@ -32,7 +32,7 @@ from numba import njit
 from ..entropy import expected_path_bytes, path_costs
 from ..trellis import RESTART, successors
 from .base import SAMPLED, InputStatistics, register
-from .ecsq import ECSQ, About, Stepped, of_outputs
+from .ecsq import ECSQ, About, Stepped
 from .propagation import pass_down, pass_on, quantised
 
 REACH = 65528.0  # steps that a target may be large, so that multiples fit into 16 bits and their parity
@@ -78,9 +78,9 @@ class TCQ(Stepped):
         size, lost, _ = alike.priced(weight, stats, name, scratch, expected_path_bytes)
         return size, DAMAGE * lost, False
 
-    def _codes(self, about: About, stats: InputStatistics | None) -> np.ndarray:
+    def _codes(self, about: About, weights: np.ndarray) -> np.ndarray:
         values, _, rows, columns, _ = about
-        importance = np.square(rows, dtype=np.float64) * of_outputs(len(rows), stats)[0]
+        importance = np.square(rows, dtype=np.float64) * weights
         importance = (importance / importance.mean()).astype(np.float32)
         with np.errstate(all="ignore"):  # a step may be zero, or infinite
             codes: np.ndarray = np.nan_to_num(np.rint(values / rows / columns[:, None])).clip(-REACH, REACH).astype(np.int32)
