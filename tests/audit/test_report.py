@@ -47,7 +47,7 @@ def report(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         model=str(tiny_llama),
         text="selftext",
         tokens=127,
-        budget="quick",
+        budget="standard",
         out=folder,
         progress=False,
     )
