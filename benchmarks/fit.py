@@ -275,9 +275,8 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
 
 def _by_text(rows: Sequence[Row], less: Sequence[Row]) -> list[list[str]]:
     """Of each budget that was measured with less text, too, what more of it is worth."""
-    alike = operator.itemgetter("bits", "ladder")
-    made = [[row for row in each if "finer" in row["recipe"]] for each in (rows, less)]
-    found = [(one, row) for row in made[0] for one in made[1] if alike(one["recipe"]) == alike(row["recipe"])]
+    many, few = ([row for row in each if "finer" in row["recipe"]] for each in (rows, less))
+    found = [(one, row) for row in many for one in few if one["recipe"]["bits"] == row["recipe"]["bits"]]
     shown = [[bench.with_interval(each[name]) for name in ("kl", "perplexity") for each in pair] for pair in found]
     return [[f"{pair[1]['recipe']['bits']:g}", *cells] for pair, cells in zip(found, shown, strict=True)]
 
