@@ -55,12 +55,13 @@ def test_sensitivities_of_conv1d_are_of_its_outputs(made: LanguageModel) -> None
         torch.testing.assert_close(found[name].sensitivity, gradient[0].square().mean(0), rtol=1e-3, atol=1e-9)
 
 
-@pytest.mark.parametrize("made", ["Llama", "Qwen3"], indirect=True)
+@pytest.mark.parametrize("made", ["Llama", "Qwen3", "Zamba2"], indirect=True)  # which says it otherwise
 def test_queries_and_keys_have_the_curvature_of_their_heads(made: LanguageModel) -> None:
     """By hand; several workers; of other layers there is none."""
     calibration = Calibration(TEXT, 96, 48, 96)
     found = collect(made, calibration, workers=3, progress=False)
-    size, ids = made.config["head_dim"], made.encode(TEXT.text)[:96]
+    ids = made.encode(TEXT.text)[:96]
+    size = made.config.get("head_dim") or made.config["attention_head_dim"]
     generator, gradients = torch.Generator().manual_seed(0), {}
     outputs: dict[str, torch.Tensor] = {}
     for name in found:

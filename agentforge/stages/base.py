@@ -84,7 +84,8 @@ class Layer(NamedTuple):
 def damage(weight: torch.Tensor, decoded: torch.Tensor, stats: InputStatistics) -> float:
     """1/2 tr(G E H E^T) of E = decoded - weight, float[out, in]: predicted KL divergence, nats per token.
 
-    Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.
+    Without a sensitivity, G is the identity: not nats, but still in proportion to what the outputs lose.  With a curvature,
+    it has one block per head.
     """
     error = decoded.double() - weight.double()
     through = error @ stats.hessian.double()
