@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, nullcontext
 from functools import cache, partial
 from threading import local
 from typing import Any
@@ -13,59 +16,66 @@ import torch
 from torch import nn
 
 from ..artifact import Artifact
-from ..blockwise import Passes, Spill
+from ..blockwise import Passes, Products, Spill
 from ..evaluation.likelihood import relative_entropy
 from ..models import LanguageModel
 from .student import put_codes
 
 ROWS = 32  # of logits that are worked on at a time
+SMALL = 2 << 30  # bytes of two models that need not be read block by block
 
 
 class Pair:
     """A model and its student.
 
-    still: the student's codes, which stay.  What is trained is small then, and both models run block by block on the CPU
-    (`blockwise`): the weights of one block are in memory at a time, and each is computed once more on the way back.  A
-    window is computed on one thread, and gradients are added in the windows' order: the result is the same bits whatever
-    the number of cores.  Without it both models are in memory; the student is a copy, to be changed.
+    still: the student's codes, which stay.  What is trained is small then.  On the CPU a window is computed on one thread,
+    and gradients are added in the windows' order: the result is the same bits whatever the number of cores.  Models that
+    take more than `SMALL` run block by block (`blockwise`): the weights of one block are in memory at a time, and each is
+    computed once more on the way back.  Others are in memory, which takes half of the time, and gives the same bits.
+    Without it the student is a copy, to be changed.
 
     at_once: inputs that are computed together.  half: whether to use bfloat16.
     """
 
     def __init__(self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, half: bool) -> None:
         self.device, self.at_once, self.half = device, at_once, half
-        self.passes = (Passes(model), Passes(model, partial(_spilled, still))) if still else None
-        if self.passes:
+        self.by_window = still is not None
+        self.passes: tuple[Passes, Passes] | None = None
+        if still and model.in_blocks and 2 * 4 * sum(math.prod(e.shape) for e in model.entries.values()) > SMALL:
+            self.passes = Passes(model), Passes(model, partial(_spilled, still))
             self.student: Any = self.passes[1].module
             return
         # The model is the caller's: it stays where it is, and as it is.
         here = next(model.model.parameters()).device == device
         self.teacher = model.model if here else copy.deepcopy(model.model).to(device)
         self.student = copy.deepcopy(self.teacher).requires_grad_(False)
+        if still:
+            for name, read in put_codes(still, self.student).items():
+                self.student.get_parameter(name).data = read().to(torch.bfloat16 if half else torch.float32)
 
     def gradients(self, inputs: torch.Tensor) -> float:
         """The mean loss over the inputs, [windows, ...]; its gradients in whatever requires some are left in `.grad`."""
-        self.student.train(not self.passes)  # what is computed twice drops nothing out
-        parts = len(inputs) if self.passes else len(inputs) / self.at_once
+        self.student.train(not self.by_window)  # what is computed twice drops nothing out
+        parts = len(inputs) if self.by_window else len(inputs) / self.at_once
         trained = {name: p for name, p in self.student.named_parameters() if p.requires_grad}
         sums: dict[str, torch.Tensor] = {}
         mine = local()
 
-        def back(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+        def back(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, dict[str, torch.Tensor]]:
             loss = distillation(ours, theirs) / parts
-            loss.backward()
-            return float(loss.detach())
-
-        def passed(_: nn.Module) -> None:
-            for name, gradient in vars(mine).items():
-                sums[name] = sums[name] + gradient if name in sums else gradient
             vars(mine).clear()
+            loss.backward()
+            return float(loss.detach()), dict(vars(mine))
 
         with ExitStack() as stack:
-            for name, parameter in trained.items() if self.passes else ():
+            for name, parameter in trained.items() if self.by_window else ():
                 hook = parameter.register_hook(lambda gradient, name=name: vars(mine).update({name: gradient}))
                 stack.callback(hook.remove)
-            total: float = sum(self._map(back, inputs, backward=True, passed=passed))
+            total = 0.0
+            for loss, found in self._map(back, inputs, backward=True):
+                total += loss
+                for name, gradient in found.items():
+                    sums[name] = sums[name] + gradient if name in sums else gradient
         for name, gradient in sums.items():
             trained[name].grad = gradient  # instead of what was added up in any order
         return total
@@ -75,12 +85,17 @@ class Pair:
         self.student.eval()
         return self._map(agreement, inputs)
 
-    def _map(self, work: Callable[..., Any], inputs: torch.Tensor, backward: bool = False, **about: Any) -> Iterator[Any]:
+    def _map(self, work: Callable[..., Any], inputs: torch.Tensor, backward: bool = False) -> Iterator[Any]:
         """`work(ours, theirs)` of some outputs at a time: of one window, or of all that are computed together."""
-        for part in inputs.to(self.device).split(self.at_once):
-            if not self.passes:
+
+        def both(part: torch.Tensor) -> Any:
+            with nullcontext() if self.half or not self.by_window else Products():  # type: ignore[no-untyped-call]
                 theirs = self._outputs(self.teacher, part)
-                yield work(self._outputs(self.student, part, backward), theirs)
+                return work(self._outputs(self.student, part, backward), theirs)
+
+        for part in inputs.to(self.device).split(self.at_once):
+            if self.passes is None:
+                yield from _each_on_one_thread(both, part.split(1)) if self.by_window else (both(part),)
                 continue
             with Spill() as kept:  # the teacher's answers
 
@@ -90,8 +105,8 @@ class Pair:
                 def compare(module: nn.Module, both: tuple[torch.Tensor, Callable[[], torch.Tensor]]) -> Any:
                     return work(self._outputs(module, both[0], backward), both[1]())
 
-                both = list(zip(part.split(1), self.passes[0].map(answer, part.split(1)), strict=True))
-                yield from self.passes[1].map(compare, both, backward=backward, **about)
+                pairs = list(zip(part.split(1), self.passes[0].map(answer, part.split(1)), strict=True))
+                yield from self.passes[1].map(compare, pairs, backward=backward)
 
     def _outputs(self, module: Any, inputs: torch.Tensor, gradients: bool = False) -> torch.Tensor:
         """Logits, [rows, classes]."""
@@ -100,6 +115,14 @@ class Pair:
             if inputs.is_floating_point():
                 return module(inputs)  # type: ignore[no-any-return]
             return module(input_ids=inputs, use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
+
+
+def _each_on_one_thread(work: Callable[[torch.Tensor], Any], windows: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """`work(window)` of each, in their order."""
+    with ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
+        yield from stack.enter_context(ThreadPoolExecutor(min(os.cpu_count() or 1, 4))).map(work, windows)
 
 
 def _spilled(still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:

@@ -1,4 +1,4 @@
-"""Codes that stay: block by block gives the loss and the gradients of the whole models, with one block in memory."""
+"""Codes that stay: window by window and block by block give the loss and the gradients of the whole models."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from agentforge.evaluation import Text
 from agentforge.planes import Packed
 from agentforge.stages.tcq import TCQ
 from agentforge.statistics import Calibration
+from agentforge.training import distil
 from agentforge.training import recover as module
 from agentforge.training.distil import Pair
 from agentforge.training.recover import Settings, recover
@@ -36,15 +37,28 @@ def start(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Artifac
     return af.compress(af.open_model(tiny_llama), "tcq:step=0.8", out, calibration=calibration, progress=False)
 
 
-def pairs(folder: Path, start: Artifact, *how: Any) -> tuple[Pair, Pair]:
-    """In memory and block by block, with all vectors of the blocks and the layers to be trained."""
-    whole, blocks = (Pair(af.open_model(folder), still, torch.device("cpu"), *how) for still in (None, start))
-    for name, read in put_codes(start, whole.student).items():
-        whole.student.get_parameter(name).data = read()
-    for pair in (whole, blocks):
-        for name, parameter in pair.student.named_parameters():
-            parameter.requires_grad_(parameter.dim() == 1 and ".layers." in name)
-    return whole, blocks
+@pytest.fixture
+def blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model is small."""
+    monkeypatch.setattr(distil, "SMALL", 0)
+
+
+def paired(folder: Path, start: Artifact | None, *how: Any) -> Pair:
+    """With all vectors of the blocks and the layers to be trained."""
+    pair = Pair(af.open_model(folder), start, torch.device("cpu"), *how)
+    for name, parameter in pair.student.named_parameters():
+        parameter.requires_grad_(parameter.dim() == 1 and ".layers." in name)
+    return pair
+
+
+def whole_pair(folder: Path, start: Artifact, at_once: int) -> Pair:
+    """In memory, some windows together, as models without an artifact are trained."""
+    pair = paired(folder, None, at_once, False)
+    for name, read in put_codes(start, pair.student).items():
+        pair.student.get_parameter(name).data = read()
+    for name, parameter in pair.student.named_parameters():
+        parameter.requires_grad_(parameter.dim() == 1 and ".layers." in name)
+    return pair
 
 
 def gradients(pair: Pair) -> tuple[float, dict[str, torch.Tensor]]:
@@ -60,30 +74,47 @@ def resident(student: nn.Module) -> set[str]:
 
 @pytest.mark.parametrize("at_once", [1, 2, 4])
 def test_gradients_are_those_of_the_whole_models(tiny_llama: Path, start: Artifact, at_once: int) -> None:
-    whole, blocks = pairs(tiny_llama, start, at_once, False)
-    (loss, expected), (found_loss, found) = gradients(whole), gradients(blocks)
+    whole, windows = whole_pair(tiny_llama, start, at_once), paired(tiny_llama, start, at_once, False)
+    (loss, expected), (found_loss, found) = gradients(whole), gradients(windows)
     assert found_loss == pytest.approx(loss, rel=1e-5) and loss > 1e-4
     assert found.keys() == expected.keys() and sum("gains" in name for name in found) == 14
     for name, gradient in expected.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
-    for one, other in zip(zip(*whole.beside(WINDOWS), strict=True), zip(*blocks.beside(WINDOWS), strict=True), strict=True):
+    for one, other in zip(zip(*whole.beside(WINDOWS), strict=True), zip(*windows.beside(WINDOWS), strict=True), strict=True):
         torch.testing.assert_close(torch.cat(one), torch.cat(other), rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_block_by_block_is_the_same_bits(
+    tiny_llama: Path, start: Artifact, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windows = paired(tiny_llama, start, 2, half)
+    monkeypatch.setattr(distil, "SMALL", 0)
+    blocks = paired(tiny_llama, start, 2, half)
+    assert windows.passes is None and blocks.passes is not None
+    (loss, expected), (found_loss, found) = gradients(windows), gradients(blocks)
+    assert loss == found_loss and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+    for one, other in zip(windows.beside(WINDOWS), blocks.beside(WINDOWS), strict=True):
+        assert all(map(torch.equal, one, other))
+
+
+@pytest.mark.usefixtures("blockwise")
 def test_what_is_computed_once_more_is_computed_in_half_floats_too(tiny_llama: Path, start: Artifact) -> None:
-    _, blocks = pairs(tiny_llama, start, 4, True)
+    blocks = paired(tiny_llama, start, 4, True)
     seen: list[tuple[bool, torch.dtype]] = []
     layer = blocks.student.get_submodule("model.layers.1.mlp.down_proj")
     with layer.register_forward_hook(lambda _, __, y: seen.append((torch.is_grad_enabled(), y.dtype))):
         found = gradients(blocks)[1]
     assert sorted(seen, key=str) == [(False, torch.bfloat16)] * 4 + [(True, torch.bfloat16)] * 4
-    exact = gradients(pairs(tiny_llama, start, 4, False)[0])[1]
+    exact = gradients(whole_pair(tiny_llama, start, 4))[1]
     one, other = (torch.cat([by[name] for name in sorted(exact)]) for by in (exact, found))
     assert 0 < (one - other).norm() < 0.05 * one.norm()
 
 
+@pytest.mark.usefixtures("blockwise")
 def test_one_block_is_in_memory_at_a_time(tiny_llama: Path, start: Artifact) -> None:
-    _, blocks = pairs(tiny_llama, start, 4, False)
+    blocks = paired(tiny_llama, start, 4, False)
     seen: list[set[str]] = []
     assert blocks.passes is not None
     for block in blocks.passes[1].blocks:
@@ -121,9 +152,11 @@ def test_a_layer_computes_what_is_stored_and_its_gradients_are_those_of_its_weig
         torch.testing.assert_close(value.grad * value, expected_, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("small", [0, distil.SMALL])
 def test_cores_change_no_byte_and_a_killed_run_goes_on(
-    start: Artifact, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Artifact, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small: int
 ) -> None:
+    monkeypatch.setattr(distil, "SMALL", small)
     model, step = af.open_model(tiny_llama), module._Run._one_step
     settings = dataclasses.replace(QUICK, dtype="bfloat16")
 
@@ -146,4 +179,4 @@ def test_cores_change_no_byte_and_a_killed_run_goes_on(
         with pytest.raises(KeyboardInterrupt):
             trained("parts", 4)
     assert trained("parts", 4) == whole
-    assert "model" not in vars(model)  # nothing was built
+    assert ("model" in vars(model)) == bool(small)  # block by block nothing is built
