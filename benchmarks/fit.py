@@ -114,7 +114,8 @@ def measure(model: Any, statistics: Any, wanted: Row, options: argparse.Namespac
         made |= {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
         if options.recover:
             looks = bench.read(place / "history.json")["history"]
-            made["history"] = [{key: look[key] for key in ("step", "tokens", "kl", "stderr", "seconds")} for look in looks]
+            shown = ("step", "tokens", "kl", "stderr", "seconds", "cpu_seconds")
+            made["history"] = [{key: look[key] for key in shown} for look in looks]
         return made | bench.to_json(found.measured)
     finally:
         if not place.with_name(place.name + ".partial").exists():  # a training that was interrupted continues from there
@@ -304,7 +305,7 @@ def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
     cells, lines = [], []
     for row in trained:
         last, asked = row["history"][-1], row["recipe"]["bits"]
-        seen = [f"{asked:g}", f"{row['bits']:.3f}", f"{last['tokens']:,}", f"{last['seconds'] / 60:.0f}"]
+        seen = [f"{asked:g}", f"{row['bits']:.3f}", f"{last['tokens']:,}", f"{last['cpu_seconds'] / 60:.0f}"]
         cells.append([*seen, before.get(asked, "-"), *_kept(row)])
         mine = Other("fit", "trained", row["bits"], None, row)
         beaten = sorted((o for o in tools if o.bits > mine.bits and o.kl > mine.kl), key=lambda o: -o.bits)
@@ -312,7 +313,7 @@ def _recovered(rows: list[Row], trained: list[Row], found: list[Other]) -> str:
         below = "; ".join(map(str, beaten)) or "no tool of more bits"
         text = f"{mine.bits:.2f} bits, trained, KL {mine.kl:.3g}: below {below}."
         lines.append(f"{text} The tool of fewest bits that is better: {ahead or 'none'}.")
-    head = "asked for | bits | tokens seen | minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept"
+    head = "asked for | bits | tokens seen | CPU minutes | KL untrained | KL trained | perplexity | top-1 | accuracy kept"
     return f"""
         Trained on selftext, by distillation from the original, are the norms, and a gain per row (a half float, within the
         same bits); the codes stay.

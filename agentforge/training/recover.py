@@ -42,6 +42,7 @@ from .distil import Pair
 from .mugrokfast import MuGrokfast, parameter_groups
 from .student import STILL, PlaneLinear, Student, layers_of, put_codes
 
+CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
 
 
@@ -324,7 +325,8 @@ class _Run:
         """Train to the end; leaves the best state in the student."""
         settings = self.settings
         title = f"recovery: {self.model.name}" if self.progress else None
-        began = time.perf_counter() - (self.history[-1]["seconds"] if self.history else 0.0)
+        before = self.history[-1] if self.history else dict.fromkeys(CLOCKS, 0.0)
+        began = {name: clock() - before[name] for name, clock in CLOCKS.items()}
         losses: list[float] = []
         with progress_bar(title, settings.steps, "step", self.step) as bar:
             if not self.history:
@@ -375,7 +377,7 @@ class _Run:
         found = intervals.mean(values.reshape(len(self.heldout), -1).mean(1))
         return Look(found["value"], found["stderr"], float(torch.cat(same).mean()), values.numel())
 
-    def _note(self, losses: list[float], began: float) -> None:
+    def _note(self, losses: list[float], began: dict[str, float]) -> None:
         """Look, add a row to the history, and write a checkpoint; the best state goes to a file of its own."""
         set_blend(self.student, 1.0)
         look = self.look()
@@ -389,7 +391,7 @@ class _Run:
                 "loss": sum(losses) / len(losses) if losses else None,
                 "losses": list(losses),
                 **look._asdict(),
-                "seconds": time.perf_counter() - began,
+                **{name: clock() - began[name] for name, clock in CLOCKS.items()},
             }
         )
         if self.step:
