@@ -46,6 +46,7 @@ from .models import SAMPLED_TOKENS, LanguageModel, Weight, cache_dir, check_work
 from .opening import load, open_model
 from .pipeline import compress
 from .progress import progress_bar
+from .sequential import encode_in_order
 from .stages.base import InputStatistics
 from .stages.base import damage as damage
 from .statistics import FOR_FIT, Calibration, Collected, collect
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
 
 # Steps from 0.027 to 0.85 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
 LADDER = tuple(stages.get("tcq", step=round(0.3 * 2 ** (k / 2), 6)) for k in range(-7, 4))
+SEQUENTIAL = "sequential"  # how `ready` was encoded, in a recipe
 KEEP = "keep"  # in place of a stage: as it is
 FINER = 4  # parts into which a step of the ladder is cut: half an octave is one, which costs 2% of the KL
 PASSES = 6  # artifacts that are made at most on the way to a limit
@@ -276,6 +278,7 @@ def fit(
     calibration: Calibration | None = None,
     statistics: Collected | None = None,
     recovery: Settings | None = None,
+    sequential: bool = False,
     text: str | Text | None = None,
     tokens: int = SAMPLED_TOKENS,
     workers: int | None = None,
@@ -292,14 +295,17 @@ def fit(
     statistics: what `statistics.collect` gave for this model and calibration, sensitivities included, if already available;
     those of `ends` are needed for embedding and head.  recovery: how to train gains and norms of linear layers afterwards,
     with a ladder of tcq, by distillation on selftext, within the same budget of bits, embedding and head as they are;
-    without it nothing is trained.  text, tokens: what the divergence is measured on; max_kl is checked against it.  device:
-    for statistics, training, measuring, and the search of stages that can use it; sums are rounded differently on a GPU, so
-    the recipe names it.  executor: works in place of threads, as for `compress`; the result is the same.
+    without it nothing is trained.  sequential: encode linear layers in the model's order, each to make up for what was lost
+    before it (`sequential`), which takes about as long again.  text, tokens: what the divergence is measured on; max_kl is
+    checked against it.  device: for statistics, training, measuring, and the search of stages that can use it; sums are
+    rounded differently on a GPU, so the recipe names it.  executor: works in place of threads, as for `compress`; the result
+    is the same.
 
     Raises BadInput if the budget cannot be met, and as `compress` does.
     """
     budget.check()
-    device_named(device)
+    if device_named(device).type != "cpu" and sequential:
+        raise BadInput(f"device {device}: encoding in the model's order runs on the CPU; expected one of the two")
     model = open_model(model) if isinstance(model, str | Path) else model
     model.check()
     if model.is_classifier:
@@ -329,6 +335,7 @@ def fit(
     journal = _journal(model, calibration, ladder).with_suffix(".counted.jsonl")
     counted = _read_lines(journal)
     search = Search(model, options, rest, found_text, tokens, device, progress, settings, journal, counted, Spill(), {})
+    search = search._replace(sequential=sequential)
     if budget.bytes is not None:
         return search.finished(*search.within_bytes(budget.bytes, out, overwrite))
     if budget.bits is None:
@@ -342,7 +349,8 @@ def fit(
 class Search(NamedTuple):
     """What the artifacts of one fit are made of and measured on.  rest: a stage for each weight beside `options`.  settings:
     the same for every `compress`.  encoded: by weight and stage, what has been encoded already and waits on the disk.
-    counted: bytes by weight and place in `options`, as the journal has them.  alike: as for `allocate`."""
+    counted: bytes by weight and place in `options`, as the journal has them.  alike: as for `allocate`.  sequential: as for
+    `fit`."""
 
     model: LanguageModel
     options: Mapping[str, list[Candidate]]
@@ -357,6 +365,7 @@ class Search(NamedTuple):
     spill: Spill
     encoded: dict[tuple[str, stages.Stage], Callable[[], Encoded]]
     alike: Mapping[str, str] | None = None
+    sequential: bool = False
 
     @property
     def weights(self) -> list[Weight]:
@@ -376,11 +385,35 @@ class Search(NamedTuple):
     def make(self, plane_bytes: int, folder: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most so many bytes of planes, and its predicted damage."""
         chosen = self.chosen(plane_bytes)
-        plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
         ready = {name: self.encoded[name, one.stage] for name, one in chosen.items() if (name, one.stage) in self.encoded}
-        about = self.settings | {"embeddings": self.ends or bool(self.rest), "overwrite": overwrite, "ready": ready}
-        artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, **about)
+        about = self.settings | {"embeddings": self.ends or bool(self.rest), "overwrite": overwrite}
+        if self.sequential:
+            about["ready_by"], aim = SEQUENTIAL, plane_bytes
+            while (size := self._in_order(chosen, ready)) > plane_bytes:  # by less than a thousandth
+                aim -= 2 * (size - plane_bytes)
+                chosen = self.chosen(aim)
+        plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
+        artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, ready=ready, **about)
         return artifact, sum(one.damage for one in chosen.values())
+
+    def _in_order(self, chosen: Mapping[str, Candidate], ready: dict[str, Callable[[], Encoded]]) -> int:
+        """Encode the linear layers one after the other, into `ready`.  Gives the bytes of all that was chosen."""
+        inner = {weight.name for weight in self.model.weights()}
+        plan = {name: one.stage for name, one in chosen.items() if name in inner}
+        sizes = {name: one.bytes for name, one in chosen.items()}
+        known, calibration = self.settings["statistics"], self.settings["calibration"]
+
+        def keep(name: str, found: Encoded) -> None:
+            sizes[name], ready[name] = sum(plane.nbytes for plane in found.planes), self._put(found)
+
+        def decoded(weight: Weight) -> torch.Tensor:
+            stage = chosen[weight.name].stage if weight.name in chosen else self.rest[weight.name]
+            return stage.decode(stage.encode(weight.load().to(torch.float32), known.get(weight.name), name=weight.name))
+
+        ends = [weight for weight in self.model.weights(embeddings=True) if weight.name not in inner]
+        others = {w.name: partial(decoded, w) for w in ends if w.name in chosen or w.name in self.rest}
+        encode_in_order(self.model, plan, others, known, calibration, keep, self.progress)
+        return sum(sizes.values())
 
     def chosen(self, plane_bytes: int) -> dict[str, Candidate]:
         """The allocation for so many bytes, counted ones: what was estimated is encoded, until nothing else is chosen."""

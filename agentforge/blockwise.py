@@ -52,10 +52,12 @@ class Passes:
 
     module: to hang hooks on.  Its matrices are there while their unit's turn lasts, unless the model was built before.
     blocks: of the decoder.  change: puts other modules into a copy of its own, and says how to read the parameters of these
-    that are not there yet, by their names.
+    that are not there yet, by their names.  by_layer: layers with such parameters take turns of their own, not their blocks.
     """
 
-    def __init__(self, model: LanguageModel, change: Callable[[nn.Module], Readers] | None = None) -> None:
+    def __init__(
+        self, model: LanguageModel, change: Callable[[nn.Module], Readers] | None = None, by_layer: bool = False
+    ) -> None:
         self.module, hollow = model.hollow()
         self._read: dict[str, Callable[[], torch.Tensor]] = {name: partial(model.tensor, name) for name in hollow}
         self._mine, self._turns = threading.local(), 0
@@ -65,9 +67,10 @@ class Passes:
         lists = [inner for inner in self.module.modules() if isinstance(inner, nn.ModuleList)]
         nested = {inner for outer in lists for inner in list(outer.modules())[1:]}
         self.blocks = [block for outer in lists if outer not in nested for block in outer]
-        inside = {inner: block for block in self.blocks for inner in block.modules()}
+        turns = [] if by_layer else self.blocks
+        inside = {inner: block for block in turns for inner in block.modules()}
         # What takes its turn, and the names of its matrices: blocks, and layers outside them.
-        self._units: dict[nn.Module, list[str]] = {block: [] for block in self.blocks}
+        self._units: dict[nn.Module, list[str]] = {block: [] for block in turns}
         there = dict(self.module.named_parameters(remove_duplicate=False))
         names = {there[name]: name for name in self._read if name in there}  # a tied one has two owners
         for owner in self.module.modules():

@@ -259,6 +259,9 @@ def fit(
     text: TextName = None,
     tokens: Annotated[int, Option(min=2, help="How many tokens of the text to score, spread evenly.")] = 6132,
     recover: Annotated[int | None, Option(min=1, help="Train gains and norms: steps of 4,096 tokens, same bits.")] = None,
+    sequential: Annotated[
+        bool, Option("--sequential", help="Layer by layer, to make up for what earlier layers lost; twice the time.")
+    ] = False,
     program: Annotated[
         str | None,
         Option(
@@ -292,9 +295,10 @@ def fit(
     call: Callable[..., Any]
     if program is None:
         options |= {"recovery": Settings.of_codes(recover, device) if recover else None, "embeddings": embeddings}
+        options["sequential"] = sequential
         call = partial(run, opened, out_dir, Budget(most, bits, max_kl), overwrite=overwrite, **options)
-    elif most is None or any(one is not None for one in (bits, max_kl, embeddings, recover)):
-        rest = "and no other limit, stage or training"
+    elif most is None or sequential or any(one is not None for one in (bits, max_kl, embeddings, recover)):
+        rest = "and no other limit, stage, order or training"
         raise BadInput(f"--for {program} takes --bytes (or --target) of the whole file, {rest}")
     else:
         call = partial(fit_for, opened, program, out_dir, most, overwrite=overwrite, **options)

@@ -43,6 +43,7 @@ def compress(
     executor: Executor | None = None,
     fallback: bool = False,
     ready: Mapping[str, Callable[[], Encoded]] | None = None,
+    ready_by: str | None = None,
 ) -> Artifact:
     """Encode the model's weights with `stage` and write the artifact `out`.
 
@@ -58,7 +59,8 @@ def compress(
     fallback: a weight that the stage cannot encode (it holds NaN, say) is encoded with rounding:bits=8, or kept as it is
     if that cannot either; its row says why, and `Artifact.fallbacks` lists it.  Otherwise such a weight ends the run.
     calibration: text for stages that need statistics.  statistics: what `statistics.collect` gave for this model and
-    calibration, if already available.  ready: weights that are encoded already, with the same stage, seed and statistics.
+    calibration, if already available.  ready: weights that are encoded already, with the same stage, seed and statistics;
+    ready_by: what encoded them, if it was anything else, for the recipe.
 
     Run again after a kill, the same call continues from the tensors that are finished and gives the same bytes; for an
     artifact that is complete it only returns it.  Raises BadInput if model, stage or `out` cannot be used, and
@@ -85,6 +87,8 @@ def compress(
         for one in plan.values():
             calibration = calibration.for_stage(one)
         recipe["calibration"] = calibration.to_json()
+    if ready_by:
+        recipe["ready_by"] = ready_by
     with Writer(out, recipe, overwrite) as writer:
         replaced = Artifact(out).fallbacks if writer.finished else writer.fallbacks()
         if replaced and not fallback:

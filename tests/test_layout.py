@@ -17,7 +17,7 @@ LAYERS = (
     ("runtime",),
     ("opening",),
     ("blockwise", "evaluation", "statistics"),
-    ("execution", "pipeline", "tracking", "modelcard", "huggingface", "exports"),
+    ("execution", "pipeline", "sequential", "tracking", "modelcard", "huggingface", "exports"),
     ("chain",),
     ("training", "handoff", "registry", "allocation", "fit_for"),
     ("cli", "audit", "dashboard", "lm_eval", "__main__", ""),
