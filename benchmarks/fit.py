@@ -4,10 +4,11 @@
     python benchmarks/fit.py --bits 2.0 1.6 --recover 300 [--batch 8]
     python benchmarks/fit.py --bits 3.06 2.6 2.0 1.6 --calibration 8192
     python benchmarks/fit.py --whole 80 --whole 60 --whole 50
+    python benchmarks/fit.py --bits 3.06 2.6 2.0 1.6 --sequential
 
 Fits the model to each budget of bits per weight of its linear layers, and measures what is loaded back from disk; --whole:
 to megabytes of all weight files, with settings for embedding and head, too; --calibration: with statistics of so many tokens
-(other tools read 8,192); --recover
+(other tools read 8,192); --sequential: layer by layer; --recover
 trains the codes for that many steps, and a training that was interrupted goes on with the same command.  Rows of others are
 those of --peers (made by `benchmarks/peers.py`) and of --stages (`benchmarks/stages.py`).  One table has one protocol: a row
 of other tokens or windows than the budgets' is left out, and counted.
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import operator
 import shutil
 import tempfile
 import time
@@ -80,6 +80,7 @@ def recipe(model: Any, limit: Row, options: argparse.Namespace) -> Row:
     about["text"] = [found.name, found.split, found.sha256]
     about |= {"tokens": options.tokens, "context": model.sampled_context}
     about |= {"calibration": _calibration(options).to_json(), "heads": True, "finer": FINER}
+    about |= {"sequential": True} if options.sequential else {}
     return about | ({"recovery": asdict(_recovery(options))} if options.recover else {})
 
 
@@ -99,7 +100,7 @@ def measure(model: Any, statistics: Any, wanted: Row, options: argparse.Namespac
     try:
         how = {"ladder": LADDER, "statistics": statistics, "text": options.text, "tokens": options.tokens}
         how["recovery"] = _recovery(options) if options.recover else None
-        how["embeddings"] = None if "bytes" in limit else "keep"
+        how |= {"embeddings": None if "bytes" in limit else "keep", "sequential": options.sequential}
         found = fit(model, place, Budget(**limit), overwrite=True, **how)
         artifact = found.artifact
         encoded = [(row, math.prod(row["shape"])) for row in artifact.rows if row["stage"]]
@@ -198,8 +199,15 @@ def _smallest(whole: Sequence[Row]) -> str:
     return f"{text}with its whole 95% interval: {ratio:.1f}x against 32 bits for every parameter."
 
 
-def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence[Row] = (), less: Sequence[Row] = ()) -> str:
-    """The tables and what they say.  less: rows with less calibration text."""
+def report(
+    rows: list[Row],
+    found: list[Other],
+    said: list[str],
+    whole: Sequence[Row] = (),
+    less: Sequence[Row] = (),
+    ordered: Sequence[Row] = (),
+) -> str:
+    """The tables and what they say.  less: rows with less calibration text.  ordered: of `fit --sequential`."""
     files = map(_whole, sorted(whole, key=lambda row: -row["weight_bytes"]))
     trained = sorted((row for row in rows if "recovery" in row["recipe"]), key=lambda row: -row["bits"])
     rows = sorted((row for row in rows if "recovery" not in row["recipe"]), key=lambda row: -row["bits"])
@@ -245,6 +253,10 @@ def report(rows: list[Row], found: list[Other], said: list[str], whole: Sequence
 
         {bench.table(f"MB | bits per weight | of the embedding | {KEPT}", files, "r")}
 
+        ## Layer by layer
+
+        {_in_order([*rows, *trained, *whole], ordered)}
+
         ## With recovery
 
         {_recovered(rows, trained, found)}
@@ -280,6 +292,27 @@ def _by_text(rows: Sequence[Row], less: Sequence[Row]) -> list[list[str]]:
     found = [(one, row) for row in many for one in few if one["recipe"]["bits"] == row["recipe"]["bits"]]
     shown = [[bench.with_interval(each[name]) for name in ("kl", "perplexity") for each in pair] for pair in found]
     return [[f"{pair[1]['recipe']['bits']:g}", *cells] for pair, cells in zip(found, shown, strict=True)]
+
+
+def _in_order(rows: Sequence[Row], ordered: Sequence[Row]) -> str:
+    """What it is worth to encode layers in the model's order, in as many bits or bytes."""
+    if not ordered:
+        return "None was measured yet: `python benchmarks/fit.py --bits 2.0 --sequential` takes them."
+    cells = []
+    for row in sorted(ordered, key=lambda row: (-row["weight_bytes"], "recovery" in row["recipe"])):
+        made = row["recipe"]
+        same = ("bits", "bytes", "recovery")
+        beside = [other for other in rows if all(other["recipe"].get(name) == made.get(name) for name in same)]
+        asked = f"{made['bits']:g} bits" if "bits" in made else f"{made['bytes'] / 1e6:g} MB"
+        trained = f"{row['history'][-1]['tokens']:,}" if "recovery" in made else "-"
+        cells.append([asked, trained, bench.with_interval(beside[0]["kl"]) if beside else "-", *_kept(row)])
+    head = f"budget | trained on | KL, all at once | {KEPT.replace('KL (nats', 'KL, in order (nats')}"
+    return f"""
+        `fit --sequential` encodes each layer for the inputs that it will have, and has it make up for what the residual
+        stream has lost before it.
+
+        {bench.table(head, cells, "r")}
+    """
 
 
 def _earlier(rows: list[Row]) -> str:
@@ -369,7 +402,7 @@ def _apart(better: Other, worse: Other) -> bool:
     return bench.measurement(better.row["kl"]).bounds[1] < bench.measurement(worse.row["kl"]).bounds[0]
 
 
-def picture(rows: list[Row], found: list[Other]) -> bytes:
+def picture(rows: list[Row], found: list[Other], in_order: Sequence[Row] = ()) -> bytes:
     """KL against bits per weight, on two logarithmic axes; what is off them stands at their edge."""
     figure = Figure(figsize=(5.6, 7.6), layout="constrained", facecolor="white")  # so that letters are large on a phone
     axes, (least, most) = figure.add_subplot(), (1e-4, 60.0)
@@ -391,9 +424,12 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
     ordered = sorted(rows, key=lambda row: row["bits"])
     plain = [row for row in ordered if "recovery" not in row["recipe"]]
     trained = [row for row in ordered if "recovery" in row["recipe"]]
+    in_order = sorted((row for row in in_order if "bits" in row["recipe"]), key=lambda row: row["bits"])
     for some, style, label in (
         (plain, "r*-", "agentforge fit, 95%"),
         (trained, "mD-", "the same, trained"),
+        ([row for row in in_order if "recovery" not in row["recipe"]], "b*-", "fit --sequential"),
+        ([row for row in in_order if "recovery" in row["recipe"]], "bD-", "the same, trained"),
     ):
         if some:
             x, kl = [row["bits"] for row in some], [row["kl"] for row in some]
@@ -414,10 +450,11 @@ def picture(rows: list[Row], found: list[Other]) -> bytes:
 
 def main(arguments: list[str] | None = None) -> None:
     own = {"text": None, "tokens": SAMPLED_TOKENS, "bits": BITS, "work": Path(tempfile.gettempdir()) / "agentforge-fit"}
-    own |= {"recover": 0, "batch": 8, "whole": [], "calibration": FOR_FIT.tokens}
+    own |= {"recover": 0, "batch": 8, "whole": [], "calibration": FOR_FIT.tokens, "sequential": False}
     own |= {"stages": Path("reports/stages/stages.json"), "peers": Path("reports/fit/peers.json")}
     options = bench.options(arguments, __doc__, "reports/fit", model=bench.MODEL, **own)
     file = "whole.json" if options.whole else "fit.json" if options.calibration == FOR_FIT.tokens else "less_text.json"
+    file = "sequential.json" if options.sequential else file
     if not options.report:
         model = open_model(options.model)
         options.work.mkdir(parents=True, exist_ok=True)
@@ -432,12 +469,17 @@ def main(arguments: list[str] | None = None) -> None:
         def keep(rows: list[Row]) -> None:
             bench.save(options.out, {file: rows})
 
-        key = operator.itemgetter("bytes") if options.whole else lambda recipe: (recipe["bits"], recipe.get("recovery"))
+        def key(recipe: Row) -> tuple[Any, ...]:
+            return tuple(recipe.get(name) for name in ("bytes", "bits", "recovery"))
+
         bench.run(bench.read(options.out / file), wanted, take, keep, key)
-    rows, whole, less = (bench.read(options.out / f"{name}.json") for name in ("fit", "whole", "less_text"))
+    names = ("fit", "whole", "less_text", "sequential")
+    rows, whole, less, ordered = (bench.read(options.out / f"{name}.json") for name in names)
     rows = [row for row in rows if protocol(row) == protocol(rows[-1])]
     found, said = others(options.stages, options.peers, protocol(rows[0]))
-    bench.save(options.out, {"fit.md": report(rows, found, said, whole, less), "fit.png": picture(rows, found)})
+    bench.save(
+        options.out, {"fit.md": report(rows, found, said, whole, less, ordered), "fit.png": picture(rows, found, ordered)}
+    )
 
 
 if __name__ == "__main__":
