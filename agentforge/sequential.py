@@ -34,7 +34,7 @@ from .stages import Stage
 from .stages.base import InputStatistics
 from .statistics import Calibration, _windows
 
-RIDGE = 0.1  # of the mean of E[x'^2]: what the text that it is fitted to says of rare directions is not to be trusted
+RIDGE = 1.0  # of the mean of E[x'^2]: what the text says of rare directions does not carry over to others
 CLOSE = 1e-3  # relative error with which a residual stream is taken to be a sum of outputs
 
 

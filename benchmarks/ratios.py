@@ -1,9 +1,10 @@
 """How small the encoded tensors can get while 84% of the accuracy holds, and what is best at each ratio from 2 to 280.
 
-    python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--fit FILE] [--peers FILE] [--out reports/ratios]
+    python benchmarks/ratios.py [--stages FILE] [--chains FILE] [--fit FILE] [--sequential FILE] [--peers FILE]
+                                [--out reports/ratios]
 
 For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command resumes.
-For the language model nothing is measured here: its candidates are the budgets of --fit, and those rows of --stages and
+For the language model nothing is measured here: its candidates are the budgets of --fit and --sequential, and those rows of --stages and
 attempts of --chains that were measured on the same tokens in the same windows.
 
 Bits are of the encoded tensors on disk, per weight; coded: through `agentforge.entropy`, each plane decoded again and
@@ -28,6 +29,7 @@ from agentforge.models import LanguageModel
 
 CLASSIFIER, LANGUAGE = "digits-mlp", "smollm2-135m"
 PROMISE = 0.84
+HOW = {"sequential": "layer by layer", "recovery": "trained"}  # what a recipe says beside its budget
 RATIOS = (2, 4, 8, 16, 32, 64, 128, 280)
 GRID = [
     *(f"rounding:bits={bits},group={group},clip=mse" for bits in (2, 3, 4, 8) for group in (0, 32)),
@@ -108,7 +110,9 @@ def points_of_fit(rows: list[Row]) -> list[Row]:
     found = []
     for row in rows:
         about = (row["bits"], row["weight_bytes"], row["relative_error"], row["retention"])
-        found.append(_point(f"fit to {row['recipe']['bits']:g} bits", *about))
+        made = row["recipe"]
+        how = [f"{made['bits']:g} bits", *(word for key, word in HOW.items() if key in made)]
+        found.append(_point(f"fit to {', '.join(how)}", *about))
     return found
 
 
@@ -296,7 +300,7 @@ def _stage(point: Row) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    files = ("stages/stages", "chains/chains", "fit/fit", "fit/peers")
+    files = ("stages/stages", "chains/chains", "fit/fit", "fit/sequential", "fit/peers")
     own = {Path(name).name: Path(f"reports/{name}.json") for name in files}
     options = bench.options(arguments, __doc__, "reports/ratios", **own)
     order, before = [str(stages.parse(text)) for text in GRID], dict(bench.read(options.out / "ratios.json"))
@@ -313,8 +317,9 @@ def main(arguments: list[str] | None = None) -> None:
                 rows.append(measure(model, stages.parse(text)))
                 bench.save(options.out, {"ratios.json": {"grid": rows}})
     rows.sort(key=lambda row: order.index(row["stage"]))
-    table, runs, budgets, peers = (bench.read(getattr(options, name)) for name in own)
-    points = points_of_fit(budgets) + points_of_stages(table) + points_of_chains(runs, LANGUAGE)
+    table, runs, budgets, in_order, peers = (bench.read(getattr(options, name)) for name in own)
+    fitted = [*budgets, *(row for row in in_order if "bits" in row["recipe"])]
+    points = points_of_fit(fitted) + points_of_stages(table) + points_of_chains(runs, LANGUAGE)
     language, left_out = of_one_protocol(points)
     models = {CLASSIFIER: points_of_grid(rows)}  # not the chains' attempts: they were not looked at on training pictures
     models |= {LANGUAGE: language} if language else {}
