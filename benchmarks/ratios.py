@@ -4,8 +4,8 @@
                                 [--out reports/ratios]
 
 For digits-mlp every setting of GRID is encoded, written, loaded from disk and measured; killed, the same command resumes.
-For the language model nothing is measured here: its candidates are the budgets of --fit and --sequential, and those rows of --stages and
-attempts of --chains that were measured on the same tokens in the same windows.
+For the language model nothing is measured here: its candidates are the budgets of --fit and --sequential, and those rows of
+--stages and attempts of --chains that were measured on the same tokens in the same windows.
 
 Bits are of the encoded tensors on disk, per weight; coded: through `agentforge.entropy`, each plane decoded again and
 compared.  A setting is best at a ratio if none of that ratio or more keeps more.  Chance keeps what an answer does that
