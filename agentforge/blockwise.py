@@ -60,23 +60,24 @@ class Passes:
     ) -> None:
         self.module, hollow = model.hollow()
         self._read: dict[str, Callable[[], torch.Tensor]] = {name: partial(model.tensor, name) for name in hollow}
-        self._mine, self._turns = threading.local(), 0
+        self._mine, self._turns, changed = threading.local(), 0, dict[str, Any]()
         if change is not None:
             self.module = self.module if hollow else copy.deepcopy(self.module).requires_grad_(False)
-            self._read |= change(self.module)
+            self._read |= (changed := dict(change(self.module)))
         lists = [inner for inner in self.module.modules() if isinstance(inner, nn.ModuleList)]
         nested = {inner for outer in lists for inner in list(outer.modules())[1:]}
         self.blocks = [block for outer in lists if outer not in nested for block in outer]
-        turns = [] if by_layer else self.blocks
-        inside = {inner: block for block in turns for inner in block.modules()}
+        inside = {inner: block for block in self.blocks for inner in block.modules()}
         # What takes its turn, and the names of its matrices: blocks, and layers outside them.
-        self._units: dict[nn.Module, list[str]] = {block: [] for block in turns}
+        self._units: dict[nn.Module, list[str]] = {block: [] for block in self.blocks if not by_layer}
         there = dict(self.module.named_parameters(remove_duplicate=False))
         names = {there[name]: name for name in self._read if name in there}  # a tied one has two owners
         for owner in self.module.modules():
             own = [names[tensor] for tensor in owner.parameters(recurse=False) if tensor in names]
-            if own and (owner in inside or not [*owner.children()]):
-                self._units.setdefault(inside.get(owner, owner), []).extend(own)
+            unit = owner if by_layer else inside.get(owner, owner)
+            within = bool(changed.keys() & own) if by_layer else True  # a block
+            if own and (within if owner in inside else not [*owner.children()]):
+                self._units.setdefault(unit, []).extend(own)
             else:  # of a module that is open while others are
                 self._fill(own)
 

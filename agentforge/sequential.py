@@ -1,13 +1,13 @@
-"""Block by block: what earlier layers lost is made up for by later ones.
+"""Layer by layer: what earlier layers lost is made up for by later ones.
 
 A layer of a compressed model sees x' in place of x, because everything before it errs.  Encoded with H = E[x' x'^T], its
-own errors weigh as they will, and the weight that it is to come closest to is not W but, with R what the residual stream
-has lost so far, if the layer's output is added to it,
+own errors weigh as they will, and the weight that it is to come closest to is not W but
 
-    W + (W E[(x - x') x'^T] + E[R x'^T]) (E[x' x'^T] + ridge)^-1,
+    W + (W E[(x - x') x'^T] + E[R x'^T] / c) (E[x' x'^T] + ridge)^-1,
 
-the least-squares fit of W x + R to x' (Qronos, arXiv 2505.11695; WaterSIC, arXiv 2603.04956).  So both models run side by
-side, as the two halves of one batch, and when all windows have arrived at a layer, it is encoded.
+the least-squares fit of W x + R / c to x' (Qronos, arXiv 2505.11695; WaterSIC, arXiv 2603.04956).  R is what the residual
+stream has lost so far, if the layer's output is added to it, and c what that is multiplied by, 1 in most models.  So both
+models run side by side, as the two halves of one batch, and when all windows have arrived at a layer, it is encoded.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class Both(nn.Module):
         ours, theirs = x.chunk(2)
         return torch.cat([self.model(ours), self.small(theirs)])
 
+    def __getattr__(self, name: str) -> Any:
+        """What the model reads of a layer beside calling it, such as the dtype of its weight."""
+        return getattr(super().__getattr__("model"), name) if name not in ("model", "small") else super().__getattr__(name)
+
 
 def encode_in_order(
     model: LanguageModel,
@@ -76,7 +80,8 @@ def encode_in_order(
     sums: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}  # of the open block: tokens, x'^T x', x^T x'
     lost: dict[str, torch.Tensor] = {}  # R^T x'
     running: dict[str, Future[tuple[Encoded, torch.Tensor]]] = {}
-    keys = {name: getattr(statistics, "keys_of", {}).get(name, name) for name in plan}
+    same = {name: getattr(statistics, "keys_of", {}).get(name, name) for name in plan}
+    keys = {name: key if key in plan else name for name, key in same.items()}  # which of them sees a tensor first
     mine = local()
 
     def small(name: str) -> torch.Tensor:
@@ -103,23 +108,22 @@ def encode_in_order(
         mine.stream = args[0] if args else kwargs["hidden_states"]
 
     def see(name: str, x: torch.Tensor) -> None:
-        if x.shape[0] != 2:
-            raise BadInput(f"{model.name}: {name} does not get one row per text; leave out --sequential")
-        ours, theirs = x.detach().to(torch.float32).flatten(1, -2)
+        if x.shape[:-1].numel() != 2 * mine.tokens:
+            raise BadInput(f"{model.name}: {name} does not see every token once; leave out --sequential")
+        ours, theirs = x.detach().to(torch.float32).reshape(2, mine.tokens, -1)
         if keys[name] == name:
             mine.sums[name] = len(ours), theirs.T @ theirs, ours.T @ theirs
         if name in adding:
-            both = mine.stream.flatten(1, -2)
-            mine.lost[name] = (both[0] - both[1]).T @ theirs
+            both = mine.stream.reshape(2, mine.tokens, -1)
+            mine.lost[name] = ((both[0] - both[1]) / adding[name]).T @ theirs
 
     def go_on(name: str, y: torch.Tensor) -> None:
         if name in adding:
-            mine.stream = mine.stream + y
+            mine.stream = mine.stream + adding[name] * y.reshape(mine.stream.shape)
 
     def run(module: nn.Module, window: torch.Tensor) -> None:
-        mine.sums, mine.lost = {}, {}
-        with torch.no_grad():
-            getattr(module, "base_model", module)(window.expand(2, -1), use_cache=False)
+        mine.sums, mine.lost, mine.tokens = {}, {}, window.numel()
+        _stream(module, window.expand(2, -1))
 
     def passed(_: nn.Module) -> None:
         for key, (n, own, cross) in mine.sums.items():
@@ -174,33 +178,43 @@ def _encode(
     return Encoded.of(stage, packed, relative_error(dense, decoded)), decoded
 
 
-def _adding(model: LanguageModel, names: list[str], window: torch.Tensor) -> set[str]:
-    """The layers whose outputs are what a block adds to the residual stream, found by running the model.
+def _adding(model: LanguageModel, names: list[str], window: torch.Tensor) -> dict[str, float]:
+    """The layers whose outputs are what a block adds to the residual stream, and what they are multiplied by there, found by
+    running the model.
 
     Raises BadInput if a block adds anything else.
     """
-    passes, found = Passes(model), set[str]()
+    passes, found = Passes(model), dict[str, float]()
     layers, inside = dict(passes.module.named_modules()), dict[str, torch.Tensor]()
 
     def compare(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before = args[0] if args else kwargs["hidden_states"]
-        added = ((output[0] if isinstance(output, tuple) else output) - before).flatten().double()
-        some = {name: y.flatten().double() for name, y in inside.items() if y.shape == before.shape}
+        before, after = (
+            args[0] if args else kwargs["hidden_states"],
+            output if isinstance(output, torch.Tensor) else output[0],
+        )
+        some = {name: y.flatten().double() for name, y in inside.items() if y.numel() == before.numel()}
         inside.clear()
-        if not some:
-            raise BadInput(f"{model.name}: no layer of a block adds to the residual stream; leave out --sequential")
+        added = (after - before).flatten().double() if isinstance(after, torch.Tensor) else None
+        if added is None or not some:
+            raise BadInput(f"{model.name}: no layer of a block adds to a residual stream; leave out --sequential")
         outputs = torch.stack([*some.values()], 1)
-        parts = torch.linalg.lstsq(outputs, added[:, None]).solution[:, 0].round()
-        if not ((parts == 0) | (parts == 1)).all() or (outputs @ parts - added).norm() > CLOSE * added.norm():
+        parts = torch.linalg.lstsq(outputs, added[:, None]).solution[:, 0]
+        if not (outputs @ parts - added).norm() < CLOSE * added.norm():
             raise BadInput(f"{model.name}: a block adds more than its layers give; leave out --sequential")
-        found.update(name for name, part in zip(some, parts, strict=True) if part)
+        found.update((name, float(part)) for name, part in zip(some, parts, strict=True) if abs(part) > CLOSE)
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for block in passes.blocks:
             stack.callback(block.register_forward_hook(compare, with_kwargs=True).remove)
         for name in names:
             layer = layers[name.rpartition(".")[0]]
             hook = layer.register_forward_hook(lambda _, __, y, name=name: inside.update({name: y.detach()}))
             stack.callback(hook.remove)
-        list(passes.map(lambda module, one: getattr(module, "base_model", module)(one, use_cache=False), [window]))
+        list(passes.map(_stream, [window]))
     return found
+
+
+def _stream(module: nn.Module, ids: torch.Tensor) -> None:
+    """Run all blocks, without gradients, and no output head."""
+    with torch.no_grad():
+        getattr(module, "base_model", module)(ids, use_cache=False)
