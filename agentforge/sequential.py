@@ -171,7 +171,7 @@ def _encode(
     missing = dense.double() @ (cross / n - hessian)
     if lost is not None:
         missing += lost / n
-    ridge = RIDGE * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=torch.float64)
+    ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-30) * torch.eye(len(hessian), dtype=torch.float64)
     target = dense + torch.linalg.solve(hessian + ridge, missing.T).T.to(torch.float32)
     packed = stage.encode(target, dataclasses.replace(known, hessian=own / n, n=n), name=weight.name)
     decoded = stage.decode(packed)
