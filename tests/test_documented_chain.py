@@ -350,16 +350,21 @@ def test_ratios_take_their_candidates_from_the_other_reports(
     whole = [{"what": "whole model", "denominator": what, "denominator_bytes": size} for what, size in sizes.items()]
     budget |= {"ratios": whole, "weight_bytes": 200}
     (tmp_path / "fit.json").write_text(json.dumps([budget]))
-    names = ("stages", "chains", "fit", "peers")
+    in_order = [
+        budget | {"recipe": {"sequential": True, "recovery": {}, **limit}} for limit in ({"bits": 2.0}, {"bytes": 99})
+    ]
+    (tmp_path / "sequential.json").write_text(json.dumps(in_order))
+    names = ("stages", "chains", "fit", "sequential", "peers")
     files = [part for name in names for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
     files += ["--out", str(tmp_path)]
     ratios.main(files)
     record = json.loads((tmp_path / "ratios.json").read_text())
     language = record["points"]["smollm2-135m"]
-    settings = ["fit to 3.06 bits", "vptq:bits=3", "vptq:bits=3, coded", "curves|other, step 3 of documented"]
+    ours = ["fit to 3.06 bits", "fit to 2 bits, layer by layer, trained"]
+    settings = [*ours, "vptq:bits=3", "vptq:bits=3, coded", "curves|other, step 3 of documented"]
     assert [p["setting"] for p in language] == settings
-    assert language[1]["retention"]["value"] == pytest.approx(0.8)
-    assert language[3]["bits"] == pytest.approx(32 / 288)
+    assert language[2]["retention"]["value"] == pytest.approx(0.8)
+    assert language[4]["bits"] == pytest.approx(32 / 288)
     assert record["about"]["smollm2-135m"] == {"parameters": 250, "file": 170, "chance": None}
     grid = {p["setting"]: p for p in record["points"]["digits-mlp"]}
     assert grid["rounding:bits=3,group=32,clip=mse"]["retention"]["value"] > 0.95
