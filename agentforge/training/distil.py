@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import math
-import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import cache, partial
 from threading import local
@@ -18,6 +15,7 @@ from torch import nn
 from ..artifact import Artifact
 from ..blockwise import Passes, Products, Spill
 from ..evaluation.likelihood import relative_entropy
+from ..execution import results
 from ..models import LanguageModel
 from .student import put_codes
 
@@ -39,9 +37,9 @@ class Pair:
 
     def __init__(self, model: LanguageModel, still: Artifact | None, device: torch.device, at_once: int, half: bool) -> None:
         self.device, self.at_once, self.half = device, at_once, half
-        self.by_window = still is not None
+        self.by_window = still is not None and device.type == "cpu" and not model.is_classifier
         self.passes: tuple[Passes, Passes] | None = None
-        if still and model.in_blocks and 2 * 4 * sum(math.prod(e.shape) for e in model.entries.values()) > SMALL:
+        if still and self.by_window and model.in_blocks and 2 * 4 * model.parameters > SMALL:
             self.passes = Passes(model), Passes(model, partial(_spilled, still))
             self.student: Any = self.passes[1].module
             return
@@ -52,6 +50,7 @@ class Pair:
         if still:
             for name, read in put_codes(still, self.student).items():
                 self.student.get_parameter(name).data = read().to(torch.bfloat16 if half else torch.float32)
+            self.student.to(device)
 
     def gradients(self, inputs: torch.Tensor) -> float:
         """The mean loss over the inputs, [windows, ...]; its gradients in whatever requires some are left in `.grad`."""
@@ -95,7 +94,9 @@ class Pair:
 
         for part in inputs.to(self.device).split(self.at_once):
             if self.passes is None:
-                yield from _each_on_one_thread(both, part.split(1)) if self.by_window else (both(part),)
+                yield from (
+                    _each_on_one_thread(partial(both, one) for one in part.split(1)) if self.by_window else (both(part),)
+                )
                 continue
             with Spill() as kept:  # the teacher's answers
 
@@ -117,12 +118,12 @@ class Pair:
             return module(input_ids=inputs, use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
 
 
-def _each_on_one_thread(work: Callable[[torch.Tensor], Any], windows: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """`work(window)` of each, in their order."""
+def _each_on_one_thread(tasks: Iterator[Callable[[], Any]]) -> Iterator[Any]:
+    """What the tasks give, in their order, as many at the same moment as there are cores."""
     with ExitStack() as stack:
         stack.callback(torch.set_num_threads, torch.get_num_threads())
         torch.set_num_threads(1)
-        yield from stack.enter_context(ThreadPoolExecutor(min(os.cpu_count() or 1, 4))).map(work, windows)
+        yield from results(tasks, None, None)
 
 
 def _spilled(still: Artifact, module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:

@@ -40,7 +40,7 @@ from ..version import __version__
 from .bitlinear import convert, set_blend
 from .distil import Pair
 from .mugrokfast import MuGrokfast, parameter_groups
-from .student import STILL, PlaneLinear, Student, layers_of, put_codes
+from .student import STILL, PlaneLinear, Student, layers_of
 
 CLOCKS = {"seconds": time.perf_counter, "cpu_seconds": time.process_time}
 HELDOUT = {"selftext": "heldout", "wikitext2": "test"}
@@ -252,16 +252,16 @@ class _Run:
         """Build teacher, student and optimizer; take up a checkpoint."""
         settings = self.settings
         half = {"auto": self.device.type == "cuda" and torch.cuda.is_bf16_supported(), "bfloat16": True}
-        still, at_once = self._still(start), settings.batch // settings.passes
+        still, at_once = None if self.stage else start, settings.batch // settings.passes
         self.pair = Pair(self.model, still, self.device, at_once, half.get(settings.dtype, False))
         self.student = self.pair.student
-        if still is None:
-            self._compress(start)
+        if self.stage is not None:
+            self._compress(self.stage, start)
         self.layers = {f"{name}.weight": layer for name, layer in layers_of(self.student, Student)}
         self.trained = self._trainable()
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
-        if settings.recompute and still is None and not self.model.is_classifier:
+        if settings.recompute and not self.pair.by_window and not self.model.is_classifier:
             # transformers renamed it in 5.2x; the older one stays for the GPU machine's version.
             name = "activation_checkpointing_enable"
             getattr(self.student, name, self.student.gradient_checkpointing_enable)()
@@ -272,29 +272,24 @@ class _Run:
         self._checkpoint, self._best = pieces / "checkpoint.safetensors", pieces / "best.safetensors"
         self._load()
 
-    def _compress(self, start: Artifact | None) -> None:
+    def _compress(self, stage: stages.Stage, start: Artifact | None) -> None:
         """Put students in the place of the layers: ternary ones, or of the planes of `start`; without one they are made in a
         folder that is removed again."""
-        stage, model = self.stage, self.model
-        if stage is not None and stage.trains == "weights":
+        if stage.trains == "weights":
             convert(self.student, self.names, self.settings.activations, stage=stage)
             return
-        if stage is not None and not stage.trains:
+        if not stage.trains:
             able = ", ".join(["ternary", *(name for name in stages.names() if stages.get(name).trains == "floats")])
             raise BadInput(f"recovery: {stage.name} has no float planes that can be trained; choose from {able}")
         folder = self.writer.out.with_name(self.writer.out.name + ".training-start")
-        artifact = start or compress(model, stage or "", folder, overwrite=True)
-        if stage is not None and artifact.manifest["recipe"]["stage"] != stage.to_json():
+        artifact = start or compress(self.model, stage, folder, overwrite=True)
+        if artifact.manifest["recipe"]["stage"] != stage.to_json():
             raise BadInput(f"{artifact.path}: was not made with {stage}; pass the stage it was made with")
-        if stage is None:
-            for name, read in put_codes(artifact, self.student).items():
-                self.student.get_parameter(name).data = read()
-        else:
-            rows, layers = {row["name"]: row for row in artifact.rows if row["stage"]}, dict(self.student.named_modules())
-            for name in self.names:
-                packed, owner = artifact.read(rows[name]), name.removesuffix(".weight")
-                assert isinstance(packed, Packed)
-                self.student.set_submodule(owner, PlaneLinear(layers[owner], stage, packed))
+        rows, layers = {row["name"]: row for row in artifact.rows if row["stage"]}, dict(self.student.named_modules())
+        for name in self.names:
+            packed, owner = artifact.read(rows[name]), name.removesuffix(".weight")
+            assert isinstance(packed, Packed)
+            self.student.set_submodule(owner, PlaneLinear(layers[owner], stage, packed))
         self.student.to(self.device)
         if start is None:
             remove(folder)
@@ -439,12 +434,6 @@ class _Run:
             if name in self.model.entries and name not in packed and (name.rpartition(".")[0] not in layers or p.dim() == 1)
         }
         return packed, kept
-
-    def _still(self, start: Artifact | None) -> Artifact | None:
-        """The artifact to start with, if its codes stay and the models need not be in memory."""
-        here = self.model.in_blocks or next(self.model.model.parameters()).device == self.device
-        on_cpu = here and self.device.type == "cpu" and not self.model.is_classifier
-        return start if self.stage is None and on_cpu else None
 
 
 def _data(model: LanguageModel, text: Text | None, settings: Settings) -> tuple[torch.Tensor, torch.Tensor]:

@@ -43,22 +43,23 @@ def blockwise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distil, "SMALL", 0)
 
 
-def paired(folder: Path, start: Artifact | None, *how: Any) -> Pair:
+def trained(pair: Pair) -> Pair:
     """With all vectors of the blocks and the layers to be trained."""
-    pair = Pair(af.open_model(folder), start, torch.device("cpu"), *how)
     for name, parameter in pair.student.named_parameters():
         parameter.requires_grad_(parameter.dim() == 1 and ".layers." in name)
     return pair
+
+
+def paired(folder: Path, start: Artifact, *how: Any) -> Pair:
+    return trained(Pair(af.open_model(folder), start, torch.device("cpu"), *how))
 
 
 def whole_pair(folder: Path, start: Artifact, at_once: int) -> Pair:
     """In memory, some windows together, as models without an artifact are trained."""
-    pair = paired(folder, None, at_once, False)
+    pair = Pair(af.open_model(folder), None, torch.device("cpu"), at_once, False)
     for name, read in put_codes(start, pair.student).items():
         pair.student.get_parameter(name).data = read()
-    for name, parameter in pair.student.named_parameters():
-        parameter.requires_grad_(parameter.dim() == 1 and ".layers." in name)
-    return pair
+    return trained(pair)
 
 
 def gradients(pair: Pair) -> tuple[float, dict[str, torch.Tensor]]:
@@ -160,7 +161,7 @@ def test_cores_change_no_byte_and_a_killed_run_goes_on(
     model, step = af.open_model(tiny_llama), module._Run._one_step
     settings = dataclasses.replace(QUICK, dtype="bfloat16")
 
-    def trained(name: str, cores: int) -> bytes:
+    def bytes_of(name: str, cores: int) -> bytes:
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         recover(model, tmp_path / name, None, settings, start=start, text=TEXT, device="cpu", progress=False)
         return (tmp_path / name / "model.safetensors").read_bytes()
@@ -173,10 +174,10 @@ def test_cores_change_no_byte_and_a_killed_run_goes_on(
     few: dict[str, Any] = {"start": start, "most_bytes": sum(row["bytes"] for row in start.rows if row["stage"])}
     with pytest.raises(BadInput, match="are allowed; start with fewer"):  # no room for gains
         recover(model, tmp_path / "no", None, settings, text=TEXT, device="cpu", progress=False, **few)
-    whole = trained("whole", 1)
+    whole = bytes_of("whole", 1)
     with monkeypatch.context() as patch:
         patch.setattr(module._Run, "_one_step", killed)
         with pytest.raises(KeyboardInterrupt):
-            trained("parts", 4)
-    assert trained("parts", 4) == whole
+            bytes_of("parts", 4)
+    assert bytes_of("parts", 4) == whole
     assert ("model" in vars(model)) == bool(small)  # block by block nothing is built
