@@ -74,9 +74,11 @@ class Passes:
         names = {there[name]: name for name in self._read if name in there}  # a tied one has two owners
         for owner in self.module.modules():
             own = [names[tensor] for tensor in owner.parameters(recurse=False) if tensor in names]
-            unit = owner if by_layer else inside.get(owner, owner)
-            within = bool(changed.keys() & own) if by_layer else True  # a block
-            if own and (within if owner in inside else not [*owner.children()]):
+            if by_layer and owner in inside:
+                unit = owner if changed.keys() & own else None  # what is no changed layer is small
+            else:
+                unit = inside.get(owner, None if [*owner.children()] else owner)
+            if own and unit is not None:
                 self._units.setdefault(unit, []).extend(own)
             else:  # of a module that is open while others are
                 self._fill(own)
