@@ -32,8 +32,9 @@ from .models import LanguageModel, Weight, absent
 from .progress import progress_bar
 from .stages import Stage
 from .stages.base import InputStatistics
-from .statistics import Calibration, _windows
+from .statistics import Calibration, _add_to, _windows
 
+OWN, CROSS, LOST = "x'^T x' of", "x^T x' of", "R^T x' / c of"  # before a name
 RIDGE = 1.0  # of the mean of E[x'^2]: what the text says of rare directions does not carry over to others
 CLOSE = 1e-3  # relative error with which a residual stream is taken to be a sum of outputs
 
@@ -77,8 +78,7 @@ def encode_in_order(
         raise BadInput(f"{model.name}: {experts[0]} is of experts, which see other tokens each; leave out --sequential")
     windows = _windows(model, calibration)
     adding = _adding(model, list(plan), windows[0][:, : min(64, windows[0].shape[1])])
-    sums: dict[str, tuple[int, torch.Tensor, torch.Tensor]] = {}  # of the open block: tokens, x'^T x', x^T x'
-    lost: dict[str, torch.Tensor] = {}  # R^T x'
+    sums: dict[Any, dict[str, tuple[torch.Tensor, int]]] = {}  # of the open block alone
     running: dict[str, Future[tuple[Encoded, torch.Tensor]]] = {}
     same = {name: getattr(statistics, "keys_of", {}).get(name, name) for name in plan}
     keys = {name: key if key in plan else name for name, key in same.items()}  # which of them sees a tensor first
@@ -86,13 +86,13 @@ def encode_in_order(
 
     def small(name: str) -> torch.Tensor:
         if name not in running:
+            (found,) = sums.values()
+            own, cross = (found[f"{what} {keys[name]}"] for what in (OWN, CROSS))
             for other in [n for n in plan if keys[n] == keys[name]]:
-                of_input = sums[keys[other]]
-                running[other] = pool.submit(
-                    _encode, weights[other], plan[other], statistics[other], *of_input, lost.get(other)
-                )
-        found, decoded = running.pop(name).result()
-        keep(name, found)
+                about = weights[other], plan[other], statistics[other], own, cross, found.get(f"{LOST} {other}")
+                running[other] = pool.submit(_encode, *about)
+        encoded, decoded = running.pop(name).result()
+        keep(name, encoded)
         return decoded.T if weights[name].transposed else decoded
 
     def change(module: nn.Module) -> dict[str, Callable[[], torch.Tensor]]:
@@ -104,44 +104,37 @@ def encode_in_order(
             readers[f"{owner}.small.weight"] = others[name] if name in others else partial(small, name)
         return readers
 
-    def begin(_: nn.Module, args: Any, kwargs: Any) -> None:
-        mine.stream = args[0] if args else kwargs["hidden_states"]
+    def begin(block: nn.Module, args: Any, kwargs: Any) -> None:
+        mine.block, mine.stream = block, args[0] if args else kwargs["hidden_states"]
 
     def see(name: str, x: torch.Tensor) -> None:
         if x.shape[:-1].numel() != 2 * mine.tokens:
             raise BadInput(f"{model.name}: {name} does not see every token once; leave out --sequential")
         ours, theirs = x.detach().to(torch.float32).reshape(2, mine.tokens, -1)
         if keys[name] == name:
-            mine.sums[name] = len(ours), theirs.T @ theirs, ours.T @ theirs
+            mine.sums |= {f"{OWN} {name}": theirs.T @ theirs, f"{CROSS} {name}": ours.T @ theirs}
         if name in adding:
             both = mine.stream.reshape(2, mine.tokens, -1)
-            mine.lost[name] = ((both[0] - both[1]) / adding[name]).T @ theirs
+            mine.sums[f"{LOST} {name}"] = ((both[0] - both[1]) / adding[name]).T @ theirs
 
     def go_on(name: str, y: torch.Tensor) -> None:
         if name in adding:
             mine.stream = mine.stream + adding[name] * y.reshape(mine.stream.shape)
 
     def run(module: nn.Module, window: torch.Tensor) -> None:
-        mine.sums, mine.lost, mine.tokens = {}, {}, window.numel()
+        mine.sums, mine.block, mine.tokens = {}, None, window.numel()
         _stream(module, window.expand(2, -1))
 
     def passed(_: nn.Module) -> None:
-        for key, (n, own, cross) in mine.sums.items():
-            if block_of[key] is not block_of[next(iter(sums), key)]:
-                sums.clear()
-                lost.clear()
-            if key in sums:
-                sums[key] = sums[key][0] + n, sums[key][1].add_(own), sums[key][2].add_(cross)
-            else:
-                sums[key] = n, own, cross
-        for name, total in mine.lost.items():
-            lost[name] = lost[name].add_(total) if name in lost else total
-        mine.sums, mine.lost = {}, {}
+        if mine.block not in sums:
+            sums.clear()
+            sums[mine.block] = {}
+        for key, product in mine.sums.items():
+            _add_to(sums[mine.block], key, product, mine.tokens)
+        mine.sums = {}
 
     passes = Passes(model, change, by_layer=True)
     layers = dict(passes.module.named_modules())
-    blocks = {layer: block for block in passes.blocks for layer in block.modules()}
-    block_of = {name: blocks.get(layers[name.rpartition(".")[0]]) for name in plan}
     title = f"encoding in order: {model.name}" if progress else None
     with ThreadPoolExecutor(os.cpu_count()) as pool, progress_bar(title, passes.steps, "layer") as bar:
         for block in passes.blocks:
@@ -157,23 +150,23 @@ def _encode(
     weight: Weight,
     stage: Stage,
     known: InputStatistics,
-    n: int,
-    own: torch.Tensor,
-    cross: torch.Tensor,
-    lost: torch.Tensor | None,
+    own: tuple[torch.Tensor, int],
+    cross: tuple[torch.Tensor, int],
+    lost: tuple[torch.Tensor, int] | None,
 ) -> tuple[Encoded, torch.Tensor]:
     """The weight, encoded to make up for what was lost before it, and what it decodes to, float32[out, in].
 
-    own, cross, lost: sums of x'^T x', x^T x' and R^T x' over n tokens.
+    own, cross, lost: sums of x'^T x', x^T x' and R^T x' / c, and over how many tokens.
     """
     dense = weight.load().to(torch.float32)
-    hessian = (own / n).double()
-    missing = dense.double() @ (cross / n - hessian)
-    if lost is not None:
-        missing += lost / n
+    moments, n = own[0] / own[1], own[1]
+    hessian = moments.double()
+    missing = dense.double() @ (cross[0] / n - hessian)
+    if lost:
+        missing += lost[0] / n
     ridge = RIDGE * hessian.diagonal().mean().clamp(min=1e-30) * torch.eye(len(hessian), dtype=torch.float64)
     target = dense + torch.linalg.solve(hessian + ridge, missing.T).T.to(torch.float32)
-    packed = stage.encode(target, dataclasses.replace(known, hessian=own / n, n=n), name=weight.name)
+    packed = stage.encode(target, dataclasses.replace(known, hessian=moments, n=n), name=weight.name)
     decoded = stage.decode(packed)
     return Encoded.of(stage, packed, relative_error(dense, decoded)), decoded
 
@@ -188,10 +181,8 @@ def _adding(model: LanguageModel, names: list[str], window: torch.Tensor) -> dic
     layers, inside = dict(passes.module.named_modules()), dict[str, torch.Tensor]()
 
     def compare(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        before, after = (
-            args[0] if args else kwargs["hidden_states"],
-            output if isinstance(output, torch.Tensor) else output[0],
-        )
+        before = args[0] if args else kwargs["hidden_states"]
+        after = output if isinstance(output, torch.Tensor) else output[0]
         some = {name: y.flatten().double() for name, y in inside.items() if y.numel() == before.numel()}
         inside.clear()
         added = (after - before).flatten().double() if isinstance(after, torch.Tensor) else None
