@@ -56,7 +56,6 @@ if TYPE_CHECKING:
 
 # Steps from 0.027 to 0.85 root mean squares, half an octave apart: from about 6.3 bits per weight to 1.2.
 LADDER = tuple(stages.get("tcq", step=round(0.3 * 2 ** (k / 2), 6)) for k in range(-7, 4))
-SEQUENTIAL = "sequential"  # how `ready` was encoded, in a recipe
 KEEP = "keep"  # in place of a stage: as it is
 FINER = 4  # parts into which a step of the ladder is cut: half an octave is one, which costs 2% of the KL
 PASSES = 6  # artifacts that are made at most on the way to a limit
@@ -334,8 +333,8 @@ def fit(
     settings = {"calibration": calibration, "statistics": statistics, **how}
     journal = _journal(model, calibration, ladder).with_suffix(".counted.jsonl")
     counted = _read_lines(journal)
-    search = Search(model, options, rest, found_text, tokens, device, progress, settings, journal, counted, Spill(), {})
-    search = search._replace(sequential=sequential)
+    what = model, options, rest, found_text, tokens, device, progress
+    search = Search(*what, settings, journal, counted, Spill(), {}, sequential=sequential)
     if budget.bytes is not None:
         return search.finished(*search.within_bytes(budget.bytes, out, overwrite))
     if budget.bits is None:
@@ -384,24 +383,28 @@ class Search(NamedTuple):
 
     def make(self, plane_bytes: int, folder: Path, overwrite: bool) -> tuple[Artifact, float]:
         """The artifact of at most so many bytes of planes, and its predicted damage."""
-        # For their new targets codes take a little more, up to .0003 of all bytes; a second pass would cost more than that.
-        aim = plane_bytes - plane_bytes // 1000 if self.sequential else plane_bytes
-        chosen = self.chosen(aim)
-        ready = {name: self.encoded[name, one.stage] for name, one in chosen.items() if (name, one.stage) in self.encoded}
         about = self.settings | {"embeddings": self.ends or bool(self.rest), "overwrite": overwrite}
         if self.sequential:
-            about["ready_by"] = SEQUENTIAL
-            while (size := self._in_order(chosen, ready)) > plane_bytes:
-                aim -= 2 * (size - plane_bytes)
-                chosen = self.chosen(aim)
-        plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
+            about["ready_by"] = "sequential"
+        # For their new targets codes take a little more, up to .0003 of all bytes; a second pass would cost more than that.
+        aim = plane_bytes - plane_bytes // 1000 if self.sequential else plane_bytes
+        while True:
+            chosen = self.chosen(aim)
+            plan = {name: one.stage for name, one in chosen.items()} | dict(self.rest)
+            ready = {
+                name: self.encoded[name, one.stage] for name, one in chosen.items() if (name, one.stage) in self.encoded
+            }
+            over = self._in_order(chosen, plan, ready) - plane_bytes if self.sequential else 0
+            if over <= 0:
+                break
+            aim -= 2 * over
         artifact = compress(self.model, plan, folder, device=self.device, progress=self.progress, ready=ready, **about)
         return artifact, sum(one.damage for one in chosen.values())
 
-    def _in_order(self, chosen: Mapping[str, Candidate], ready: dict[str, Callable[[], Encoded]]) -> int:
+    def _in_order(
+        self, chosen: Mapping[str, Candidate], plan: Mapping[str, stages.Stage], ready: dict[str, Callable[[], Encoded]]
+    ) -> int:
         """Encode the linear layers one after the other, into `ready`.  Gives the bytes of all that was chosen."""
-        inner = {weight.name for weight in self.model.weights()}
-        plan = {name: one.stage for name, one in chosen.items() if name in inner}
         sizes = {name: one.bytes for name, one in chosen.items()}
         known, calibration = self.settings["statistics"], self.settings["calibration"]
 
@@ -409,12 +412,13 @@ class Search(NamedTuple):
             sizes[name], ready[name] = sum(plane.nbytes for plane in found.planes), self._put(found)
 
         def decoded(weight: Weight) -> torch.Tensor:
-            stage = chosen[weight.name].stage if weight.name in chosen else self.rest[weight.name]
+            stage = plan[weight.name]
             return stage.decode(stage.encode(weight.load().to(torch.float32), known.get(weight.name), name=weight.name))
 
-        ends = [weight for weight in self.model.weights(embeddings=True) if weight.name not in inner]
-        others = {w.name: partial(decoded, w) for w in ends if w.name in chosen or w.name in self.rest}
-        encode_in_order(self.model, plan, others, known, calibration, keep, self.progress)
+        inner = {weight.name for weight in self.model.weights()}
+        linear = {name: plan[name] for name in chosen if name in inner}
+        ends = {w.name: partial(decoded, w) for w in self.model.weights(True) if w.name in plan and w.name not in inner}
+        encode_in_order(self.model, linear, ends, known, calibration, keep, self.progress)
         return sum(sizes.values())
 
     def chosen(self, plane_bytes: int) -> dict[str, Candidate]:

@@ -294,8 +294,8 @@ def fit(
     options["calibration"] = Calibration(calibration, calibration_tokens)
     call: Callable[..., Any]
     if program is None:
-        options |= {"recovery": Settings.of_codes(recover, device) if recover else None, "embeddings": embeddings}
-        options["sequential"] = sequential
+        options |= {"embeddings": embeddings, "sequential": sequential}
+        options["recovery"] = Settings.of_codes(recover, device) if recover else None
         call = partial(run, opened, out_dir, Budget(most, bits, max_kl), overwrite=overwrite, **options)
     elif most is None or sequential or any(one is not None for one in (bits, max_kl, embeddings, recover)):
         rest = "and no other limit, stage, order or training"
