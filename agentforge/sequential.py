@@ -52,10 +52,6 @@ class Both(nn.Module):
         ours, theirs = x.chunk(2)
         return torch.cat([self.model(ours), self.small(theirs)])
 
-    def __getattr__(self, name: str) -> Any:
-        """What the model reads of a layer beside calling it, such as the dtype of its weight."""
-        return getattr(super().__getattr__("model"), name) if name not in ("model", "small") else super().__getattr__(name)
-
 
 def encode_in_order(
     model: LanguageModel,
